@@ -1,0 +1,495 @@
+// The inner loops that all memory kernels are made of. A block of memory is held transposed, [D][ld] with the slots in
+// lanes: similarity, norms, softmax and writes then need no communication between lanes, and every slot goes through the
+// same instructions, so that equal slots keep equal bits. Only the weighted read sums over lanes.
+#pragma once
+#include <limits>
+
+#include "../include/half.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace mann_fast {
+namespace {
+
+template <class T, class Body>
+inline void for_heads(int64_t heads, Body body) {  // in groups of at most 4, whose size the body gets as a type
+  int64_t first = 0;
+  for (; first + 4 <= heads; first += 4) body(first, std::integral_constant<int, 4>());
+  if (heads - first == 3) body(first, std::integral_constant<int, 3>());
+  if (heads - first == 2) body(first, std::integral_constant<int, 2>());
+  if (heads - first == 1) body(first, std::integral_constant<int, 1>());
+}
+
+// ---- layout and dtype -------------------------------------------------------------------------------------------
+
+// Slots [lo, hi) of memory [N][D] into block [D][ld]; lanes from N on become 0. lo and hi are multiples of slot_padding.
+template <class T>
+inline void load_slots(const T* memory, int64_t N, int64_t D, int64_t lo, int64_t hi, T* block, int64_t ld) {
+  constexpr int W = width<T>;
+  for (int64_t i = lo; i < hi; i += W) {
+    const int64_t slots = N - i < W ? (N > i ? N - i : 0) : W;
+    int64_t d = 0;
+    if (slots == W)
+      for (; d + W <= D; d += W) {
+        Vec<T> square[W];
+        for (int j = 0; j < W; ++j) square[j] = load(memory + (i + j) * D + d);
+        transpose_square<T>(square);
+        for (int j = 0; j < W; ++j) store(block + (d + j) * ld + i - lo, square[j]);
+      }
+    for (; d < D; ++d) {
+      T* lanes = block + d * ld + i - lo;
+      for (int64_t j = 0; j < slots; ++j) lanes[j] = memory[(i + j) * D + d];
+      for (int64_t j = slots; j < W; ++j) lanes[j] = 0;
+    }
+  }
+}
+
+template <class T>
+inline void store_slots(const T* block, int64_t ld, int64_t N, int64_t D, int64_t lo, int64_t hi, T* memory) {
+  constexpr int W = width<T>;
+  for (int64_t i = lo; i < hi; i += W) {
+    const int64_t slots = N - i < W ? (N > i ? N - i : 0) : W;
+    int64_t d = 0;
+    if (slots == W)
+      for (; d + W <= D; d += W) {
+        Vec<T> square[W];
+        for (int j = 0; j < W; ++j) square[j] = load(block + (d + j) * ld + i - lo);
+        transpose_square<T>(square);
+        for (int j = 0; j < W; ++j) store(memory + (i + j) * D + d, square[j]);
+      }
+    for (; d < D; ++d)
+      for (int64_t j = 0; j < slots; ++j) memory[(i + j) * D + d] = block[d * ld + i - lo + j];
+  }
+}
+
+// Rows [rows][N] to and from rows [rows][ld], the padding 0; slots [lo, hi).
+template <class T>
+inline void load_rows(const T* from, int64_t rows, int64_t N, int64_t lo, int64_t hi, T* to, int64_t ld) {
+  const int64_t end = hi < N ? hi : N;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = lo; i < end; ++i) to[r * ld + i] = from[r * N + i];
+    for (int64_t i = end > lo ? end : lo; i < hi; ++i) to[r * ld + i] = 0;
+  }
+}
+template <class T>
+inline void store_rows(const T* from, int64_t ld, int64_t rows, int64_t N, int64_t lo, int64_t hi, T* to) {
+  const int64_t end = hi < N ? hi : N;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = lo; i < end; ++i) to[r * N + i] = from[r * ld + i];
+}
+
+// Numbers [offset, offset + count) of an array in the dtype of keys, as T: in place where it is T already, else converted
+// into buffer.
+template <class T>
+inline const T* widen(const void* from, Dtype dtype, int64_t offset, int64_t count, T* buffer) {
+  if (dtype == Dtype::bfloat16) {
+    const uint16_t* half = static_cast<const uint16_t*>(from) + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<T>(from_bfloat16(half[i]));
+    return buffer;
+  }
+  if (dtype == Dtype::float16) {
+    const uint16_t* half = static_cast<const uint16_t*>(from) + offset;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<T>(from_float16(half[i]));
+    return buffer;
+  }
+  return static_cast<const T*>(from) + offset;
+}
+
+template <class T>
+inline void narrow(const T* from, int64_t count, void* to, Dtype dtype, int64_t offset) {
+  if (dtype == Dtype::bfloat16) {
+    uint16_t* half = static_cast<uint16_t*>(to) + offset;
+    for (int64_t i = 0; i < count; ++i) half[i] = to_bfloat16(static_cast<float>(from[i]));
+  } else if (dtype == Dtype::float16) {
+    uint16_t* half = static_cast<uint16_t*>(to) + offset;
+    for (int64_t i = 0; i < count; ++i) half[i] = to_float16(static_cast<float>(from[i]));
+  } else {
+    std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));
+  }
+}
+
+// ---- the three passes over a block ------------------------------------------------------------------------------
+
+// For slots [0, count): to[d][i] = from[d][i] + sum over WRITE heads of weights[r][i] * vectors[r][d], and on the result
+// dots[r][i] = sum over d of keys[r][d] * to[d][i] for DOT heads; squares[i] = sum over d of to[d][i]^2 unless null.
+// Without WRITE heads nothing is stored. from and to may be the same.
+template <class T, int WRITE, int DOT, int U, bool SQUARES>
+inline void write_and_dot_columns(const T* from, T* to, int64_t ld, int64_t D, const T* weights, const T* vectors,
+                                  const T* keys, T* dots, T* squares, int64_t i) {
+  constexpr int W = width<T>;
+  Vec<T> weight[WRITE > 0 ? WRITE : 1][U], dot[DOT > 0 ? DOT : 1][U], square[U];
+  for (int u = 0; u < U; ++u) {
+    for (int r = 0; r < WRITE; ++r) weight[r][u] = load(weights + r * ld + i + u * W);
+    for (int r = 0; r < DOT; ++r) dot[r][u] = Vec<T>{};
+    square[u] = Vec<T>{};
+  }
+  const T* source = from + i;
+  T* target = to + i;
+  for (int64_t d = 0; d < D; ++d, source += ld, target += ld) {
+    for (int u = 0; u < U; ++u) {
+      Vec<T> m = load(source + u * W);
+      for (int r = 0; r < WRITE; ++r) m += weight[r][u] * vectors[r * D + d];
+      if (WRITE > 0) store(target + u * W, m);
+      for (int r = 0; r < DOT; ++r) dot[r][u] += m * keys[r * D + d];
+      if (SQUARES) square[u] += m * m;
+    }
+  }
+  for (int u = 0; u < U; ++u) {
+    for (int r = 0; r < DOT; ++r) store(dots + r * ld + i + u * W, dot[r][u]);
+    if (SQUARES) store(squares + i + u * W, square[u]);
+  }
+}
+
+template <class T, int WRITE, int DOT, bool SQUARES>
+inline void write_and_dot_heads(const T* from, T* to, int64_t ld, int64_t count, int64_t D, const T* weights,
+                                const T* vectors, const T* keys, T* dots, T* squares) {
+  constexpr int U = 2 * (WRITE + DOT + 1) + 4 <= vector_registers ? 2 : 1;
+  int64_t i = 0;
+  for (; i + U * width<T> <= count; i += U * width<T>)
+    write_and_dot_columns<T, WRITE, DOT, U, SQUARES>(from, to, ld, D, weights, vectors, keys, dots, squares, i);
+  for (; i < count; i += width<T>)
+    write_and_dot_columns<T, WRITE, DOT, 1, SQUARES>(from, to, ld, D, weights, vectors, keys, dots, squares, i);
+}
+
+template <class T>
+inline void write_slots(const T* from, T* to, int64_t ld, int64_t count, int64_t D, int64_t R, const T* weights,
+                        const T* vectors) {
+  for_heads<T>(R, [&](int64_t r, auto group) {
+    write_and_dot_heads<T, group, 0, false>(r == 0 ? from : to, to, ld, count, D, weights + r * ld, vectors + r * D,
+                                            static_cast<const T*>(nullptr), static_cast<T*>(nullptr),
+                                            static_cast<T*>(nullptr));
+  });
+}
+
+template <class T>
+inline void dot_slots(const T* block, int64_t ld, int64_t count, int64_t D, int64_t R, const T* keys, T* dots) {
+  for_heads<T>(R, [&](int64_t r, auto group) {
+    write_and_dot_heads<T, 0, group, false>(block, static_cast<T*>(nullptr), ld, count, D,
+                                            static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), keys + r * D,
+                                            dots + r * ld, static_cast<T*>(nullptr));
+  });
+}
+
+template <class T>
+inline void dot_and_square_slots(const T* block, int64_t ld, int64_t count, int64_t D, int64_t R, const T* keys, T* dots,
+                                 T* squares) {
+  for_heads<T>(R, [&](int64_t r, auto group) {
+    write_and_dot_heads<T, 0, group, true>(block, static_cast<T*>(nullptr), ld, count, D,
+                                           static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), keys + r * D,
+                                           dots + r * ld, squares);
+  });
+}
+
+// Write, then similarity on what was written: one pass where the heads fit one group, else one per group and kind.
+template <class T>
+inline void write_dot_and_square_slots(const T* from, T* to, int64_t ld, int64_t count, int64_t D, int64_t R,
+                                       const T* weights, const T* vectors, const T* keys, T* dots, T* squares) {
+  if (R > 4) {
+    write_slots(from, to, ld, count, D, R, weights, vectors);
+    dot_and_square_slots(static_cast<const T*>(to), ld, count, D, R, keys, dots, squares);
+    return;
+  }
+  for_heads<T>(R, [&](int64_t, auto group) {
+    write_and_dot_heads<T, group, group, true>(from, to, ld, count, D, weights, vectors, keys, dots, squares);
+  });
+}
+
+// sums[r][d] = (or +=) sum over slots [0, count) of weights[r][i] * block[d][i].
+template <class T, int HEADS, int ROWS>
+inline void weighted_sum_rows(const T* block, int64_t ld, int64_t count, const T* weights, T (&sums)[HEADS * ROWS]) {
+  constexpr int W = width<T>, COUNT = HEADS * ROWS;
+  Vec<T> sum[COUNT];
+  for (int j = 0; j < COUNT; ++j) sum[j] = Vec<T>{};
+  for (int64_t i = 0; i < count; i += W) {
+    Vec<T> m[ROWS];
+    for (int d = 0; d < ROWS; ++d) m[d] = load(block + d * ld + i);
+    for (int r = 0; r < HEADS; ++r) {
+      const Vec<T> weight = load(weights + r * ld + i);
+      for (int d = 0; d < ROWS; ++d) sum[r * ROWS + d] += weight * m[d];
+    }
+  }
+  if constexpr (COUNT % W == 0) {
+    for (int j = 0; j < COUNT; j += W) {
+      Vec<T> part[W];
+      for (int lane = 0; lane < W; ++lane) part[lane] = sum[j + lane];
+      store(sums + j, sum_lanes<T>(part));
+    }
+  } else {
+    for (int j = 0; j < COUNT; ++j) sums[j] = sum_lanes<T>(sum[j]);
+  }
+}
+
+template <class T, bool ADD>
+inline void weighted_sums(const T* block, int64_t ld, int64_t count, int64_t D, int64_t R, const T* weights, T* sums) {
+  constexpr int ROWS = vector_registers == 32 ? 4 : 2;
+  for_heads<T>(R, [&](int64_t first, auto group) {
+    constexpr int HEADS = decltype(group)::value;
+    const T* weight = weights + first * ld;
+    T* sum = sums + first * D;
+    int64_t d = 0;
+    for (; d + ROWS <= D; d += ROWS) {
+      T part[HEADS * ROWS];
+      weighted_sum_rows<T, HEADS, ROWS>(block + d * ld, ld, count, weight, part);
+      for (int r = 0; r < HEADS; ++r)
+        for (int j = 0; j < ROWS; ++j) sum[r * D + d + j] = part[r * ROWS + j] + (ADD ? sum[r * D + d + j] : T(0));
+    }
+    for (; d < D; ++d) {
+      T part[HEADS];
+      weighted_sum_rows<T, HEADS, 1>(block + d * ld, ld, count, weight, part);
+      for (int r = 0; r < HEADS; ++r) sum[r * D + d] = part[r] + (ADD ? sum[r * D + d] : T(0));
+    }
+  });
+}
+
+// The memory's gradient, one pass: grad[d][i] += sum over heads of weights[r][i] * grad_reads[r][d] (READ) + of
+// grad_dots[r][i] * keys[r][d] (DOT) + 2 grad_squares[i] * block[d][i] (DOT, where grad_squares is not null). DOTS with the
+// result: out[r][i] = sum over d of vectors[r][d] * grad[d][i], unless out is null.
+template <class T, int HEADS, bool READ, bool DOT, bool SQUARES, bool OUT>
+inline void add_gradient_columns(const T* block, T* grad, int64_t ld, int64_t count, int64_t D, const T* weights,
+                                 const T* grad_reads, const T* grad_dots, const T* keys, const T* grad_squares,
+                                 const T* vectors, T* out) {
+  for (int64_t i = 0; i < count; i += width<T>) {
+    Vec<T> weight[HEADS], grad_dot[HEADS], sum[HEADS], grad_square{};
+    for (int r = 0; r < HEADS; ++r) {
+      if (READ) weight[r] = load(weights + r * ld + i);
+      if (DOT) grad_dot[r] = load(grad_dots + r * ld + i);
+      sum[r] = Vec<T>{};
+    }
+    if (SQUARES) grad_square = load(grad_squares + i) * T(2);
+    T* target = grad + i;
+    const T* source = block + i;
+    for (int64_t d = 0; d < D; ++d, target += ld, source += ld) {
+      Vec<T> g = load(target);
+      for (int r = 0; r < HEADS; ++r) {
+        if (READ) g += weight[r] * grad_reads[r * D + d];
+        if (DOT) g += grad_dot[r] * keys[r * D + d];
+      }
+      if (SQUARES) g += grad_square * load(source);
+      store(target, g);
+      if (OUT)
+        for (int r = 0; r < HEADS; ++r) sum[r] += g * vectors[r * D + d];
+    }
+    if (OUT)
+      for (int r = 0; r < HEADS; ++r) store(out + r * ld + i, sum[r]);
+  }
+}
+
+// The gradient that reads (READ) and similarities (DOT) send to the memory they addressed.
+template <class T, bool READ, bool DOT>
+inline void add_gradient(const T* block, T* grad, int64_t ld, int64_t count, int64_t D, int64_t R, const T* weights,
+                         const T* grad_reads, const T* grad_dots, const T* keys, const T* grad_squares) {
+  for_heads<T>(R, [&](int64_t r, auto group) {
+    constexpr int HEADS = decltype(group)::value;
+    const T* none = nullptr;
+    const auto add = [&](auto squares) {
+      add_gradient_columns<T, HEADS, READ, DOT, decltype(squares)::value, false>(
+          block, grad, ld, count, D, READ ? weights + r * ld : none, READ ? grad_reads + r * D : none,
+          DOT ? grad_dots + r * ld : none, DOT ? keys + r * D : none, grad_squares, none, static_cast<T*>(nullptr));
+    };
+    if (DOT && r == 0) add(std::true_type());
+    else add(std::false_type());
+  });
+}
+
+// The same, then out[r][i] = sum over d of vectors[r][d] * grad[d][i]: one pass where the heads fit one group.
+template <class T, bool READ, bool DOT>
+inline void add_gradient_and_dot(const T* block, T* grad, int64_t ld, int64_t count, int64_t D, int64_t R,
+                                 const T* weights, const T* grad_reads, const T* grad_dots, const T* keys,
+                                 const T* grad_squares, const T* vectors, T* out) {
+  if (R > 4) {
+    add_gradient<T, READ, DOT>(block, grad, ld, count, D, R, weights, grad_reads, grad_dots, keys, grad_squares);
+    dot_slots(static_cast<const T*>(grad), ld, count, D, R, vectors, out);
+    return;
+  }
+  for_heads<T>(R, [&](int64_t, auto group) {
+    add_gradient_columns<T, decltype(group)::value, READ, DOT, DOT, true>(
+        block, grad, ld, count, D, weights, grad_reads, grad_dots, keys, grad_squares, vectors, out);
+  });
+}
+
+// ---- one row of slots -------------------------------------------------------------------------------------------
+
+// Similarity of one head: scores[i] = beta * dots[i] * q[i] with q[i] = 1 / sqrt(key_square * squares[i] + eps); returns the
+// greatest. Slots from `valid` on are padding and get -inf. q may be null.
+template <class T>
+inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t valid, T key_square, T beta, T eps, T* q,
+                     T* scores) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const Vec<T> inverse = T(1) / square_root<T>(load(squares + i) * key_square + eps);
+    if (q != nullptr) store(q + i, inverse);
+    store(scores + i, load(dots + i) * inverse * beta);
+  }
+  for (int64_t i = valid; i < count; ++i) scores[i] = -infinity;
+  Vec<T> greatest = splat<T>(-infinity);
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const Vec<T> c = load(scores + i);
+    greatest = c > greatest ? c : greatest;
+  }
+  T result = -infinity;
+  for (int lane = 0; lane < width<T>; ++lane) result = greatest[lane] > result ? greatest[lane] : result;
+  return result;
+}
+
+// scores[i] = exp(scores[i] - greatest), in place; returns the sum.
+template <class T>
+inline T exp_slots(T* scores, int64_t count, T greatest) {
+  Vec<T> total{};
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const Vec<T> e = exp_nonpositive(load(scores + i) - greatest);
+    store(scores + i, e);
+    total += e;
+  }
+  return sum_lanes<T>(total);
+}
+
+template <class T>
+inline void scale_slots(T* row, int64_t count, T factor) {
+  for (int64_t i = 0; i < count; i += width<T>) store(row + i, load(row + i) * factor);
+}
+
+template <class T>
+inline T dot_rows(const T* a, const T* b, int64_t count) {
+  Vec<T> total{};
+  for (int64_t i = 0; i < count; i += width<T>) total += load(a + i) * load(b + i);
+  return sum_lanes<T>(total);
+}
+
+// The gradient of one head's similarity, from w = softmax and g = dL/dw: in place of g comes dL/d(dot); dL/d(square of a
+// slot's norm) is added to grad_squares; dL/d(beta) and dL/d(square of the key's norm) are returned.
+template <class T>
+struct ScoreGradient {
+  T beta, key_square;
+};
+template <class T>
+inline ScoreGradient<T> score_gradient(const T* w, const T* dots, const T* q, const T* squares, int64_t count, T delta,
+                                       T key_square, T beta, T* g, T* grad_squares) {
+  Vec<T> grad_beta{}, grad_key_square{};
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const Vec<T> inverse = load(q + i), dot = load(dots + i);
+    const Vec<T> grad_score = load(w + i) * (load(g + i) - delta);
+    const Vec<T> scaled = grad_score * inverse;
+    store(g + i, scaled * beta);
+    const Vec<T> grad_cosine = scaled * dot;  // times cosine: dL/d(beta); times beta * cosine: dL/d(score) * score
+    grad_beta += grad_cosine;
+    const Vec<T> grad_norms = grad_cosine * (T(-0.5) * beta) * (inverse * inverse);
+    grad_key_square += grad_norms * load(squares + i);
+    store(grad_squares + i, load(grad_squares + i) + grad_norms * key_square);
+  }
+  return {sum_lanes<T>(grad_beta), sum_lanes<T>(grad_key_square)};
+}
+
+template <class T>
+inline T square_sum(const T* vector, int64_t count) {
+  T total = 0;
+  for (int64_t d = 0; d < count; ++d) total += vector[d] * vector[d];
+  return total;
+}
+
+template <class T>
+inline T sigmoid(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+
+// ---- least used -------------------------------------------------------------------------------------------------
+
+// Usage as an integer of the same order: NaN after everything, -0 equal to 0; `taken` after NaN.
+template <class T>
+constexpr Int<T> taken = std::numeric_limits<Int<T>>::max();
+
+template <class T>
+inline void order_slots(const T* usage, int64_t count, int64_t valid, Int<T>* order) {
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const Vec<T> u = load(usage + i) + T(0);
+    const IntVec<T> bits = as_int(u);
+    const IntVec<T> ordered = bits ^ ((bits >> (8 * sizeof(T) - 1)) & splat_int<T>(taken<T>));
+    const IntVec<T> result = u == u ? ordered : splat_int<T>(taken<T> - 1);
+    std::memcpy(order + i, &result, sizeof result);
+  }
+  for (int64_t i = valid; i < count; ++i) order[i] = taken<T>;
+}
+
+// Takes the least (order, slot) out of order: the lowest slot among equals.
+template <class T>
+inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slot) {
+  IntVec<T> smallest = splat_int<T>(taken<T>);
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const IntVec<T> o = load_int(order + i);
+    smallest = o < smallest ? o : smallest;
+  }
+  Int<T> value = taken<T>;
+  for (int lane = 0; lane < width<T>; ++lane) value = smallest[lane] < value ? smallest[lane] : value;
+  IntVec<T> index{}, first = splat_int<T>(taken<T>);
+  for (int lane = 0; lane < width<T>; ++lane) index[lane] = lane;
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const IntVec<T> found = load_int(order + i) == value ? index : splat_int<T>(taken<T>);
+    first = found < first ? found : first;
+    index += width<T>;
+  }
+  Int<T> position = taken<T>;
+  for (int lane = 0; lane < width<T>; ++lane) position = first[lane] < position ? first[lane] : position;
+  *least = value;
+  *slot = position;
+  order[position] = taken<T>;
+}
+
+// ---- threads and scratch ----------------------------------------------------------------------------------------
+
+template <class Task>
+inline void parallel_run(const Parallel& parallel, int64_t tasks, Task task) {
+  if (tasks == 1 || parallel.threads == 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
+  parallel.run(tasks, [](void* context, int64_t index) { (*static_cast<Task*>(context))(index); }, &task);
+}
+
+// How many tasks are worth their start: about 20,000 multiply-adds each at least.
+inline int64_t worthwhile_tasks(const Parallel& parallel, int64_t parts, double multiply_adds) {
+  const int64_t by_work = static_cast<int64_t>(multiply_adds / 20000) + 1;
+  int64_t tasks = parts < parallel.threads ? parts : parallel.threads;
+  tasks = tasks < by_work ? tasks : by_work;
+  return tasks > 1 ? tasks : 1;
+}
+
+// Part `index` of [0, total) in `parts` parts whose borders are multiples of `step`.
+struct Range {
+  int64_t lo, hi;
+};
+inline Range part_of(int64_t total, int64_t parts, int64_t index, int64_t step = 1) {
+  const int64_t steps = (total + step - 1) / step;
+  const int64_t lo = steps * index / parts * step, hi = steps * (index + 1) / parts * step;
+  return {lo < total ? lo : total, hi < total ? hi : total};
+}
+
+// Hands out 64-byte aligned arrays; without a base it only counts, so that one description gives size and layout.
+class Arena {
+ public:
+  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+  template <class U>
+  U* take(int64_t count) {
+    U* array = base_ == nullptr ? nullptr : reinterpret_cast<U*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(U) + 63) / 64 * 64;
+    return array;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : data_(scratch_allocate(bytes)) {}
+  ~Scratch() { scratch_free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+};
+
+}  // namespace
+}  // namespace mann_fast

@@ -1,0 +1,280 @@
+// content_read, forward and backward: one pass over the memory in tiles of slots, with an online softmax (a tile's
+// weights are scaled when the greatest similarity is known), as flash attention does.
+#include "blocks.h"
+
+namespace mann_fast {
+namespace MANN_FAST_ISA {
+namespace {
+
+constexpr int64_t tile = 64;  // slots per tile: 64 x D numbers stay in the first-level cache
+
+// Samples are split over the threads; where there are fewer samples than threads, so are the slots of each.
+struct Split {
+  int64_t parts;  // of each sample
+  Split(const Parallel& parallel, int64_t B, int64_t N, int64_t D, int64_t R) {
+    const double multiply_adds = static_cast<double>(N) * static_cast<double>(D) * static_cast<double>(2 * R + 1);
+    parts = B >= parallel.threads ? 1 : worthwhile_tasks(parallel, (N + tile - 1) / tile, multiply_adds);
+  }
+};
+
+template <class T>
+struct ReadPart {  // what one part of a sample's slots leaves for the others
+  T *greatest, *total, *read;  // [R], [R], [R, D]
+  T* tile_greatest;            // [tiles, R]: the greatest that the stored weights of a tile are relative to
+  ReadPart(Arena& arena, const ContentRead& a, int64_t tiles)
+      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * a.D)),
+        tile_greatest(arena.take<T>(tiles * a.R)) {}
+};
+
+template <class T>
+struct ReadScratch {
+  T *block, *dots, *squares, *key, *sharpness, *sums;
+  ReadScratch(Arena& arena, const ContentRead& a)
+      : block(arena.take<T>(a.D * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
+        key(arena.take<T>(a.R * a.D)), sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)) {}
+};
+
+template <class T>
+void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, ReadScratch<T>& s) {
+  const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
+  T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
+  const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.key);
+  const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
+  for (int64_t r = 0; r < a.R; ++r) {
+    part.greatest[r] = -std::numeric_limits<T>::infinity();
+    part.total[r] = 0;
+  }
+  for (int64_t j = 0; j < a.R * a.D; ++j) part.read[j] = 0;
+  for (int64_t lo = slots.lo, t = 0; lo < slots.hi; lo += tile, ++t) {
+    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
+    load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
+    dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
+    for (int64_t r = 0; r < a.R; ++r) {
+      T* row = s.dots + r * tile;
+      const T greatest = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),
+                                        sharpness ? sharpness[r] : T(1), static_cast<T>(a.eps), nullptr, row);
+      if (greatest > part.greatest[r]) {  // what was summed so far is relative to a smaller maximum
+        const T factor = std::exp(part.greatest[r] - greatest);
+        part.total[r] *= factor;
+        for (int64_t d = 0; d < a.D; ++d) part.read[r * a.D + d] *= factor;
+        part.greatest[r] = greatest;
+      }
+      part.total[r] += exp_slots(row, count, part.greatest[r]);
+      part.tile_greatest[t * a.R + r] = part.greatest[r];
+      for (int64_t i = 0; i < valid; ++i) weights[r * a.N + lo + i] = row[i];
+    }
+    weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.dots, part.read);
+  }
+}
+
+// Makes good that the weights of each part and tile are relative to a maximum of their own.
+template <class T>
+void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, int64_t count, int64_t borders_of, T* read) {
+  T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
+  for (int64_t r = 0; r < a.R; ++r) {
+    T greatest = parts[0].greatest[r], total = 0;
+    for (int64_t p = 1; p < count; ++p)
+      greatest = parts[p].greatest[r] > greatest ? parts[p].greatest[r] : greatest;
+    for (int64_t p = 0; p < count; ++p) total += parts[p].total[r] * std::exp(parts[p].greatest[r] - greatest);
+    for (int64_t d = 0; d < a.D; ++d) read[r * a.D + d] = 0;
+    for (int64_t p = 0; p < count; ++p) {
+      const T factor = std::exp(parts[p].greatest[r] - greatest) / total;
+      for (int64_t d = 0; d < a.D; ++d) read[r * a.D + d] += parts[p].read[r * a.D + d] * factor;
+      const Range slots = part_of(a.N, borders_of, p, tile);
+      for (int64_t lo = slots.lo, t = 0; lo < slots.hi; lo += tile, ++t) {
+        const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi;
+        const T scale = std::exp(parts[p].tile_greatest[t * a.R + r] - greatest) / total;
+        for (int64_t i = lo; i < end; ++i) weights[r * a.N + i] *= scale;
+      }
+    }
+  }
+  narrow(read, a.R * a.D, a.read, a.input, b * a.R * a.D);
+}
+
+template <class T>
+bool content_read(const ContentRead& a, const Parallel& parallel) {
+  const Split split(parallel, a.B, a.N, a.D, a.R);
+  const int64_t parts = split.parts, tiles = (a.N + tile - 1) / tile;
+  Arena size;
+  ReadPart<T>(size, a, tiles), ReadScratch<T>(size, a);
+  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (2 * a.R + 1));
+  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
+  const Scratch scratch(tasks * size.used());
+  if (scratch.data() == nullptr) return false;
+  if (parts == 1) {
+    parallel_run(parallel, tasks, [&](int64_t task) {
+      Arena arena(scratch.data() + task * size.used());
+      ReadPart<T> part(arena, a, tiles);
+      ReadScratch<T> s(arena, a);
+      const Range samples = part_of(a.B, tasks, task);
+      for (int64_t b = samples.lo; b < samples.hi; ++b) {
+        read_part<T>(a, b, {0, a.N}, part, s);
+        combine_parts<T>(a, b, &part, 1, 1, s.sums);
+      }
+    });
+    return true;
+  }
+  const Scratch views(parts * sizeof(ReadPart<T>));
+  if (views.data() == nullptr) return false;
+  ReadPart<T>* all = reinterpret_cast<ReadPart<T>*>(views.data());
+  for (int64_t b = 0; b < a.B; ++b) {
+    parallel_run(parallel, parts, [&](int64_t p) {
+      Arena arena(scratch.data() + p * size.used());
+      all[p] = ReadPart<T>(arena, a, tiles);
+      ReadScratch<T> s(arena, a);
+      read_part<T>(a, b, part_of(a.N, parts, p, tile), all[p], s);
+    });
+    Arena arena(scratch.data());
+    ReadPart<T>(arena, a, tiles);
+    combine_parts<T>(a, b, all, parts, parts, ReadScratch<T>(arena, a).sums);
+  }
+  return true;
+}
+
+template <class T>
+struct BackwardPart {
+  T *grad_key, *grad_sharpness, *grad_key_square;  // [R, D], [R], [R]
+  BackwardPart(Arena& arena, const ContentReadBackward& a)
+      : grad_key(arena.take<T>(a.R * a.D)), grad_sharpness(arena.take<T>(a.R)), grad_key_square(arena.take<T>(a.R)) {}
+};
+
+template <class T>
+struct BackwardScratch {
+  T *block, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *key, *sharpness, *grad_read, *read, *delta;
+  BackwardScratch(Arena& arena, const ContentReadBackward& a)
+      : block(arena.take<T>(a.D * tile)), grad(arena.take<T>(a.D * tile)), dots(arena.take<T>(a.R * tile)),
+        q(arena.take<T>(tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
+        squares(arena.take<T>(tile)), grad_squares(arena.take<T>(tile)), key(arena.take<T>(a.R * a.D)),
+        sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * a.D)), read(arena.take<T>(a.R * a.D)),
+        delta(arena.take<T>(a.R)) {}
+};
+
+template <class T>
+void backward_part(const ContentReadBackward& a, int64_t b, Range slots, BackwardPart<T>& part, BackwardScratch<T>& s) {
+  const int64_t numbers = a.R * a.D;
+  const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
+  const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
+  const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + b * a.R * a.N : nullptr;
+  T* grad_memory = static_cast<T*>(a.grad_memory) + b * a.N * a.D;
+  const T* key = widen(a.key, a.input, b * numbers, numbers, s.key);
+  const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
+  const T* grad_read = a.grad_read ? widen(a.grad_read, a.input, b * numbers, numbers, s.grad_read) : nullptr;
+  const T* read = widen(a.read, a.input, b * numbers, numbers, s.read);
+  for (int64_t r = 0; r < a.R; ++r) {
+    // sum over slots of w dL/dw, without a pass of its own: the part through the read is grad_read . read.
+    T delta = 0;
+    if (grad_read)
+      for (int64_t d = 0; d < a.D; ++d) delta += grad_read[r * a.D + d] * read[r * a.D + d];
+    if (grad_weights)
+      for (int64_t i = 0; i < a.N; ++i) delta += grad_weights[r * a.N + i] * weights[r * a.N + i];
+    s.delta[r] = delta;
+    part.grad_sharpness[r] = part.grad_key_square[r] = 0;
+  }
+  for (int64_t j = 0; j < numbers; ++j) part.grad_key[j] = 0;
+  for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
+    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
+    load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
+    dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
+    load_rows(weights + lo, a.R, a.N, 0, end - lo, s.weights, tile);
+    if (grad_read) dot_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, grad_read, s.grad_weights);
+    else std::memset(s.grad_weights, 0, a.R * tile * sizeof(T));
+    std::memset(s.grad_squares, 0, tile * sizeof(T));
+    for (int64_t r = 0; r < a.R; ++r) {
+      T *w = s.weights + r * tile, *g = s.grad_weights + r * tile;
+      for (int64_t i = end - lo; i < count; ++i) w[i] = 0;
+      if (grad_weights)
+        for (int64_t i = 0; i < end - lo; ++i) g[i] += grad_weights[r * a.N + lo + i];
+      const T key_square = square_sum(key + r * a.D, a.D), beta = sharpness ? sharpness[r] : T(1);
+      for (int64_t i = 0; i < count; i += width<T>)
+        store(s.q + i, T(1) / square_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
+      const ScoreGradient<T> grad = score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, s.delta[r],
+                                                      key_square, beta, g, s.grad_squares);
+      part.grad_sharpness[r] += grad.beta;
+      part.grad_key_square[r] += grad.key_square;
+    }
+    std::memset(s.grad, 0, a.D * tile * sizeof(T));
+    if (grad_read)
+      add_gradient<T, true, true>(s.block, s.grad, tile, count, a.D, a.R, s.weights, grad_read, s.grad_weights, key,
+                                  s.grad_squares);
+    else
+      add_gradient<T, false, true>(s.block, s.grad, tile, count, a.D, a.R, nullptr, nullptr, s.grad_weights, key,
+                                   s.grad_squares);
+    weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.grad_weights, part.grad_key);
+    store_slots(static_cast<const T*>(s.grad), tile, a.N, a.D, lo, lo + count, grad_memory);
+  }
+}
+
+template <class T>
+void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardPart<T>* parts, int64_t count,
+                      BackwardScratch<T>& s) {
+  const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.key);
+  BackwardPart<T> sum = parts[0];
+  for (int64_t p = 1; p < count; ++p) {
+    for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_key[j] += parts[p].grad_key[j];
+    for (int64_t r = 0; r < a.R; ++r) {
+      sum.grad_sharpness[r] += parts[p].grad_sharpness[r];
+      sum.grad_key_square[r] += parts[p].grad_key_square[r];
+    }
+  }
+  for (int64_t r = 0; r < a.R; ++r)
+    for (int64_t d = 0; d < a.D; ++d) sum.grad_key[r * a.D + d] += 2 * sum.grad_key_square[r] * key[r * a.D + d];
+  narrow(sum.grad_key, a.R * a.D, a.grad_key, a.input, b * a.R * a.D);
+  if (a.grad_sharpness) narrow(sum.grad_sharpness, a.R, a.grad_sharpness, a.input, b * a.R);
+}
+
+template <class T>
+bool content_read_backward(const ContentReadBackward& a, const Parallel& parallel) {
+  const Split split(parallel, a.B, a.N, a.D, a.R);
+  const int64_t parts = split.parts;
+  Arena size;
+  BackwardPart<T>(size, a), BackwardScratch<T>(size, a);
+  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (6 * a.R + 2));
+  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
+  const Scratch scratch(tasks * size.used());
+  if (scratch.data() == nullptr) return false;
+  if (parts == 1) {
+    parallel_run(parallel, tasks, [&](int64_t task) {
+      Arena arena(scratch.data() + task * size.used());
+      BackwardPart<T> part(arena, a);
+      BackwardScratch<T> s(arena, a);
+      const Range samples = part_of(a.B, tasks, task);
+      for (int64_t b = samples.lo; b < samples.hi; ++b) {
+        backward_part<T>(a, b, {0, a.N}, part, s);
+        combine_backward<T>(a, b, &part, 1, s);
+      }
+    });
+    return true;
+  }
+  const Scratch views(parts * sizeof(BackwardPart<T>));
+  if (views.data() == nullptr) return false;
+  BackwardPart<T>* all = reinterpret_cast<BackwardPart<T>*>(views.data());
+  for (int64_t b = 0; b < a.B; ++b) {
+    parallel_run(parallel, parts, [&](int64_t p) {
+      Arena arena(scratch.data() + p * size.used());
+      all[p] = BackwardPart<T>(arena, a);
+      BackwardScratch<T> s(arena, a);
+      backward_part<T>(a, b, part_of(a.N, parts, p, tile), all[p], s);
+    });
+    Arena arena(scratch.data());
+    BackwardPart<T>(arena, a);
+    BackwardScratch<T> s(arena, a);
+    combine_backward<T>(a, b, all, parts, s);
+  }
+  return true;
+}
+
+bool read(const ContentRead& a, const Parallel& parallel) {
+  return a.state == Dtype::float64 ? content_read<double>(a, parallel) : content_read<float>(a, parallel);
+}
+bool read_backward(const ContentReadBackward& a, const Parallel& parallel) {
+  return a.state == Dtype::float64 ? content_read_backward<double>(a, parallel)
+                                   : content_read_backward<float>(a, parallel);
+}
+
+}  // namespace
+
+extern const ContentKernels content_kernels;
+const ContentKernels content_kernels = {read, read_backward};
+
+}  // namespace MANN_FAST_ISA
+}  // namespace mann_fast

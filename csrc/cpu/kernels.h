@@ -1,0 +1,120 @@
+// What the CPU kernels take: pointers and sizes, nothing of torch. All arrays are contiguous. The state (memory, read
+// weights, usage) is float or double; keys, write vectors, gates, sharpness and reads may be half precision beside float.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace mann_fast {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// How a kernel runs its tasks; the caller owns the threads.
+struct Parallel {
+  int64_t threads;
+  void (*run)(int64_t tasks, void (*task)(void* context, int64_t index), void* context);
+};
+
+// Slots are laid out in lanes; rows of N slots are padded to a multiple of this on every instruction set.
+constexpr int64_t slot_padding = 16;
+constexpr int64_t padded_slots(int64_t num_slots) { return (num_slots + slot_padding - 1) / slot_padding * slot_padding; }
+
+struct ContentRead {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  double eps;
+  const void *memory, *key, *sharpness;  // [B, N, D], [B, R, D], [B, R] or null
+  void *read, *weights;                  // [B, R, D], [B, R, N]
+};
+
+struct ContentReadBackward {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  double eps;
+  const void *grad_read, *grad_weights;  // either may be null
+  const void *memory, *key, *sharpness, *read, *weights;
+  void *grad_memory, *grad_key, *grad_sharpness;  // grad_sharpness is null where sharpness is
+};
+
+struct LeastUsed {
+  int64_t B, N, n;
+  Dtype state;
+  const void* usage;  // [B, N]
+  int64_t* slots;     // [B, n]
+};
+
+struct LruaWrite {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  bool shared_target;
+  const void *memory, *read_weights, *usage, *write_vector, *gate_logit;
+  void *out_memory, *write_weights;
+  int64_t* slots;  // [B, R]
+};
+
+struct LruaWriteBackward {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  bool shared_target;
+  const void *grad_memory, *grad_write_weights;  // either may be null
+  const void *read_weights, *write_vector, *gate_logit;
+  const int64_t* slots;
+  void *grad_in_memory, *grad_read_weights, *grad_write_vector, *grad_gate_logit;
+};
+
+// Anchors [ceil(T / anchor_every) - 1, B, D + R, padded N]: the memory, slots in lanes, and the read weights as they were
+// before steps anchor_every, 2 anchor_every, ... anchor_every 0 keeps neither anchors nor slots.
+struct LruaScan {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool read_first, shared_target;
+  double usage_decay, eps;
+  int64_t anchor_every;
+  const void *memory, *read_weights, *usage;
+  const void *keys, *write_vectors, *gate_logits, *sharpness;  // [T, B, R, D], [T, B, R]; sharpness may be null
+  void *reads, *out_memory, *out_read_weights, *out_usage;
+  int64_t* slots;  // [T, B, R]
+  void* anchors;
+};
+
+struct LruaScanBackward {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool read_first, shared_target;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_reads, *grad_memory, *grad_read_weights;  // each may be null
+  const void *memory, *read_weights, *keys, *write_vectors, *gate_logits, *sharpness;
+  const int64_t* slots;
+  const void* anchors;
+  void *grad_in_memory, *grad_in_read_weights, *grad_keys, *grad_write_vectors, *grad_gate_logits, *grad_sharpness;
+};
+
+// One table per instruction set. Each function returns false where scratch memory could not be had.
+struct ContentKernels {
+  bool (*read)(const ContentRead&, const Parallel&);
+  bool (*read_backward)(const ContentReadBackward&, const Parallel&);
+};
+
+struct LruaKernels {
+  bool (*least_used)(const LeastUsed&, const Parallel&);
+  bool (*write)(const LruaWrite&, const Parallel&);
+  bool (*write_backward)(const LruaWriteBackward&, const Parallel&);
+  bool (*scan)(const LruaScan&, const Parallel&);
+  bool (*scan_backward)(const LruaScanBackward&, const Parallel&);
+};
+
+struct Kernels {
+  const char* isa;
+  ContentKernels content;
+  LruaKernels lrua;
+};
+
+// The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where that names an instruction set which
+// this build or processor does not have.
+const Kernels* kernels();
+
+// 64-byte aligned; filled with NaN where MANN_FAST_POISON is set, so that tests see a read of what was never written.
+void* scratch_allocate(size_t bytes);
+void scratch_free(void* scratch);
+
+}  // namespace mann_fast

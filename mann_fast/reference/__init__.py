@@ -1,0 +1,9 @@
+"""The definition of every op in plain PyTorch: written to be read, differentiable by autograd, the oracle of every test.
+
+The functions have the names, signatures and results of :mod:`mann_fast.ops`. They check nothing; :mod:`mann_fast.ops` does.
+"""
+
+from .content import content_read, similarity
+from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
+
+__all__ = ["LRUAState", "content_read", "least_used", "lrua_scan", "lrua_step", "lrua_write", "similarity"]

@@ -1,0 +1,162 @@
+"""Least recently used access (LRUA) of Santoro et al. 2016 (arXiv 1605.06065), eqs. 2-8."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .content import similarity
+
+
+class LRUAState(NamedTuple):
+    """What an LRUA memory carries from one step to the next.
+
+    memory: [B, N, D], the slots; read_weights: [B, R, N], where each head read last; usage: [B, N], the decayed count of
+    reads and writes per slot, which carries no gradient. float32 or float64, all of one dtype.
+    """
+
+    memory: Tensor
+    read_weights: Tensor
+    usage: Tensor
+
+    @classmethod
+    def initial(
+        cls,
+        batch: int,
+        num_slots: int,
+        slot_size: int,
+        num_heads: int,
+        *,
+        value: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LRUAState:
+        """The state at the start of a sequence: every slot filled with ``value``, weights and usage one-hot at slot 0."""
+        for name, size, least in (
+            ("batch", batch, 0),
+            ("num_slots", num_slots, 1),
+            ("slot_size", slot_size, 1),
+            ("num_heads", num_heads, 1),
+        ):
+            if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, got {size}")
+        if num_heads > num_slots:
+            raise ValueError(f"num_heads must be at most num_slots = {num_slots}, got {num_heads}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype of an LRUA state must be torch.float32 or torch.float64, got {dtype}")
+        memory = torch.full((batch, num_slots, slot_size), value, dtype=dtype, device=device)
+        read_weights = torch.zeros(batch, num_heads, num_slots, dtype=dtype, device=device)
+        read_weights[:, :, 0] = 1
+        usage = torch.zeros(batch, num_slots, dtype=dtype, device=device)
+        usage[:, 0] = 1
+        return cls(memory, read_weights, usage)
+
+
+def least_used(usage: Tensor, n: int) -> Tensor:
+    """See :func:`mann_fast.ops.least_used`."""
+    return torch.sort(usage.detach(), dim=-1, stable=True).indices[:, :n].contiguous()
+
+
+def _write(
+    memory: Tensor, read_weights: Tensor, slots: Tensor, write_vector: Tensor, gate_logit: Tensor, write_target: str
+) -> tuple[Tensor, Tensor]:
+    """Steps 2-4 of SPEC: write weights, erase of the least used slot, add."""
+    batch, heads, num_slots = read_weights.shape
+    target = torch.zeros_like(read_weights)
+    if write_target == "per_head":  # head r gets the r-th least used slot
+        target.scatter_(2, slots.unsqueeze(2), 1)
+    else:  # "shared": every head gets all R least used slots (the paper's w_lu, eq. 6)
+        target.scatter_(2, slots.unsqueeze(1).expand(batch, heads, heads), 1)
+    gate = gate_logit.unsqueeze(2)
+    write_weights = torch.sigmoid(gate) * read_weights + torch.sigmoid(-gate) * target  # eq. 7
+    erased = torch.zeros(batch, num_slots, dtype=torch.bool, device=memory.device).scatter_(1, slots[:, :1], True)
+    memory = torch.where(erased.unsqueeze(2), 0, memory)
+    for head in range(heads):  # eq. 8; one head after the other, so that equal slots get equal bits
+        memory = memory + write_weights[:, head, :, None] * write_vector[:, head, None, :]
+    return memory, write_weights
+
+
+def lrua_write(
+    memory: Tensor,
+    read_weights: Tensor,
+    usage: Tensor,
+    write_vector: Tensor,
+    gate_logit: Tensor,
+    *,
+    write_target: str = "per_head",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mann_fast.ops.lrua_write`."""
+    slots = least_used(usage, read_weights.shape[1])
+    dtype = memory.dtype
+    return _write(memory, read_weights, slots, write_vector.to(dtype), gate_logit.to(dtype), write_target)
+
+
+def lrua_step(
+    state: LRUAState,
+    key: Tensor,
+    write_vector: Tensor,
+    gate_logit: Tensor,
+    sharpness: Tensor | None = None,
+    *,
+    order: str = "write_first",
+    write_target: str = "per_head",
+    usage_decay: float = 0.95,
+    eps: float = 1e-6,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, LRUAState]:
+    """See :func:`mann_fast.ops.lrua_step`. ``slots`` [B, R] replaces the choice of the least used slots."""
+    memory, read_weights, usage = state
+    dtype = memory.dtype
+    wide_key, write_vector, gate_logit = key.to(dtype), write_vector.to(dtype), gate_logit.to(dtype)
+    sharpness = None if sharpness is None else sharpness.to(dtype)
+    if slots is None:
+        slots = least_used(usage, key.shape[1])
+    written, write_weights = _write(memory, read_weights, slots, write_vector, gate_logit, write_target)
+    addressed = written if order == "write_first" else memory
+    weights = torch.softmax(similarity(addressed, wide_key, sharpness, eps), dim=-1)  # eqs. 2-3
+    read = (weights @ written).to(key.dtype)  # eq. 4
+    touched = weights.detach() + write_weights.detach()
+    usage = usage_decay * usage.detach()
+    total = touched[:, 0]
+    for head in range(1, key.shape[1]):  # heads in this order, so that every backend rounds alike
+        total = total + touched[:, head]
+    return read, LRUAState(written, weights, usage + total)  # eq. 5
+
+
+def lrua_scan(
+    state: LRUAState,
+    keys: Tensor,
+    write_vectors: Tensor,
+    gate_logits: Tensor,
+    sharpness: Tensor | None = None,
+    *,
+    order: str = "write_first",
+    write_target: str = "per_head",
+    usage_decay: float = 0.95,
+    eps: float = 1e-6,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, LRUAState]:
+    """See :func:`mann_fast.ops.lrua_scan`. ``slots`` [T, B, R] replays given choices of the least used slots."""
+    if keys.shape[0] == 0:
+        return keys.clone(), LRUAState(state.memory.clone(), state.read_weights.clone(), state.usage.detach().clone())
+    reads = []
+    for t in range(keys.shape[0]):
+        read, state = lrua_step(
+            state,
+            keys[t],
+            write_vectors[t],
+            gate_logits[t],
+            None if sharpness is None else sharpness[t],
+            order=order,
+            write_target=write_target,
+            usage_decay=usage_decay,
+            eps=eps,
+            slots=None if slots is None else slots[t],
+        )
+        reads.append(read)
+    return torch.stack(reads), state
