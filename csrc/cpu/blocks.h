@@ -108,6 +108,13 @@ inline void narrow(const T* from, int64_t count, void* to, Dtype dtype, int64_t 
   }
 }
 
+// The steps of a sample lie B R D numbers apart: too far for the processor to see them coming by itself.
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
 // ---- the three passes over a block ------------------------------------------------------------------------------
 
 // For slots [0, count): to[d][i] = from[d][i] + sum over WRITE heads of weights[r][i] * vectors[r][d], and on the result
@@ -316,7 +323,7 @@ inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t val
                      T* scores) {
   const T infinity = std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < count; i += width<T>) {
-    const Vec<T> inverse = T(1) / square_root<T>(load(squares + i) * key_square + eps);
+    const Vec<T> inverse = inverse_root<T>(load(squares + i) * key_square + eps);
     if (q != nullptr) store(q + i, inverse);
     store(scores + i, load(dots + i) * inverse * beta);
   }
@@ -326,9 +333,7 @@ inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t val
     const Vec<T> c = load(scores + i);
     greatest = c > greatest ? c : greatest;
   }
-  T result = -infinity;
-  for (int lane = 0; lane < width<T>; ++lane) result = greatest[lane] > result ? greatest[lane] : result;
-  return result;
+  return greatest_lane<T>(greatest);
 }
 
 // scores[i] = exp(scores[i] - greatest), in place; returns the sum.
@@ -381,14 +386,20 @@ inline ScoreGradient<T> score_gradient(const T* w, const T* dots, const T* q, co
 
 template <class T>
 inline T square_sum(const T* vector, int64_t count) {
+  Vec<T> sum{};
+  int64_t d = 0;
+  for (; d + width<T> <= count; d += width<T>) sum += load(vector + d) * load(vector + d);
   T total = 0;
-  for (int64_t d = 0; d < count; ++d) total += vector[d] * vector[d];
-  return total;
+  for (; d < count; ++d) total += vector[d] * vector[d];
+  return total + sum_lanes<T>(sum);
 }
 
+// sigmoid(x) and sigmoid(-x), both to full relative precision.
 template <class T>
-inline T sigmoid(T x) {
-  return T(1) / (T(1) + std::exp(-x));
+inline void sigmoids(T x, T* positive, T* negative) {
+  const T e = std::exp(x > 0 ? -x : x), larger = T(1) / (T(1) + e), smaller = e * larger;
+  *positive = x > 0 ? larger : smaller;
+  *negative = x > 0 ? smaller : larger;
 }
 
 // ---- least used -------------------------------------------------------------------------------------------------
@@ -417,8 +428,7 @@ inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slo
     const IntVec<T> o = load_int(order + i);
     smallest = o < smallest ? o : smallest;
   }
-  Int<T> value = taken<T>;
-  for (int lane = 0; lane < width<T>; ++lane) value = smallest[lane] < value ? smallest[lane] : value;
+  const Int<T> value = least_lane<T>(smallest);
   IntVec<T> index{}, first = splat_int<T>(taken<T>);
   for (int lane = 0; lane < width<T>; ++lane) index[lane] = lane;
   for (int64_t i = 0; i < count; i += width<T>) {
@@ -426,8 +436,7 @@ inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slo
     first = found < first ? found : first;
     index += width<T>;
   }
-  Int<T> position = taken<T>;
-  for (int lane = 0; lane < width<T>; ++lane) position = first[lane] < position ? first[lane] : position;
+  const Int<T> position = least_lane<T>(first);
   *least = value;
   *slot = position;
   order[position] = taken<T>;

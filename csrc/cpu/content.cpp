@@ -186,7 +186,7 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, Backwar
         for (int64_t i = 0; i < end - lo; ++i) g[i] += grad_weights[r * a.N + lo + i];
       const T key_square = square_sum(key + r * a.D, a.D), beta = sharpness ? sharpness[r] : T(1);
       for (int64_t i = 0; i < count; i += width<T>)
-        store(s.q + i, T(1) / square_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
+        store(s.q + i, inverse_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
       const ScoreGradient<T> grad = score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, s.delta[r],
                                                       key_square, beta, g, s.grad_squares);
       part.grad_sharpness[r] += grad.beta;

@@ -53,11 +53,7 @@ void select_slots(Int<T>* order, int64_t count, int64_t n, Int<T>* least, int64_
 template <class T>
 void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R, T* gate, T* keep) {
   const T* logits = widen(gate_logits, input, offset, R, keep);
-  for (int64_t r = 0; r < R; ++r) {
-    const T logit = logits[r];
-    gate[r] = sigmoid(logit);
-    keep[r] = sigmoid(-logit);
-  }
+  for (int64_t r = 0; r < R; ++r) sigmoids(logits[r], gate + r, keep + r);
 }
 
 // ---- least_used -------------------------------------------------------------------------------------------------
@@ -328,6 +324,16 @@ struct StepInputs {  // of one sample and step
     }
     for (int64_t r = 0; r < a.R; ++r) key_square[r] = square_sum(key + r * a.D, a.D);
   }
+
+  // Asks for the keys and write vectors of a step that comes next.
+  template <class Arguments>
+  void fetch(const Arguments& a, int64_t t, int64_t b) {
+    if (t < 0 || t >= a.T) return;
+    const bool half = a.input == Dtype::bfloat16 || a.input == Dtype::float16;
+    const int64_t size = half ? 2 : static_cast<int64_t>(sizeof(T)), row = (t * a.B + b) * a.R * a.D * size;
+    prefetch(static_cast<const char*>(a.keys) + row, a.R * a.D * size);
+    prefetch(static_cast<const char*>(a.write_vectors) + row, a.R * a.D * size);
+  }
 };
 
 template <class T>
@@ -463,6 +469,7 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
     if (a.anchor_every > 0)
       for (int64_t j = 0; j < R; ++j) a.slots[(t * a.B + b) * R + j] = s.slots[j];
     s.in.load(a, t, b);
+    s.in.fetch(a, t + 1, b);
     const bool keeps = a.anchor_every > 0 && t > 0 && t % a.anchor_every == 0;
     T* anchor = keeps ? static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + b) * (D + R) * ld : nullptr;
     parallel_run(parallel, parts, [&](int64_t p) {
@@ -478,12 +485,12 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
                               s.reads + p * R * D);
     });
     s.softmax.combine(parts, R);
-    for (int64_t p = 0; p < parts; ++p)
-      for (int64_t r = 0; r < R; ++r)
-        for (int64_t d = 0; d < D; ++d) {
-          const T part = s.reads[(p * R + r) * D + d] * s.softmax.scale[p * R + r];
-          s.reads[r * D + d] = p == 0 ? part : s.reads[r * D + d] + part;
-        }
+    for (int64_t r = 0; r < R; ++r) {
+      T* read = s.reads + r * D;
+      for (int64_t d = 0; d < D; ++d) read[d] *= s.softmax.scale[r];
+      for (int64_t p = 1; p < parts; ++p)
+        for (int64_t d = 0; d < D; ++d) read[d] += s.reads[(p * R + r) * D + d] * s.softmax.scale[p * R + r];
+    }
     narrow(s.reads, R * D, a.reads, a.input, (t * a.B + b) * R * D);
     parallel_run(parallel, parts,
                  [&](int64_t p) { normalise_and_use(scan, static_cast<T>(a.usage_decay), p, s); });
@@ -658,6 +665,7 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
     }
     for (int64_t step = 0; step < steps; ++step) {
       s.in.load(a, first + step, b);
+      s.in.fetch(a, first + step + 1, b);
       const int64_t* slots = a.slots + ((first + step) * a.B + b) * R;
       T* memory = s.memories + step * D * ld;
       T* read_weights = s.read_weights + step * R * ld;
@@ -676,6 +684,7 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
     for (int64_t step = steps - 1; step >= 0; --step) {
       const int64_t t = first + step, row = (t * a.B + b) * R;
       s.in.load(a, t, b);
+      s.in.fetch(a, t - 1, b);
       const T* grad_read = a.grad_reads ? widen(a.grad_reads, a.input, row * D, R * D, s.grad_read) : nullptr;
       parallel_run(parallel, parts, [&](int64_t p) {
         gather_weight_gradient(scan, p, s.memories + (step + 1) * D * ld, s.read_weights + (step + 1) * R * ld,

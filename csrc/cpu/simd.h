@@ -5,7 +5,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define MANN_FAST_VECTOR_BYTES 64
@@ -74,11 +79,25 @@ inline IntVec<T> splat_int(Int<T> x) {
   return x - IntVec<T>{};
 }
 
+// 1 / sqrt(x). In float by the processor's estimate and one Newton step, within 2e-7 (AVX2) or 1e-7 (AVX-512), at a third of
+// the time of root and division. The estimate of a denormal number may be infinite, so x counts as the least normal one.
 template <class T>
-inline Vec<T> square_root(Vec<T> x) {
-  for (int lane = 0; lane < width<T>; ++lane) x[lane] = std::sqrt(x[lane]);
+inline Vec<T> inverse_root(Vec<T> x) {
+  for (int lane = 0; lane < width<T>; ++lane) x[lane] = T(1) / std::sqrt(x[lane]);
   return x;
 }
+#if defined(__AVX2__)
+template <>
+inline Vec<float> inverse_root<float>(Vec<float> x) {
+  x = x < std::numeric_limits<float>::min() ? splat(std::numeric_limits<float>::min()) : x;
+#if defined(__AVX512F__)
+  const Vec<float> y = _mm512_maskz_rsqrt14_ps(0xffff, x);
+#else
+  const Vec<float> y = _mm256_rsqrt_ps(x);
+#endif
+  return y * (1.5f - (0.5f * x) * (y * y));
+}
+#endif
 
 inline Vec<float> as_float(IntVec<float> x) {
   Vec<float> v;
@@ -182,11 +201,34 @@ inline Vec<T> sum_lanes(Vec<T> (&v)[width<T>]) {
   return v[0];
 }
 
+// Lane i + step in the place of lane i, cyclically.
+template <int STEP, class V, int... I>
+inline V rotate_lanes(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + STEP) % static_cast<int>(sizeof...(I)))...);
+}
+
+// One number from all lanes, by a tree.
+template <int LANES, class V, class Combine>
+inline auto reduce_lanes(V v, Combine combine) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+  if constexpr (LANES >= 16) v = combine(v, rotate_lanes<8>(v, lanes));
+  if constexpr (LANES >= 8) v = combine(v, rotate_lanes<4>(v, lanes));
+  if constexpr (LANES >= 4) v = combine(v, rotate_lanes<2>(v, lanes));
+  v = combine(v, rotate_lanes<1>(v, lanes));
+  return v[0];
+}
+
 template <class T>
 inline T sum_lanes(Vec<T> v) {
-  T total = 0;
-  for (int lane = 0; lane < width<T>; ++lane) total += v[lane];
-  return total;
+  return reduce_lanes<width<T>>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+template <class T>
+inline T greatest_lane(Vec<T> v) {  // a NaN loses
+  return reduce_lanes<width<T>>(v, [](Vec<T> a, Vec<T> b) { return b > a ? b : a; });
+}
+template <class T>
+inline Int<T> least_lane(IntVec<T> v) {
+  return reduce_lanes<width<T>>(v, [](IntVec<T> a, IntVec<T> b) { return b < a ? b : a; });
 }
 
 }  // namespace

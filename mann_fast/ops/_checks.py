@@ -21,46 +21,41 @@ def check_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name} must have shape [{axes.replace(' ', ', ')}], got {list(value.shape)}")
 
 
-def check_shape(name: str, value: object, axes: str, sizes: Sequence[int]) -> None:
+def check_like(name: str, value: object, axes: str, sizes: Sequence[int], like_name: str, like: Tensor) -> None:
+    """A tensor of these sizes, with the dtype and on the device of another argument."""
+    if isinstance(value, Tensor) and value.shape == sizes and value.dtype == like.dtype and value.device == like.device:
+        return  # nearly always: a step is called T times, and each check counts
     check_tensor(name, value, axes)
     if value.shape != tuple(sizes):
         raise ValueError(
             f"{name} must have shape [{axes.replace(' ', ', ')}] = {list(sizes)}, got {list(value.shape)}"
         )
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {value.dtype}")
+    if value.device != like.device:
+        raise RuntimeError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
 
 
-def check_state_dtype(name: str, value: Tensor) -> None:
+def check_state(name: str, value: object, axes: str) -> None:
+    """A memory or usage: float32 or float64, no axis but the batch (the first) empty."""
+    check_tensor(name, value, axes)
     if value.dtype not in STATE_DTYPES:
         raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}")
+    if 0 in value.shape[1:]:
+        raise ValueError(f"{name} [{axes.replace(' ', ', ')}] may be empty in B only, got {list(value.shape)}")
 
 
-def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device as another argument."""
-    if value.dtype != other.dtype:
-        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}")
-    check_device(name, value, other_name, other)
-
-
-def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.device != other.device:
-        raise RuntimeError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
-
-
-def check_input_dtype(name: str, value: Tensor, memory: Tensor) -> None:
-    """The dtype of keys and their kin: the memory's, or half precision beside a float32 memory."""
-    if value.dtype != memory.dtype and not (value.dtype in HALF_DTYPES and memory.dtype == torch.float32):
+def check_input(name: str, value: object, axes: str, sizes: Sequence[int], memory: Tensor) -> None:
+    """Keys and their kin: of the memory's dtype, or half precision beside a float32 memory."""
+    half = isinstance(value, Tensor) and value.dtype in HALF_DTYPES and memory.dtype == torch.float32
+    if half and value.shape == sizes and value.device == memory.device:
+        return
+    if isinstance(value, Tensor) and value.dtype != memory.dtype and not half:
         expected = f"{memory.dtype}, the dtype of memory"
         if memory.dtype == torch.float32:
             expected += ", or torch.bfloat16 or torch.float16"
         raise TypeError(f"{name} must have dtype {expected}, got {value.dtype}")
-    check_device(name, value, "memory", memory)
-
-
-def check_sizes(name: str, value: Tensor, axes: str, positive: str) -> None:
-    """The axes named in ``positive`` may not be empty."""
-    for axis, size in zip(axes.split(), value.shape, strict=True):
-        if axis in positive.split() and size < 1:
-            raise ValueError(f"{name} [{axes.replace(' ', ', ')}] must have {axis} >= 1, got {list(value.shape)}")
+    check_like(name, value, axes, sizes, "memory", memory.to(value.dtype) if half else memory)
 
 
 def check_number(name: str, value: object) -> None:
@@ -77,6 +72,21 @@ def check_eps(eps: object) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through autograd: to be differentiated, or to refuse forward-mode differentiation, which
+    a raw op would answer with a silent zero."""
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply``, without the 30 us that binding the arguments to a signature takes in eager mode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def refuse_second_derivative(op: str, *tensors: Tensor | None) -> None:

@@ -31,7 +31,7 @@ def _(grad_read, grad_weights, memory, key, sharpness, read, weights, eps):
 class _ContentRead(torch.autograd.Function):
     @staticmethod
     def forward(memory, key, sharpness, eps):
-        return torch.ops.mann_fast.content_read(memory, key, sharpness, eps)
+        return torch.ops.mann_fast.content_read.default(memory, key, sharpness, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -45,7 +45,7 @@ class _ContentRead(torch.autograd.Function):
         if grad_read is None and grad_weights is None:
             return None, None, None, None
         _checks.refuse_second_derivative("content_read", grad_read, grad_weights, memory, key, sharpness)
-        grad_memory, grad_key, grad_sharpness = torch.ops.mann_fast.content_read_backward(
+        grad_memory, grad_key, grad_sharpness = torch.ops.mann_fast.content_read_backward.default(
             grad_read, grad_weights, memory, key, sharpness, read, weights, ctx.eps
         )
         return grad_memory, grad_key, None if sharpness is None else grad_sharpness, None
@@ -71,17 +71,17 @@ def content_read(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    _checks.check_tensor("memory", memory, "B N D")
-    _checks.check_state_dtype("memory", memory)
-    _checks.check_sizes("memory", memory, "B N D", "N D")
+    _checks.check_state("memory", memory, "B N D")
     _checks.check_tensor("key", key, "B R D")
-    _checks.check_shape("key", key, "B R D", (memory.shape[0], key.shape[1], memory.shape[2]))
-    _checks.check_sizes("key", key, "B R D", "R")
-    _checks.check_input_dtype("key", key, memory)
+    batch, heads, slot_size = memory.shape[0], key.shape[1], memory.shape[2]
+    _checks.check_input("key", key, "B R D", (batch, heads, slot_size), memory)
+    if heads < 1:
+        raise ValueError(f"key [B, R, D] must have at least one head, got {list(key.shape)}")
     if sharpness is not None:
-        _checks.check_shape("sharpness", sharpness, "B R", key.shape[:2])
-        _checks.check_like("sharpness", sharpness, "key", key)
+        _checks.check_like("sharpness", sharpness, "B R", (batch, heads), "key", key)
     _checks.check_eps(eps)
     if _backend.serving(memory.device) == "reference":
         return reference.content_read(memory, key, sharpness, eps=eps)
-    return _ContentRead.apply(memory, key, sharpness, float(eps))
+    if _checks.records_gradient(memory, key, sharpness):
+        return _checks.apply(_ContentRead, memory, key, sharpness, float(eps))
+    return torch.ops.mann_fast.content_read.default(memory, key, sharpness, float(eps))

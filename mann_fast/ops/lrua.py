@@ -142,7 +142,7 @@ def anchor_interval(num_slots: int, slot_size: int, num_heads: int) -> int:
 class _LRUAWrite(torch.autograd.Function):
     @staticmethod
     def forward(memory, read_weights, usage, write_vector, gate_logit, shared_target):
-        return torch.ops.mann_fast.lrua_write(
+        return torch.ops.mann_fast.lrua_write.default(
             memory, read_weights, usage, write_vector, gate_logit, shared_target
         )
 
@@ -162,7 +162,7 @@ class _LRUAWrite(torch.autograd.Function):
         _checks.refuse_second_derivative(
             "lrua_write", grad_memory, grad_write_weights, read_weights, write_vector, gate_logit
         )
-        grads = torch.ops.mann_fast.lrua_write_backward(
+        grads = torch.ops.mann_fast.lrua_write_backward.default(
             grad_memory, grad_write_weights, read_weights, write_vector, gate_logit, slots, ctx.shared_target
         )
         return grads[0], grads[1], None, grads[2], grads[3], None
@@ -184,7 +184,7 @@ class _LRUAScan(torch.autograd.Function):
         eps,
         anchor_every,
     ):
-        return torch.ops.mann_fast.lrua_scan(
+        return torch.ops.mann_fast.lrua_scan.default(
             memory,
             read_weights,
             usage,
@@ -227,7 +227,7 @@ class _LRUAScan(torch.autograd.Function):
             gate_logits,
             sharpness,
         )
-        grads = torch.ops.mann_fast.lrua_scan_backward(
+        grads = torch.ops.mann_fast.lrua_scan_backward.default(
             grad_reads,
             grad_memory,
             grad_read_weights,
@@ -249,22 +249,18 @@ class _LRUAScan(torch.autograd.Function):
 
 
 def _check_state(memory: object, read_weights: object, usage: object, prefix: str = "") -> None:
-    name = prefix + "memory"
-    _checks.check_tensor(name, memory, "B N D")
-    _checks.check_state_dtype(name, memory)
-    _checks.check_sizes(name, memory, "B N D", "N D")
+    _checks.check_state(prefix + "memory", memory, "B N D")
     batch, num_slots, _ = memory.shape
     _checks.check_tensor(prefix + "read_weights", read_weights, "B R N")
     heads = read_weights.shape[1]
-    _checks.check_shape(prefix + "read_weights", read_weights, "B R N", (batch, heads, num_slots))
-    _checks.check_sizes(prefix + "read_weights", read_weights, "B R N", "R")
-    if heads > num_slots:
+    _checks.check_like(
+        prefix + "read_weights", read_weights, "B R N", (batch, heads, num_slots), prefix + "memory", memory
+    )
+    if not 1 <= heads <= num_slots:
         raise ValueError(
-            f"{prefix}read_weights [B, R, N] must have at most N = {num_slots} heads, got R = {heads}"
+            f"{prefix}read_weights [B, R, N] must have 1 <= R <= N = {num_slots} heads, got {list(read_weights.shape)}"
         )
-    _checks.check_shape(prefix + "usage", usage, "B N", (batch, num_slots))
-    _checks.check_like(prefix + "read_weights", read_weights, name, memory)
-    _checks.check_like(prefix + "usage", usage, name, memory)
+    _checks.check_like(prefix + "usage", usage, "B N", (batch, num_slots), prefix + "memory", memory)
 
 
 def _check_options(order: object, write_target: object, usage_decay: object, eps: object) -> None:
@@ -291,15 +287,14 @@ def least_used(usage: Tensor, n: int) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or n.
     """
-    _checks.check_tensor("usage", usage, "B N")
-    _checks.check_state_dtype("usage", usage)
+    _checks.check_state("usage", usage, "B N")
     if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
         raise TypeError(f"n must be an int, got {type(n).__name__}")
     if not 0 <= n <= usage.shape[1]:
         raise ValueError(f"n must be within [0, N = {usage.shape[1]}], got {n}")
     if _backend.serving(usage.device) == "reference":
         return reference.least_used(usage, n)
-    return torch.ops.mann_fast.least_used(usage.detach(), n)
+    return torch.ops.mann_fast.least_used.default(usage.detach(), n)
 
 
 def lrua_write(
@@ -333,19 +328,17 @@ def lrua_write(
     """
     _check_state(memory, read_weights, usage)
     batch, heads, _ = read_weights.shape
-    _checks.check_shape("write_vector", write_vector, "B R D", (batch, heads, memory.shape[2]))
-    _checks.check_input_dtype("write_vector", write_vector, memory)
-    _checks.check_shape("gate_logit", gate_logit, "B R", (batch, heads))
-    _checks.check_like("gate_logit", gate_logit, "write_vector", write_vector)
+    _checks.check_input("write_vector", write_vector, "B R D", (batch, heads, memory.shape[2]), memory)
+    _checks.check_like("gate_logit", gate_logit, "B R", (batch, heads), "write_vector", write_vector)
     _checks.check_choice("write_target", write_target, WRITE_TARGETS)
     if _backend.serving(memory.device) == "reference":
         return reference.lrua_write(
             memory, read_weights, usage, write_vector, gate_logit, write_target=write_target
         )
-    memory, write_weights, _ = _LRUAWrite.apply(
-        memory, read_weights, usage.detach(), write_vector, gate_logit, write_target == "shared"
-    )
-    return memory, write_weights
+    arguments = (memory, read_weights, usage.detach(), write_vector, gate_logit, write_target == "shared")
+    if _checks.records_gradient(memory, read_weights, write_vector, gate_logit):
+        return _checks.apply(_LRUAWrite, *arguments)[:2]
+    return torch.ops.mann_fast.lrua_write.default(*arguments)[:2]
 
 
 def _lrua(
@@ -372,21 +365,15 @@ def _lrua(
     slot_size = memory.shape[2]
     key_name, write_name, gate_name = names
     _checks.check_tensor(key_name, keys, axes)
-    leading = keys.shape[:-3]
-    _checks.check_shape(key_name, keys, axes, (*leading, batch, heads, slot_size))
-    _checks.check_input_dtype(key_name, keys, memory)
-    _checks.check_shape(write_name, write_vectors, axes, keys.shape)
-    _checks.check_like(write_name, write_vectors, key_name, keys)
-    _checks.check_shape(gate_name, gate_logits, axes[:-2], keys.shape[:-1])
-    _checks.check_like(gate_name, gate_logits, key_name, keys)
+    sizes = (*keys.shape[:-3], batch, heads, slot_size)
+    _checks.check_input(key_name, keys, axes, sizes, memory)
+    _checks.check_like(write_name, write_vectors, axes, sizes, key_name, keys)
+    _checks.check_like(gate_name, gate_logits, axes[:-2], sizes[:-1], key_name, keys)
     if sharpness is not None:
-        _checks.check_shape("sharpness", sharpness, axes[:-2], keys.shape[:-1])
-        _checks.check_like("sharpness", sharpness, key_name, keys)
+        _checks.check_like("sharpness", sharpness, axes[:-2], sizes[:-1], key_name, keys)
     _check_options(order, write_target, usage_decay, eps)
     if _backend.serving(memory.device) == "reference":
         return None
-    differentiable = (memory, read_weights, keys, write_vectors, gate_logits, sharpness)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     arguments = (
         memory,
         read_weights,
@@ -400,10 +387,10 @@ def _lrua(
         float(usage_decay),
         float(eps),
     )
-    if save:
-        outputs = _LRUAScan.apply(*arguments, anchor_interval(num_slots, slot_size, heads))
+    if _checks.records_gradient(memory, read_weights, keys, write_vectors, gate_logits, sharpness):
+        outputs = _checks.apply(_LRUAScan, *arguments, anchor_interval(num_slots, slot_size, heads))
     else:
-        outputs = torch.ops.mann_fast.lrua_scan(*arguments, 0)
+        outputs = torch.ops.mann_fast.lrua_scan.default(*arguments, 0)
     return outputs[0], LRUAState(*outputs[1:4])
 
 
