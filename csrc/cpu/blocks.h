@@ -20,6 +20,9 @@ inline void for_heads(int64_t heads, Body body) {  // in groups of at most 4, wh
   if (heads - first == 1) body(first, std::integral_constant<int, 1>());
 }
 
+// Ops that go over a memory once take it in tiles of so many slots: 64 x D numbers stay in the first-level cache.
+constexpr int64_t tile = 64;
+
 // ---- layout and dtype -------------------------------------------------------------------------------------------
 
 // Slots [lo, hi) of memory [N][D] into block [D][ld]; lanes from N on become 0. lo and hi are multiples of slot_padding.
@@ -69,6 +72,14 @@ inline void load_rows(const T* from, int64_t rows, int64_t N, int64_t lo, int64_
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = lo; i < end; ++i) to[r * ld + i] = from[r * N + i];
     for (int64_t i = end > lo ? end : lo; i < hi; ++i) to[r * ld + i] = 0;
+  }
+}
+// The first `valid` slots of rows [rows][N] into rows [rows][tile], then 0 up to `count`.
+template <class T>
+inline void load_tile_rows(const T* from, int64_t rows, int64_t N, int64_t valid, int64_t count, T* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < valid; ++i) to[r * tile + i] = from[r * N + i];
+    for (int64_t i = valid; i < count; ++i) to[r * tile + i] = 0;
   }
 }
 template <class T>

@@ -1,12 +1,11 @@
-// content_read, forward and backward: one pass over the memory in tiles of slots, with an online softmax (a tile's
-// weights are scaled when the greatest similarity is known), as flash attention does.
+// content_read, forward and backward: one pass over the memory in tiles of slots, with an online softmax as in flash
+// attention (Dao et al. 2022). The weights are made from the similarities when the greatest of all is known, so that equal
+// slots get equal bits whatever tile they fall in.
 #include "blocks.h"
 
 namespace mann_fast {
 namespace MANN_FAST_ISA {
 namespace {
-
-constexpr int64_t tile = 64;  // slots per tile: 64 x D numbers stay in the first-level cache
 
 // Samples are split over the threads; where there are fewer samples than threads, so are the slots of each.
 struct Split {
@@ -19,11 +18,9 @@ struct Split {
 
 template <class T>
 struct ReadPart {  // what one part of a sample's slots leaves for the others
-  T *greatest, *total, *read;  // [R], [R], [R, D]
-  T* tile_greatest;            // [tiles, R]: the greatest that the stored weights of a tile are relative to
-  ReadPart(Arena& arena, const ContentRead& a, int64_t tiles)
-      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * a.D)),
-        tile_greatest(arena.take<T>(tiles * a.R)) {}
+  T *greatest, *total, *read;  // [R], [R], [R, D]: sum and read are relative to the part's own greatest similarity
+  ReadPart(Arena& arena, const ContentRead& a)
+      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * a.D)) {}
 };
 
 template <class T>
@@ -45,7 +42,7 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
     part.total[r] = 0;
   }
   for (int64_t j = 0; j < a.R * a.D; ++j) part.read[j] = 0;
-  for (int64_t lo = slots.lo, t = 0; lo < slots.hi; lo += tile, ++t) {
+  for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
     load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
     dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
@@ -59,44 +56,46 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
         for (int64_t d = 0; d < a.D; ++d) part.read[r * a.D + d] *= factor;
         part.greatest[r] = greatest;
       }
+      std::memcpy(weights + r * a.N + lo, row, valid * sizeof(T));
       part.total[r] += exp_slots(row, count, part.greatest[r]);
-      part.tile_greatest[t * a.R + r] = part.greatest[r];
-      for (int64_t i = 0; i < valid; ++i) weights[r * a.N + lo + i] = row[i];
     }
     weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.dots, part.read);
   }
 }
 
-// Makes good that the weights of each part and tile are relative to a maximum of their own.
+// Sum and read of all parts, and the similarities that lie in `weights` made into weights.
 template <class T>
-void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, int64_t count, int64_t borders_of, T* read) {
+void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, int64_t count, ReadScratch<T>& s) {
   T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
   for (int64_t r = 0; r < a.R; ++r) {
     T greatest = parts[0].greatest[r], total = 0;
     for (int64_t p = 1; p < count; ++p)
       greatest = parts[p].greatest[r] > greatest ? parts[p].greatest[r] : greatest;
     for (int64_t p = 0; p < count; ++p) total += parts[p].total[r] * std::exp(parts[p].greatest[r] - greatest);
-    for (int64_t d = 0; d < a.D; ++d) read[r * a.D + d] = 0;
+    T* read = s.sums + r * a.D;
+    for (int64_t d = 0; d < a.D; ++d) read[d] = 0;
     for (int64_t p = 0; p < count; ++p) {
       const T factor = std::exp(parts[p].greatest[r] - greatest) / total;
-      for (int64_t d = 0; d < a.D; ++d) read[r * a.D + d] += parts[p].read[r * a.D + d] * factor;
-      const Range slots = part_of(a.N, borders_of, p, tile);
-      for (int64_t lo = slots.lo, t = 0; lo < slots.hi; lo += tile, ++t) {
-        const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi;
-        const T scale = std::exp(parts[p].tile_greatest[t * a.R + r] - greatest) / total;
-        for (int64_t i = lo; i < end; ++i) weights[r * a.N + i] *= scale;
-      }
+      for (int64_t d = 0; d < a.D; ++d) read[d] += parts[p].read[r * a.D + d] * factor;
+    }
+    const T inverse = T(1) / total;
+    for (int64_t lo = 0; lo < a.N; lo += tile) {
+      const int64_t valid = a.N - lo < tile ? a.N - lo : tile, count = padded_slots(valid);
+      load_tile_rows(weights + r * a.N + lo, 1, a.N, valid, count, s.dots);
+      for (int64_t i = 0; i < count; i += width<T>)
+        store(s.dots + i, exp_nonpositive(load(s.dots + i) - greatest) * inverse);
+      std::memcpy(weights + r * a.N + lo, s.dots, valid * sizeof(T));
     }
   }
-  narrow(read, a.R * a.D, a.read, a.input, b * a.R * a.D);
+  narrow(s.sums, a.R * a.D, a.read, a.input, b * a.R * a.D);
 }
 
 template <class T>
 bool content_read(const ContentRead& a, const Parallel& parallel) {
   const Split split(parallel, a.B, a.N, a.D, a.R);
-  const int64_t parts = split.parts, tiles = (a.N + tile - 1) / tile;
+  const int64_t parts = split.parts;
   Arena size;
-  ReadPart<T>(size, a, tiles), ReadScratch<T>(size, a);
+  ReadPart<T>(size, a), ReadScratch<T>(size, a);
   const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (2 * a.R + 1));
   const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
   const Scratch scratch(tasks * size.used());
@@ -104,12 +103,12 @@ bool content_read(const ContentRead& a, const Parallel& parallel) {
   if (parts == 1) {
     parallel_run(parallel, tasks, [&](int64_t task) {
       Arena arena(scratch.data() + task * size.used());
-      ReadPart<T> part(arena, a, tiles);
+      ReadPart<T> part(arena, a);
       ReadScratch<T> s(arena, a);
       const Range samples = part_of(a.B, tasks, task);
       for (int64_t b = samples.lo; b < samples.hi; ++b) {
         read_part<T>(a, b, {0, a.N}, part, s);
-        combine_parts<T>(a, b, &part, 1, 1, s.sums);
+        combine_parts<T>(a, b, &part, 1, s);
       }
     });
     return true;
@@ -120,13 +119,14 @@ bool content_read(const ContentRead& a, const Parallel& parallel) {
   for (int64_t b = 0; b < a.B; ++b) {
     parallel_run(parallel, parts, [&](int64_t p) {
       Arena arena(scratch.data() + p * size.used());
-      all[p] = ReadPart<T>(arena, a, tiles);
+      all[p] = ReadPart<T>(arena, a);
       ReadScratch<T> s(arena, a);
       read_part<T>(a, b, part_of(a.N, parts, p, tile), all[p], s);
     });
     Arena arena(scratch.data());
-    ReadPart<T>(arena, a, tiles);
-    combine_parts<T>(a, b, all, parts, parts, ReadScratch<T>(arena, a).sums);
+    ReadPart<T>(arena, a);
+    ReadScratch<T> s(arena, a);
+    combine_parts<T>(a, b, all, parts, s);
   }
   return true;
 }
@@ -175,13 +175,12 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, Backwar
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
     load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
     dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
-    load_rows(weights + lo, a.R, a.N, 0, end - lo, s.weights, tile);
+    load_tile_rows(weights + lo, a.R, a.N, end - lo, count, s.weights);
     if (grad_read) dot_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, grad_read, s.grad_weights);
     else std::memset(s.grad_weights, 0, a.R * tile * sizeof(T));
     std::memset(s.grad_squares, 0, tile * sizeof(T));
     for (int64_t r = 0; r < a.R; ++r) {
       T *w = s.weights + r * tile, *g = s.grad_weights + r * tile;
-      for (int64_t i = end - lo; i < count; ++i) w[i] = 0;
       if (grad_weights)
         for (int64_t i = 0; i < end - lo; ++i) g[i] += grad_weights[r * a.N + lo + i];
       const T key_square = square_sum(key + r * a.D, a.D), beta = sharpness ? sharpness[r] : T(1);

@@ -1,9 +1,9 @@
 // least_used, lrua_write and lrua_scan (a step is a scan of one), forward and backward.
 //
-// A scan holds one sample's memory in cache, slots in lanes, through all T steps. Each step is two phases: in the first
-// every slot is written, compared and read with weights relative to a maximum; in the second the weights are normalised,
-// usage is updated and the least used slots are found. Where there are fewer samples than threads and the memory is
-// large, the slots of a sample are split over the threads, which meet between phases.
+// A scan holds one sample's memory in cache, slots in lanes, through all T steps. Each step is three phases: every slot is
+// written and compared; every slot is weighed and read, now that the greatest similarity is known; the weights are
+// normalised, usage is updated and the least used slots are found. Where there are fewer samples than threads and the
+// memory is large, the slots of a sample are split over the threads, which meet between phases.
 //
 // Backward replays a few steps from the last anchor into memories kept side by side in cache, then goes back through them.
 #include <cstdlib>
@@ -13,8 +13,6 @@
 namespace mann_fast {
 namespace MANN_FAST_ISA {
 namespace {
-
-constexpr int64_t tile = 64;  // slots per tile of lrua_write
 
 // ---- pieces -----------------------------------------------------------------------------------------------------
 
@@ -144,9 +142,7 @@ void write_part(const LruaWrite& a, int64_t b, Range slots, WriteScratch<T>& s) 
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
     load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
-    for (int64_t r = 0; r < a.R; ++r)
-      for (int64_t i = 0; i < count; ++i)
-        s.read_weights[r * tile + i] = lo + i < end ? read_weights[r * a.N + lo + i] : T(0);
+    load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
     // Row pointers moved back by lo, so that slots keep their numbers; only [lo, lo + count) is touched.
     mix_write_weights<T>(s.read_weights - lo, tile, a.R, {lo, lo + count}, s.gate, s.keep, chosen, a.shared_target,
                          s.write_weights - lo);
@@ -226,9 +222,7 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
     const Range range{lo, lo + count};
     if (grad_memory) load_slots(grad_memory, a.N, a.D, lo, lo + count, s.grad, tile);
     else std::memset(s.grad, 0, a.D * tile * sizeof(T));
-    for (int64_t r = 0; r < a.R; ++r)
-      for (int64_t i = 0; i < count; ++i)
-        s.read_weights[r * tile + i] = lo + i < end ? read_weights[r * a.N + lo + i] : T(0);
+    load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
     mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.keep, chosen, a.shared_target,
                          s.write_weights - lo);
     dot_slots(static_cast<const T*>(s.grad), tile, count, a.D, a.R, vector, s.grad_write_weights);
@@ -337,22 +331,23 @@ struct StepInputs {  // of one sample and step
 };
 
 template <class T>
-struct Softmax {  // of each part: the greatest similarity, and the sum relative to it; [parts, R]
+struct Softmax {  // of each part: the greatest similarity, and the sum of weights relative to the greatest of all; [parts, R]
   T *greatest, *total, *scale;
   Softmax(Arena& arena, int64_t parts, int64_t R)
-      : greatest(arena.take<T>(parts * R)), total(arena.take<T>(parts * R)), scale(arena.take<T>(parts * R)) {}
+      : greatest(arena.take<T>(parts * R)), total(arena.take<T>(parts * R)), scale(arena.take<T>(R)) {}
 
-  // What the weights of each part are to be multiplied by.
-  void combine(int64_t parts, int64_t R) {
+  // Leaves the greatest of all parts in the first.
+  void combine_greatest(int64_t parts, int64_t R) {
+    for (int64_t p = 1; p < parts; ++p)
+      for (int64_t r = 0; r < R; ++r)
+        greatest[r] = greatest[p * R + r] > greatest[r] ? greatest[p * R + r] : greatest[r];
+  }
+  // What all weights are to be multiplied by.
+  void combine_total(int64_t parts, int64_t R) {
     for (int64_t r = 0; r < R; ++r) {
-      T most = greatest[r], sum = 0;
-      for (int64_t p = 1; p < parts; ++p) most = greatest[p * R + r] > most ? greatest[p * R + r] : most;
-      if (parts == 1) {
-        scale[r] = T(1) / total[r];
-        continue;
-      }
-      for (int64_t p = 0; p < parts; ++p) sum += total[p * R + r] * std::exp(greatest[p * R + r] - most);
-      for (int64_t p = 0; p < parts; ++p) scale[p * R + r] = std::exp(greatest[p * R + r] - most) / sum;
+      T sum = total[r];
+      for (int64_t p = 1; p < parts; ++p) sum += total[p * R + r];
+      scale[r] = T(1) / sum;
     }
   }
 };
@@ -362,9 +357,9 @@ struct StepArrays {  // rows [R][ld] and [ld]; from and to: [D][ld]. q may be nu
   T *from, *to, *before, *write_weights, *read_weights, *dots, *squares, *q;
 };
 
-// First phase, slots of part p: write, and weights relative to the part's maximum.
+// First phase, slots of part p: write, and similarities in the place of the new read weights.
 template <class T>
-void write_and_address(const Scan<T>& scan, const StepInputs<T>& in, const int64_t* slots, int64_t p,
+void write_and_compare(const Scan<T>& scan, const StepInputs<T>& in, const int64_t* slots, int64_t p,
                        const StepArrays<T>& x, Softmax<T>& softmax, T* column) {
   const Range range = scan.part(p);
   const int64_t lo = range.lo, count = range.hi - range.lo, ld = scan.ld, D = scan.D, R = scan.R;
@@ -387,11 +382,18 @@ void write_and_address(const Scan<T>& scan, const StepInputs<T>& in, const int64
   for (int64_t r = 0; r < R; ++r) {
     T* weights = x.read_weights + r * ld + lo;
     T* q = x.q == nullptr ? nullptr : x.q + r * ld + lo;
-    const T greatest = score_slots<T>(x.dots + r * ld + lo, x.squares + lo, count, scan.valid(range), in.key_square[r],
-                                      in.beta[r], scan.eps, q, weights);
-    softmax.greatest[p * R + r] = greatest;
-    softmax.total[p * R + r] = exp_slots(weights, count, greatest);
+    softmax.greatest[p * R + r] = score_slots<T>(x.dots + r * ld + lo, x.squares + lo, count, scan.valid(range),
+                                                 in.key_square[r], in.beta[r], scan.eps, q, weights);
   }
+}
+
+// Second phase, slots of part p: similarities to weights, not yet normalised.
+template <class T>
+void weigh(const Scan<T>& scan, int64_t p, T* read_weights, Softmax<T>& softmax) {
+  const Range range = scan.part(p);
+  for (int64_t r = 0; r < scan.R; ++r)
+    softmax.total[p * scan.R + r] =
+        exp_slots(read_weights + r * scan.ld + range.lo, range.hi - range.lo, softmax.greatest[r]);
 }
 
 // ---- lrua_scan: forward -----------------------------------------------------------------------------------------
@@ -434,11 +436,11 @@ void choose_slots(const Scan<T>& scan, ScanScratch<T>& s) {
   }
 }
 
-// Second phase, slots of part p: normalise the weights, update usage, find the least used.
+// Third phase, slots of part p: normalise the weights, update usage, find the least used.
 template <class T>
 void normalise_and_use(const Scan<T>& scan, T usage_decay, int64_t p, ScanScratch<T>& s) {
   const Range range = scan.part(p);
-  const T* scale = s.softmax.scale + p * scan.R;
+  const T* scale = s.softmax.scale;
   for (int64_t i = range.lo; i < range.hi; i += width<T>) {
     Vec<T> total{};
     for (int64_t r = 0; r < scan.R; ++r) {
@@ -480,16 +482,21 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
         for (int64_t r = 0; r < R; ++r)
           std::memcpy(anchor + (D + r) * ld + range.lo, s.read_weights + r * ld + range.lo, bytes);
       }
-      write_and_address(scan, s.in, s.slots, p, arrays, s.softmax, s.columns + p * D);
+      write_and_compare(scan, s.in, s.slots, p, arrays, s.softmax, s.columns + p * D);
+    });
+    s.softmax.combine_greatest(parts, R);
+    parallel_run(parallel, parts, [&](int64_t p) {
+      const Range range = scan.part(p);
+      weigh(scan, p, s.read_weights, s.softmax);
       weighted_sums<T, false>(s.memory + range.lo, ld, range.hi - range.lo, D, R, s.read_weights + range.lo,
                               s.reads + p * R * D);
     });
-    s.softmax.combine(parts, R);
+    s.softmax.combine_total(parts, R);
     for (int64_t r = 0; r < R; ++r) {
       T* read = s.reads + r * D;
-      for (int64_t d = 0; d < D; ++d) read[d] *= s.softmax.scale[r];
       for (int64_t p = 1; p < parts; ++p)
-        for (int64_t d = 0; d < D; ++d) read[d] += s.reads[(p * R + r) * D + d] * s.softmax.scale[p * R + r];
+        for (int64_t d = 0; d < D; ++d) read[d] += s.reads[(p * R + r) * D + d];
+      for (int64_t d = 0; d < D; ++d) read[d] *= s.softmax.scale[r];
     }
     narrow(s.reads, R * D, a.reads, a.input, (t * a.B + b) * R * D);
     parallel_run(parallel, parts,
@@ -672,13 +679,15 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
       const StepArrays<T> arrays = {memory, memory + D * ld, read_weights, s.write_weights, read_weights + R * ld,
                                     s.dots + step * R * ld, s.squares + step * ld, s.q + step * R * ld};
       parallel_run(parallel, parts, [&](int64_t p) {
-        write_and_address(scan, s.in, slots, p, arrays, s.softmax, s.columns + p * D);
+        write_and_compare(scan, s.in, slots, p, arrays, s.softmax, s.columns + p * D);
       });
-      s.softmax.combine(parts, R);
+      s.softmax.combine_greatest(parts, R);
+      parallel_run(parallel, parts, [&](int64_t p) { weigh(scan, p, arrays.read_weights, s.softmax); });
+      s.softmax.combine_total(parts, R);
       parallel_run(parallel, parts, [&](int64_t p) {
         const Range range = scan.part(p);
         for (int64_t r = 0; r < R; ++r)
-          scale_slots(arrays.read_weights + r * ld + range.lo, range.hi - range.lo, s.softmax.scale[p * R + r]);
+          scale_slots(arrays.read_weights + r * ld + range.lo, range.hi - range.lo, s.softmax.scale[r]);
       });
     }
     for (int64_t step = steps - 1; step >= 0; --step) {

@@ -1,0 +1,106 @@
+"""content_read against the float64 reference, and what is special about it."""
+
+import pytest
+import torch
+from cases import needs_cpp, worst_error
+
+from mann_fast import ops, reference
+
+pytestmark = needs_cpp
+
+SHAPES = [  # B, N, D, R
+    pytest.param(2, 128, 40, 4, id="paper"),
+    pytest.param(3, 7, 5, 3, id="small-odd"),
+    pytest.param(1, 1, 1, 1, id="ones"),
+    pytest.param(2, 65, 17, 5, id="tile-tail-5-heads"),
+    pytest.param(1, 1000, 33, 9, id="many-tiles-9-heads"),
+    pytest.param(1, 4096, 64, 4, id="slots-over-threads"),
+    pytest.param(0, 5, 4, 2, id="empty-batch"),
+]
+
+
+def inputs(batch, slots, size, heads, dtype, sharpness):
+    memory = torch.randn(batch, slots, size, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
+    key = torch.randn(batch, heads, size, dtype=dtype)
+    return memory, key, 4 * torch.randn(batch, heads).to(dtype) if sharpness else None
+
+
+def run(function, tensors, dtype=None):
+    tensors = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    outputs = function(*tensors)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((x.double() * torch.randn(x.shape, generator=generator).bfloat16().double()).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [t for t in tensors if t is not None])]
+
+
+@pytest.mark.parametrize("sharpness", [True, False])
+@pytest.mark.parametrize("batch, slots, size, heads", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_matches_reference(batch, slots, size, heads, dtype, tolerance, sharpness):
+    tensors = inputs(batch, slots, size, heads, dtype, sharpness)
+    oracle = run(reference.content_read, tensors, torch.float64)
+    for actual, expected in zip(run(ops.content_read, tensors), oracle, strict=True):
+        assert actual.is_contiguous()
+        assert worst_error(actual, expected) < tolerance
+
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch, slots, size, heads", [(2, 128, 40, 4), (1, 7, 5, 3), (1, 2048, 64, 2)])
+def test_half_precision_loses_no_more_than_plain_pytorch(batch, slots, size, heads, dtype):
+    tensors = inputs(batch, slots, size, heads, dtype, True)
+    actual = run(ops.content_read, tensors)
+    assert [x.dtype for x in actual] == [dtype, torch.float32, torch.float32, dtype, dtype]
+    oracle = run(reference.content_read, tensors, torch.float64)
+    plain = run(reference.content_read, tensors, dtype)
+    for i, (x, baseline, expected) in enumerate(zip(actual, plain, oracle, strict=True)):
+        allowed = (2 if i < 2 else 3) * worst_error(baseline, expected)
+        assert worst_error(x, expected) <= allowed + 1e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e6])
+def test_extreme_rows_and_keys_are_finite(scale):
+    memory = torch.randn(2, 20, 6) * scale
+    memory[:, 3] = 0
+    key = torch.randn(2, 3, 6)
+    key[:, 1] = 0
+    sharpness = torch.tensor([[0.0, 1e4, -1e4]]).expand(2, 3)
+    actual = run(ops.content_read, (memory, key, sharpness))
+    expected = run(reference.content_read, (memory, key, sharpness), torch.float64)
+    for x, y in zip(actual[:2], expected[:2], strict=True):
+        assert torch.isfinite(x).all()
+        assert worst_error(x, y) < 1e-2  # a sharpness of 1e4 multiplies the rounding of the cosine
+    assert all(torch.isfinite(x).all() for x in actual)
+
+
+def test_gradient_of_one_output_alone():
+    memory, key, sharpness = (t.requires_grad_() for t in inputs(2, 19, 6, 3, torch.float64, True))
+    for index in (0, 1):
+        actual = torch.autograd.grad(ops.content_read(memory, key, sharpness)[index].square().sum(), (memory, key, sharpness))
+        expected = torch.autograd.grad(
+            reference.content_read(memory, key, sharpness)[index].square().sum(), (memory, key, sharpness)
+        )
+        for x, y in zip(actual, expected, strict=True):
+            assert worst_error(x, y) < 1e-12
+
+
+@pytest.mark.parametrize("sharpness", [True, False])
+def test_gradcheck(sharpness):
+    tensors = [t if t is None else t.requires_grad_() for t in inputs(2, 5, 3, 2, torch.float64, sharpness)]
+    assert torch.autograd.gradcheck(ops.content_read, tensors)
+
+
+def test_equal_slots_get_equal_weights():
+    memory = torch.randn(1, 1, 40).expand(1, 131, 40)
+    weights = ops.content_read(memory, torch.randn(1, 4, 40))[1]
+    assert (weights == weights[:, :, :1]).all()
+
+
+def test_a_nan_stays_in_its_sample():
+    memory, key, sharpness = inputs(3, 70, 8, 2, torch.float32, True)
+    clean = run(ops.content_read, (memory, key, sharpness))
+    memory[1, 66, 3] = float("nan")
+    dirty = run(ops.content_read, (memory, key, sharpness))
+    assert dirty[0][1].isnan().all()
+    for x, y in zip(clean, dirty, strict=True):
+        assert torch.equal(x[[0, 2]], y[[0, 2]])
