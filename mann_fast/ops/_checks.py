@@ -89,10 +89,28 @@ def apply(function: type[torch.autograd.Function], *arguments):
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def refuse_second_derivative(op: str, *tensors: Tensor | None) -> None:
-    """Raise where a backward pass is itself recorded: its result would silently count as a constant."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Hands gradients through, and raises where they are themselves differentiated."""
+
+    @staticmethod
+    def forward(op, count, *gradients_and_inputs):
+        return tuple(g.view_as(g) for g in gradients_and_inputs[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
         raise NotImplementedError(
-            f"{op} has no second derivative (create_graph=True or a gradient of a gradient); "
+            f"{ctx.op} has no second derivative; "
             "use mann_fast.reference or `with mann_fast.backend('reference')` for that"
         )
+
+
+def refuse_second_derivative(op: str, gradients: tuple[Tensor, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients, made to depend on the inputs of a backward pass that is itself recorded (create_graph=True, or
+    torch.func): else they would silently count as constants."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _RefuseSecondDerivative.apply(op, len(gradients), *gradients, *inputs)
+    return gradients

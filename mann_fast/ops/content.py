@@ -44,9 +44,11 @@ class _ContentRead(torch.autograd.Function):
         memory, key, sharpness, read, weights = ctx.saved_tensors
         if grad_read is None and grad_weights is None:
             return None, None, None, None
-        _checks.refuse_second_derivative("content_read", grad_read, grad_weights, memory, key, sharpness)
-        grad_memory, grad_key, grad_sharpness = torch.ops.mann_fast.content_read_backward.default(
+        gradients = torch.ops.mann_fast.content_read_backward.default(
             grad_read, grad_weights, memory, key, sharpness, read, weights, ctx.eps
+        )
+        grad_memory, grad_key, grad_sharpness = _checks.refuse_second_derivative(
+            "content_read", gradients, grad_read, grad_weights, memory, key, sharpness
         )
         return grad_memory, grad_key, None if sharpness is None else grad_sharpness, None
 

@@ -159,12 +159,9 @@ class _LRUAWrite(torch.autograd.Function):
         read_weights, write_vector, gate_logit, slots = ctx.saved_tensors
         if grad_memory is None and grad_write_weights is None:
             return None, None, None, None, None, None
-        _checks.refuse_second_derivative(
-            "lrua_write", grad_memory, grad_write_weights, read_weights, write_vector, gate_logit
-        )
-        grads = torch.ops.mann_fast.lrua_write_backward.default(
-            grad_memory, grad_write_weights, read_weights, write_vector, gate_logit, slots, ctx.shared_target
-        )
+        differentiable = (grad_memory, grad_write_weights, read_weights, write_vector, gate_logit)
+        grads = torch.ops.mann_fast.lrua_write_backward.default(*differentiable, slots, ctx.shared_target)
+        grads = _checks.refuse_second_derivative("lrua_write", grads, *differentiable)
         return grads[0], grads[1], None, grads[2], grads[3], None
 
 
@@ -215,8 +212,7 @@ class _LRUAScan(torch.autograd.Function):
         memory, read_weights, keys, write_vectors, gate_logits, sharpness, slots, anchors = ctx.saved_tensors
         if grad_reads is None and grad_memory is None and grad_read_weights is None:
             return (None,) * 12
-        _checks.refuse_second_derivative(
-            "lrua_scan",
+        differentiable = (
             grad_reads,
             grad_memory,
             grad_read_weights,
@@ -228,22 +224,9 @@ class _LRUAScan(torch.autograd.Function):
             sharpness,
         )
         grads = torch.ops.mann_fast.lrua_scan_backward.default(
-            grad_reads,
-            grad_memory,
-            grad_read_weights,
-            memory,
-            read_weights,
-            keys,
-            write_vectors,
-            gate_logits,
-            sharpness,
-            slots,
-            anchors,
-            ctx.read_first,
-            ctx.shared_target,
-            ctx.eps,
-            ctx.anchor_every,
+            *differentiable, slots, anchors, ctx.read_first, ctx.shared_target, ctx.eps, ctx.anchor_every
         )
+        grads = _checks.refuse_second_derivative("lrua_scan", grads, *differentiable)
         grad_sharpness = None if sharpness is None else grads[5]
         return grads[0], grads[1], None, grads[2], grads[3], grads[4], grad_sharpness, *(None,) * 5
 
