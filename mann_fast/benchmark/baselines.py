@@ -1,0 +1,38 @@
+"""What people would use instead of the fused ops: the same computation in plain PyTorch, as fast as it goes there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.lrua import LRUAState
+
+
+def lrua_step_by_products(
+    state: LRUAState, key: Tensor, write_vector: Tensor, gate_logit: Tensor, sharpness: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, LRUAState]:
+    """One step by matrix products and topk: what a careful user of PyTorch writes.
+
+    Faster than :mod:`mann_fast.reference` and not what SPEC asks for: equal slots get unequal last bits from a matrix
+    product, and topk leaves ties open.
+    """
+    memory, read_weights, usage = state
+    slots = torch.topk(usage, key.shape[1], largest=False, sorted=True).indices
+    gate = torch.sigmoid(gate_logit).unsqueeze(2)
+    write_weights = (gate * read_weights).scatter_add(2, slots.unsqueeze(2), 1 - gate)
+    kept = torch.ones_like(usage).scatter(1, slots[:, :1], 0.0)
+    memory = torch.baddbmm(memory * kept.unsqueeze(2), write_weights.transpose(1, 2), write_vector)
+    norms = key.square().sum(2, keepdim=True) * memory.square().sum(2).unsqueeze(1)
+    similarity = (key @ memory.transpose(1, 2)) * torch.rsqrt(norms + eps)
+    weights = torch.softmax(similarity * sharpness.unsqueeze(2), 2)
+    usage = 0.95 * usage + (weights.detach() + write_weights.detach()).sum(1)
+    return weights @ memory, LRUAState(memory, weights, usage)
+
+
+def scan(step, state: LRUAState, *inputs: Tensor) -> tuple[Tensor, LRUAState]:
+    """A loop of steps over inputs with a leading T."""
+    reads = []
+    for t in range(inputs[0].shape[0]):
+        read, state = step(state, *(x[t] for x in inputs))
+        reads.append(read)
+    return torch.stack(reads), state

@@ -1,0 +1,5 @@
+"""Layers with an external memory that stand where a recurrent layer of torch.nn stood."""
+
+from .memory import MemoryLayer, MemoryState
+
+__all__ = ["MemoryLayer", "MemoryState"]
