@@ -1,0 +1,70 @@
+# make demo    a model trained on built-in glyphs, from nothing but Python, g++ and this folder
+# make test    the test suite                     make check   everything else that CI runs
+# make build   the C++ extension again, as far as its sources have changed
+# make clean   removes all of it, the virtual environment too
+#
+# Everything happens in a virtual environment of its own, .venv. TORCH says what pip installs there for PyTorch. PyPI's
+# Linux wheels for x86-64 bring several gigabytes of CUDA; a machine without a GPU does as well with PyTorch's CPU build:
+#
+#     make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#
+# To change TORCH afterwards, run make clean first.
+
+PYTHON ?= python3
+TORCH ?= torch
+# A release other than the one in .venv, to test the wheel beside.
+TORCH_OTHER ?= torch==2.14.1
+
+VENV := .venv
+BIN := $(VENV)/bin
+OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check build lint abi isas sanitize wheel clean
+
+$(VENV)/installed: pyproject.toml setup.py Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77.0.3"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+build: $(VENV)/installed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/mann-fast demo
+
+test: build
+	$(BIN)/python -m pytest
+
+check: lint abi isas sanitize wheel
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+# Only symbols that the oldest supported torch has, and none that instruction sets share.
+abi: build
+	$(BIN)/python scripts/check_abi.py
+
+# The op tests on every instruction set, with memory that nobody has written filled with NaN.
+isas: build
+	$(BIN)/python scripts/test_isas.py $(OP_TESTS)
+
+# The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
+sanitize: $(VENV)/installed
+	$(BIN)/python scripts/sanitize.py
+
+# The wheel, made from the source distribution, in empty environments outside this folder: beside the torch that it was
+# built with and beside another.
+wheel: build
+	rm -rf dist
+	MANN_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation
+	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(OP_TESTS)
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks
+	rm -f mann_fast/_C.abi3.so* mann_fast/_build_info.json*
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""Stopping at the next good moment on Ctrl-C or a polite kill."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM set `received` instead of ending the process; the second SIGINT
+    raises KeyboardInterrupt.
+
+    Must be entered in the main thread.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    @property
+    def status(self) -> int:
+        """The exit status of a process that was stopped by the signal received."""
+        return 128 + self.received
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)

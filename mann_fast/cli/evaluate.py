@@ -1,0 +1,96 @@
+"""mann-fast evaluate: measure a trained model on classes that it has never seen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..data import Episodes
+from ..training import evaluate, load_checkpoint, restore_model
+from ..training.files import write_json
+from ..training.loop import describe
+from ._options import load_data
+
+EXAMPLE = """\
+example:
+  mann-fast evaluate --checkpoint runs/omniglot/checkpoint.pt --data omniglot
+
+Intervals are computed over episodes, since the answers within one depend on each other.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a model on held-out classes",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", required=True, type=Path, help="checkpoint.pt, or the folder it is in"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
+        "only its held-out classes are used",
+    )
+    parser.add_argument(
+        "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the episodes (default: 0)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder for evaluation.png and evaluation.json (default: that of the checkpoint)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training.plots import plot_accuracy
+
+    if args.episodes < 2:
+        raise ValueError(f"--episodes must be at least 2 to give confidence intervals, got {args.episodes}")
+    content = load_checkpoint(args.checkpoint)
+    config = content["config"]
+    source = args.data or config.data
+    dataset = load_data(config, source)
+    model = restore_model(content)
+    episodes = Episodes(
+        dataset.test, ways=config.ways, shots=config.shots, labels=config.labels, seed=args.seed
+    )
+    accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
+
+    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "evaluation.png"
+    title = describe(config, source)
+    plot_accuracy(picture, accuracy, config.chance, title)
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "step": content["step"],
+        "data": source,
+        "heldout_classes": dataset.test.num_classes,
+        "seed": args.seed,
+        "heldout_accuracy": accuracy.to_dict(),
+        "chance": config.chance,
+        "picture": str(picture),
+    }
+    write_json(out / "evaluation.json", result)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+
+    from ._report import print_accuracy
+
+    classes = f"{dataset.test.num_classes} held-out classes, {args.episodes:,} episodes"
+    print_accuracy(accuracy, config, f"{title}, step {content['step']}: {classes}")
+    print(f"picture: {picture}")
+    return 0

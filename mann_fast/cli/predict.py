@@ -1,0 +1,171 @@
+"""mann-fast predict: classify images of new classes from a few examples of each, without training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data import image_files, load_images
+from ..training import load_checkpoint, predict, restore_model
+
+EXAMPLE = """\
+example:
+  mann-fast predict --checkpoint runs/omniglot/checkpoint.pt --support examples new1.png new2.png
+
+where examples/ holds one folder per class with one or more images of it, such as examples/cat/1.png and
+examples/dog/1.png. The classes need not be among those that the model was trained on.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "predict",
+        help="classify images of new classes from a few examples",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", required=True, type=Path, help="checkpoint.pt, or the folder it is in"
+    )
+    parser.add_argument(
+        "--support",
+        metavar="DIR",
+        required=True,
+        type=Path,
+        help="folder with one sub-folder of examples per class",
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files to classify")
+    parser.add_argument(
+        "--orders",
+        metavar="N",
+        type=int,
+        default=32,
+        help="random orders of the examples to average over (default: 32)",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the orders (default: 0)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """names: C classes; images: Q paths; probabilities: float32 [Q, C]; examples: how many each class had."""
+
+    names: list[str]
+    examples: list[int]
+    images: list[Path]
+    probabilities: Tensor
+
+    def to_dict(self) -> dict:
+        return {
+            "classes": {
+                name: {"examples": count} for name, count in zip(self.names, self.examples, strict=True)
+            },
+            "predictions": [
+                {
+                    "image": str(image),
+                    "class": self.names[max(range(len(row)), key=row.__getitem__)],
+                    "probabilities": dict(zip(self.names, row, strict=True)),
+                }
+                for image, row in zip(self.images, self.probabilities.tolist(), strict=True)
+            ],
+        }
+
+
+def classify(
+    checkpoint: Path, support: Path, images: list[Path], *, orders: int = 32, seed: int = 0
+) -> Prediction:
+    """Classify image files by the examples in the sub-folders of `support`.
+
+    Raises FileNotFoundError and ValueError, naming the file or folder, where one is missing or cannot be
+    read.
+    """
+    content = load_checkpoint(checkpoint)
+    groups = example_files(support)
+    files = [file for group in groups.values() for file in group]
+    for image in images:
+        if not image.is_file():
+            raise FileNotFoundError(
+                f"{image} is {'a folder' if image.is_dir() else 'missing'}; give image files to classify"
+            )
+
+    # Drawings: dark ink on light paper or the other way round, whichever the files are. Photographs stay.
+    invert = None if content["data"]["drawn"] else False
+    pixels, readable, _ = load_images(
+        [*files, *images], image_size=content["config"].image_size, invert=invert
+    )
+    pixel = dict(zip(readable, pixels, strict=True))
+    for image in images:
+        if image not in pixel:
+            raise ValueError(f"{image} is not an image that can be read (PNG and JPEG can)")
+    groups = {name: [file for file in group if file in pixel] for name, group in groups.items()}
+    for name, group in groups.items():
+        if not group:
+            raise ValueError(
+                f"class {name!r} has no readable image in {support / name}; put at least one example there"
+            )
+
+    probabilities = predict(
+        restore_model(content),
+        content["config"],
+        torch.stack([pixel[file] for group in groups.values() for file in group]),
+        torch.tensor([index for index, group in enumerate(groups.values()) for _ in group]),
+        torch.stack([pixel[image] for image in images]),
+        orders=orders,
+        seed=seed,
+    )
+    return Prediction(list(groups), [len(group) for group in groups.values()], list(images), probabilities)
+
+
+def example_files(support: Path) -> dict[str, list[Path]]:
+    """The files of each class, by the name of its folder; both sorted, so that the result does not depend on
+    the file system.
+    """
+    if not support.is_dir():
+        raise FileNotFoundError(
+            f"--support {support} is not a folder; it must hold one sub-folder of examples per class"
+        )
+    folders = sorted(f for f in support.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+    if len(folders) < 2:
+        raise ValueError(
+            f"--support {support} has {len(folders)} sub-folders; it must hold one per class, and at least 2"
+        )
+    return {folder.name: image_files(folder) for folder in folders}
+
+
+def run(args: argparse.Namespace) -> int:
+    prediction = classify(args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed)
+    if args.json:
+        print(json.dumps(prediction.to_dict(), indent=2))
+    else:
+        print_prediction(prediction)
+    return 0
+
+
+def print_prediction(prediction: Prediction) -> None:
+    from rich.table import Table
+
+    from ._report import print_table
+
+    table = Table()
+    table.add_column("image", no_wrap=True)
+    for name, count in zip(prediction.names, prediction.examples, strict=True):
+        table.add_column(
+            f"{name}\n({count} example{'s' if count > 1 else ''})", justify="right", no_wrap=True
+        )
+    names = [image.name for image in prediction.images]
+    if len(set(names)) < len(names):  # then only the whole path tells them apart
+        names = list(map(str, prediction.images))
+    for name, row in zip(names, prediction.probabilities.tolist(), strict=True):
+        best = max(row)
+        table.add_row(name, *(f"{p:.1%}{'*' if p == best else ' '}" for p in row))
+    print("Probability of each class, the largest marked *")
+    print_table(table)

@@ -1,0 +1,29 @@
+"""Images sorted by class, and episodes drawn from them."""
+
+from .datasets import Dataset, load_dataset, split_classes
+from .episodes import Episode, Episodes, encode_inputs, num_outputs
+from .fetch import FetchError, cache_folder, fetch_omniglot
+from .folder import image_files, load_folder
+from .glyphs import generate_glyphs
+from .images import ClassImages, load_images, read_grey
+from .omniglot import load_omniglot
+
+__all__ = [
+    "ClassImages",
+    "Dataset",
+    "Episode",
+    "Episodes",
+    "FetchError",
+    "cache_folder",
+    "encode_inputs",
+    "fetch_omniglot",
+    "generate_glyphs",
+    "image_files",
+    "load_dataset",
+    "load_folder",
+    "load_images",
+    "load_omniglot",
+    "num_outputs",
+    "read_grey",
+    "split_classes",
+]

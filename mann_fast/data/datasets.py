@@ -1,0 +1,106 @@
+"""Training and test classes from any source, never overlapping."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from .fetch import fetch_omniglot
+from .folder import load_folder
+from .glyphs import generate_glyphs
+from .images import ClassImages
+from .omniglot import ALPHABETS, find_part, load_omniglot
+
+GLYPH_CLASSES = (1000, 200)  # to train on, to test on
+FEW_CLASSES = 30
+
+
+class Dataset(NamedTuple):
+    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder"."""
+
+    train: ClassImages
+    test: ClassImages
+    kind: str
+
+
+def load_dataset(
+    source: str | Path,
+    *,
+    image_size: int = 20,
+    seed: int = 0,
+    ways: int = 5,
+    shots: int = 10,
+    invert: bool | None = None,
+) -> Dataset:
+    """The classes of ``source``, split so that no class is in both parts, in the same way on every machine.
+
+    "glyphs": 1,000 and 200 invented characters (``seed`` makes others). "omniglot": the official background
+    and evaluation parts, fetched into the cache folder if they are not there. A path: Omniglot's archives or
+    folders, split likewise; or a folder with one sub-folder of images per class, of which a fifth, but at
+    least ``ways``, are set aside to test on: the same ones for the same ``seed``, so evaluate with the seed
+    of the training. ``invert`` as in ``load_folder``.
+
+    Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
+    one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
+    """
+    if source == "glyphs":
+        train, test = GLYPH_CLASSES
+        classes = generate_glyphs(train + test, max(20, shots), image_size=image_size, seed=seed)
+        parts = classes.select(range(train)), classes.select(range(train, train + test))
+        kind = "glyphs"
+    elif source == "omniglot" or any(find_part(source, part) for part in ALPHABETS):
+        path = fetch_omniglot() if source == "omniglot" else source
+        parts = tuple(
+            load_omniglot(path, part, image_size=image_size) for part in ("background", "evaluation")
+        )
+        kind = "omniglot"
+    else:
+        if not Path(source).exists():
+            raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
+        classes = load_folder(source, image_size=image_size, min_images=shots, invert=invert)
+        parts = split_classes(classes, ways=ways, seed=seed)
+        kind = "folder"
+    for part in parts:
+        part.require(shots, "lower shots (--shots)")
+    return Dataset(*parts, kind)
+
+
+def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tuple[ClassImages, ClassImages]:
+    """(train, test): a fifth of the classes, but at least ``ways``, are set aside to test on.
+
+    The choice follows a hash of seed and class name, so it is the same on every machine and adding a class
+    moves few others. Warns where few classes are left to train on. Raises ValueError for fewer than 2 *
+    ``ways`` classes.
+    """
+    count = classes.num_classes
+    if count < 2 * ways:
+        raise ValueError(_too_few(count, ways))
+    hashes = [
+        hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in classes.names
+    ]
+    order = sorted(range(count), key=hashes.__getitem__)
+    held_out = max(ways, round(count / 5))
+    if count - held_out < FEW_CLASSES:
+        warnings.warn(
+            f"only {count - held_out} classes to train on: a model then learns these classes rather than how "
+            f"to learn new ones, which takes {FEW_CLASSES} at the very least and better hundreds. Consider "
+            "training on Omniglot or the glyphs, and showing your classes to the trained model "
+            "(mann-fast predict --support)",
+            stacklevel=2,
+        )
+    return classes.select(sorted(order[held_out:])), classes.select(sorted(order[:held_out]))
+
+
+def _too_few(count: int, ways: int) -> str:
+    needed = (
+        f"{count} classes are too few to train with episodes of {ways} (--ways): that takes {ways} to "
+        f"train on and {ways} others to test on, {2 * ways} in all"
+    )
+    if count >= 4:
+        return f"{needed}. Add classes, or lower --ways to {count // 2}"
+    return (
+        f"{needed}. With so few, train on Omniglot or the glyphs and show your classes to the trained model "
+        "(mann-fast predict --support)"
+    )

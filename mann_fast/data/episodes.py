@@ -1,0 +1,176 @@
+"""Episodes: short tasks whose labels are dealt anew each time, so that only memory can answer."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .images import ClassImages
+
+LABELS = ("onehot", "string")
+LETTERS = 5  # a string label is five letters, each one of a to e: 25 numbers, 3,125 labels
+
+_TURN = math.pi / 16  # the paper's small rotation
+_SHIFT = 0.1  # of the width: the paper's 10 of 105 pixels
+
+
+class Episode(NamedTuple):
+    """A batch of episodes, time first.
+
+    inputs: float32 [T, B, F], the pixels in [0, 1] followed by the label of the step before (zeros at the
+        first).
+    targets: int64 [T, B], the label; with string labels [T, B, 5], a letter 0 to 4 each.
+    instance: int64 [T, B], 1 where a class is seen for the first time in its episode, 2 for the second, and
+        so on.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    instance: Tensor
+
+
+class Episodes:
+    """Draws batches of episodes from the images of ``classes``.
+
+    An episode has ``ways`` classes drawn at random, ``shots`` different images of each in random order (T =
+    ways * shots steps), and labels dealt to the classes at random. ``labels="string"`` deals strings of five
+    letters instead, different within an episode. ``augment=True`` turns and shifts every image a little, anew
+    in each batch. Everything random comes from a generator of its own: the same ``seed`` gives the same
+    episodes, and :meth:`state_dict` continues exactly.
+
+    Raises ValueError for options that do not fit, too few classes for ``ways``, or a class with fewer than
+    ``shots`` images (which it names).
+    """
+
+    def __init__(
+        self,
+        classes: ClassImages,
+        *,
+        ways: int = 5,
+        shots: int = 10,
+        labels: str = "onehot",
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        check_labels(ways, labels)
+        if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
+            raise ValueError(f"shots must be a positive integer, got {shots!r}")
+        if classes.num_classes < ways:
+            raise ValueError(
+                f"episodes of {ways} classes (ways) need at least {ways} classes, got {classes.num_classes}; "
+                "add classes or lower ways"
+            )
+        classes.require(shots, "add images or lower shots")
+        self.classes = classes
+        self.ways, self.shots, self.labels, self.augment = ways, shots, labels, augment
+        self.image_size = classes.image_size
+        self.length = ways * shots
+        self.num_outputs = num_outputs(ways, labels)
+        self.input_size = self.image_size**2 + self.num_outputs
+        self._pixels = classes.images.flatten(1)
+        middles = (2 * torch.arange(self.image_size) + 1) / self.image_size - 1  # of the pixels, from -1 to 1
+        across, down = torch.meshgrid(middles, middles, indexing="xy")
+        self._grid = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, batch: int) -> Episode:
+        """A batch of ``batch`` new episodes, on the CPU."""
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
+            raise ValueError(f"batch must be an integer of at least 0, got {batch!r}")
+        chosen = self._distinct(torch.full((batch,), self.classes.num_classes), self.ways)
+        chosen = chosen.gather(1, self._shuffled(batch, self.ways))  # so that any class can get any label
+        within = self._distinct(self.classes.counts[chosen], self.shots)
+        images = self.classes.starts[chosen].unsqueeze(-1) + within  # [B, ways, shots]
+        order = self._shuffled(batch, self.length).t().contiguous()  # [T, B]
+        label = order // self.shots
+        images = images.flatten(1).t().gather(0, order)
+        instance = F.one_hot(label, self.ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)
+
+        pixels = self._pixels[images.flatten()].view(self.length, batch, self.image_size, self.image_size)
+        if self.augment:
+            pixels = self._augmented(pixels)
+        targets = self._strings(batch)[torch.arange(batch), label] if self.labels == "string" else label
+        previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
+        return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is needed to go on with exactly the episodes that would have come next."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues from a :meth:`state_dict`. Raises ValueError where it is not one."""
+        if set(state) != {"generator"}:
+            raise ValueError(f"state must have the single entry 'generator', got {sorted(state)}")
+        self._generator.set_state(state["generator"])
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, dtype=torch.float64)
+
+    def _shuffled(self, batch: int, length: int) -> Tensor:
+        """A random order of 0 to length - 1 per row, int64 [batch, length]."""
+        return self._uniform(batch, length).argsort(1)
+
+    def _distinct(self, sizes: Tensor, count: int) -> Tensor:
+        """``count`` different integers below each of ``sizes``, every set equally likely (R. Floyd)."""
+        last = sizes.unsqueeze(-1) - count + torch.arange(count)
+        drawn = (self._uniform(*last.shape) * (last + 1)).long()
+        picks = torch.full_like(last, -1)
+        for i in range(count):
+            taken = (picks == drawn[..., i : i + 1]).any(-1)
+            picks[..., i] = torch.where(taken, last[..., i], drawn[..., i])
+        return picks
+
+    def _strings(self, batch: int) -> Tensor:
+        """A string of letters per label, int64 [batch, ways, 5]."""
+        number = self._distinct(torch.full((batch,), LETTERS**LETTERS), self.ways)
+        return number.unsqueeze(-1) // LETTERS ** torch.arange(LETTERS) % LETTERS
+
+    def _augmented(self, pixels: Tensor) -> Tensor:
+        """Every image turned by up to pi/16 and shifted by up to 10% of its width; float32."""
+        count, size = pixels.shape[0] * pixels.shape[1], self.image_size
+        random = (2 * self._uniform(count, 3) - 1).float()
+        angle, shift = random[:, 0] * _TURN, random[:, 1:] * 2 * _SHIFT  # the picture is 2 wide in grid units
+        cos, sin = angle.cos(), angle.sin()
+        transform = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1)
+        # One product for all images: affine_grid takes seven times as long as the sampling itself
+        grid = (transform.view(-1, 3) @ self._grid).view(count, 2, size, size).permute(0, 2, 3, 1)
+        flat = pixels.reshape(count, 1, size, size).float()
+        moved = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
+        return moved.clamp_(max=255).view(pixels.shape)  # interpolation may round to a little more
+
+
+def num_outputs(ways: int, labels: str) -> int:
+    """How many numbers a label is encoded in, which is also how many outputs a model needs."""
+    return LETTERS * LETTERS if labels == "string" else ways
+
+
+def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = "onehot") -> Tensor:
+    """What a model reads, float32 [T, B, S * S + L]: the pixels, then the label of the step before.
+
+    images: [T, B, S, S], uint8 or float, with values from 0 to 255. previous: the label of the step before,
+        int64 [T, B] in [-1, ways), or for string labels [T, B, 5] letters in [-1, 5); -1 stands for none and
+        is encoded as zeros. L is ``ways``, or 25 for string labels.
+    """
+    check_labels(ways, labels)
+    size = ways if labels == "onehot" else LETTERS
+    places = previous.unsqueeze(-1) if labels == "onehot" else previous
+    onehot = (places.unsqueeze(-1) == torch.arange(size, device=previous.device)).flatten(2)
+    pixels = images.flatten(2)
+    inputs = torch.empty(*pixels.shape[:2], pixels.shape[2] + onehot.shape[2], device=images.device)
+    torch.div(pixels, 255, out=inputs[..., : pixels.shape[2]])
+    inputs[..., pixels.shape[2] :] = onehot
+    return inputs
+
+
+def check_labels(ways: int, labels: str) -> None:
+    """Raises ValueError unless ``ways`` classes can be told apart by labels of this kind."""
+    if labels not in LABELS:
+        raise ValueError(f"labels must be 'onehot' or 'string', got {labels!r}")
+    if not isinstance(ways, int) or isinstance(ways, bool) or ways < 1:
+        raise ValueError(f"ways must be a positive integer, got {ways!r}")
+    if labels == "string" and ways > LETTERS**LETTERS:
+        raise ValueError(f"ways must be at most {LETTERS**LETTERS} with string labels, got {ways}")

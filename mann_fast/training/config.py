@@ -1,0 +1,122 @@
+"""The settings of a training run, with their defaults in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+MODELS = ("mann", "lstm")
+LABELS = ("onehot", "string")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes; a checkpoint holds it whole.
+
+    Raises TypeError and ValueError for a setting of the wrong type or out of range.
+    """
+
+    data: str = "glyphs"  # "glyphs", "omniglot" or the path of a folder
+    image_size: int = 20  # images are resized to image_size x image_size pixels
+
+    ways: int = 5  # classes per episode
+    shots: int = 10  # images of each class per episode
+    labels: str = "onehot"  # or "string": five letters per class, as in the paper
+    augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
+
+    model: str = "mann"  # or "lstm", the baseline without memory
+    hidden_size: int = 200
+    slots: int = 128
+    slot_size: int = 40
+    heads: int = 4
+
+    steps: int = 20_000
+    batch: int = 16  # episodes per step
+    lr: float = 1e-3  # Adam
+    warmup: int = 100  # steps in which the learning rate rises to lr
+    decay: float = 0.3  # share of the steps, at the end, in which it falls to 0
+    clip: float = 10.0  # largest norm of the gradient
+    seed: int = 0
+
+    log_every: int = 50  # steps per line of metrics.jsonl
+    checkpoint_every: int = 500
+    eval_episodes: int = 1000
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            expected = type(field.default)
+            if expected is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not expected:
+                raise TypeError(f"{field.name} must be of type {expected.__name__}, got {value!r}")
+        for name in (
+            "image_size",
+            "hidden_size",
+            "slots",
+            "slot_size",
+            "heads",
+            "steps",
+            "batch",
+            "log_every",
+            "checkpoint_every",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.ways >= 2, "ways", "at least 2", self.ways)
+        _require(
+            self.shots >= 2,
+            "shots",
+            "at least 2 (the first image of a class can only be guessed)",
+            self.shots,
+        )
+        _require(self.eval_episodes >= 2, "eval_episodes", "at least 2", self.eval_episodes)
+        _require(self.heads <= self.slots, "heads", f"at most slots = {self.slots}", self.heads)
+        _require(self.model in MODELS, "model", f"one of {', '.join(MODELS)}", self.model)
+        _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
+        _require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0", self.lr)
+        _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
+        _require(0 <= self.decay <= 1, "decay", "from 0 to 1", self.decay)
+        _require(self.clip > 0, "clip", "above 0", self.clip)
+        _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of one step, counted from 0: linear rise, constant, linear fall.
+
+        It depends on the settings and the step alone, so a resumed run has nothing to restore.
+        """
+        rise = (step + 1) / (self.warmup + 1)
+        falling = self.decay * self.steps
+        fall = (self.steps - step) / falling if falling else 1.0
+        return self.lr * min(1.0, rise, fall)
+
+    @property
+    def chance(self) -> float:
+        """The share of right answers of a blind guess: of one label of `ways`, or of five letters of five."""
+        return 1 / self.ways if self.labels == "onehot" else 5.0**-5
+
+    @property
+    def learned_above(self) -> float:
+        """2nd-instance accuracy above which learning has started.
+
+        A model that does not look at the images can still answer with a label that it has seen in the
+        episode, which is right once in `ways`; a quarter of the way from there to 1 is out of reach without
+        binding images to labels.
+        """
+        return 1 / self.ways + (1 - 1 / self.ways) / 4
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; ValueError where settings are missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if differing := names ^ set(values):
+            raise ValueError(f"settings of another version of mann_fast: {', '.join(sorted(differing))}")
+        return cls(**values)
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

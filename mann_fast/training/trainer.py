@@ -1,0 +1,174 @@
+"""One training run: model, optimiser and stream of episodes, one step at a time, with a state that resumes
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ..data import Dataset, Episodes
+from .checkpoint import build_model
+from .config import TrainConfig
+from .evaluation import episode_accuracy
+from .objective import is_right, label_loss, right_by_instance
+
+MONITOR_EPISODES = 64  # held-out episodes behind each point of the learning curve; always the same ones
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became infinite or NaN; the parameters are still those of the step before."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one training step: its number counted from 1, its loss, and its accuracy by instance [shots]."""
+
+    step: int
+    loss: float
+    accuracy: Tensor
+
+
+class Trainer:
+    """Trains one model on the training classes of a dataset.
+
+    Makes its model from torch's global generator, which it seeds with ``config.seed``. Raises ValueError
+    where the dataset has too few classes or images for the configured episodes.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset):
+        self.config = config
+        self.fingerprint = fingerprint(dataset)
+        self.drawn = is_drawn(dataset)
+        # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
+        classes = dataset.train.rotated() if config.augment and self.drawn else dataset.train
+        shape = {"ways": config.ways, "shots": config.shots, "labels": config.labels}
+        self.episodes = Episodes(classes, **shape, augment=config.augment, seed=config.seed)
+        self.monitor = Episodes(dataset.test, **shape, seed=0).sample(MONITOR_EPISODES)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.episodes.input_size, self.episodes.num_outputs)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.step = 0
+        self.seconds = 0.0  # spent in steps, over all sessions of the run
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._interval_loss = 0.0
+        self._interval_accuracy = torch.zeros(self.config.shots)
+        self._interval_steps = 0
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it trains on, turned characters included."""
+        return self.episodes.classes.num_classes
+
+    def train_step(self) -> StepResult:
+        """Draw a batch of episodes and take one step of Adam; TrainingDiverged where the loss or gradient is
+        not finite.
+        """
+        started = time.perf_counter()
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(self.step)
+        self.model.train()
+        episode = self.episodes.sample(config.batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, _ = self.model(episode.inputs)
+        loss = label_loss(logits, episode.targets, config.labels)
+        loss.backward()
+        norm = clip_grad_norm_(self.model.parameters(), config.clip)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise TrainingDiverged(
+                f"training diverged at step {self.step + 1}: "
+                f"the loss is {loss.item():g}, the gradient's norm {norm.item():g}"
+            )
+        self.optimizer.step()
+        self.step += 1
+
+        right = right_by_instance(
+            is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
+        )
+        accuracy = right.mean(0) / config.ways
+        self._interval_loss += loss.item()
+        self._interval_accuracy += accuracy
+        self._interval_steps += 1
+        self.seconds += time.perf_counter() - started
+        return StepResult(self.step, loss.item(), accuracy)
+
+    def metrics(self) -> dict[str, Any]:
+        """Averages over the steps since the last call, and the accuracy on held-out classes now: a line of
+        metrics.jsonl.
+        """
+        self.model.eval()
+        heldout = episode_accuracy(self.model, self.monitor, self.config.labels, self.config.shots).mean(0)
+        record = {
+            "step": self.step,
+            "loss": self._interval_loss / self._interval_steps,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_accuracy": (self._interval_accuracy / self._interval_steps).tolist(),
+            "heldout_accuracy": heldout.tolist(),
+            "seconds": round(self.seconds, 3),
+        }
+        self._start_interval()
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint: all that the next step depends on, and what rebuilds the model."""
+        from .. import __version__
+
+        return {
+            "mann_fast": __version__,
+            "config": self.config.to_dict(),
+            "data": {"drawn": self.drawn, "fingerprint": self.fingerprint},
+            "model": {"config": self.model.config, "state": self.model.state_dict()},
+            "optimizer": self.optimizer.state_dict(),
+            "episodes": self.episodes.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "interval": {
+                "loss": self._interval_loss,
+                "accuracy": self._interval_accuracy,
+                "steps": self._interval_steps,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; ValueError where the data are not the same."""
+        if state["data"]["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the images of --data {self.config.data} are not those that the checkpoint was trained on; "
+                "give the same data, or start a new run with another --out"
+            )
+        self.model.load_state_dict(state["model"]["state"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.episodes.load_state_dict(state["episodes"])
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self._interval_loss = state["interval"]["loss"]
+        self._interval_accuracy = state["interval"]["accuracy"].clone()
+        self._interval_steps = state["interval"]["steps"]
+
+
+def is_drawn(dataset: Dataset) -> bool:
+    """Whether the images are drawings, ink 255 on 0, not photographs."""
+    return dataset.kind != "folder" or dataset.train.inverted
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of what the classes are called and how many images they have, training and held-out.
+
+    Not of the pixels: image libraries of two machines may round them differently, and a run may move between
+    machines.
+    """
+    parts = [(part.names, part.starts.tolist()) for part in (dataset.train, dataset.test)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""Compiling csrc/: which file with which flags, and only what has changed. For setup.py and sanitize.py."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+KERNELS = ["lrua", "content"]  # the one that takes longest first
+ISA_FLAGS = {  # by processor; any other has the baseline only
+    "x86_64": {
+        "baseline": [],
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    },
+}
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Never -ffast-math: NaN and infinity must pass through. These two only say that nobody reads errno or traps.
+KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
+
+
+class CannotBuild(Exception):
+    """Why something cannot be built, in one line."""
+
+
+class Unit(NamedTuple):
+    """One object: <name>.o, compiled from the source with the flags beside the common ones."""
+
+    source: str
+    name: str
+    flags: list[str]
+
+
+class Compiler:
+    """The C++ compiler: $CXX, or the first of g++, c++, clang++. Raises CannotBuild if there is none."""
+
+    def __init__(self) -> None:
+        candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+        found = [name for name in candidates if shutil.which(shlex.split(name)[0])]
+        if not found:
+            raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(candidates)})")
+        self.command = shlex.split(found[0])
+        self.version = self._ask("--version")
+        self.isas = ISA_FLAGS.get(self._ask("-dumpmachine").split("-")[0], {"baseline": []})
+
+    def _ask(self, question: str) -> str:
+        answer = subprocess.run([*self.command, question], capture_output=True, text=True)
+        if answer.returncode != 0 or not answer.stdout.strip():
+            raise CannotBuild(f"the C++ compiler {shlex.join(self.command)!r} does not answer {question}")
+        return answer.stdout.splitlines()[0].strip()
+
+    def run(self, arguments: list[str]) -> None:
+        command = [*self.command, *arguments]
+        print(shlex.join(command), flush=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        sys.stderr.write(done.stderr)
+        if done.returncode != 0:
+            lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+            reason = next((line for line in lines if "error" in line), lines[-1])
+            raise CannotBuild(f"{self.version} failed (g++ 12 or newer, or clang++, is needed): {reason}")
+
+    def kernel_units(self) -> list[Unit]:
+        """The kernels, once per instruction set, and what chooses between them: all that needs no torch."""
+        per_isa = [
+            Unit(
+                f"csrc/cpu/{kernel}.cpp", f"{kernel}_{isa}", [*KERNEL_FLAGS, *flags, f"-DMANN_FAST_ISA={isa}"]
+            )
+            for kernel in KERNELS
+            for isa, flags in self.isas.items()
+        ]
+        return [*per_isa, Unit("csrc/cpu/dispatch.cpp", "dispatch", KERNEL_FLAGS)]
+
+    def compile(self, units: list[Unit], folder: Path, more_flags: list[str] | None = None) -> list[Path]:
+        """Compile what is not up to date, in parallel, into the folder; returns the objects."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda unit: self._compile(unit, folder, more_flags or []), units))
+
+    def _compile(self, unit: Unit, folder: Path, more_flags: list[str]) -> Path:
+        target = folder / f"{unit.name}.o"
+        stamp = target.with_suffix(".stamp")  # what it was compiled with, written after it was
+        arguments = [*COMMON_FLAGS, *unit.flags, *more_flags, "-MD", "-c", unit.source, "-o", str(target)]
+        made_by = f"{self.version}\n{shlex.join(self.command + arguments)}\n"
+        if not (stamp.exists() and stamp.read_text() == made_by and _newer(stamp, target.with_suffix(".d"))):
+            stamp.unlink(missing_ok=True)
+            started = time.time()
+            self.run(arguments)
+            stamp.write_text(made_by)
+            os.utime(stamp, (started, started))  # a file changed meanwhile counts as newer
+        return target
+
+
+def _newer(stamp: Path, dependencies: Path) -> bool:
+    """Whether the stamp is newer than every file in the compiler's list of dependencies."""
+    try:
+        names = shlex.split(dependencies.read_text().replace("\\\n", " ").split(":", 1)[1])
+        return all((ROOT / name).stat().st_mtime < stamp.stat().st_mtime for name in names)
+    except OSError:
+        return False

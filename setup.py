@@ -1,0 +1,103 @@
+"""Builds mann_fast/_C.abi3.so from csrc/; everything else about the package is in pyproject.toml.
+
+The kernels are compiled once per instruction set and know nothing of torch; csrc/bindings.cpp uses
+LibTorch's stable ABI only, so the library needs nothing of the very torch that it was built with. It has no
+Python module inside: torch.ops.load_library loads it. Objects are kept in build/objects for the next time.
+
+Where it cannot be built the package installs all the same and runs on its PyTorch reference;
+mann_fast/_build_info.json says why (`mann-fast doctor` shows it). MANN_FAST_REQUIRE_EXTENSION=1 makes that
+an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
+from build_backend import OLDEST_TORCH, find_torch, torch_version  # noqa: E402
+from native import ROOT, CannotBuild, Compiler, Unit  # noqa: E402
+
+LIBRARY = "_C.abi3.so"
+BUILD_INFO = "_build_info.json"
+
+
+def build_library(target: Path) -> dict:
+    """Build the extension; returns what it was built with. Raises CannotBuild."""
+    if sys.platform != "linux":
+        raise CannotBuild(f"the C++ extension is built on Linux only, this is {sys.platform}")
+    compiler = Compiler()
+    torch = find_torch()
+    if torch is None:
+        raise CannotBuild(
+            f"no torch >= {'.'.join(map(str, OLDEST_TORCH))} with C++ headers was found to build with"
+        )
+    bindings = Unit(
+        "csrc/bindings.cpp",
+        "bindings",
+        [
+            f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
+            f"-isystem{torch}/include",
+            f"-isystem{torch}/include/torch/csrc/api/include",
+            # Messages name files, but not folders of this machine.
+            f"-fmacro-prefix-map={torch.parent}/=",
+        ],
+    )
+    flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    objects = compiler.compile([*compiler.kernel_units(), bindings], Path("build/objects"), flags)
+    # libstdc++ first: libtorch_cpu.so has copies of some of its symbols. No search path is recorded, since
+    # whoever loads the library has imported torch.
+    libraries = ["-Wl,--as-needed", "-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compiler.run(["-shared", "-o", str(target.absolute()), *map(str, objects), *libraries, *flags])
+    return {"torch": torch_version(torch), "compiler": compiler.version, "isas": list(compiler.isas)}
+
+
+class BuildExtension(build_ext):
+    def get_ext_filename(self, name: str) -> str:
+        return str(Path(*name.split(".")).with_name(LIBRARY))
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        info = {"extension": True, "reason": None, "torch": None, "compiler": None, "isas": []}
+        try:
+            info.update(build_library(library))
+        except CannotBuild as problem:
+            if os.environ.get("MANN_FAST_REQUIRE_EXTENSION") == "1":
+                raise SystemExit(f"mann_fast: {problem}") from None
+            library.unlink(missing_ok=True)
+            info.update(extension=False, reason=str(problem))
+            print(f"mann_fast is built without its C++ extension: {problem}", file=sys.stderr)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.with_name(BUILD_INFO).write_text(json.dumps(info, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs. Replaced, not written over: a running process may have the library open."""
+        built, package = Path(self.build_lib) / "mann_fast", ROOT / "mann_fast"
+        for name in (LIBRARY, BUILD_INFO):
+            if (built / name).exists():
+                shutil.copy2(built / name, package / f"{name}.new")
+                os.replace(package / f"{name}.new", package / name)
+            else:
+                (package / name).unlink(missing_ok=True)
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "mann_fast"
+        return [str(package / name) for name in (LIBRARY, BUILD_INFO) if (package / name).exists()]
+
+
+# Free-threaded Python has no stable ABI, so its wheels are tagged for one Python version.
+abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
+setup(
+    ext_modules=[Extension("mann_fast._C", ["csrc/bindings.cpp"], py_limited_api=abi3, optional=True)],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if abi3 else {},
+)

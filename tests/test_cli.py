@@ -1,0 +1,511 @@
+"""The command line, at tiny sizes: in this process where that does, in a process of its own where signals or
+output count.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import mann_fast
+from mann_fast import cli
+from mann_fast.cli import demo, doctor
+from mann_fast.cli._options import load_data
+from mann_fast.data import generate_glyphs
+from mann_fast.training import TrainConfig, load_checkpoint, resume_run, start_run, train
+from mann_fast.training.files import read_json_lines
+
+SIZES = [
+    "--image-size",
+    "7",
+    "--ways",
+    "3",
+    "--shots",
+    "3",
+    "--batch",
+    "2",
+    "--hidden-size",
+    "8",
+    "--slots",
+    "5",
+]
+SIZES += ["--slot-size", "4", "--heads", "2", "--eval-episodes", "5"]
+COMMANDS = ["train", "evaluate", "predict", "demo", "doctor"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:only .* classes to train on")
+
+
+def write_pictures(folder, classes=8, images=4, seed=0):
+    """A folder of glyph classes, black on white, as a user would scan them."""
+    glyphs = generate_glyphs(classes, images, image_size=16, seed=seed)
+    for index in range(classes):
+        (folder / f"class{index}").mkdir(parents=True)
+        for number in range(images):
+            picture = 255 - glyphs.images[glyphs.starts[index] + number].numpy()
+            Image.fromarray(picture).save(folder / f"class{index}" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("shared") / "data")
+
+
+@pytest.fixture(scope="module")
+def run_folder(pictures):
+    """A finished run of three steps, beside its data."""
+    out = pictures.parent / "run"
+    arguments = ["train", "--data", str(pictures), "--out", str(out), "--steps", "3", *SIZES]
+    assert run_process(*arguments).returncode == 0
+    return out
+
+
+@pytest.fixture
+def support(tmp_path):
+    return write_pictures(tmp_path / "support", classes=3, images=2, seed=9)
+
+
+def run_process(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "mann_fast", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+def call(capsys, *arguments):
+    """Exit status, stdout, stderr of a command run in this process."""
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def assert_one_line_error(status, err, *words):
+    lines = err.strip().splitlines()
+    assert status == 2, err
+    assert len(lines) == 1 and "error: " in lines[0], err
+    for word in words:
+        assert str(word) in lines[0]
+
+
+# train
+
+
+def test_train_prints_a_table_and_says_where_its_files_are(capsys, tmp_path, pictures):
+    out = tmp_path / "a" / "run"
+    status, printed, err = call(capsys, "train", "--data", pictures, "--out", out, "--steps", 7, *SIZES)
+    assert status == 0
+    for instance in ("1st", "2nd", "3rd"):
+        assert re.search(rf"{instance} .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
+    assert "4th" not in printed
+    for name in ("checkpoint.pt", "curve.png", "metrics.jsonl"):
+        assert f"{out / name}" in printed
+    assert "3-way: 20 classes to train on, 3 held out" in err  # 5 drawings, turned four ways
+    assert re.search(r"step 7/7 +loss \d\.\d+ +1st \d+% 2nd \d+% +0:00:00 left", err)
+    assert "learning did not start: the 2nd image of a class is right" in err
+
+
+def test_train_json_is_the_summary_alone(tmp_path, pictures):
+    out = tmp_path / "run"
+    arguments = [
+        "train",
+        "--data",
+        pictures,
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--model",
+        "lstm",
+        "--labels",
+        "string",
+    ]
+    done = run_process(*arguments, "--seed", 5, "--no-augment", "--lr", 0.01, "--json", *SIZES)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == json.loads((out / "summary.json").read_text())
+    config = summary["config"]
+    assert (config["model"], config["labels"], config["seed"], config["lr"]) == ("lstm", "string", 5, 0.01)
+    assert config["augment"] is False
+    assert summary["train_classes"] == 5
+    assert summary["learned"] is False
+    assert len(summary["heldout_accuracy"]["mean"]) == 3
+    assert summary["heldout_accuracy"]["episodes"] == 5
+
+
+def test_require_learning_makes_it_the_exit_status(capsys, tmp_path, pictures):
+    arguments = ["--data", pictures, "--out", tmp_path / "run", "--steps", 1, "--require-learning", *SIZES]
+    status, _, err = call(capsys, "train", *arguments)
+    assert status == 1
+    assert "learning did not start" in err
+
+
+def interrupted(number, pictures, out):
+    """Start a long run, stop it by a signal; the finished process's status, stdout and stderr."""
+    arguments = ["--data", str(pictures), "--out", str(out), "--steps", "100000", *SIZES]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mann_fast", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    try:
+        lines = iter(process.stderr.readline, "")
+        assert any("classes to train on," in line for line in lines)  # it trains now
+        time.sleep(1)  # for some steps, though none would do
+        process.send_signal(number)
+        printed, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert "Traceback" not in err
+    return process.returncode, printed, err
+
+
+def test_ctrl_c_saves_and_resume_gives_what_an_unbroken_run_gives(tmp_path, pictures):
+    out, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    status, printed, err = interrupted(signal.SIGINT, pictures, out)
+    assert status == 130
+    line = err.strip().splitlines()[-1]
+    message = rf"stopped at step (\d+) of 100000; .* mann-fast train --out {re.escape(str(out))} --resume"
+    step = int(re.fullmatch(message, line)[1])
+    assert printed == ""
+    broken = load_checkpoint(out)
+    assert broken["step"] == step
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]  # nothing half-written
+
+    config = broken["config"]
+    dataset = load_data(config)
+    for trainer, folder in (
+        (resume_run(config, dataset, out), out),
+        (start_run(config, dataset, unbroken), unbroken),
+    ):
+        train(trainer, folder, stop=lambda trainer=trainer: trainer.step >= step + 3)
+    first, second = load_checkpoint(out), load_checkpoint(unbroken)
+    assert first["step"] == second["step"] == step + 3
+    for name, tensor in first["model"]["state"].items():
+        assert torch.equal(tensor, second["model"]["state"][name]), name
+    metrics = [read_json_lines(folder / "metrics.jsonl") for folder in (out, unbroken)]
+    assert [{**record, "seconds": 0} for record in metrics[0]] == [
+        {**record, "seconds": 0} for record in metrics[1]
+    ]
+
+
+def test_sigterm_saves_too(tmp_path, pictures):
+    status, _, err = interrupted(signal.SIGTERM, pictures, tmp_path / "run")
+    assert status == 143
+    assert "to go on: mann-fast train" in err
+    assert load_checkpoint(tmp_path / "run")["format"]
+
+
+def test_resume_takes_its_settings_from_the_checkpoint(capsys, tmp_path, pictures):
+    out = tmp_path / "run"
+    assert call(capsys, "train", "--data", pictures, "--out", out, "--steps", 2, "--lr", 0.5, *SIZES)[0] == 0
+    status, _, err = call(capsys, "train", "--out", out, "--resume", "--steps", 4)
+    assert status == 0
+    assert "from step 2" in err
+    content = load_checkpoint(out)
+    assert content["step"] == 4
+    assert content["config"].lr == 0.5
+    assert json.loads((out / "summary.json").read_text())["step"] == 4
+    status, _, err = call(capsys, "train", "--out", out, "--resume", "--heads", 1)
+    assert_one_line_error(status, err, "heads = 2", "--out")
+
+
+# evaluate
+
+
+def test_evaluate_prints_json_with_intervals_and_draws(capsys, tmp_path, run_folder):
+    arguments = ["--checkpoint", run_folder / "checkpoint.pt", "--out", tmp_path / "new", "--json"]
+    status, printed, _ = call(capsys, "evaluate", *arguments)
+    assert status == 0
+    result = json.loads(printed)
+    accuracy = result["heldout_accuracy"]
+    assert accuracy["episodes"] == 1000
+    assert len(accuracy["mean"]) == 3
+    for low, mean, high in zip(accuracy["low"], accuracy["mean"], accuracy["high"], strict=True):
+        assert 0 <= low < mean < high <= 1
+        assert high - low < 0.06
+    assert result["step"] == 3
+    assert result["heldout_classes"] == 3
+    assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == result
+    with Image.open(tmp_path / "new" / "evaluation.png") as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    assert call(capsys, "evaluate", *arguments)[1] == printed
+
+
+def test_evaluate_on_other_data_beside_the_checkpoint(capsys, tmp_path, run_folder):
+    other = write_pictures(tmp_path / "other", classes=7, images=3, seed=4)
+    status, printed, _ = call(
+        capsys, "evaluate", "--checkpoint", run_folder, "--data", other, "--episodes", 20
+    )
+    assert status == 0
+    assert "3 held-out classes, 20 episodes" in " ".join(printed.split())
+    assert re.search(r"2nd .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
+    assert f"picture: {run_folder / 'evaluation.png'}" in printed
+
+
+# predict
+
+
+def test_predict_gives_each_image_a_probability_per_class(capsys, run_folder, support):
+    images = [support / "class0" / "0.png", support / "class2" / "1.png"]
+    arguments = ["--checkpoint", run_folder / "checkpoint.pt", "--support", support, *images]
+    status, printed, _ = call(capsys, "predict", *arguments, "--json")
+    assert status == 0
+    result = json.loads(printed)
+    assert result["classes"] == {f"class{k}": {"examples": 2} for k in range(3)}
+    assert [p["image"] for p in result["predictions"]] == [str(image) for image in images]
+    for prediction in result["predictions"]:
+        probabilities = prediction["probabilities"]
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert prediction["class"] == max(probabilities, key=probabilities.get)
+    assert call(capsys, "predict", *arguments, "--json")[1] == printed
+    assert call(capsys, "predict", *arguments, "--json", "--seed", 1)[1] != printed
+
+    status, table, _ = call(capsys, "predict", *arguments)
+    assert status == 0
+    assert table.count("*") == 3  # one in the title, one for each image
+    for p in result["predictions"][0]["probabilities"].values():
+        assert f"{p:.1%}" in table
+
+
+def test_predict_takes_drawings_dark_on_light_and_light_on_dark(capsys, run_folder, support, tmp_path):
+    assert load_checkpoint(run_folder)["data"]["drawn"] is True
+    for picture in support.rglob("*.png"):
+        negative = tmp_path / "negative" / picture.relative_to(support)
+        negative.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(picture) as image:
+            image.point(lambda value: 255 - value).save(negative)
+    answers = []
+    for folder in (support, tmp_path / "negative"):
+        arguments = ["--checkpoint", run_folder, "--support", folder, folder / "class1" / "1.png", "--json"]
+        answers.append(json.loads(call(capsys, "predict", *arguments)[1])["predictions"][0]["probabilities"])
+    assert answers[0] == pytest.approx(answers[1], abs=0.02)  # stretching the contrast rounds
+
+
+def test_predict_skips_unreadable_examples_and_names_them(run_folder, support):
+    (support / "class1" / "broken.png").write_bytes(b"no picture")
+    (support / "class1" / "notes.txt").write_text("not meant as a picture")
+    done = run_process(
+        "predict", "--checkpoint", run_folder, "--support", support, support / "class0" / "0.png"
+    )
+    assert done.returncode == 0
+    assert re.fullmatch(r"mann-fast: warning: .*broken\.png.*\n", done.stderr)
+
+
+# Mistakes
+
+
+def mistakes(run_folder, support, tmp_path):
+    image = support / "class0" / "0.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "file").write_text("")
+    predict = ["predict", "--checkpoint", run_folder, "--support"]
+    many = write_pictures(tmp_path / "many", classes=4, images=1)
+    unreadable = write_pictures(tmp_path / "unreadable", classes=2, images=1)
+    (unreadable / "class1" / "0.png").unlink()
+    return {
+        "no data": (["train", "--out", tmp_path / "x"], ["--data"]),
+        "no out": (["train", "--data", "glyphs"], ["--out", "--help"]),
+        "absent data": (
+            ["train", "--data", tmp_path / "absent", "--out", tmp_path / "x"],
+            ["absent", "does not exist"],
+        ),
+        "empty data": (
+            ["train", "--data", tmp_path / "empty", "--out", tmp_path / "x"],
+            ["empty", "sub-folder"],
+        ),
+        "bad number": (["train", "--data", "glyphs", "--out", "x", "--steps", "many"], ["--steps", "many"]),
+        "bad setting": (["train", "--data", "glyphs", "--out", "x", "--ways", "1"], ["ways", "at least 2"]),
+        "bad choice": (["train", "--data", "glyphs", "--out", "x", "--model", "gru"], ["--model", "lstm"]),
+        "run exists": (["train", "--data", support, "--out", run_folder], ["--resume"]),
+        "nothing to resume": (["train", "--out", tmp_path / "x", "--resume"], ["no checkpoint"]),
+        "out is a file": (
+            ["train", "--data", run_folder.parent / "data", "--out", tmp_path / "file" / "x", *SIZES],
+            ["directory", tmp_path / "file"],
+        ),
+        "no command": ([], ["COMMAND", "--help"]),
+        "unknown command": (["sing"], ["sing"]),
+        "unknown option": (["doctor", "--fast"], ["--fast"]),
+        "no checkpoint": (["evaluate", "--checkpoint", tmp_path / "none.pt"], ["none.pt", "mann-fast train"]),
+        "not a checkpoint": (["evaluate", "--checkpoint", image], ["0.png", "not a checkpoint"]),
+        "one episode": (
+            ["evaluate", "--checkpoint", run_folder, "--episodes", "1"],
+            ["--episodes", "at least 2"],
+        ),
+        "no images": ([*predict, support], ["IMAGE"]),
+        "absent image": ([*predict, support, tmp_path / "none.png"], ["none.png"]),
+        "folder for image": ([*predict, support, support], ["folder"]),
+        "absent support": ([*predict, tmp_path / "none", image], ["none", "one sub-folder"]),
+        "empty support": ([*predict, tmp_path / "empty", image], ["0 sub-folders"]),
+        "class without images": ([*predict, unreadable, image], ["class1", "at least one example"]),
+        "too many classes": ([*predict, many, image], ["4 classes", "3 apart", "--ways 4"]),
+        "no orders": ([*predict, support, image, "--orders", "0"], ["orders"]),
+    }
+
+
+NAMES = [
+    "no data", "no out", "absent data", "empty data", "bad number", "bad setting", "bad choice", "run exists",
+    "nothing to resume", "out is a file", "no command", "unknown command", "unknown option", "no checkpoint",
+    "not a checkpoint", "one episode", "no images", "absent image", "folder for image", "absent support",
+    "empty support", "class without images", "too many classes", "no orders",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_gets_one_line_that_says_what_to_do(capsys, run_folder, support, tmp_path, name):
+    all_mistakes = mistakes(run_folder, support, tmp_path)
+    assert list(all_mistakes) == NAMES
+    arguments, words = all_mistakes[name]
+    status, printed, err = call(capsys, *arguments)
+    assert printed == ""
+    assert_one_line_error(status, err, *words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unreadable_image_to_classify_is_an_error(run_folder, support, tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    done = run_process("predict", "--checkpoint", run_folder, "--support", support, tmp_path / "text.png")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "text.png is not an image that can be read" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failure_of_our_own_says_how_to_get_the_traceback(capsys, monkeypatch):
+    def fail(args):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    status, _, err = call(capsys, "doctor")
+    assert status == 1
+    assert err == "mann-fast: error: unexpected KeyError: 'lost' (MANN_FAST_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("MANN_FAST_DEBUG", "1")
+    assert "Traceback" in call(capsys, "doctor")[2]
+
+
+# The rest
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(capsys, command):
+    status, printed, _ = call(capsys, command, "--help")
+    assert status == 0
+    assert re.search(rf"examples?:\n  mann-fast {command}", printed)
+
+
+def test_the_examples_in_the_help_can_be_parsed(capsys):
+    for command in COMMANDS:
+        printed = call(capsys, command, "--help")[1]
+        for line in re.findall(r"^  mann-fast (.*?)(?:  +\(.*)?$", printed, re.MULTILINE):
+            cli.build_parser().parse_args(line.split())
+
+
+def test_doctor_says_what_runs(capsys, monkeypatch):
+    status, printed, _ = call(capsys, "doctor")
+    assert status == 0
+    report = {line[:18].strip(): line[19:] for line in printed.splitlines()}
+    assert report["mann_fast"] == mann_fast.__version__
+    assert report["torch"] == torch.__version__
+    assert report["threads"].startswith(str(torch.get_num_threads()))
+    assert report["backend reference"] == "runs"
+    reason = mann_fast.backends()["cpp"]
+    assert report["backend cpp"] == ("runs" if reason is None else f"cannot run: {reason}")
+
+    monkeypatch.setattr(doctor, "backends", lambda: {"cpp": "no compiler was found", "reference": None})
+    status, printed, _ = call(capsys, "doctor")
+    assert status == 0
+    assert re.search(r"^backend cpp +cannot run: no compiler was found$", printed, re.MULTILINE)
+    assert re.search(r"^in use +reference", printed, re.MULTILINE)
+
+
+def test_doctor_finds_a_backend_that_computes_something_else(capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor.ops, "content_read", lambda memory, key: (torch.zeros(2, 3, 5), torch.zeros(2, 3, 7))
+    )
+    status, printed, _ = call(capsys, "doctor")
+    assert status == 1
+    assert "its results differ" in printed
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"extension": False, "reason": "no C++ compiler was found"}, "not built: no C++ compiler was found"),
+        (
+            {"extension": True, "torch": "2.13.0", "compiler": "g++ 12", "isas": ["baseline", "avx2"]},
+            "built with torch 2.13.0 and g++ 12 for baseline, avx2",
+        ),
+        (None, "never installed"),
+    ],
+)
+def test_doctor_tells_how_the_extension_was_built(monkeypatch, tmp_path, info, expected):
+    file = tmp_path / "_build_info.json"
+    if info:
+        file.write_text(json.dumps(info))
+    monkeypatch.setattr(doctor, "BUILD_INFO", file)
+    assert expected in doctor.extension()
+
+
+def test_demo_trains_predicts_and_fails_where_nothing_was_learned(capsys, tmp_path, monkeypatch):
+    small = TrainConfig(steps=2, hidden_size=8, slots=6, slot_size=4, heads=1, batch=1, eval_episodes=4)
+    monkeypatch.setattr(demo, "CONFIG", small)
+    (tmp_path / "demo" / "new_glyphs" / "examples" / "Z").mkdir(parents=True)  # left by an earlier demo
+    (tmp_path / "demo" / "checkpoint.pt").write_bytes(b"")
+    status, printed, err = call(capsys, "demo", "--out", tmp_path / "demo")
+    assert status == 1
+    assert "the demo has not learned: the 2nd image of a class is right" in err
+    assert "the 10th image" in err
+    assert "10th" in printed
+    examples = tmp_path / "demo" / "new_glyphs" / "examples"
+    assert sorted(p.name for p in examples.iterdir()) == ["A", "B", "C", "D"]
+    assert str(examples) in printed
+    with Image.open(tmp_path / "demo" / "predictions.png") as picture:
+        assert picture.format == "PNG"
+    # The command that it shows gives the same answers.
+    command = re.search(r"^mann-fast (predict .*)/\*\.png$", printed, re.MULTILINE)[1].split()
+    images = sorted((tmp_path / "demo" / "new_glyphs" / "images").iterdir())
+    assert [image.name for image in images] == [
+        "A1.png",
+        "A2.png",
+        "B1.png",
+        "B2.png",
+        "C1.png",
+        "C2.png",
+        "D1.png",
+        "D2.png",
+    ]
+    status, table, _ = call(capsys, *command[:-1], *images)
+    assert status == 0
+    assert table in printed
+
+
+def test_demo_is_content_with_a_model_that_has_learned(capsys):
+    learned = [0.4, 0.71, 0.8, 0.85, 0.87, 0.88, 0.89, 0.9, 0.9, 0.91]
+    assert demo.judge(learned) == 0
+    assert demo.judge([*learned[:9], 0.90]) == 1
+    assert demo.judge([0.4, float("nan"), *learned[2:]]) == 1
+
+
+def test_the_package_is_light_until_a_command_runs():
+    code = "import sys, mann_fast; print(sorted({'matplotlib', 'rich', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_version(capsys):
+    assert call(capsys, "--version")[1] == f"mann-fast {mann_fast.__version__}\n"

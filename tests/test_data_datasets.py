@@ -1,0 +1,92 @@
+"""Every source is split into training and test classes that never overlap."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mann_fast.data import ClassImages, load_dataset, split_classes
+
+
+def classes_named(names, images=1):
+    starts = torch.arange(len(names) + 1) * images
+    return ClassImages(torch.zeros(len(names) * images, 2, 2, dtype=torch.uint8), starts, tuple(names))
+
+
+def quiet_split(classes, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return split_classes(classes, **options)
+
+
+@given(
+    names=st.sets(st.text(min_size=1), min_size=2, max_size=60),
+    ways=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_split_is_disjoint_whole_and_wide_enough(names, ways, seed):
+    classes = classes_named(sorted(names))
+    if len(names) < 2 * ways:
+        with pytest.raises(ValueError, match=f"{2 * ways} in all"):
+            split_classes(classes, ways=ways, seed=seed)
+        return
+    train, test = quiet_split(classes, ways=ways, seed=seed)
+    assert set(train.names).isdisjoint(test.names)
+    assert set(train.names) | set(test.names) == names
+    assert train.num_classes >= ways and test.num_classes >= ways
+    again = quiet_split(classes.select(reversed(range(len(names)))), ways=ways, seed=seed)
+    assert set(again[1].names) == set(test.names)  # the order in which classes are listed does not matter
+
+
+def test_split_is_the_same_on_every_machine():
+    expected = ("class09", "class13", "class14", "class15", "class20", "class22", "class25", "class38")
+    train, test = split_classes(classes_named([f"class{i:02d}" for i in range(40)]))
+    assert test.names == expected
+    other = split_classes(classes_named([f"class{i:02d}" for i in range(40)]), seed=1)[1]
+    assert other.names != test.names
+
+
+def test_few_classes_are_warned_about():
+    with pytest.warns(UserWarning, match="only 20 classes to train on"):
+        split_classes(classes_named([f"class{i}" for i in range(25)]))
+
+
+@pytest.mark.parametrize(
+    ("count", "advice"), [(2, "mann-fast predict --support"), (3, "predict"), (9, "lower --ways to 4")]
+)
+def test_too_few_classes_say_what_to_do(count, advice):
+    with pytest.raises(ValueError, match=f"{count} classes are too few .* 10 in all.*{advice}"):
+        split_classes(classes_named([f"class{i}" for i in range(count)]))
+
+
+def test_folder_of_classes(tmp_path):
+    random = np.random.RandomState(0)
+    for c in range(12):
+        (tmp_path / f"animal{c}").mkdir()
+        for i in range(3):
+            pixels = random.randint(0, 256, (10 + c, 20, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"animal{c}" / f"{i}.png")
+    with pytest.warns(UserWarning, match="only 7 classes to train on"):
+        data = load_dataset(tmp_path, ways=5, shots=3, image_size=8)
+    assert data.kind == "folder" and data.train.num_classes == 7 and data.test.num_classes == 5
+    assert data.train.images.shape == (21, 8, 8)
+    with pytest.raises(ValueError, match="at least 10 images: 'animal0' has 3"):
+        load_dataset(tmp_path)
+
+
+def test_glyphs_are_split_by_class():
+    data = load_dataset("glyphs", image_size=8)
+    assert data.kind == "glyphs" and data.train.num_classes == 1000 and data.test.num_classes == 200
+    assert set(data.train.names).isdisjoint(data.test.names)
+    assert load_dataset("glyphs", image_size=2, shots=21).test.counts.eq(21).all()
+
+
+def test_unknown_source():
+    with pytest.raises(
+        FileNotFoundError, match="glyph does not exist; expected 'glyphs', 'omniglot' or a path"
+    ):
+        load_dataset("glyph")
