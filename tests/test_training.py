@@ -27,6 +27,7 @@ from mann_fast.training.checkpoint import save_checkpoint
 from mann_fast.training.files import read_json_lines, replacing
 from mann_fast.training.objective import is_right, label_loss, right_by_instance
 from mann_fast.training.plots import ordinal
+from mann_fast.training.prediction import class_log_probabilities
 
 TINY = {
     "image_size": 7,
@@ -475,6 +476,17 @@ def test_prediction_with_an_oracle_for_a_model(labels, num_classes):
     if labels == "onehot":  # e^5 against 1 for each other class, and nothing for labels that no class has
         expected = math.exp(5) / (math.exp(5) + num_classes - 1)
         assert probabilities.max(1).values.tolist() == pytest.approx([expected] * 4, rel=1e-4)
+
+
+def test_probability_of_a_string_is_the_product_over_its_letters():
+    logits = torch.randn(2, 25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([[[0, 1, 2, 3, 4], [0, 1, 2, 3, 3]], [[4, 4, 4, 4, 4], [1, 0, 2, 0, 1]]])
+    found = class_log_probabilities(logits, labels, "string").exp()
+    for k in range(2):
+        weight = [
+            math.exp(sum(logits[k, 5 * i + letter] for i, letter in enumerate(w))) for w in labels[k].tolist()
+        ]
+        assert found[k].tolist() == pytest.approx([w / sum(weight) for w in weight])
 
 
 def test_prediction_judges_each_image_apart_and_the_same_each_time(dataset):

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from ..training import InstanceAccuracy, TrainConfig
 from ..training.plots import ordinal, shown_instances
@@ -31,14 +31,15 @@ class TrainingProgress:
         self.first_step, self.started = step, time.monotonic()
         self.next_line = self.started + QUIET_SECONDS
         self.progress = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
             disable=not self.console.is_terminal,
             refresh_per_second=4,
+            expand=True,
         )
         self.task = self.progress.add_task("train", total=config.steps, completed=step, numbers="")
 
@@ -70,7 +71,7 @@ class TrainingProgress:
         shown = " ".join(
             f"{ordinal(k)} {self.accuracy[k - 1]:.0%}" for k in shown_instances(self.config.shots)
         )
-        return f"loss {self.loss:.3f}  {shown}"
+        return f"loss {self.loss:.3f} {shown}"
 
     def _left(self, step: int) -> str:
         seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.config.steps - step)

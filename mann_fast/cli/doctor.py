@@ -97,6 +97,8 @@ def extension() -> str:
     try:
         info = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if backends()["cpp"] is None:
+            return "present, but not built by pip: nothing is known about its making"
         return "not built: this source tree was never installed; run `pip install -e .` in it"
     if not info["extension"]:
         return f"not built: {info['reason']}"

@@ -18,6 +18,10 @@ from ..ops.lrua import ORDERS, WRITE_TARGETS, LRUAState
 SHARPNESS_MIN = 1.0
 SHARPNESS_SCALE = 10.0
 
+# Keys and write vectors start so much larger than nn.Linear would make them: else all are near 0 and alike, and what is
+# read is lost beside the input.
+VECTOR_GAIN = 3.0
+
 
 class MemoryState(NamedTuple):
     """What a MemoryLayer carries from one call to the next.
@@ -58,9 +62,8 @@ class MemoryState(NamedTuple):
         Raises TypeError or ValueError where the mask is not a bool tensor of shape [B].
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask must be a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}"
-            )
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, got {kind}")
         if self.reads.dim() != 3 or mask.shape != self.reads.shape[:1]:
             raise ValueError(
                 f"mask must have shape [B] for a batched state, got {list(mask.shape)} "
@@ -71,10 +74,8 @@ class MemoryState(NamedTuple):
         def choose(start: Tensor, now: Tensor) -> Tensor:
             return torch.where(mask.view(-1, *(1,) * (now.dim() - 1)), start, now)
 
-        pairs = [
-            choose(*pair) for pair in zip(_leaves(initial), _leaves(self), strict=True)
-        ]
-        return MemoryState((pairs[0], pairs[1]), LRUAState(*pairs[2:5]), pairs[5])
+        h, c, memory, weights, usage, reads = map(choose, _leaves(initial), _leaves(self))
+        return MemoryState((h, c), LRUAState(memory, weights, usage), reads)
 
 
 def _leaves(state: MemoryState) -> tuple[Tensor, ...]:
@@ -178,6 +179,18 @@ class MemoryLayer(nn.Module):
         self.projection = None
         if output_size is not None:
             self.projection = nn.Linear(hidden_size + reads_size, output_size, **factory)
+        self._widen_vectors()
+
+    def _widen_vectors(self) -> None:
+        with torch.no_grad():
+            self.heads.weight[: self._head_sizes[0]] *= VECTOR_GAIN
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for module in (self.controller, self.heads, self.projection):
+            if module is not None:
+                module.reset_parameters()
+        self._widen_vectors()
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in ("num_slots", "slot_size", "num_heads")}
@@ -228,44 +241,43 @@ class MemoryLayer(nn.Module):
         return (output.transpose(0, 1) if self.batch_first else output), state
 
     def _run(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """All steps. The input's part of the gates is one product for all of them."""
-        (h, c), memory, reads = state
+        """All steps of controller, heads and memory: hidden state and reads [T, B, ...], and the state after them."""
+        (h, c), memory, read = state
         steps, batch, _ = x.shape
+        hidden_size, num_heads, slot_size = self.hidden_size, self.num_heads, self.slot_size
         if steps == 0:
-            empty = h.new_empty(0, batch, self.hidden_size + self.num_heads * self.slot_size)
+            empty = h.new_empty(0, batch, hidden_size + num_heads * slot_size)
             return empty, state._map(Tensor.clone)
         cell = self.controller
-        gates_of_input = F.linear(x, cell.weight_ih[:, : self.input_size], cell.bias_ih + cell.bias_hh)
-        recurrent = torch.cat([cell.weight_ih[:, self.input_size :], cell.weight_hh], dim=1).t()
+        # The input's share of the gates is one product for all steps; what depends on the step before is one product with
+        # [hidden, reads], which is also the step's output.
+        input_weight, read_weight = cell.weight_ih.split([self.input_size, num_heads * slot_size], 1)
+        gates_of_x = F.linear(x, input_weight, cell.bias_ih + cell.bias_hh)
+        recurrent = torch.cat([cell.weight_hh, read_weight], 1).t()
         head_weight, head_bias = self.heads.weight.t(), self.heads.bias
-        hidden, width = self.hidden_size, self.num_heads * self.slot_size
+        separate, learned = self.write_vector == "separate", self.sharpness == "learned"
+        sharpness = None
+        if not learned and self.sharpness is not None:
+            sharpness = gates_of_x.new_full((batch, num_heads), self.sharpness)
         options = {"order": self.order, "write_target": self.write_target}
         options |= {"usage_decay": self.usage_decay, "eps": self.eps}
+        seen = torch.cat([h, read.flatten(1)], 1)
         outputs = []
-        reads = reads.flatten(1)
-        for gates in gates_of_input.unbind(0):
-            gates = torch.addmm(gates, torch.cat([reads, h], dim=1), recurrent)
-            inward, forget, candidate, outward = gates.split(hidden, dim=1)  # in torch's order
-            c = torch.sigmoid(forget) * c + torch.sigmoid(inward) * torch.tanh(candidate)
-            h = torch.sigmoid(outward) * torch.tanh(c)
-            vectors, gate, *learned = torch.addmm(head_bias, h, head_weight).split(self._head_sizes, dim=1)
-            vectors = torch.tanh(vectors)
-            key = vectors[:, :width].unflatten(1, (self.num_heads, self.slot_size))
-            write = key
-            if self.write_vector == "separate":
-                write = vectors[:, width:].unflatten(1, (self.num_heads, self.slot_size))
-            sharpness = None
+        for gates in gates_of_x.unbind(0):
+            gates = torch.addmm(gates, seen, recurrent)
+            admit_keep, candidate, expose = gates.split([2 * hidden_size, hidden_size, hidden_size], 1)
+            admit, keep = torch.sigmoid(admit_keep).chunk(2, 1)
+            c = torch.addcmul(keep * c, admit, torch.tanh(candidate))
+            h = torch.sigmoid(expose) * torch.tanh(c)
+            vectors, gate, *raw_sharpness = torch.addmm(head_bias, h, head_weight).split(self._head_sizes, 1)
+            key, *write = torch.tanh(vectors).unflatten(1, (-1, num_heads, slot_size)).unbind(1)
             if learned:
-                sharpness = SHARPNESS_MIN + SHARPNESS_SCALE * F.softplus(learned[0])
-            elif self.sharpness is not None:
-                sharpness = torch.full_like(gate, self.sharpness)
-            if sharpness is not None:
+                sharpness = SHARPNESS_MIN + SHARPNESS_SCALE * F.softplus(raw_sharpness[0])
                 sharpness = sharpness.to(key.dtype)  # autocast runs softplus in float32
-            read, memory = ops.lrua_step(memory, key, write, gate, sharpness, **options)
-            reads = read.flatten(1)
-            outputs += [h, reads]
-        output = torch.cat(outputs, dim=1).view(batch, steps, -1).transpose(0, 1)
-        return output, MemoryState((h, c), memory, reads.unflatten(1, (self.num_heads, self.slot_size)))
+            read, memory = ops.lrua_step(memory, key, write[0] if separate else key, gate, sharpness, **options)
+            seen = torch.cat([h, read.flatten(1)], 1)
+            outputs.append(seen)
+        return torch.stack(outputs), MemoryState((h, c), memory, read)
 
     def _check_input(self, x: object) -> None:
         if not isinstance(x, Tensor):
@@ -283,93 +295,22 @@ class MemoryLayer(nn.Module):
 
     def _check_state(self, state: MemoryState, batch: int) -> None:
         (h, c), memory, reads = state
-        shapes = {
-            "state.controller[0]": (h, (batch, self.hidden_size)),
-            "state.controller[1]": (c, (batch, self.hidden_size)),
-            "state.memory.memory": (memory[0], (batch, self.num_slots, self.slot_size)),
-            "state.memory.read_weights": (memory[1], (batch, self.num_heads, self.num_slots)),
-            "state.memory.usage": (memory[2], (batch, self.num_slots)),
-            "state.reads": (reads, (batch, self.num_heads, self.slot_size)),
+        weight = self.controller.weight_hh
+        memory_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        expected = {
+            "state.controller[0]": (h, (batch, self.hidden_size), weight.dtype),
+            "state.controller[1]": (c, (batch, self.hidden_size), weight.dtype),
+            "state.memory.memory": (memory[0], (batch, self.num_slots, self.slot_size), memory_dtype),
+            "state.memory.read_weights": (memory[1], (batch, self.num_heads, self.num_slots), memory_dtype),
+            "state.memory.usage": (memory[2], (batch, self.num_slots), memory_dtype),
+            "state.reads": (reads, (batch, self.num_heads, self.slot_size), weight.dtype),
         }
-        for name, (tensor, shape) in shapes.items():
+        for name, (tensor, shape, dtype) in expected.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-    def _forward(self, x: Tensor, state: MemoryState | None, dtype: torch.dtype) -> tuple[Tensor, MemoryState]:
-        batched = x.dim() == 3
-        if not batched:
-            x = x.unsqueeze(1)
-        elif self.batch_first:
-            x = x.transpose(0, 1)
-        steps, batch, _ = x.shape
-        sizes = self.hidden_size, self.num_slots, self.slot_size, self.num_heads
-        if state is None:
-            state = MemoryState.initial(batch, *sizes, dtype=dtype, device=x.device)
-        else:
-            _check_state(state, (batch,) if batched else (), *sizes, dtype, x.device)
-            if not batched:
-                state = state._map(lambda tensor: tensor.unsqueeze(0))
-
-        if steps == 0:
-            output = x.new_empty(0, batch, self.hidden_size + self.num_heads * self.slot_size, dtype=dtype)
-            state = state._map(lambda tensor: tensor.clone())
-        else:
-            output, state = self._unroll(x.to(dtype), state)
-        if self.projection is not None:
-            output = F.linear(output, self.projection.weight.to(dtype), self.projection.bias.to(dtype))
-        if not batched:
-            return output.squeeze(1), state._map(lambda tensor: tensor.squeeze(0))
-        return output.transpose(0, 1) if self.batch_first else output, state
-
-    def _unroll(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """T >= 1 steps of controller, heads and memory: [T, B, hidden and reads], and the state after them."""
-        (hidden, cell), memory, read = state
-        controller, heads, dtype = self.controller, self.heads, x.dtype
-        num_heads, slot_size = self.num_heads, self.slot_size
-        # The input's share of the gates is one product for all steps. The rest depends on the step before: one product with
-        # [hidden, reads], which is also the step's output.
-        input_weight, read_weight = controller.weight_ih.to(dtype).split([self.input_size, num_heads * slot_size], 1)
-        gates_of_x = F.linear(x, input_weight, (controller.bias_ih + controller.bias_hh).to(dtype))
-        recurrent_weight = torch.cat([controller.weight_hh.to(dtype), read_weight], 1).t()
-        heads_weight, heads_bias = heads.weight.to(dtype).t(), heads.bias.to(dtype)
-        learned, separate = self.sharpness == "learned", self.write_vector == "separate"
-        vectors = (2 if separate else 1) * num_heads * slot_size
-        sharpness = None
-        if learned:
-            least = x.new_full((), SHARPNESS_MIN)
-        elif self.sharpness is not None:
-            sharpness = x.new_full((x.shape[1], num_heads), self.sharpness)
-
-        seen = torch.cat([hidden, read.flatten(1)], 1)
-        outputs = []
-        for gates in gates_of_x.unbind(0):
-            gates = torch.addmm(gates, seen, recurrent_weight)
-            input_forget, candidate, exposed = gates.split(
-                [2 * self.hidden_size, self.hidden_size, self.hidden_size], 1
-            )
-            let_in, keep = torch.sigmoid(input_forget).chunk(2, 1)
-            cell = torch.addcmul(keep * cell, let_in, torch.tanh(candidate))
-            hidden = torch.sigmoid(exposed) * torch.tanh(cell)
-
-            raw = torch.addmm(heads_bias, hidden, heads_weight)
-            raw_vectors, raw_scalars = raw.split([vectors, raw.shape[1] - vectors], 1)
-            key, *write_vector = torch.tanh(raw_vectors).view(x.shape[1], -1, num_heads, slot_size).unbind(1)
-            gate = raw_scalars[:, :num_heads]
-            if learned:
-                sharpness = torch.add(least, F.softplus(raw_scalars[:, num_heads:]), alpha=SHARPNESS_SCALE)
-            read, memory = ops.lrua_step(
-                memory,
-                key,
-                write_vector[0] if separate else key,
-                gate,
-                sharpness,
-                order=self.order,
-                write_target=self.write_target,
-                usage_decay=self.usage_decay,
-                eps=self.eps,
-            )
-            seen = torch.cat([hidden, read.flatten(1)], 1)
-            outputs.append(seen)
-        return torch.stack(outputs), MemoryState((hidden, cell), memory, read)
+            if tensor.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
+                raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+            if tensor.device != weight.device:
+                raise RuntimeError(f"{name} must be on the device of the parameters, {weight.device}, got {tensor.device}")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import Dataset, Episodes
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -144,6 +146,8 @@ def summarise(
         "config": config.to_dict(),
         "step": trainer.step,
         "training_seconds": round(trainer.seconds, 3),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "train_classes": trainer.num_classes,
         "heldout_classes": dataset.test.num_classes,
         "heldout_accuracy": accuracy.to_dict(),

@@ -1,0 +1,125 @@
+"""The package as it is installed: version, files, build record, and what the extension asks of torch."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import needs_cpp
+
+import mann_fast
+
+PACKAGE = Path(mann_fast.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+in_source_tree = pytest.mark.skipif(
+    not (ROOT / "scripts").is_dir(), reason="needs the source tree, which is not beside these tests"
+)
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """scripts/native.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import native
+
+    return native
+
+
+def test_version_and_typing_marker():
+    assert importlib.metadata.version("mann_fast") == mann_fast.__version__
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_build_record_agrees_with_what_is_there():
+    info = json.loads((PACKAGE / "_build_info.json").read_text())
+    assert set(info) == {"extension", "reason", "torch", "compiler", "isas"}
+    assert info["extension"] == (PACKAGE / "_C.abi3.so").exists()
+    if info["extension"]:
+        assert info["reason"] is None
+        assert info["isas"][0] == "baseline"
+        assert info["torch"] and info["compiler"]
+    else:
+        assert info["reason"]
+        assert mann_fast.backends()["cpp"] is not None
+
+
+@needs_cpp
+def test_extension_names_no_folder_of_the_machine_that_built_it():
+    text = (PACKAGE / "_C.abi3.so").read_bytes()
+    assert b"csrc/bindings.cpp" in text
+    for place in {str(ROOT), str(Path.home()), sys.prefix}:
+        assert len(place) < 5 or place.encode() not in text
+
+
+@in_source_tree
+def test_abi_check_finds_symbols_that_it_must_refuse(tmp_path):
+    """scripts/check_abi.py on a library that calls into torch's C++ and on an object that others could share."""
+    if not shutil.which("g++") or not shutil.which("nm"):
+        pytest.skip("needs g++ and nm")
+    source = tmp_path / "bad.cpp"
+    source.write_text(
+        "namespace c10 { void warn(int); }\n"
+        'extern "C" void aoti_torch_of_a_later_release();\n'
+        "inline __attribute__((noinline)) int shared(int x) { return x + 1; }\n"
+        "namespace mann_fast::avx2 { int table(int x) {\n"
+        "  c10::warn(x); aoti_torch_of_a_later_release(); return shared(x); } }\n"
+    )
+    (tmp_path / "objects").mkdir()
+    hidden, target = tmp_path / "objects" / "content_avx2.o", tmp_path / "bad.so"
+    compile_only = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-c", source, "-o", hidden]
+    subprocess.run(compile_only, check=True)
+    subprocess.run(["g++", "-shared", hidden, "-o", target], check=True)
+    script = ROOT / "scripts" / "check_abi.py"
+    done = subprocess.run(
+        [sys.executable, script, target, tmp_path / "objects"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    problems = done.stderr.splitlines()
+    assert len(problems) == 3
+    assert "needs aoti_torch_of_a_later_release, which torch 2.11 does not have" in done.stderr
+    assert "needs _ZN3c104warnEi, neither" in done.stderr
+    assert "defines _Z6sharedi (W)" in done.stderr
+
+
+@in_source_tree
+def test_objects_are_compiled_again_only_if_something_changed(native, tmp_path, monkeypatch):
+    try:
+        compiler = native.Compiler()
+    except native.CannotBuild as problem:
+        pytest.skip(str(problem))
+    header, source = tmp_path / "a header.h", tmp_path / "a.cpp"
+    header.write_text("constexpr int one = 1;\n")
+    source.write_text('#include "a header.h"\nint f() { return one; }\n')
+    runs = []
+    monkeypatch.setattr(compiler, "run", lambda arguments, run=compiler.run: (runs.append(1), run(arguments)))
+
+    def compiled(*flags):
+        before = len(runs)
+        (object_file,) = compiler.compile([native.Unit(str(source), "a", list(flags))], tmp_path / "objects")
+        assert object_file.exists()
+        return len(runs) > before
+
+    assert compiled()
+    assert not compiled()
+    header.write_text("constexpr int one = 2 - 1;\n")
+    assert compiled()
+    assert compiled("-g")
+    assert not compiled("-g")
+    source.write_text("int f() { return two; }\n")
+    with pytest.raises(native.CannotBuild, match="two"):
+        compiled("-g")
+    source.write_text("int f() { return 2; }\n")
+    assert compiled("-g")
+
+
+@in_source_tree
+def test_a_compiler_that_cannot_be_used_is_named(native, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(native.CannotBuild, match="no C\\+\\+ compiler was found .*no-such-compiler"):
+        native.Compiler()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(native.CannotBuild, match="'false' does not answer --version"):
+        native.Compiler()
