@@ -56,7 +56,7 @@ def test_extension_names_no_folder_of_the_machine_that_built_it():
 
 @in_source_tree
 def test_abi_check_finds_symbols_that_it_must_refuse(tmp_path):
-    """scripts/check_abi.py on a library that calls into torch's C++ and on an object that others could share."""
+    """A library that calls into torch's C++, and an object whose inline function others might be given."""
     if not shutil.which("g++") or not shutil.which("nm"):
         pytest.skip("needs g++ and nm")
     source = tmp_path / "bad.cpp"

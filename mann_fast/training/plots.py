@@ -105,7 +105,7 @@ def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: f
     if len(mean) <= 15:
         axes.set_xticks(list(instances), [ordinal(k) for k in instances])
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="best", fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
