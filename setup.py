@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 from build_backend import OLDEST_TORCH, find_torch, torch_version  # noqa: E402
@@ -61,6 +62,13 @@ def build_library(target: Path) -> dict:
     return {"torch": torch_version(torch), "compiler": compiler.version, "isas": list(compiler.isas)}
 
 
+class BuildPython(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # what an earlier build left behind must not get into this one's wheel
+            shutil.rmtree(Path(self.build_lib) / "mann_fast", ignore_errors=True)
+        super().run()
+
+
 class BuildExtension(build_ext):
     def get_ext_filename(self, name: str) -> str:
         return str(Path(*name.split(".")).with_name(LIBRARY))
@@ -98,6 +106,6 @@ class BuildExtension(build_ext):
 abi3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 setup(
     ext_modules=[Extension("mann_fast._C", ["csrc/bindings.cpp"], py_limited_api=abi3, optional=True)],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if abi3 else {},
 )

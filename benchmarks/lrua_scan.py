@@ -1,6 +1,6 @@
 """lrua_scan beside what people would use instead, in one run: ratios, and the share of this machine's own sgemm rate.
 
-    python benchmarks/lrua_scan.py [--steps 50] [--batch 16] [--slots 128] [--size 40] [--heads 4] [--compile] [--json FILE]
+python benchmarks/lrua_scan.py [--steps 50] [--batch 16] [--slots 128] [--size 40] [--heads 4] [--compile] [--json FILE]
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in {"steps": 50, "batch": 16, "slots": 128, "size": 40, "heads": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of a step in a loop (about 20 s)")
-    parser.add_argument("--compile-scan", action="store_true", help="also torch.compile of the whole loop (minutes)")
+    parser.add_argument(
+        "--compile", action="store_true", help="also torch.compile of a step in a loop (about 20 s)"
+    )
+    parser.add_argument(
+        "--compile-scan", action="store_true", help="also torch.compile of the whole loop (minutes)"
+    )
     parser.add_argument("--seconds", type=float, default=15.0, help="time for the rounds of each direction")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
@@ -62,7 +66,10 @@ def main() -> None:
         begin = time.perf_counter()
         actual = [forward(scan), *both(scan)]
         compile_seconds[name] = time.perf_counter() - begin if "compile" in name else 0.0
-        verified[name] = all(torch.allclose(x, y, rtol=1e-3, atol=1e-3 * y.abs().max()) for x, y in zip(actual, expected, strict=True))
+        verified[name] = all(
+            torch.allclose(x, y, rtol=1e-3, atol=1e-3 * y.abs().max())
+            for x, y in zip(actual, expected, strict=True)
+        )
 
     sgemm, sgemm_flop = ceilings.sgemm()
     rows = []
@@ -87,14 +94,30 @@ def main() -> None:
                     "sgemm_gflops": rate / 1e9,
                 }
             )
-    table = Table(title="lrua_scan, float32, " + ", ".join(f"{k} {v}" for k, v in list(vars(args).items())[:5]))
-    for column in ("direction", "what", "median ms (quartiles)", "times mann_fast", "share of sgemm", "first calls s"):
+    table = Table(
+        title="lrua_scan, float32, " + ", ".join(f"{k} {v}" for k, v in list(vars(args).items())[:5])
+    )
+    for column in (
+        "direction",
+        "what",
+        "median ms (quartiles)",
+        "times mann_fast",
+        "share of sgemm",
+        "first calls s",
+    ):
         table.add_column(column)
     for row in rows:
         low, high = row["quartiles_ms"]
         time_text = f"{row['median_ms']:.2f} ({low:.2f}-{high:.2f})" if row["verified"] else "unverified"
         first = f"{row['first_calls_s']:.0f}" if row["first_calls_s"] else ""
-        table.add_row(row["direction"], row["what"], time_text, f"{row['times_mann_fast']:.1f}", f"{row['share_of_sgemm']:.0%}", first)
+        table.add_row(
+            row["direction"],
+            row["what"],
+            time_text,
+            f"{row['times_mann_fast']:.1f}",
+            f"{row['share_of_sgemm']:.0%}",
+            first,
+        )
     Console(width=120).print(table)
     environment = {
         "mann_fast": __version__,

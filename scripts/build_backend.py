@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from native import CannotBuild, Compiler
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
 
@@ -51,6 +52,10 @@ def find_torch() -> Path | None:
 
 def _torch_requirement() -> list[str]:
     if sys.platform != "linux" or find_torch():
+        return []
+    try:
+        Compiler()
+    except CannotBuild:
         return []
     return ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
 

@@ -29,7 +29,9 @@ def run(function, tensors, dtype=None):
     tensors = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     outputs = function(*tensors)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((x.double() * torch.randn(x.shape, generator=generator).bfloat16().double()).sum() for x in outputs)
+    loss = sum(
+        (x.double() * torch.randn(x.shape, generator=generator).bfloat16().double()).sum() for x in outputs
+    )
     return [*outputs, *torch.autograd.grad(loss, [t for t in tensors if t is not None])]
 
 
@@ -42,7 +44,6 @@ def test_matches_reference(batch, slots, size, heads, dtype, tolerance, sharpnes
     for actual, expected in zip(run(ops.content_read, tensors), oracle, strict=True):
         assert actual.is_contiguous()
         assert worst_error(actual, expected) < tolerance
-
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -76,7 +77,9 @@ def test_extreme_rows_and_keys_are_finite(scale):
 def test_gradient_of_one_output_alone():
     memory, key, sharpness = (t.requires_grad_() for t in inputs(2, 19, 6, 3, torch.float64, True))
     for index in (0, 1):
-        actual = torch.autograd.grad(ops.content_read(memory, key, sharpness)[index].square().sum(), (memory, key, sharpness))
+        actual = torch.autograd.grad(
+            ops.content_read(memory, key, sharpness)[index].square().sum(), (memory, key, sharpness)
+        )
         expected = torch.autograd.grad(
             reference.content_read(memory, key, sharpness)[index].square().sum(), (memory, key, sharpness)
         )

@@ -52,9 +52,17 @@ def numpy_layer(layer, x):
             raw = list(p["heads.weight"] @ h + p["heads.bias"])
             take = lambda n: np.array([raw.pop(0) for _ in range(n)])  # noqa: E731
             key = np.tanh(take(heads * size)).reshape(heads, size)
-            vector = np.tanh(take(heads * size)).reshape(heads, size) if layer.write_vector == "separate" else key
+            vector = (
+                np.tanh(take(heads * size)).reshape(heads, size) if layer.write_vector == "separate" else key
+            )
             gate = take(heads)
-            beta = np.ones(heads) if layer.sharpness is None else np.full(heads, layer.sharpness) if layer.sharpness != "learned" else 1 + 10 * np.log1p(np.exp(take(heads)))
+            beta = (
+                np.ones(heads)
+                if layer.sharpness is None
+                else np.full(heads, layer.sharpness)
+                if layer.sharpness != "learned"
+                else 1 + 10 * np.log1p(np.exp(take(heads)))
+            )
             assert not raw
             least = sorted(range(slots), key=lambda n: (usage[n], n))[:heads]
             target = np.zeros((heads, slots))
@@ -94,7 +102,11 @@ def test_a_carried_state_gives_the_output_of_the_whole(options):
     first, state = layer(x[:3])
     second, state = layer(x[3:], state)
     assert worst_error(torch.cat([first, second]), whole, 1) < 1e-13
-    for a, b in zip((*end.controller, *end.memory, end.reads), (*state.controller, *state.memory, state.reads), strict=True):
+    for a, b in zip(
+        (*end.controller, *end.memory, end.reads),
+        (*state.controller, *state.memory, state.reads),
+        strict=True,
+    ):
         assert worst_error(a, b) < 1e-13
 
 
@@ -147,7 +159,11 @@ def test_reset_takes_samples_back_to_the_start():
     carried, _ = layer(x[3:], state)
     assert torch.equal(output[:, [0, 2]], carried[:, [0, 2]])
     assert worst_error(output[:, 1:2], fresh[:, 1:2], 1) < 1e-13
-    for mask, error in [(torch.tensor([1, 0, 0]), TypeError), (torch.tensor([True]), ValueError), (True, TypeError)]:
+    for mask, error in [
+        (torch.tensor([1, 0, 0]), TypeError),
+        (torch.tensor([True]), ValueError),
+        (True, TypeError),
+    ]:
         with pytest.raises(error, match="mask must"):
             state.reset(mask)
 
@@ -259,13 +275,33 @@ def test_wrong_inputs_and_states_are_named():
         (lambda: layer(x.numpy()), TypeError, "x must be a tensor, got ndarray"),
         (lambda: layer(x[..., :3]), ValueError, r"x must have shape .* input_size = 4, got \[3, 2, 3\]"),
         (lambda: layer(x[None]), ValueError, "x must have shape"),
-        (lambda: layer(x.float()), TypeError, "x must have the dtype of the parameters, torch.float64, got torch.float32"),
+        (
+            lambda: layer(x.float()),
+            TypeError,
+            "x must have the dtype of the parameters, torch.float64, got torch.float32",
+        ),
         (lambda: layer(x.to("meta")), RuntimeError, "x must be on the device of the parameters"),
         (lambda: layer(x, x), TypeError, "state must be a MemoryState or None"),
-        (lambda: layer(x[:, :1], state), ValueError, r"state.controller\[0\] must have shape \[1, 6\], got \[2, 6\]"),
-        (lambda: layer(x, state._replace(reads=state.reads[:, :1])), ValueError, "state.reads must have shape"),
-        (lambda: layer(x, state._replace(reads=state.reads.float())), TypeError, "state.reads must have dtype torch.float64, got torch.float32"),
-        (lambda: layer(x, state._replace(memory=state.memory._replace(usage=1.0))), TypeError, "state.memory.usage must be a tensor"),
+        (
+            lambda: layer(x[:, :1], state),
+            ValueError,
+            r"state.controller\[0\] must have shape \[1, 6\], got \[2, 6\]",
+        ),
+        (
+            lambda: layer(x, state._replace(reads=state.reads[:, :1])),
+            ValueError,
+            "state.reads must have shape",
+        ),
+        (
+            lambda: layer(x, state._replace(reads=state.reads.float())),
+            TypeError,
+            "state.reads must have dtype torch.float64, got torch.float32",
+        ),
+        (
+            lambda: layer(x, state._replace(memory=state.memory._replace(usage=1.0))),
+            TypeError,
+            "state.memory.usage must be a tensor",
+        ),
     ]:
         with pytest.raises(error, match=message):
             call()

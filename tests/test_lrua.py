@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import OPTIONS, WRITE_TARGETS, distinct_state, needs_cpp, run_with_gradients, scan_inputs, worst_error
+from cases import (
+    OPTIONS,
+    WRITE_TARGETS,
+    distinct_state,
+    needs_cpp,
+    run_with_gradients,
+    scan_inputs,
+    worst_error,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,11 +45,16 @@ def compare(actual, expected, tolerance, gradient_tolerance):
 @pytest.mark.parametrize("steps, batch, slots, size, heads", SCANS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 def test_scan_matches_reference(steps, batch, slots, size, heads, options, sharpness, dtype, tolerance):
-    inputs = [*distinct_state(batch, slots, size, heads), *scan_inputs(steps, batch, size, heads, sharpness=sharpness)]
+    inputs = [
+        *distinct_state(batch, slots, size, heads),
+        *scan_inputs(steps, batch, size, heads, sharpness=sharpness),
+    ]
     inputs = [None if x is None else x.to(dtype) for x in inputs]
     actual = run_with_gradients(ops.lrua_scan, inputs, dtype, **options)
     expected = run_with_gradients(reference.lrua_scan, inputs, torch.float64, **options)
-    if slots == 1:  # all weights are 1, whatever key, gate and sharpness are: gradients of 0 have no relative error
+    if (
+        slots == 1
+    ):  # all weights are 1, whatever key, gate and sharpness are: gradients of 0 have no relative error
         assert all(actual[1][i].abs().max() < tolerance for i in range(len(actual[1])) if i not in (0, 1, 3))
         actual, expected = ([x[0], [x[1][i] for i in (0, 1, 3)]] for x in (actual, expected))
     compare(actual, expected, tolerance, 10 * tolerance)
@@ -52,7 +65,9 @@ def test_scan_matches_reference(steps, batch, slots, size, heads, options, sharp
 def test_step_matches_reference(batch, slots, size, heads, options):
     inputs = [*distinct_state(batch, slots, size, heads), *scan_inputs(None, batch, size, heads)]
     actual = run_with_gradients(ops.lrua_step, inputs, torch.float64, **options, usage_decay=0.7, eps=1e-3)
-    expected = run_with_gradients(reference.lrua_step, inputs, torch.float64, **options, usage_decay=0.7, eps=1e-3)
+    expected = run_with_gradients(
+        reference.lrua_step, inputs, torch.float64, **options, usage_decay=0.7, eps=1e-3
+    )
     for x, y in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert worst_error(x, y) < 1e-11
 
@@ -71,17 +86,23 @@ def test_half_precision_loses_no_more_than_plain_pytorch(dtype, options):
     oracle = run_with_gradients(reference.lrua_scan, [*state, *inputs], torch.float64, slots=slots, **options)
 
     def plain(half_state, *arguments, **kwargs):
-        return reference.lrua_scan(reference.LRUAState(*(x.to(dtype) for x in half_state)), *arguments, **kwargs)
+        return reference.lrua_scan(
+            reference.LRUAState(*(x.to(dtype) for x in half_state)), *arguments, **kwargs
+        )
 
     baseline = run_with_gradients(plain, [*state, *inputs], dtype, slots=slots, **options)
     for factor, kind in ((2, 0), (3, 1)):
         for i, (x, b, y) in enumerate(zip(actual[kind], baseline[kind], oracle[kind], strict=True)):
-            assert worst_error(x, y) <= factor * worst_error(b, y) + 1e-6, f"{('output', 'gradient')[kind]} {i}"
+            assert worst_error(x, y) <= factor * worst_error(b, y) + 1e-6, (
+                f"{('output', 'gradient')[kind]} {i}"
+            )
 
 
 def chosen_slots(state, inputs, order="write_first", write_target="per_head"):
     """The slots that the kernel itself chose, which its raw op keeps for backward."""
-    raw = torch.ops.mann_fast.lrua_scan(*state, *inputs, order == "read_first", write_target == "shared", 0.95, 1e-6, 8)
+    raw = torch.ops.mann_fast.lrua_scan(
+        *state, *inputs, order == "read_first", write_target == "shared", 0.95, 1e-6, 8
+    )
     return raw[4]
 
 
@@ -109,7 +130,9 @@ def test_equal_slots_keep_equal_bits_and_the_lower_is_chosen(slots):
         before = state
         _, state = ops.lrua_step(state, keys[t], vectors[t], gates[t], sharpness[t])
         for b in range(2):  # slots that were equal and were treated equally are equal
-            rows = torch.cat([before.memory[b], before.usage[b, :, None], before.read_weights[b].T, touched[b, :, None]], 1)
+            rows = torch.cat(
+                [before.memory[b], before.usage[b, :, None], before.read_weights[b].T, touched[b, :, None]], 1
+            )
             _, group = rows.unique(dim=0, return_inverse=True)
             after = torch.cat([state.memory[b], state.usage[b, :, None], state.read_weights[b].T], 1)
             for g in range(int(group.max()) + 1):
@@ -144,7 +167,10 @@ def test_step_is_write_then_read():
 
 
 @pytest.mark.parametrize("write_target", WRITE_TARGETS)
-@pytest.mark.parametrize("batch, slots, size, heads", [(2, 128, 40, 4), (3, 7, 5, 3), (1, 1, 1, 1), (1, 4096, 64, 4), (2, 70, 9, 5)])
+@pytest.mark.parametrize(
+    "batch, slots, size, heads",
+    [(2, 128, 40, 4), (3, 7, 5, 3), (1, 1, 1, 1), (1, 4096, 64, 4), (2, 70, 9, 5)],
+)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_write_matches_reference(batch, slots, size, heads, write_target, dtype, tolerance):
     state = [x.to(dtype) for x in distinct_state(batch, slots, size, heads)]
@@ -154,11 +180,16 @@ def test_write_matches_reference(batch, slots, size, heads, write_target, dtype,
         tensors = [x.detach().to(wanted).requires_grad_(i != 2) for i, x in enumerate((*state, vector, gate))]
         outputs = function(*tensors, write_target=write_target)
         generator = torch.Generator().manual_seed(1)
-        loss = sum((x.double() * torch.randn(x.shape, generator=generator).bfloat16().double()).sum() for x in outputs)
+        loss = sum(
+            (x.double() * torch.randn(x.shape, generator=generator).bfloat16().double()).sum()
+            for x in outputs
+        )
         del tensors[2]
         return [*outputs, *torch.autograd.grad(loss, tensors)]
 
-    for i, (x, y) in enumerate(zip(run(ops.lrua_write, dtype), run(reference.lrua_write, torch.float64), strict=True)):
+    for i, (x, y) in enumerate(
+        zip(run(ops.lrua_write, dtype), run(reference.lrua_write, torch.float64), strict=True)
+    ):
         if slots > 1 or i != 5:  # with one slot dL/d(gate) is exactly 0
             assert worst_error(x, y) < tolerance, i
 
@@ -170,14 +201,20 @@ def test_write_with_gradient_to_one_output_alone():
     for index in (0, 1):
         wanted = (vector, gate) if index == 0 else (gate,)
         actual = torch.autograd.grad(ops.lrua_write(*state, vector, gate)[index].square().sum(), wanted)
-        expected = torch.autograd.grad(reference.lrua_write(*state, vector, gate)[index].square().sum(), wanted)
+        expected = torch.autograd.grad(
+            reference.lrua_write(*state, vector, gate)[index].square().sum(), wanted
+        )
         for x, y in zip(actual, expected, strict=True):
             assert worst_error(x, y) < 1e-12
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 1e-40]), min_size=1, max_size=70),
+    st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 1e-40]),
+        min_size=1,
+        max_size=70,
+    ),
     st.data(),
     st.sampled_from([torch.float32, torch.float64]),
 )

@@ -13,9 +13,23 @@ from mann_fast import ops, reference
 
 def raw_samples():
     """Arguments of every raw op: odd sizes, one slot, no steps, empty batch, strided and expanded inputs, half precision."""
-    for steps, batch, slots, size, heads in [(3, 2, 7, 5, 3), (None, 2, 7, 5, 3), (1, 1, 1, 1, 1), (0, 2, 5, 4, 2), (3, 0, 5, 4, 2), (10, 2, 20, 3, 2)]:
-        state, inputs = distinct_state(batch, slots, size, heads, torch.float32), scan_inputs(steps, batch, size, heads)
-        for read_first, shared, sharpness, keep in [(False, False, True, 8), (True, True, False, 8), (False, True, True, 0)]:
+    for steps, batch, slots, size, heads in [
+        (3, 2, 7, 5, 3),
+        (None, 2, 7, 5, 3),
+        (1, 1, 1, 1, 1),
+        (0, 2, 5, 4, 2),
+        (3, 0, 5, 4, 2),
+        (10, 2, 20, 3, 2),
+    ]:
+        state, inputs = (
+            distinct_state(batch, slots, size, heads, torch.float32),
+            scan_inputs(steps, batch, size, heads),
+        )
+        for read_first, shared, sharpness, keep in [
+            (False, False, True, 8),
+            (True, True, False, 8),
+            (False, True, True, 0),
+        ]:
             tensors = [x.float() for x in inputs[:3]] + [inputs[3].float() if sharpness else None]
             yield "lrua_scan", (*state, *tensors, read_first, shared, 0.95, 1e-6, keep)
     state, inputs = distinct_state(2, 7, 5, 3, torch.float32), scan_inputs(4, 2, 5, 3)
@@ -77,9 +91,14 @@ def test_compiles_in_one_graph_with_gradients(options):
         memory, weights = ops.lrua_write(*state, vectors[0], gates[0], write_target=options["write_target"])
         read, _ = ops.content_read(memory, keys[0], sharpness[0])
         slots = ops.least_used(state[2], 2)
-        step_read, state = ops.lrua_step(ops.LRUAState(*state), keys[1], vectors[1], gates[1], sharpness[1], **options)
+        step_read, state = ops.lrua_step(
+            ops.LRUAState(*state), keys[1], vectors[1], gates[1], sharpness[1], **options
+        )
         reads, state = ops.lrua_scan(state, keys, vectors, gates, sharpness, **options)
-        return reads.sum() + read.square().sum() + step_read.sum() + weights.square().sum() + state.memory.sum(), slots
+        return (
+            reads.sum() + read.square().sum() + step_read.sum() + weights.square().sum() + state.memory.sum(),
+            slots,
+        )
 
     loss, slots = torch.compile(everything, fullgraph=True)(state, *inputs)
     actual = torch.autograd.grad(loss, inputs)
@@ -125,10 +144,14 @@ def test_second_derivatives_and_forward_mode_are_refused(index):
     x = x.clone().requires_grad_()
     for reduce in (lambda y: y.square().sum(), torch.sum):  # also where the incoming gradient is a constant
         (grad,) = torch.autograd.grad(reduce(call(x)), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match=f"{name.replace('step', 'scan')} has no second derivative"):
+        with pytest.raises(
+            NotImplementedError, match=f"{name.replace('step', 'scan')} has no second derivative"
+        ):
             grad.square().sum().backward()
     with pytest.raises(NotImplementedError, match="second derivative"):
-        torch.func.grad(lambda y: torch.func.grad(lambda z: call(z).square().sum())(y).square().sum())(x.detach())
+        torch.func.grad(lambda y: torch.func.grad(lambda z: call(z).square().sum())(y).square().sum())(
+            x.detach()
+        )
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.func.jvp(call, (x.detach(),), (torch.ones_like(x),))
     with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
@@ -161,7 +184,12 @@ def test_outputs_share_no_storage_with_inputs_or_each_other():
             for steps in (0, 1, 3):
                 state, inputs = distinct_state(2, 6, 4, 2), scan_inputs(steps, 2, 4, 2)
                 reads, end = ops.lrua_scan(state, *inputs)
-                tensors = [*state, *(x for x in inputs if x.numel()), *end, *([reads] if reads.numel() else [])]
+                tensors = [
+                    *state,
+                    *(x for x in inputs if x.numel()),
+                    *end,
+                    *([reads] if reads.numel() else []),
+                ]
                 storages = [x.untyped_storage().data_ptr() for x in tensors]
                 assert len(set(storages)) == len(storages)
                 if steps == 0:
@@ -231,22 +259,54 @@ def test_backend_from_the_environment(name, code):
 ERRORS = [
     ({"keys": 1.0}, TypeError, "keys must be a tensor, got float"),
     ({"keys": torch.zeros(3, 2, 2)}, ValueError, r"keys must have shape \[T, B, R, D\], got \[3, 2, 2\]"),
-    ({"keys": torch.zeros(3, 2, 2, 5)}, ValueError, r"keys must have shape \[T, B, R, D\] = \[3, 2, 2, 4\], got \[3, 2, 2, 5\]"),
-    ({"keys": torch.zeros(3, 2, 2, 4).double()}, TypeError, "keys must have dtype torch.float32, .*got torch.float64"),
+    (
+        {"keys": torch.zeros(3, 2, 2, 5)},
+        ValueError,
+        r"keys must have shape \[T, B, R, D\] = \[3, 2, 2, 4\], got \[3, 2, 2, 5\]",
+    ),
+    (
+        {"keys": torch.zeros(3, 2, 2, 4).double()},
+        TypeError,
+        "keys must have dtype torch.float32, .*got torch.float64",
+    ),
     ({"keys": torch.zeros(3, 2, 2, 4).to_sparse()}, TypeError, "keys must be a dense tensor"),
-    ({"write_vectors": torch.zeros(2, 2, 2, 4)}, ValueError, r"write_vectors must have shape .* = \[3, 2, 2, 4\], got \[2, 2, 2, 4\]"),
-    ({"write_vectors": torch.zeros(3, 2, 2, 4).half()}, TypeError, "write_vectors must have the dtype of keys"),
+    (
+        {"write_vectors": torch.zeros(2, 2, 2, 4)},
+        ValueError,
+        r"write_vectors must have shape .* = \[3, 2, 2, 4\], got \[2, 2, 2, 4\]",
+    ),
+    (
+        {"write_vectors": torch.zeros(3, 2, 2, 4).half()},
+        TypeError,
+        "write_vectors must have the dtype of keys",
+    ),
     ({"gate_logits": torch.zeros(3, 2)}, ValueError, "gate_logits must have shape"),
     ({"gate_logits": None}, TypeError, "gate_logits must be a tensor, got NoneType"),
     ({"sharpness": 1.0}, TypeError, "sharpness must be a tensor, got float"),
     ({"sharpness": torch.zeros(3, 2, 1)}, ValueError, "sharpness must have shape"),
     ({"state": torch.zeros(3)}, TypeError, "state must be an LRUAState"),
-    ({"memory": torch.zeros(2, 6, 4).half()}, TypeError, "state.memory must be torch.float32 or torch.float64"),
+    (
+        {"memory": torch.zeros(2, 6, 4).half()},
+        TypeError,
+        "state.memory must be torch.float32 or torch.float64",
+    ),
     ({"memory": torch.zeros(2, 0, 4)}, ValueError, "may be empty in B only"),
     ({"read_weights": torch.zeros(2, 7, 6)}, ValueError, "1 <= R <= N = 6 heads"),
-    ({"read_weights": torch.zeros(2, 2, 6).double()}, TypeError, "state.read_weights must have the dtype of state.memory"),
-    ({"usage": torch.zeros(2, 5)}, ValueError, r"state.usage must have shape \[B, N\] = \[2, 6\], got \[2, 5\]"),
-    ({"usage": torch.zeros(2, 6, device="meta")}, RuntimeError, "state.usage must be on the device of state.memory"),
+    (
+        {"read_weights": torch.zeros(2, 2, 6).double()},
+        TypeError,
+        "state.read_weights must have the dtype of state.memory",
+    ),
+    (
+        {"usage": torch.zeros(2, 5)},
+        ValueError,
+        r"state.usage must have shape \[B, N\] = \[2, 6\], got \[2, 5\]",
+    ),
+    (
+        {"usage": torch.zeros(2, 6, device="meta")},
+        RuntimeError,
+        "state.usage must be on the device of state.memory",
+    ),
     ({"order": "sideways"}, ValueError, "order must be one of 'write_first', 'read_first', got 'sideways'"),
     ({"write_target": None}, ValueError, "write_target must be one of"),
     ({"usage_decay": 1.5}, ValueError, r"usage_decay must be within \[0, 1\], got 1.5"),
@@ -258,7 +318,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("change, error, message", ERRORS, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "change, error, message", ERRORS, ids=lambda x: "-".join(x) if isinstance(x, dict) else ""
+)
 def test_wrong_arguments_are_named(change, error, message):
     state = {"memory": torch.zeros(2, 6, 4), "read_weights": torch.zeros(2, 2, 6), "usage": torch.zeros(2, 6)}
     arguments = {name: torch.zeros(3, 2, 2, 4) for name in ("keys", "write_vectors")}
@@ -274,17 +336,37 @@ def test_wrong_arguments_of_the_other_ops():
     memory, key, usage = torch.zeros(2, 6, 4), torch.zeros(2, 3, 4), torch.zeros(2, 6)
     for call, error, message in [
         (lambda: ops.content_read(memory, torch.zeros(2, 0, 4)), ValueError, "at least one head"),
-        (lambda: ops.content_read(memory, torch.zeros(3, 2, 4)), ValueError, r"key must have shape \[B, R, D\] = \[2, 2, 4\], got \[3, 2, 4\]"),
+        (
+            lambda: ops.content_read(memory, torch.zeros(3, 2, 4)),
+            ValueError,
+            r"key must have shape \[B, R, D\] = \[2, 2, 4\], got \[3, 2, 4\]",
+        ),
         (lambda: ops.content_read(memory, key, torch.zeros(2)), ValueError, "sharpness must have shape"),
-        (lambda: ops.content_read(memory.long(), key), TypeError, "memory must be torch.float32 or torch.float64, got torch.int64"),
+        (
+            lambda: ops.content_read(memory.long(), key),
+            TypeError,
+            "memory must be torch.float32 or torch.float64, got torch.int64",
+        ),
         (lambda: ops.content_read(memory, key, eps=-1.0), ValueError, "eps must be positive"),
         (lambda: ops.least_used(usage, 7), ValueError, r"n must be within \[0, N = 6\], got 7"),
         (lambda: ops.least_used(usage, -1), ValueError, "n must be within"),
         (lambda: ops.least_used(usage, 1.0), TypeError, "n must be an int, got float"),
         (lambda: ops.least_used(usage.half(), 1), TypeError, "usage must be"),
-        (lambda: ops.lrua_write(memory, torch.zeros(2, 3, 6), usage, key, torch.zeros(2, 2)), ValueError, "gate_logit must have shape"),
-        (lambda: ops.lrua_step(ops.LRUAState.initial(2, 6, 4, 3), key[None], key, usage, None), ValueError, r"key must have shape \[B, R, D\]"),
-        (lambda: ops.LRUAState.initial(2, 6, 4, 7), ValueError, "num_heads must be at most num_slots = 6, got 7"),
+        (
+            lambda: ops.lrua_write(memory, torch.zeros(2, 3, 6), usage, key, torch.zeros(2, 2)),
+            ValueError,
+            "gate_logit must have shape",
+        ),
+        (
+            lambda: ops.lrua_step(ops.LRUAState.initial(2, 6, 4, 3), key[None], key, usage, None),
+            ValueError,
+            r"key must have shape \[B, R, D\]",
+        ),
+        (
+            lambda: ops.LRUAState.initial(2, 6, 4, 7),
+            ValueError,
+            "num_heads must be at most num_slots = 6, got 7",
+        ),
         (lambda: ops.LRUAState.initial(2, 6.0, 4, 2), TypeError, "num_slots must be an int, got float"),
         (lambda: ops.LRUAState.initial(2, 6, 0, 2), ValueError, "slot_size must be at least 1, got 0"),
         (lambda: ops.LRUAState.initial(2, 6, 4, 2, dtype=torch.half), TypeError, "dtype of an LRUA state"),

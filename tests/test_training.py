@@ -345,6 +345,14 @@ def test_a_run_is_not_overwritten_and_only_continued_with_the_same_settings(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_is_not_continued_with_a_model_that_computes_something_else(dataset):
+    trainer = Trainer(tiny(), dataset)
+    state = trainer.state_dict()
+    state["model"] = {**state["model"], "config": {**state["model"]["config"], "usage_decay": 0.5}}
+    with pytest.raises(ValueError, match="usage_decay.*version"):
+        trainer.load_state_dict(state)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, dataset, where):
     trainer = start_run(tiny(), dataset, tmp_path)

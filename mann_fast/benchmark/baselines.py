@@ -9,7 +9,12 @@ from ..reference.lrua import LRUAState
 
 
 def lrua_step_by_products(
-    state: LRUAState, key: Tensor, write_vector: Tensor, gate_logit: Tensor, sharpness: Tensor, eps: float = 1e-6
+    state: LRUAState,
+    key: Tensor,
+    write_vector: Tensor,
+    gate_logit: Tensor,
+    sharpness: Tensor,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, LRUAState]:
     """One step by matrix products and topk: what a careful user of PyTorch writes.
 

@@ -4,7 +4,9 @@ they are of order R N where everything here is of order R N D."""
 from __future__ import annotations
 
 
-def lrua_scan_flop(steps: int, batch: int, slots: int, size: int, heads: int, *, backward: bool = False) -> int:
+def lrua_scan_flop(
+    steps: int, batch: int, slots: int, size: int, heads: int, *, backward: bool = False
+) -> int:
     """Forward, per slot element and step: add (R), dot (R), norm (1) and read (R) multiply-adds.
 
     With ``backward`` the sum of both: back through read (R for the weights, R for the memory), similarity (R for the key,

@@ -194,10 +194,14 @@ class MemoryLayer(nn.Module):
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in ("num_slots", "slot_size", "num_heads")}
-        options |= {name: getattr(self, name) for name in ("sharpness", "write_vector", "order", "write_target")}
+        options |= {
+            name: getattr(self, name) for name in ("sharpness", "write_vector", "order", "write_target")
+        }
         if self.batch_first:
             options["batch_first"] = True
-        return f"{self.input_size}, {self.hidden_size}, " + ", ".join(f"{k}={v!r}" for k, v in options.items())
+        return f"{self.input_size}, {self.hidden_size}, " + ", ".join(
+            f"{k}={v!r}" for k, v in options.items()
+        )
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state at the start of a sequence, which ``forward`` takes where none is given."""
@@ -274,7 +278,9 @@ class MemoryLayer(nn.Module):
             if learned:
                 sharpness = SHARPNESS_MIN + SHARPNESS_SCALE * F.softplus(raw_sharpness[0])
                 sharpness = sharpness.to(key.dtype)  # autocast runs softplus in float32
-            read, memory = ops.lrua_step(memory, key, write[0] if separate else key, gate, sharpness, **options)
+            read, memory = ops.lrua_step(
+                memory, key, write[0] if separate else key, gate, sharpness, **options
+            )
             seen = torch.cat([h, read.flatten(1)], 1)
             outputs.append(seen)
         return torch.stack(outputs), MemoryState((h, c), memory, read)
@@ -313,4 +319,6 @@ class MemoryLayer(nn.Module):
             if tensor.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
                 raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
             if tensor.device != weight.device:
-                raise RuntimeError(f"{name} must be on the device of the parameters, {weight.device}, got {tensor.device}")
+                raise RuntimeError(
+                    f"{name} must be on the device of the parameters, {weight.device}, got {tensor.device}"
+                )

@@ -7,11 +7,23 @@ from torch import Tensor, nn
 
 from ..layers import MemoryLayer, MemoryState
 
-
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn character is
 # background: at nn.LSTMCell's width the hidden states of two characters are almost the same, and hundreds of training steps
 # pass before they are not.
 INPUT_GAIN = 3.0
+
+LAYER_OPTIONS = (
+    "num_slots",
+    "slot_size",
+    "num_heads",
+    "sharpness",
+    "write_vector",
+    "order",
+    "write_target",
+    "usage_decay",
+    "eps",
+    "batch_first",
+)
 
 
 class MANN(nn.Module):
@@ -38,10 +50,12 @@ class MANN(nn.Module):
         super().__init__()
         if "output_size" in options:
             raise TypeError("MANN classifies what its layer gives: it takes no output_size")
-        self.config = {"input_size": input_size, "num_classes": num_classes, "hidden_size": hidden_size, **options}
         self.layer = MemoryLayer(input_size, hidden_size, device=device, dtype=dtype, **options)
         with torch.no_grad():
             self.layer.controller.weight_ih[:, :input_size] *= INPUT_GAIN
+        # Every option, so that a checkpoint stays what it is when a default changes.
+        self.config = {"input_size": input_size, "num_classes": num_classes, "hidden_size": hidden_size}
+        self.config |= {name: getattr(self.layer, name) for name in LAYER_OPTIONS}
         self.classifier = nn.Linear(self.layer.output_size, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:

@@ -4,4 +4,13 @@ from ._backend import backend, backends
 from .content import content_read
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
 
-__all__ = ["LRUAState", "backend", "backends", "content_read", "least_used", "lrua_scan", "lrua_step", "lrua_write"]
+__all__ = [
+    "LRUAState",
+    "backend",
+    "backends",
+    "content_read",
+    "least_used",
+    "lrua_scan",
+    "lrua_step",
+    "lrua_write",
+]

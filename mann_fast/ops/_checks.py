@@ -21,9 +21,16 @@ def check_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name} must have shape [{axes.replace(' ', ', ')}], got {list(value.shape)}")
 
 
-def check_like(name: str, value: object, axes: str, sizes: Sequence[int], like_name: str, like: Tensor) -> None:
+def check_like(
+    name: str, value: object, axes: str, sizes: Sequence[int], like_name: str, like: Tensor
+) -> None:
     """A tensor of these sizes, with the dtype and on the device of another argument."""
-    if isinstance(value, Tensor) and value.shape == sizes and value.dtype == like.dtype and value.device == like.device:
+    if (
+        isinstance(value, Tensor)
+        and value.shape == sizes
+        and value.dtype == like.dtype
+        and value.device == like.device
+    ):
         return  # nearly always: a step is called T times, and each check counts
     check_tensor(name, value, axes)
     if value.shape != tuple(sizes):
@@ -42,7 +49,9 @@ def check_state(name: str, value: object, axes: str) -> None:
     if value.dtype not in STATE_DTYPES:
         raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}")
     if 0 in value.shape[1:]:
-        raise ValueError(f"{name} [{axes.replace(' ', ', ')}] may be empty in B only, got {list(value.shape)}")
+        raise ValueError(
+            f"{name} [{axes.replace(' ', ', ')}] may be empty in B only, got {list(value.shape)}"
+        )
 
 
 def check_input(name: str, value: object, axes: str, sizes: Sequence[int], memory: Tensor) -> None:
@@ -108,7 +117,9 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
-def refuse_second_derivative(op: str, gradients: tuple[Tensor, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def refuse_second_derivative(
+    op: str, gradients: tuple[Tensor, ...], *inputs: Tensor | None
+) -> tuple[Tensor, ...]:
     """The gradients, made to depend on the inputs of a backward pass that is itself recorded (create_graph=True, or
     torch.func): else they would silently count as constants."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

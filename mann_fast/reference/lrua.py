@@ -63,7 +63,12 @@ def least_used(usage: Tensor, n: int) -> Tensor:
 
 
 def _write(
-    memory: Tensor, read_weights: Tensor, slots: Tensor, write_vector: Tensor, gate_logit: Tensor, write_target: str
+    memory: Tensor,
+    read_weights: Tensor,
+    slots: Tensor,
+    write_vector: Tensor,
+    gate_logit: Tensor,
+    write_target: str,
 ) -> tuple[Tensor, Tensor]:
     """Steps 2-4 of SPEC: write weights, erase of the least used slot, add."""
     batch, heads, num_slots = read_weights.shape
@@ -74,7 +79,9 @@ def _write(
         target.scatter_(2, slots.unsqueeze(1).expand(batch, heads, heads), 1)
     gate = gate_logit.unsqueeze(2)
     write_weights = torch.sigmoid(gate) * read_weights + torch.sigmoid(-gate) * target  # eq. 7
-    erased = torch.zeros(batch, num_slots, dtype=torch.bool, device=memory.device).scatter_(1, slots[:, :1], True)
+    erased = torch.zeros(batch, num_slots, dtype=torch.bool, device=memory.device).scatter_(
+        1, slots[:, :1], True
+    )
     memory = torch.where(erased.unsqueeze(2), 0, memory)
     for head in range(heads):  # eq. 8; one head after the other, so that equal slots get equal bits
         memory = memory + write_weights[:, head, :, None] * write_vector[:, head, None, :]
@@ -143,7 +150,9 @@ def lrua_scan(
 ) -> tuple[Tensor, LRUAState]:
     """See :func:`mann_fast.ops.lrua_scan`. ``slots`` [T, B, R] replays given choices of the least used slots."""
     if keys.shape[0] == 0:
-        return keys.clone(), LRUAState(state.memory.clone(), state.read_weights.clone(), state.usage.detach().clone())
+        return keys.clone(), LRUAState(
+            state.memory.clone(), state.read_weights.clone(), state.usage.detach().clone()
+        )
     reads = []
     for t in range(keys.shape[0]):
         read, state = lrua_step(

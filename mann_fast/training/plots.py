@@ -89,7 +89,7 @@ def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: f
                 f"{value:.1f}",
                 (k, value),
                 textcoords="offset points",
-                xytext=(0, -16),
+                xytext=(13, -13),
                 ha="center",
                 fontsize=8,
             )
@@ -101,6 +101,7 @@ def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: f
         xlabel="how many times the class has been shown, this image included",
         ylabel="right answers (%)",
         ylim=(0, 105),
+        xlim=(0.5, len(mean) + 0.7),
     )
     if len(mean) <= 15:
         axes.set_xticks(list(instances), [ordinal(k) for k in instances])

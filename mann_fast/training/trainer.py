@@ -142,11 +142,19 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; ValueError where the data are not the same."""
+        """Continue where `state_dict` was taken; ValueError where the data or the kind of model are not the
+        same.
+        """
         if state["data"]["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"the images of --data {self.config.data} are not those that the checkpoint was trained on; "
                 "give the same data, or start a new run with another --out"
+            )
+        if state["model"]["config"] != self.model.config:
+            raise ValueError(
+                f"the checkpoint's model was made with {state['model']['config']}, "
+                f"this version of mann_fast makes {self.model.config}; "
+                f"go on with the version that wrote it ({state['mann_fast']})"
             )
         self.model.load_state_dict(state["model"]["state"])
         self.optimizer.load_state_dict(state["optimizer"])
