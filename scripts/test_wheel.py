@@ -70,7 +70,11 @@ def main() -> int:
     for torch in args.torch:
         # Not in the system's temporary folder: a torch with CUDA takes more than 5 GB.
         with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="wheel-") as folder:
-            others += test_beside(torch, args.wheel.resolve(), args.tests, Path(folder))
+            try:
+                others += test_beside(torch, args.wheel.resolve(), args.tests, Path(folder))
+            except subprocess.CalledProcessError as problem:
+                print(f"beside {torch}: {problem}", file=sys.stderr)
+                return 1
     if not others:
         print("no torch was another than the one that the wheel was built with", file=sys.stderr)
     return 0 if others else 1

@@ -50,7 +50,7 @@ def numpy_layer(layer, x):
             c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
             h = sigmoid(o) * np.tanh(c)
             raw = list(p["heads.weight"] @ h + p["heads.bias"])
-            take = lambda n: np.array([raw.pop(0) for _ in range(n)])  # noqa: E731
+            take = lambda n, raw=raw: np.array([raw.pop(0) for _ in range(n)])  # noqa: E731
             key = np.tanh(take(heads * size)).reshape(heads, size)
             vector = (
                 np.tanh(take(heads * size)).reshape(heads, size) if layer.write_vector == "separate" else key
