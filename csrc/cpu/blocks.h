@@ -25,20 +25,33 @@ constexpr int64_t tile = 64;
 
 // ---- layout and dtype -------------------------------------------------------------------------------------------
 
+// Numbers [d, D) of `width` rows, as columns from squares of LANES x LANES; returns the first number that is left over.
+template <class T, int LANES>
+inline int64_t transpose_rows(const T* rows, int64_t D, int64_t d, T* block, int64_t ld) {
+  if constexpr (LANES >= 2) {
+    for (; d + LANES <= D; d += LANES)
+      for (int j = 0; j < width<T>; j += LANES) transpose_square<T, LANES>(rows + j * D + d, D, block + d * ld + j, ld);
+    return transpose_rows<T, LANES / 2>(rows, D, d, block, ld);
+  }
+  return d;
+}
+template <class T, int LANES>
+inline int64_t transpose_columns(const T* block, int64_t ld, T* rows, int64_t D, int64_t d) {
+  if constexpr (LANES >= 2) {
+    for (; d + LANES <= D; d += LANES)
+      for (int j = 0; j < width<T>; j += LANES) transpose_square<T, LANES>(block + d * ld + j, ld, rows + j * D + d, D);
+    return transpose_columns<T, LANES / 2>(block, ld, rows, D, d);
+  }
+  return d;
+}
+
 // Slots [lo, hi) of memory [N][D] into block [D][ld]; lanes from N on become 0. lo and hi are multiples of slot_padding.
 template <class T>
 inline void load_slots(const T* memory, int64_t N, int64_t D, int64_t lo, int64_t hi, T* block, int64_t ld) {
   constexpr int W = width<T>;
   for (int64_t i = lo; i < hi; i += W) {
     const int64_t slots = N - i < W ? (N > i ? N - i : 0) : W;
-    int64_t d = 0;
-    if (slots == W)
-      for (; d + W <= D; d += W) {
-        Vec<T> square[W];
-        for (int j = 0; j < W; ++j) square[j] = load(memory + (i + j) * D + d);
-        transpose_square<T>(square);
-        for (int j = 0; j < W; ++j) store(block + (d + j) * ld + i - lo, square[j]);
-      }
+    int64_t d = slots == W ? transpose_rows<T, W>(memory + i * D, D, 0, block + i - lo, ld) : 0;
     for (; d < D; ++d) {
       T* lanes = block + d * ld + i - lo;
       for (int64_t j = 0; j < slots; ++j) lanes[j] = memory[(i + j) * D + d];
@@ -52,14 +65,7 @@ inline void store_slots(const T* block, int64_t ld, int64_t N, int64_t D, int64_
   constexpr int W = width<T>;
   for (int64_t i = lo; i < hi; i += W) {
     const int64_t slots = N - i < W ? (N > i ? N - i : 0) : W;
-    int64_t d = 0;
-    if (slots == W)
-      for (; d + W <= D; d += W) {
-        Vec<T> square[W];
-        for (int j = 0; j < W; ++j) square[j] = load(block + (d + j) * ld + i - lo);
-        transpose_square<T>(square);
-        for (int j = 0; j < W; ++j) store(memory + (i + j) * D + d, square[j]);
-      }
+    int64_t d = slots == W ? transpose_columns<T, W>(block + i - lo, ld, memory + i * D, D, 0) : 0;
     for (; d < D; ++d)
       for (int64_t j = 0; j < slots; ++j) memory[(i + j) * D + d] = block[d * ld + i - lo + j];
   }

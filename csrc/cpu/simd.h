@@ -161,43 +161,52 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : result;
 }
 
+// A vector of so many lanes, for the shuffles below.
+template <class T, int LANES>
+struct Lanes {
+  typedef T Vec __attribute__((vector_size(LANES * sizeof(T))));
+};
+
 // a0 b0 a1 b1 ... of the lower or the upper halves.
-template <class T, int... I>
-inline Vec<T> interleave_low(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * width<T>)...);
+template <int LANES, class V, int... I>
+inline V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * LANES)...);
 }
-template <class T, int... I>
-inline Vec<T> interleave_high(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (width<T> / 2 + I / 2 + (I % 2) * width<T>)...);
+template <int LANES, class V, int... I>
+inline V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (LANES / 2 + I / 2 + (I % 2) * LANES)...);
 }
-template <class T>
-inline Vec<T> low(Vec<T> a, Vec<T> b) {
-  return interleave_low<T>(a, b, std::make_integer_sequence<int, width<T>>());
+template <int LANES, class V>
+inline V low(V a, V b) {
+  return interleave_low<LANES>(a, b, std::make_integer_sequence<int, LANES>());
 }
-template <class T>
-inline Vec<T> high(Vec<T> a, Vec<T> b) {
-  return interleave_high<T>(a, b, std::make_integer_sequence<int, width<T>>());
+template <int LANES, class V>
+inline V high(V a, V b) {
+  return interleave_high<LANES>(a, b, std::make_integer_sequence<int, LANES>());
 }
 
-// Transposes a square of width x width numbers: each round is a perfect shuffle, log2(width) of them transpose.
-template <class T>
-inline void transpose_square(Vec<T> (&v)[width<T>]) {
-  constexpr int n = width<T>;
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> t[n];
-    for (int j = 0; j < n / 2; ++j) {
-      t[2 * j] = low<T>(v[j], v[j + n / 2]);
-      t[2 * j + 1] = high<T>(v[j], v[j + n / 2]);
+// Transposes a square of LANES x LANES numbers: each round is a perfect shuffle, log2(LANES) of them transpose.
+template <class T, int LANES>
+inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  using V = typename Lanes<T, LANES>::Vec;
+  V v[LANES];
+  for (int j = 0; j < LANES; ++j) std::memcpy(&v[j], from + j * from_stride, sizeof(V));
+  for (int round = 1; round < LANES; round *= 2) {
+    V t[LANES];
+    for (int j = 0; j < LANES / 2; ++j) {
+      t[2 * j] = low<LANES>(v[j], v[j + LANES / 2]);
+      t[2 * j + 1] = high<LANES>(v[j], v[j + LANES / 2]);
     }
-    for (int j = 0; j < n; ++j) v[j] = t[j];
+    for (int j = 0; j < LANES; ++j) v[j] = t[j];
   }
+  for (int j = 0; j < LANES; ++j) std::memcpy(to + j * to_stride, &v[j], sizeof(V));
 }
 
 // The sums over the lanes of `width` vectors, as one vector: the same shuffles, adding what they bring together.
 template <class T>
 inline Vec<T> sum_lanes(Vec<T> (&v)[width<T>]) {
   for (int half = width<T> / 2; half >= 1; half /= 2)
-    for (int j = 0; j < half; ++j) v[j] = low<T>(v[j], v[j + half]) + high<T>(v[j], v[j + half]);
+    for (int j = 0; j < half; ++j) v[j] = low<width<T>>(v[j], v[j + half]) + high<width<T>>(v[j], v[j + half]);
   return v[0];
 }
 
