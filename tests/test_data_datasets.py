@@ -80,7 +80,7 @@ def test_folder_of_classes(tmp_path):
 
 def test_glyphs_are_split_by_class():
     data = load_dataset("glyphs", image_size=8)
-    assert data.kind == "glyphs" and data.train.num_classes == 1000 and data.test.num_classes == 200
+    assert data.kind == "glyphs" and data.train.num_classes == 3000 and data.test.num_classes == 200
     assert set(data.train.names).isdisjoint(data.test.names)
     assert load_dataset("glyphs", image_size=2, shots=21).test.counts.eq(21).all()
 

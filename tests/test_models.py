@@ -1,44 +1,146 @@
-"""MANN and the LSTM that it is compared with."""
+"""MANN and its baseline: one interface, rebuilt from their config, and MANN learns what needs a memory."""
+
+import inspect
+import re
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from mann_fast import MANN
+from mann_fast import MANN, MemoryLayer, MemoryState
 from mann_fast.models import LSTMClassifier
 
-MODELS = [
-    (MANN, {"hidden_size": 7, "num_slots": 6, "slot_size": 3, "num_heads": 2, "write_target": "shared"}),
-    (LSTMClassifier, {"hidden_size": 7}),
-]
+SMALL = {
+    "mann": (MANN, {"num_slots": 7, "slot_size": 5, "num_heads": 3}),
+    "lstm": (LSTMClassifier, {}),
+}
+both = pytest.mark.parametrize("kind", SMALL)
 
 
-@pytest.mark.parametrize("model_class, options", MODELS)
-def test_interface(model_class, options):
-    model = model_class(4, 3, **options)
-    x = torch.randn(5, 2, 4)
+def make(kind, **options):
+    model_class, sizes = SMALL[kind]
+    return model_class(6, 3, 8, **{**sizes, **options})
+
+
+def flat(state):
+    return torch.cat([part.flatten() for part in torch.utils._pytree.tree_leaves(state)])
+
+
+def test_paper_sizes_by_default():
+    model = MANN(405, 5)
+    layer = model.layer
+    sizes = (layer.hidden_size, layer.num_slots, layer.slot_size, layer.num_heads)
+    assert sizes == (200, 128, 40, 4)
+    assert model.classifier.weight.shape == (5, 360)
+    assert LSTMClassifier(405, 5).layer.hidden_size == 200
+
+
+def test_mann_has_the_options_of_its_layer():
+    options = inspect.signature(MANN).parameters
+    expected = dict(inspect.signature(MemoryLayer).parameters)
+    del expected["output_size"]
+    assert {name: p.default for name, p in options.items() if name != "num_classes"} == {
+        name: p.default for name, p in expected.items()
+    }
+
+
+@both
+def test_logits_are_the_classifier_of_the_layer(kind):
+    model = make(kind)
+    x = torch.randn(4, 2, 6)
     logits, state = model(x)
-    assert logits.shape == (5, 2, 3)
-    first, middle = model(x[:2])
-    second, _ = model(x[2:], middle)
-    assert torch.allclose(torch.cat([first, second]), logits, atol=1e-5)
-    logits.square().sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    output, expected = model.layer(x)
+    assert logits.shape == (4, 2, 3)
+    assert torch.equal(logits, F.linear(output, model.classifier.weight, model.classifier.bias))
+    assert torch.equal(flat(state), flat(expected))
+    assert isinstance(state, MemoryState) == (kind == "mann")
 
 
-@pytest.mark.parametrize("model_class, options", MODELS)
-def test_config_makes_the_same_model_again(model_class, options):
-    model = model_class(4, 3, **options)
-    again = model_class(**model.config)
-    again.load_state_dict(model.state_dict())
-    x = torch.randn(5, 2, 4)
-    assert torch.equal(model(x)[0], again(x)[0])
+@both
+def test_interface(kind):
+    model, other = make(kind, dtype=torch.float64), make(kind, dtype=torch.float64, batch_first=True)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(6, 2, 6, dtype=torch.float64)
+    logits, end = model(x)
+    first, state = model(x[:2])
+    second, state = model(x[2:], state)
+    assert torch.allclose(torch.cat([first, second]), logits, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(flat(state), flat(end), rtol=1e-10, atol=1e-12)
+    transposed, _ = other(x.transpose(0, 1))
+    assert torch.allclose(transposed.transpose(0, 1), logits, rtol=1e-10, atol=1e-12)
+    single, _ = model(x[:, 1])
+    assert torch.allclose(single, logits[:, 1], rtol=1e-10, atol=1e-12)
 
 
-def test_mann_has_the_sizes_of_the_paper_by_default():
-    layer = MANN(405, 5).layer
-    assert (layer.hidden_size, layer.num_slots, layer.slot_size, layer.num_heads) == (200, 128, 40, 4)
+@both
+def test_config_makes_the_same_model_again(kind, tmp_path):
+    options = {"batch_first": True}
+    if kind == "mann":
+        options |= {"sharpness": 3.5, "write_vector": "key", "order": "read_first", "write_target": "shared"}
+        options |= {"usage_decay": 0.9, "eps": 1e-4}
+    model = make(kind, **options)
+    torch.save({"config": model.config, "weights": model.state_dict()}, tmp_path / "model.pt")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    again = type(model)(**saved["config"])
+    again.load_state_dict(saved["weights"])
+    assert again.config == model.config
+    assert repr(again) == repr(model)
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(again(x)[0], model(x)[0])
+    arguments = set(inspect.signature(type(model)).parameters) - {"device", "dtype"}
+    assert set(model.config) == arguments  # the defaults too, which may change
 
 
-def test_mann_takes_no_output_size():
+@both
+def test_converts_and_places(kind):
+    assert make(kind).double()(torch.randn(3, 2, 6, dtype=torch.float64))[0].dtype == torch.float64
+    assert make(kind, dtype=torch.bfloat16)(torch.randn(3, 2, 6).bfloat16())[0].dtype == torch.bfloat16
+    assert all(p.device.type == "meta" for p in make(kind, device="meta").parameters())
+
+
+@both
+@pytest.mark.parametrize(
+    "sizes, error, message",
+    [
+        ((6, 0, 8), ValueError, "num_classes must be at least 1, got 0"),
+        ((6, 3.0, 8), TypeError, "num_classes must be an int, got float"),
+        ((0, 3, 8), ValueError, "input_size must be at least 1, got 0"),
+        ((6, 3, -1), ValueError, "hidden_size must be at least 1, got -1"),
+    ],
+)
+def test_refuses_sizes(kind, sizes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        SMALL[kind][0](*sizes)
+
+
+def test_refuses_unknown_options():
     with pytest.raises(TypeError, match="output_size"):
-        MANN(4, 3, output_size=5)
+        MANN(6, 3, output_size=4)
+
+
+def recall_episodes(batch, ways=3, steps=12, width=6):
+    """Random vectors as classes, drawn anew at each step, with the label of the step before."""
+    classes = torch.randn(batch, ways, width)
+    targets = torch.randint(ways, (steps, batch))
+    shown = classes[torch.arange(batch), targets]
+    before = F.one_hot(targets, ways).float().roll(1, 0)
+    before[0] = 0
+    return torch.cat([shown, before], 2), targets
+
+
+def test_mann_learns_to_recall():
+    """Classes and their labels are new in every episode, so only remembering helps."""
+    model = MANN(9, 3, 32, num_slots=16, slot_size=12, num_heads=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(400):
+        x, targets = recall_episodes(32)
+        loss = F.cross_entropy(model(x)[0].flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5)
+        optimizer.step()
+    x, targets = recall_episodes(200)
+    with torch.no_grad():
+        right = model(x)[0].argmax(2) == targets
+    assert right[-4:].double().mean() > 0.6  # chance is 1/3

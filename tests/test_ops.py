@@ -109,6 +109,20 @@ def test_compiles_in_one_graph_with_gradients(options):
 
 
 @needs_cpp
+def test_compiles_where_one_tensor_is_given_twice():
+    torch.compiler.reset()
+    state, inputs = distinct_state(2, 9, 5, 3), scan_inputs(4, 2, 5, 3)
+    keys = inputs[0].requires_grad_()
+
+    def call(state, keys, gates):
+        return ops.lrua_scan(ops.LRUAState(*state), keys, keys, gates, gates)[0]
+
+    compiled = torch.compile(call, fullgraph=True)(state, keys, inputs[2])
+    actual = torch.autograd.grad(compiled.sum(), keys)[0]
+    assert worst_error(actual, torch.autograd.grad(call(state, keys, inputs[2]).sum(), keys)[0]) < 1e-12
+
+
+@needs_cpp
 def test_compiles_with_dynamic_sizes_without_recompiling():
     torch.compiler.reset()
     compiled = torch.compile(scan, fullgraph=True, dynamic=True)

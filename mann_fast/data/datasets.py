@@ -13,7 +13,7 @@ from .glyphs import generate_glyphs
 from .images import ClassImages
 from .omniglot import ALPHABETS, find_part, load_omniglot
 
-GLYPH_CLASSES = (1000, 200)  # to train on, to test on
+GLYPH_CLASSES = (3000, 200)  # to train on, to test on
 FEW_CLASSES = 30
 
 
@@ -36,7 +36,7 @@ def load_dataset(
 ) -> Dataset:
     """The classes of ``source``, split so that no class is in both parts, in the same way on every machine.
 
-    "glyphs": 1,000 and 200 invented characters (``seed`` makes others). "omniglot": the official background
+    "glyphs": 3,000 and 200 invented characters (``seed`` makes others). "omniglot": the official background
     and evaluation parts, fetched into the cache folder if they are not there. A path: Omniglot's archives or
     folders, split likewise; or a folder with one sub-folder of images per class, of which a fifth, but at
     least ``ways``, are set aside to test on: the same ones for the same ``seed``, so evaluate with the seed

@@ -5,15 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..layers.memory import check_sizes
+
 
 class LSTMClassifier(nn.Module):
-    """``nn.LSTM`` and a linear classifier, with the interface of :class:`mann_fast.MANN`.
+    """``nn.LSTM`` and a linear classifier on its output, with the interface of :class:`mann_fast.MANN`.
 
     Args:
-        input_size, num_classes, hidden_size: as in :class:`mann_fast.MANN`.
-        batch_first, device, dtype: as in ``nn.LSTM``.
+        input_size, num_classes, hidden_size: as of :class:`mann_fast.MANN`.
+        batch_first, device, dtype: as of ``nn.LSTM``.
 
-    ``config`` holds the arguments that make the same model again, as plain values.
+    Attributes:
+        layer, classifier: the LSTM and the ``nn.Linear``.
+        config: dict of plain values; ``LSTMClassifier(**config)`` is a new model of the same sizes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
     """
 
     def __init__(
@@ -27,18 +34,22 @@ class LSTMClassifier(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.config = {
-            "input_size": input_size,
-            "num_classes": num_classes,
-            "hidden_size": hidden_size,
-            "batch_first": batch_first,
-        }
-        self.layer = nn.LSTM(input_size, hidden_size, batch_first=batch_first, device=device, dtype=dtype)
+        check_sizes(input_size=input_size, num_classes=num_classes, hidden_size=hidden_size)
+        options = {"input_size": input_size, "hidden_size": hidden_size, "batch_first": batch_first}
+        self.config = {"num_classes": num_classes, **options}
+        self.layer = nn.LSTM(**options, device=device, dtype=dtype)
         self.classifier = nn.Linear(hidden_size, num_classes, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Logits [T, B, num_classes] (laid out as x) and the state of ``nn.LSTM``."""
+        """Logits for every step of a sequence.
+
+        Args:
+            x, state: as of ``nn.LSTM``; T >= 1.
+
+        Returns:
+            logits [T, B, num_classes] (laid out as x), and the state of ``nn.LSTM`` after the last step.
+        """
         output, state = self.layer(x, state)
         return self.classifier(output), state

@@ -93,7 +93,17 @@ def records_gradient(*tensors: Tensor | None) -> bool:
 
 def apply(function: type[torch.autograd.Function], *arguments):
     """``function.apply``, without the 30 us that binding the arguments to a signature takes in eager mode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # Dynamo takes no tensor twice, as where a head writes its key.
+        seen: list[Tensor] = []
+        distinct = []
+        for x in arguments:
+            if isinstance(x, Tensor):
+                x = x.view_as(x) if any(x is y for y in seen) else x
+                seen.append(x)
+            distinct.append(x)
+        return function.apply(*distinct)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)
 
