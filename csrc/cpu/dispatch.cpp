@@ -36,7 +36,7 @@ bool supported(const char* isa) {
   return false;
 }
 
-Kernels table(const char* isa) {
+Kernels table([[maybe_unused]] const char* isa) {
 #ifdef __x86_64__
   if (std::strcmp(isa, "avx512") == 0) return {"avx512", avx512::content_kernels, avx512::lrua_kernels};
   if (std::strcmp(isa, "avx2") == 0) return {"avx2", avx2::content_kernels, avx2::lrua_kernels};
