@@ -20,8 +20,8 @@ inline void for_heads(int64_t heads, Body body) {  // in groups of at most 4, wh
   if (heads - first == 1) body(first, std::integral_constant<int, 1>());
 }
 
-// Ops that go over a memory once take it in tiles of so many slots: 64 x D numbers stay in the first-level cache.
-constexpr int64_t tile = 64;
+// Ops that go over a memory once take it in tiles of so many slots: 128 x D numbers stay in the nearer caches.
+constexpr int64_t tile = 128;
 
 // ---- layout and dtype -------------------------------------------------------------------------------------------
 
