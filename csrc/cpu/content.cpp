@@ -16,20 +16,36 @@ struct Split {
   }
 };
 
+// Numbers per slot, padded with zeros to whole vectors.
+template <class T>
+int64_t padded_row(int64_t D) {
+  return (D + width<T> - 1) / width<T> * width<T>;
+}
+
 template <class T>
 struct ReadPart {  // what one part of a sample's slots leaves for the others
-  T *greatest, *total, *read;  // [R], [R], [R, D]: sum and read are relative to the part's own greatest similarity
+  T *greatest, *total, *read;  // [R], [R], [R, ld]: sum and read are relative to the part's own greatest similarity
   ReadPart(Arena& arena, const ContentRead& a)
-      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * a.D)) {}
+      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * padded_row<T>(a.D))) {}
 };
 
 template <class T>
 struct ReadScratch {
-  T *block, *dots, *squares, *key, *sharpness, *sums;
+  T *rows, *dots, *squares, *key, *padded_key, *sharpness, *sums;
   ReadScratch(Arena& arena, const ContentRead& a)
-      : block(arena.take<T>(a.D * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
-        key(arena.take<T>(a.R * a.D)), sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)) {}
+      : rows(arena.take<T>(padded_row<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
+        key(arena.take<T>(a.R * a.D)), padded_key(arena.take<T>(a.R * padded_row<T>(a.D))),
+        sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)) {}
 };
+
+template <class T>
+void pad_rows(const T* from, int64_t rows, int64_t D, int64_t padded_rows, int64_t ld, T* to) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    const int64_t valid = i < rows ? D : 0;
+    if (valid > 0) std::memcpy(to + i * ld, from + i * D, D * sizeof(T));
+    for (int64_t d = valid; d < ld; ++d) to[i * ld + d] = 0;
+  }
+}
 
 template <class T>
 void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, ReadScratch<T>& s) {
@@ -37,15 +53,21 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
   T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
   const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.key);
   const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
+  const int64_t ld = padded_row<T>(a.D);
+  pad_rows(key, a.R, a.D, a.R, ld, s.padded_key);
   for (int64_t r = 0; r < a.R; ++r) {
     part.greatest[r] = -std::numeric_limits<T>::infinity();
     part.total[r] = 0;
   }
-  for (int64_t j = 0; j < a.R * a.D; ++j) part.read[j] = 0;
+  for (int64_t j = 0; j < a.R * ld; ++j) part.read[j] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
-    load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
-    dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
+    const T* rows = memory + lo * a.D;
+    if (ld != a.D || valid != count) {
+      pad_rows(rows, valid, a.D, count, ld, s.rows);
+      rows = s.rows;
+    }
+    dot_and_square_rows(rows, ld, count, a.R, static_cast<const T*>(s.padded_key), s.dots, s.squares);
     for (int64_t r = 0; r < a.R; ++r) {
       T* row = s.dots + r * tile;
       const T greatest = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),
@@ -53,13 +75,13 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
       if (greatest > part.greatest[r]) {  // what was summed so far is relative to a smaller maximum
         const T factor = std::exp(part.greatest[r] - greatest);
         part.total[r] *= factor;
-        for (int64_t d = 0; d < a.D; ++d) part.read[r * a.D + d] *= factor;
+        for (int64_t d = 0; d < ld; ++d) part.read[r * ld + d] *= factor;
         part.greatest[r] = greatest;
       }
       std::memcpy(weights + r * a.N + lo, row, valid * sizeof(T));
       part.total[r] += exp_slots(row, count, part.greatest[r]);
     }
-    weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.dots, part.read);
+    add_weighted_rows(rows, ld, count, a.R, static_cast<const T*>(s.dots), part.read);
   }
 }
 
@@ -76,7 +98,7 @@ void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, in
     for (int64_t d = 0; d < a.D; ++d) read[d] = 0;
     for (int64_t p = 0; p < count; ++p) {
       const T factor = std::exp(parts[p].greatest[r] - greatest) / total;
-      for (int64_t d = 0; d < a.D; ++d) read[d] += parts[p].read[r * a.D + d] * factor;
+      for (int64_t d = 0; d < a.D; ++d) read[d] += parts[p].read[r * padded_row<T>(a.D) + d] * factor;
     }
     const T inverse = T(1) / total;
     for (int64_t lo = 0; lo < a.N; lo += tile) {
