@@ -17,7 +17,7 @@ TORCH_OTHER ?= torch==2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
-OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
+OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_cell.py tests/test_ops.py
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check build lint abi isas sanitize wheel clean

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-KERNELS = ["lrua", "content"]  # the one that takes longest first
+KERNELS = ["cell", "lrua", "content"]  # the one that takes longest first
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {
         "baseline": [],

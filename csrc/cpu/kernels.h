@@ -89,6 +89,48 @@ struct LruaScanBackward {
   void *grad_in_memory, *grad_in_read_weights, *grad_keys, *grad_write_vectors, *grad_gate_logits, *grad_sharpness;
 };
 
+// Gates [T, B, 4 H] are the input's part, biases included, in the order admit, keep, candidate, expose. K = H + R D. One row of
+// heads has keys [R, D], write vectors [R, D] where separate, gate logits [R], and sharpness [R] where learned: then the
+// factor on the similarity is sharpness + sharpness_scale softplus(of it), else sharpness. anchor_every 0 keeps nothing for
+// backward.
+struct Cell {
+  int64_t T, B, H, N, D, R;
+  Dtype dtype;  // float32 or float64, of everything
+  bool separate_vector, learned_sharpness;
+  double sharpness, sharpness_scale;
+  bool read_first, shared_target;
+  double usage_decay, eps;
+  int64_t anchor_every;
+  const void *gates, *hidden, *cell, *memory, *read_weights, *usage, *reads;
+  const void *hidden_weight, *reads_weight;  // [4 H, H], [4 H, R D] with rows reads_weight_ld apart
+  int64_t reads_weight_ld;
+  const void *head_weight, *head_bias;  // [heads, H], [heads]
+  void *output, *out_cell, *out_memory, *out_read_weights, *out_usage;  // output [T, B, K]: hidden states and reads
+  void *kept_gates, *kept_cells, *kept_heads;  // [T, B, 4 H], [T, B, H], [T, B, heads], after their nonlinearities
+  int64_t* slots;
+  void* anchors;  // slots and anchors as in LruaScan
+};
+
+struct CellBackward {
+  int64_t T, B, H, N, D, R;
+  Dtype dtype;
+  bool separate_vector, learned_sharpness;
+  double sharpness, sharpness_scale;
+  bool read_first, shared_target;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_output, *grad_cell, *grad_memory, *grad_read_weights;  // each may be null
+  const void *cell, *memory, *read_weights;
+  const void *hidden_weight, *reads_weight;
+  int64_t reads_weight_ld;
+  const void* head_weight;
+  const void *kept_gates, *kept_cells, *kept_heads;
+  const int64_t* slots;
+  const void* anchors;
+  void *grad_gates, *grad_heads;  // before their nonlinearities
+  void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
+};
+
 // One table per instruction set. Each function returns false where scratch memory could not be had.
 struct ContentKernels {
   bool (*read)(const ContentRead&, const Parallel&);
@@ -103,10 +145,16 @@ struct LruaKernels {
   bool (*scan_backward)(const LruaScanBackward&, const Parallel&);
 };
 
+struct CellKernels {
+  bool (*forward)(const Cell&, const Parallel&);
+  bool (*backward)(const CellBackward&, const Parallel&);
+};
+
 struct Kernels {
   const char* isa;
   ContentKernels content;
   LruaKernels lrua;
+  CellKernels cell;
 };
 
 // The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where that names an instruction set which

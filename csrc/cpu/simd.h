@@ -161,6 +161,38 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : result;
 }
 
+template <class T>
+inline Vec<T> absolute(Vec<T> x) {
+  return as_float(as_int(x) & splat_int<T>(std::numeric_limits<Int<T>>::max()));
+}
+
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp_nonpositive(-absolute<T>(x));
+  return (x < T(0) ? e : splat<T>(1)) / (e + T(1));
+}
+
+// tanh: near 0 by the approximations of Cephes (tanhf.c, tanh.c), so that small results keep their relative precision.
+inline Vec<float> tanh_near_zero(Vec<float> x, Vec<float> z) {
+  Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return p * z * x + x;
+}
+inline Vec<double> tanh_near_zero(Vec<double> x, Vec<double> z) {
+  const Vec<double> p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const Vec<double> q =
+      ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  return p / q * z * x + x;
+}
+template <class T>
+inline Vec<T> hyperbolic_tangent(Vec<T> x) {
+  const Vec<T> magnitude = absolute<T>(x), e = exp_nonpositive(magnitude * T(-2));
+  const Vec<T> far = (T(1) - e) / (T(1) + e);
+  return magnitude < T(0.625) ? tanh_near_zero(x, x * x) : x < T(0) ? -far : far;
+}
+
 // A vector of so many lanes, for the shuffles below.
 template <class T, int LANES>
 struct Lanes {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,19 +11,13 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops import _checks
+from ..ops.cell import WRITE_VECTORS, check_sharpness, head_sizes
 from ..ops.lrua import _check_options
-
-# A learned sharpness is SHARPNESS_MIN + SHARPNESS_SCALE * softplus(linear(hidden)), about 8 in a new layer.
-# It has to start high: the cosine is at most 1, so with a factor of 1 or 2 the softmax over 128 slots is
-# almost flat, every read is almost the mean of the memory, and training hardly takes off.
-SHARPNESS_MIN = 1.0
-SHARPNESS_SCALE = 10.0
 
 # Keys and write vectors start so much larger than nn.Linear would make them: else all are near 0 and alike,
 # and what is read is lost beside the input.
 VECTOR_GAIN = 3.0
 
-WRITE_VECTORS = ("separate", "key")
 OPTIONS = ("order", "write_target", "usage_decay", "eps")  # of ops.lrua_step
 
 
@@ -168,11 +161,7 @@ class MemoryLayer(nn.Module):
             check_sizes(output_size=output_size)
         if num_heads > num_slots:
             raise ValueError(f"num_heads must be at most num_slots = {num_slots}, got {num_heads}")
-        number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
-        if not (sharpness is None or number or sharpness == "learned"):
-            raise ValueError(f"sharpness must be 'learned', a number or None, got {sharpness!r}")
-        if number and not math.isfinite(sharpness):
-            raise ValueError(f"sharpness must be finite, got {sharpness}")
+        check_sharpness(sharpness)
         _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
         _check_options(order, write_target, usage_decay, eps)
         if not isinstance(batch_first, bool):
@@ -187,15 +176,12 @@ class MemoryLayer(nn.Module):
         self.batch_first = batch_first
 
         reads_size = num_heads * slot_size
-        self._head_sizes = [reads_size, num_heads]  # keys, gates
-        if write_vector == "separate":
-            self._head_sizes[0] += reads_size
-        if sharpness == "learned":
-            self._head_sizes.append(num_heads)
+        sizes = head_sizes(num_heads, slot_size, write_vector, sharpness)
+        self._vectors_size = sizes[0]
         self.output_size = hidden_size + reads_size if output_size is None else output_size
         factory = {"device": device, "dtype": dtype}
         self.controller = nn.LSTMCell(input_size + reads_size, hidden_size, **factory)
-        self.heads = nn.Linear(hidden_size, sum(self._head_sizes), **factory)
+        self.heads = nn.Linear(hidden_size, sum(sizes), **factory)
         self.projection = None
         if output_size is not None:
             self.projection = nn.Linear(hidden_size + reads_size, output_size, **factory)
@@ -203,7 +189,7 @@ class MemoryLayer(nn.Module):
 
     def _widen_vectors(self) -> None:
         with torch.no_grad():
-            self.heads.weight[: self._head_sizes[0]] *= VECTOR_GAIN
+            self.heads.weight[: self._vectors_size] *= VECTOR_GAIN
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as for a new layer."""
@@ -277,46 +263,23 @@ class MemoryLayer(nn.Module):
 
     def _run(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """All steps, in x's dtype: hidden states and reads [T, B, H + R D], and the last state."""
-        (hidden, cell), memory, reads = state
-        steps, batch, _ = x.shape
-        reads_size = self.num_heads * self.slot_size
-        if steps == 0:
-            state = state._map(torch.clone)
-            memory = state.memory._replace(usage=state.memory.usage.detach())
-            return x.new_empty(0, batch, self.hidden_size + reads_size), state._replace(memory=memory)
-        # The input's part of the gates is one product for all steps. The other part is a product with the
-        # output of the step before, [hidden, reads].
         lstm, heads = self.controller, self.heads
+        reads_size = self.num_heads * self.slot_size
         input_weight, reads_weight = lstm.weight_ih.to(x.dtype).split([self.input_size, reads_size], dim=1)
-        recurrent_weight = torch.cat([lstm.weight_hh.to(x.dtype), reads_weight], dim=1).t()
         bias = lstm.bias_ih.to(x.dtype) + lstm.bias_hh.to(x.dtype)
-        head_weight, head_bias = heads.weight.to(x.dtype).t(), heads.bias.to(x.dtype)
-        gate_sizes = [2 * self.hidden_size, self.hidden_size, self.hidden_size]
-        vectors_shape = (batch, self._head_sizes[0] // reads_size, self.num_heads, self.slot_size)
-        options = {name: getattr(self, name) for name in OPTIONS}
-        least = x.new_full((), SHARPNESS_MIN)
-        sharpness = None
-        if isinstance(self.sharpness, (int, float)):
-            sharpness = x.new_full((batch, self.num_heads), self.sharpness)
-
-        output = torch.cat([hidden, reads.flatten(1)], dim=1)
-        outputs = []
-        for gates in F.linear(x, input_weight, bias).unbind(0):
-            gates = torch.addmm(gates, output, recurrent_weight)
-            admit_and_keep, candidate, expose = gates.split(gate_sizes, dim=1)  # in torch's order
-            admit, keep = torch.sigmoid(admit_and_keep).chunk(2, dim=1)
-            cell = torch.addcmul(keep * cell, admit, torch.tanh(candidate))
-            hidden = torch.sigmoid(expose) * torch.tanh(cell)
-            raw = torch.addmm(head_bias, hidden, head_weight)
-            vectors, gate, *learned = raw.split(self._head_sizes, dim=1)
-            # Where a head writes its key, both are views of the one vector.
-            key, write_vector = torch.tanh(vectors).view(vectors_shape).expand(-1, 2, -1, -1).unbind(1)
-            if learned:
-                sharpness = torch.add(least, F.softplus(learned[0]), alpha=SHARPNESS_SCALE)
-            reads, memory = ops.lrua_step(memory, key, write_vector, gate, sharpness, **options)
-            output = torch.cat([hidden, reads.flatten(1)], dim=1)
-            outputs.append(output)
-        return torch.stack(outputs), MemoryState((hidden, cell), memory, reads)
+        output, controller, memory = ops.cell(
+            F.linear(x, input_weight, bias),  # the input's part of the gates is one product for all steps
+            *state,
+            lstm.weight_hh.to(x.dtype),
+            reads_weight,
+            heads.weight.to(x.dtype),
+            heads.bias.to(x.dtype),
+            write_vector=self.write_vector,
+            sharpness=self.sharpness,
+            **{name: getattr(self, name) for name in OPTIONS},
+        )
+        reads = state.reads.clone() if x.shape[0] == 0 else output[-1, :, self.hidden_size :].clone()
+        return output, MemoryState(controller, memory, reads.view_as(state.reads))
 
     def _check_input(self, x: object) -> None:
         if not isinstance(x, Tensor):

@@ -127,9 +127,6 @@ def _(
     )
 
 
-_backend.load()
-
-
 def anchor_interval(num_slots: int, slot_size: int, num_heads: int) -> int:
     """Every how many steps a scan keeps the memory for backward, which replays the steps between.
 

@@ -3,7 +3,8 @@
 The functions have the names, signatures and results of :mod:`mann_fast.ops`. They check nothing; :mod:`mann_fast.ops` does.
 """
 
+from .cell import cell
 from .content import content_read, similarity
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
 
-__all__ = ["LRUAState", "content_read", "least_used", "lrua_scan", "lrua_step", "lrua_write", "similarity"]
+__all__ = ["LRUAState", "cell", "content_read", "least_used", "lrua_scan", "lrua_step", "lrua_write", "similarity"]

@@ -220,6 +220,60 @@ Results scan(const Kernels& k, const Case& c) {
   return results;
 }
 
+Results cell(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const int64_t H = 2 * c.D + 1, RD = c.R * c.D, heads = (c.sharp ? 2 : 1) * RD + (c.sharp ? 2 : 1) * c.R;
+  const auto normal = [&](int64_t count) { return random.normal(c.state, count); };
+  const Array gates = normal(c.T * c.B * 4 * H), hidden = normal(c.B * H), state = normal(c.B * H);
+  const Array memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
+  const Array usage = random.positive(c.state, c.B * c.N), read_weights = random.positive(c.state, c.B * c.R * c.N);
+  const int64_t ld = RD + 3;  // the reads' weight as part of a wider one
+  const Array hidden_weight = normal(4 * H * H), reads_weight = normal(4 * H * ld - 3);
+  const Array head_weight = normal(heads * H), head_bias = normal(heads);
+  const bool keeps = c.anchor_every > 0;
+  const int64_t anchors_count = c.T > 0 && keeps ? (c.T - 1) / c.anchor_every : 0, kept = keeps ? c.T * c.B : 0;
+  Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
+  Array kept_gates(c.state, kept * 4 * H), kept_cells(c.state, kept * H), kept_heads(c.state, kept * heads);
+  std::vector<int64_t> slots(kept * c.R, -1);
+  Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, c.B * H), out_memory(c.state, memory.count);
+  Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
+  succeeded(k.cell.forward(
+      {c.T, c.B, H, c.N, c.D, c.R, c.state, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95, 1e-6,
+       c.anchor_every, pointer(gates), pointer(hidden), pointer(state), pointer(memory), pointer(read_weights),
+       pointer(usage), pointer(reads), pointer(hidden_weight), pointer(reads_weight), ld, pointer(head_weight),
+       pointer(head_bias), output.data.get(), out_cell.data.get(), out_memory.data.get(), out_weights.data.get(),
+       out_usage.data.get(), kept_gates.data.get(), kept_cells.data.get(), kept_heads.data.get(), slots.data(),
+       anchors.data.get()},
+      parallel));
+  Results results;
+  if (keeps) {
+    check_slots(slots, c.T * c.B, c.R, c.N);
+    for (const int present : {0b0001, 0b0110, 0b1011}) {  // each of the four gradients may be missing
+      const auto grad_output = optional(present & 1, normal(output.count));
+      const auto grad_cell = optional(present & 2, normal(out_cell.count));
+      const auto grad_memory = optional(present & 4, normal(memory.count));
+      const auto grad_weights = optional(present & 8, normal(read_weights.count));
+      Array grad_gates(c.state, gates.count), grad_heads(c.state, kept_heads.count), grad_hidden(c.state, hidden.count);
+      Array grad_in_cell(c.state, state.count), grad_in_memory(c.state, memory.count);
+      Array grad_in_weights(c.state, read_weights.count), grad_reads(c.state, reads.count);
+      succeeded(k.cell.backward(
+          {c.T, c.B, H, c.N, c.D, c.R, c.state, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 1e-6,
+           c.anchor_every, pointer(grad_output), pointer(grad_cell), pointer(grad_memory), pointer(grad_weights),
+           pointer(state), pointer(memory), pointer(read_weights), pointer(hidden_weight), pointer(reads_weight), ld,
+           pointer(head_weight), pointer(kept_gates), pointer(kept_cells), pointer(kept_heads), slots.data(),
+           anchors.data.get(), grad_gates.data.get(), grad_heads.data.get(), grad_hidden.data.get(),
+           grad_in_cell.data.get(), grad_in_memory.data.get(), grad_in_weights.data.get(), grad_reads.data.get()},
+          parallel));
+      for (Array* array : {&grad_gates, &grad_heads, &grad_hidden, &grad_in_cell, &grad_in_memory, &grad_in_weights,
+                           &grad_reads})
+        results.push_back(std::move(*array));
+    }
+  }
+  for (Array* array : {&output, &out_cell, &out_memory, &out_weights, &out_usage}) results.push_back(std::move(*array));
+  return results;
+}
+
 // Runs the case on one thread and on several; the number of threads decides how slots are split, so sums are rounded
 // otherwise, and no more than that.
 template <class Run>
@@ -254,7 +308,7 @@ int main() {
   const int64_t sizes[][5] = {  // T, B, N, D, R
       {1, 1, 1, 1, 1},    {3, 2, 5, 3, 2},   {4, 1, 17, 7, 3},   {2, 3, 33, 16, 5}, {5, 1, 130, 9, 4}, {2, 1, 64, 33, 1},
       {3, 2, 4, 1, 4},    {2, 5, 16, 64, 6}, {0, 2, 4, 4, 1},    {3, 0, 4, 4, 1},   {2, 1, 301, 20, 4},
-      {2, 1, 1037, 33, 4}};
+      {2, 1, 1037, 33, 4}, {3, 19, 6, 5, 2}};
   const Dtype dtypes[][2] = {{Dtype::float32, Dtype::float32},
                              {Dtype::float64, Dtype::float64},
                              {Dtype::float32, Dtype::bfloat16},
@@ -272,6 +326,7 @@ int main() {
         for (const int64_t every : {0, 1, 2}) {
           c.anchor_every = every;
           check("scan", scan, *k, c);
+          if (c.state == c.input) check("cell", cell, *k, c);
         }
         ++cases;
       }

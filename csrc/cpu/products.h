@@ -1,0 +1,117 @@
+// Matrix products of a few rows, as a recurrent network takes at every step: out [rows][columns] = a [rows][depth] times a
+// weight matrix that stays the same for all steps. The matrix is packed once, into panels as wide as the registers allow,
+// each stored in the order in which it is read; every number of a panel serves up to `block_rows` rows.
+#pragma once
+#include "blocks.h"
+
+namespace mann_fast {
+namespace {
+
+constexpr int block_rows = 8;
+constexpr int panel_vectors = vector_registers == 32 ? 3 : 1;  // times block_rows accumulators
+
+template <class T>
+constexpr int64_t padded_columns(int64_t columns) {
+  return (columns + width<T> - 1) / width<T> * width<T>;
+}
+
+// Columns of panel p: all panels are panel_vectors wide but the last.
+template <class T>
+constexpr int64_t panel_count(int64_t columns) {
+  return (padded_columns<T>(columns) + panel_vectors * width<T> - 1) / (panel_vectors * width<T>);
+}
+
+// A packed matrix of so many rows (the depth of the product) and columns; the padding of the columns is 0.
+template <class T>
+struct Packed {
+  int64_t depth, columns;
+  T* data;
+  Packed(Arena& arena, int64_t depth, int64_t columns)
+      : depth(depth), columns(columns), data(arena.take<T>(depth * padded_columns<T>(columns))) {}
+
+  int64_t panels() const { return panel_count<T>(columns); }
+  int64_t panel_start(int64_t panel) const { return panel * panel_vectors * width<T>; }
+  int64_t panel_width(int64_t panel) const {
+    const int64_t left = padded_columns<T>(columns) - panel_start(panel);
+    return left < panel_vectors * width<T> ? left : panel_vectors * width<T>;
+  }
+  T* panel(int64_t panel) const { return data + panel_start(panel) * depth; }
+
+  // Packs one panel, of it the columns that `part` has: its number (k, column) is at from[k * stride + column - part.lo].
+  void pack_columns(int64_t index, Range part, const T* from, int64_t stride) const {
+    const int64_t start = panel_start(index), wide = panel_width(index), end = start + wide;
+    const int64_t lo = part.lo > start ? part.lo : start, hi = part.hi < end ? part.hi : end;
+    T* to = panel(index) - start;
+    for (int64_t k = 0; k < depth; ++k, from += stride, to += wide) {
+      if (lo < hi) std::memcpy(to + lo, from + lo - part.lo, (hi - lo) * sizeof(T));
+      for (int64_t j = columns > start ? columns : start; j < end; ++j) to[j] = 0;
+    }
+  }
+
+  // Packs one panel, of it the depths that `part` has, from a transposed matrix: number (k, column) is at
+  // from[column * stride + k - part.lo].
+  void pack_transposed(int64_t index, Range part, const T* from, int64_t stride) const {
+    constexpr int W = width<T>;
+    const int64_t start = panel_start(index), wide = panel_width(index), count = part.hi - part.lo;
+    T* to = panel(index) + part.lo * wide;
+    for (int64_t j = 0; j < wide; j += W) {
+      const T* rows = from + (start + j) * stride;
+      const int64_t valid = columns - start - j;
+      int64_t k = 0;
+      if (valid >= W)
+        for (; k + W <= count; k += W) transpose_square<T, W>(rows + k, stride, to + k * wide + j, wide);
+      for (; k < count; ++k)
+        for (int64_t i = 0; i < W; ++i) to[k * wide + j + i] = i < valid ? rows[i * stride + k] : T(0);
+    }
+  }
+};
+
+template <class T, int ROWS, int VECTORS>
+inline void product_panel(const T* a, int64_t lda, int64_t depth, const T* panel, T* out, int64_t ldo) {
+  constexpr int W = width<T>;
+  Vec<T> sum[ROWS][VECTORS];
+  for (int m = 0; m < ROWS; ++m)
+    for (int j = 0; j < VECTORS; ++j) sum[m][j] = Vec<T>{};
+  for (int64_t k = 0; k < depth; ++k, panel += VECTORS * W) {
+    Vec<T> weight[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) weight[j] = load(panel + j * W);
+    for (int m = 0; m < ROWS; ++m)
+      for (int j = 0; j < VECTORS; ++j) sum[m][j] += weight[j] * a[m * lda + k];
+  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int j = 0; j < VECTORS; ++j) store(out + m * ldo + j * W, sum[m][j]);
+}
+
+template <class T, int ROWS>
+inline void product_rows(const T* a, int64_t lda, const Packed<T>& b, T* out, int64_t ldo) {
+  for (int64_t p = 0; p < b.panels(); ++p) {
+    T* to = out + b.panel_start(p);
+    if constexpr (panel_vectors == 3) {
+      switch (b.panel_width(p) / width<T>) {
+        case 1: product_panel<T, ROWS, 1>(a, lda, b.depth, b.panel(p), to, ldo); break;
+        case 2: product_panel<T, ROWS, 2>(a, lda, b.depth, b.panel(p), to, ldo); break;
+        default: product_panel<T, ROWS, 3>(a, lda, b.depth, b.panel(p), to, ldo);
+      }
+    } else {
+      product_panel<T, ROWS, panel_vectors>(a, lda, b.depth, b.panel(p), to, ldo);
+    }
+  }
+}
+
+// out[m][:] = a[m][:] b for 1 to block_rows rows; out has padded_columns columns, ldo apart.
+template <class T>
+void product(const T* a, int64_t lda, int64_t rows, const Packed<T>& b, T* out, int64_t ldo) {
+  switch (rows) {
+    case 1: return product_rows<T, 1>(a, lda, b, out, ldo);
+    case 2: return product_rows<T, 2>(a, lda, b, out, ldo);
+    case 3: return product_rows<T, 3>(a, lda, b, out, ldo);
+    case 4: return product_rows<T, 4>(a, lda, b, out, ldo);
+    case 5: return product_rows<T, 5>(a, lda, b, out, ldo);
+    case 6: return product_rows<T, 6>(a, lda, b, out, ldo);
+    case 7: return product_rows<T, 7>(a, lda, b, out, ldo);
+    default: return product_rows<T, 8>(a, lda, b, out, ldo);
+  }
+}
+
+}  // namespace
+}  // namespace mann_fast
