@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..models import MANN
+from ..reference.cell import cell_by_steps
 from ..reference.lrua import LRUAState
 
 
@@ -41,3 +46,26 @@ def scan(step, state: LRUAState, *inputs: Tensor) -> tuple[Tensor, LRUAState]:
         read, state = step(state, *(x[t] for x in inputs))
         reads.append(read)
     return torch.stack(reads), state
+
+
+def cell_step(gates: Tensor, *state_and_weights, step: Callable = lrua_step_by_products):
+    """One step of :func:`mann_fast.reference.cell` in a MANN's own setting, for a loop over steps."""
+    return cell_by_steps(
+        step, gates.unsqueeze(0), *state_and_weights, write_vector="separate", sharpness="learned"
+    )
+
+
+def mann_by_steps(model: MANN, x: Tensor, one_step: Callable = cell_step) -> Tensor:
+    """A MANN's logits [T, B, classes] by a loop over steps, on the parameters of a model with default options."""
+    layer = model.layer
+    lstm, heads = layer.controller, layer.heads
+    reads_size = layer.num_heads * layer.slot_size
+    input_weight, reads_weight = lstm.weight_ih.split([layer.input_size, reads_size], dim=1)
+    weights = (lstm.weight_hh, reads_weight, heads.weight, heads.bias)
+    controller, memory, reads = layer.initial_state(x.shape[1])
+    outputs = []
+    for gates in F.linear(x, input_weight, lstm.bias_ih + lstm.bias_hh).unbind(0):
+        output, controller, memory = one_step(gates, controller, memory, reads, *weights)
+        outputs.append(output[0])
+        reads = output[0, :, layer.hidden_size :].unflatten(1, reads.shape[1:])
+    return model.classifier(torch.stack(outputs))

@@ -18,3 +18,17 @@ def lrua_scan_flop(
     if not backward:
         return elements * forward
     return elements * (forward + 2 * (6 * heads + 1) + 2 * (2 * heads + 1))
+
+
+def mann_step_flop(
+    steps: int, batch: int, inputs: int, hidden: int, outputs: int, slots: int, size: int, heads: int
+) -> int:
+    """Forward and backward of a MANN with its defaults, without the gradient of its input.
+
+    A product counts three times (itself, the gradient of either factor), the input's twice; the memory as in
+    :func:`lrua_scan_flop`.
+    """
+    reads = heads * size
+    products = 3 * ((hidden + reads) * (4 * hidden + outputs) + hidden * (2 * reads + 2 * heads))
+    products += 2 * inputs * 4 * hidden
+    return 2 * steps * batch * products + lrua_scan_flop(steps, batch, slots, size, heads, backward=True)
