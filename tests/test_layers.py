@@ -27,6 +27,7 @@ VARIANTS = [
     {"sharpness": None, "write_vector": "key", "write_target": "shared", "eps": 1e-2},
     {"output_size": 4, "order": "read_first", "write_target": "shared"},
 ]
+CONTROLLERS = [{}, {"controller": "gru"}, {"controller": "feedforward"}]
 
 
 def make_layer(input_size=4, hidden_size=6, dtype=torch.float64, **options):
@@ -41,9 +42,10 @@ def random_state(layer, batch, dtype=torch.float64):
     """A state in the middle of a sequence, with usages far enough apart that rounding does not choose."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     memory = distinct_state(batch, layer.num_slots, layer.slot_size, layer.num_heads, wide)
-    hidden, cell = (torch.randn(batch, layer.hidden_size, dtype=dtype) for _ in range(2))
+    start = layer.initial_state(batch).controller
+    controller = tuple(torch.randn(batch, layer.hidden_size, dtype=dtype) for _ in start)
     reads = torch.randn(batch, layer.num_heads, layer.slot_size, dtype=dtype)
-    return MemoryState((hidden, cell), ops.LRUAState(*memory), reads)
+    return MemoryState(controller, ops.LRUAState(*memory), reads)
 
 
 def assert_states_equal(actual, expected, tolerance=0.0):
@@ -53,12 +55,17 @@ def assert_states_equal(actual, expected, tolerance=0.0):
 
 
 def slow_layer(layer, x, state):
-    """The layer as SPEC has it, from torch's own LSTMCell and the reference step. x [T, B, input_size]."""
-    (hidden, cell), memory, reads = state
+    """The layer as SPEC has it, from torch's own cell and the reference step. x [T, B, input_size]."""
+    controller, memory, reads = state
     heads, size = layer.num_heads, layer.slot_size
     outputs = []
     for x_t in x:
-        hidden, cell = layer.controller(torch.cat([x_t, reads.flatten(1)], 1), (hidden, cell))
+        z = torch.cat([x_t, reads.flatten(1)], 1)
+        if isinstance(layer.controller, nn.LSTMCell):
+            controller = layer.controller(z, controller)
+        elif isinstance(layer.controller, nn.GRUCell):
+            controller = (layer.controller(z, *controller),)
+        hidden = controller[0] if controller else torch.tanh(layer.controller(z))
         raw = list(layer.heads(hidden).split(heads, 1))  # R outputs each
         key = torch.tanh(torch.cat(raw[:size], 1)).view(-1, heads, size)
         raw = raw[size:]
@@ -86,10 +93,10 @@ def slow_layer(layer, x, state):
     output = torch.stack(outputs)
     if layer.projection is not None:
         output = layer.projection(output)
-    return output, MemoryState((hidden, cell), memory, reads)
+    return output, MemoryState(controller, memory, reads)
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS + CONTROLLERS[1:], ids=str)
 @pytest.mark.parametrize("from_state", [False, True])
 def test_equals_a_slow_layer_with_gradients(options, from_state):
     layer = make_layer(**options)
@@ -194,25 +201,28 @@ def test_paper_size_in_float32():
     assert worst_error(state.memory.memory, wide_state.memory.memory) < 1e-4
 
 
-def test_gradcheck():
-    layer = make_layer(2, 3, num_slots=4, slot_size=2, num_heads=2, output_size=3)
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
+def test_gradcheck(options):
+    layer = make_layer(2, 3, num_slots=4, slot_size=2, num_heads=2, output_size=3, **options)
     state = random_state(layer, 2)
     names = [name for name, _ in layer.named_parameters()]
     usage = state.memory.usage
 
-    def function(x, hidden, cell, memory, weights, reads, *parameters):
-        state = MemoryState((hidden, cell), ops.LRUAState(memory, weights, usage), reads)
+    def function(x, memory, weights, reads, *rest):
+        controller, parameters = rest[: -len(names)], rest[-len(names) :]
+        state = MemoryState(controller, ops.LRUAState(memory, weights, usage), reads)
         output, state = functional_call(layer, dict(zip(names, parameters, strict=True)), (x, state))
         return output, *state.controller, *state.memory[:2], state.reads
 
     x = torch.randn(3, 2, 2, dtype=torch.float64)
-    inputs = [x, *state.controller, *state.memory[:2], state.reads, *layer.parameters()]
+    inputs = [x, *state.memory[:2], state.reads, *state.controller, *layer.parameters()]
     assert torch.autograd.gradcheck(function, [i.detach().requires_grad_() for i in inputs], fast_mode=True)
 
 
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_state_carries_over_a_cut(dtype):
-    layer = make_layer(dtype=dtype)
+def test_state_carries_over_a_cut(dtype, options):
+    layer = make_layer(dtype=dtype, **options)
     x = torch.randn(7, 2, 4, dtype=dtype)
     start = random_state(layer, 2, dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
@@ -308,9 +318,10 @@ def test_batch_first_is_the_transpose(options):
     assert_states_equal(other_state, state)
 
 
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_unbatched_is_a_batch_of_one_without_the_axis(batch_first):
-    layer = make_layer(batch_first=batch_first)
+def test_unbatched_is_a_batch_of_one_without_the_axis(batch_first, options):
+    layer = make_layer(batch_first=batch_first, **options)
     x = torch.randn(5, 4, dtype=torch.float64)
     batch = x.unsqueeze(0 if batch_first else 1)
     expected, expected_state = layer(batch)
@@ -332,8 +343,9 @@ def test_strided_and_expanded_inputs():
     assert worst_error(layer(expanded)[0], layer(expanded.contiguous())[0], 1) < 1e-12
 
 
-def test_reset_takes_samples_to_the_start():
-    layer = make_layer()
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
+def test_reset_takes_samples_to_the_start(options):
+    layer = make_layer(**options)
     x = torch.randn(4, 3, 4, dtype=torch.float64)
     start = random_state(layer, 3)._map(lambda part: part.requires_grad_())
     state = start.reset(torch.tensor([False, True, False]))
@@ -350,8 +362,9 @@ def test_reset_takes_samples_to_the_start():
     assert_states_equal(poisoned, layer.initial_state(3))
 
 
-def test_reset_of_an_unbatched_state():
-    layer = make_layer()
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
+def test_reset_of_an_unbatched_state(options):
+    layer = make_layer(**options)
     _, state = layer(torch.randn(3, 4, dtype=torch.float64))
     start = layer.initial_state(1)._map(lambda part: part.squeeze(0))
     for mask, expected in ((False, state), (True, start)):
@@ -497,7 +510,7 @@ def test_repr_shows_sizes_and_what_is_not_default():
     assert "num_heads=3, sharpness=None, order='read_first', batch_first=True\n" in text
 
 
-@pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[4]], ids=str)
+@pytest.mark.parametrize("options", [VARIANTS[4], *CONTROLLERS], ids=str)
 def test_compiles_in_one_graph(options):
     torch.compiler.reset()
     layer = make_layer(**options)
@@ -530,8 +543,9 @@ def test_exports():
     assert_states_equal(end, expected_end, 1e-12)
 
 
-def test_functional_call_and_func_grad():
-    layer = make_layer()
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
+def test_functional_call_and_func_grad(options):
+    layer = make_layer(**options)
     x = torch.randn(3, 2, 4, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     gradients = torch.func.grad(lambda p: functional_call(layer, p, (x,))[0].square().sum())(parameters)
@@ -547,8 +561,9 @@ def test_runs_on_meta():
     assert all(part.device.type == "meta" for part in tensors(state))
 
 
-def test_every_backend_gives_the_same():
-    layer = make_layer()
+@pytest.mark.parametrize("options", CONTROLLERS, ids=str)
+def test_every_backend_gives_the_same(options):
+    layer = make_layer(**options)
     x = torch.randn(5, 2, 4, dtype=torch.float64)
     with mann_fast.backend("reference"):
         expected, expected_state = layer(x)
@@ -613,8 +628,8 @@ def replaced(state, place, value):
 @pytest.mark.parametrize(
     "place, value, error, message",
     [
-        ("hidden", lambda h: h[:1], ValueError, "state.controller[0] must have shape [2, 6], got [1, 6]"),
-        ("cell", lambda c: c[0], ValueError, "state.controller[1] must have shape [2, 6], got [6]"),
+        ("hidden", lambda h: h[:1], ValueError, "state.controller.hidden must have shape [2, 6], got [1, 6]"),
+        ("cell", lambda c: c[0], ValueError, "state.controller.cell must have shape [2, 6], got [6]"),
         ("memory", lambda m: m[:, :6], ValueError, "memory.memory must have shape [2, 7, 5], got [2, 6, 5]"),
         ("read_weights", lambda w: w.double(), TypeError, "must have dtype torch.float32, got torch.float64"),
         ("usage", lambda u: u.tolist(), TypeError, "state.memory.usage must be a tensor, got list"),
@@ -638,7 +653,9 @@ def test_refuses_what_is_no_state():
         layer(x, state.controller)
     with pytest.raises(TypeError, match="state must be a MemoryState of"):
         layer(x, MemoryState(state.controller, None, state.reads))
-    with pytest.raises(ValueError, match=re.escape("state.controller[0] must have shape [6], got [2, 6]")):
+    with pytest.raises(
+        ValueError, match=re.escape("state.controller.hidden must have shape [6], got [2, 6]")
+    ):
         layer(x[:, 0], state)
     packed = nn.utils.rnn.pack_padded_sequence(x, [3, 2])
     with pytest.raises(TypeError, match="x must be a tensor, got PackedSequence"):

@@ -1,6 +1,6 @@
-// A whole MANN sequence: an LSTM controller, the heads, and the LRUA memory for all T steps in one call, forward and backward.
+// A whole MANN sequence: controller, heads, and the LRUA memory for all T steps in one call, forward and backward.
 //
-// The input's part of the gates comes in ready, one product for all steps. What is left of the controller's product depends
+// The input's part of the controller comes in ready, one product for all steps. What is left of the controller's product depends
 // on the step before; it is taken for a block of a few samples at a time on packed weights (products.h), and each sample's
 // memory takes the step of lrua_step.h. Blocks know nothing of one another: a thread takes its block through all steps.
 // Backward hands out the gradients of the gates and of the heads for all steps, so that the gradient of every weight is one
@@ -28,10 +28,12 @@ void store_some(T* to, Vec<T> v, int64_t count) {
 // and write vectors (after tanh), the logits of the gates, and sharpness before its softplus, as far as they are there.
 template <class T, class Arguments>
 struct Sizes {
-  int64_t RD, K, G, vectors, heads;
+  int64_t RD, K, G, kept, vectors, heads;
   Scan<T> scan;
   explicit Sizes(const Arguments& a)
-      : RD(a.R * a.D), K(a.H + RD), G(4 * a.H), vectors(a.separate_vector ? 2 * RD : RD),
+      : RD(a.R * a.D), K(a.H + RD),
+        G(a.controller == Controller::lstm ? 4 * a.H : a.controller == Controller::gru ? 3 * a.H : a.H),
+        kept(a.controller == Controller::feedforward ? a.H : 4 * a.H), vectors(a.separate_vector ? 2 * RD : RD),
         heads(vectors + (a.learned_sharpness ? 2 : 1) * a.R),
         scan{a.N, a.D, a.R, padded_slots(a.N), 1, a.read_first, a.shared_target, static_cast<T>(a.eps)} {}
 };
@@ -76,27 +78,17 @@ bool run_blocks(const Arguments& a, const Parallel& parallel, double work, Block
   return true;
 }
 
-template <class T, class Pack>
-void pack_panels(const Parallel& parallel, const Packed<T>& packed, Pack pack) {
-  const int64_t tasks =
-      worthwhile_tasks(parallel, packed.panels(), static_cast<double>(packed.depth) * static_cast<double>(packed.columns));
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    const Range panels = part_of(packed.panels(), tasks, task);
-    for (int64_t p = panels.lo; p < panels.hi; ++p) pack(p);
-  });
-}
-
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 template <class T>
 struct CellBlock {  // of one block; rows side by side
   int64_t gates_ld, heads_ld;
-  T *round, *cell, *gates, *heads;  // [K]: hidden state and reads; [H]; [4 H]; head values
+  T *round, *cell, *of_reads, *of_hidden, *heads;  // [K]: hidden state and reads; [H]; parts of the gates [G]; head values
   ScanScratch<T>* samples;
   CellBlock(Arena& arena, const Cell& a, const Sizes<T, Cell>& n)
-      : gates_ld(padded_columns<T>(n.G)), heads_ld(padded_columns<T>(n.heads)), round(arena.take<T>(block_rows * n.K)),
-        cell(arena.take<T>(block_rows * a.H)), gates(arena.take<T>(block_rows * gates_ld)),
-        heads(arena.take<T>(block_rows * heads_ld)), samples(arena.take<ScanScratch<T>>(block_rows)) {
+      : gates_ld(padded_columns<T>(n.G + width<T>)), heads_ld(padded_columns<T>(n.heads)), round(arena.take<T>(block_rows * n.K)),
+        cell(arena.take<T>(block_rows * a.H)), of_reads(arena.take<T>(block_rows * gates_ld)),
+        of_hidden(arena.take<T>(block_rows * gates_ld)), heads(arena.take<T>(block_rows * heads_ld)), samples(arena.take<ScanScratch<T>>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
       const ScanScratch<T> sample(arena, n.scan);
       if (samples != nullptr) samples[m] = sample;
@@ -104,17 +96,29 @@ struct CellBlock {  // of one block; rows side by side
   }
 };
 
-// Gates before their nonlinearities, the recurrent part in `recurrent`, give cell and hidden state (torch's order of gates:
-// admit, keep, candidate, expose). Values for backward go to kept [4 H] and kept_cell [H], unless these are null.
+// One row of a controller's gates before their nonlinearities: what the input, the reads, and the hidden state gave.
 template <class T>
-void lstm(int64_t H, const T* input, const T* recurrent, T* cell, T* hidden, T* kept, T* kept_cell) {
+struct GateParts {
+  int64_t H;
+  const T *of_input, *of_reads, *of_hidden, *hidden_bias;
+  Vec<T> input(int64_t gate, int64_t i) const {
+    return load_some(of_input + gate * H + i, H - i) + load(of_reads + gate * H + i);
+  }
+  Vec<T> hidden(int64_t gate, int64_t i) const {
+    return load(of_hidden + gate * H + i) + load_some(hidden_bias + gate * H + i, H - i);
+  }
+  Vec<T> both(int64_t gate, int64_t i) const { return input(gate, i) + hidden(gate, i); }
+};
+
+// The gates as torch.nn.LSTMCell orders them: admit, keep, candidate, expose. What backward needs goes to kept [4 H] and
+// kept_cell [H], unless these are null.
+template <class T>
+void lstm(const GateParts<T>& gate, T* cell, T* hidden, T* kept, T* kept_cell) {
+  const int64_t H = gate.H;
   for (int64_t i = 0; i < H; i += width<T>) {
     const int64_t count = H - i;
-    const auto gate = [&](int64_t q) {
-      return load_some(input + q * H + i, count) + load_some(recurrent + q * H + i, count);
-    };
-    const Vec<T> admit = sigmoid<T>(gate(0)), keep = sigmoid<T>(gate(1)), candidate = hyperbolic_tangent<T>(gate(2)),
-                 expose = sigmoid<T>(gate(3));
+    const Vec<T> admit = sigmoid<T>(gate.both(0, i)), keep = sigmoid<T>(gate.both(1, i)),
+                 candidate = hyperbolic_tangent<T>(gate.both(2, i)), expose = sigmoid<T>(gate.both(3, i));
     const Vec<T> now = keep * load_some(cell + i, count) + admit * candidate;
     store_some(cell + i, now, count);
     store_some(hidden + i, expose * hyperbolic_tangent<T>(now), count);
@@ -127,28 +131,70 @@ void lstm(int64_t H, const T* input, const T* recurrent, T* cell, T* hidden, T* 
   }
 }
 
+// As torch.nn.GRUCell: reset, update, candidate.
 template <class T>
-void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Packed<T>& recurrent, const Packed<T>& head, Range samples,
-                CellBlock<T>& s) {
+void gru(const GateParts<T>& gate, T* hidden, T* kept, T* kept_hidden) {
+  const int64_t H = gate.H;
+  for (int64_t i = 0; i < H; i += width<T>) {
+    const int64_t count = H - i;
+    const Vec<T> reset = sigmoid<T>(gate.both(0, i)), update = sigmoid<T>(gate.both(1, i)), shown = gate.hidden(2, i);
+    const Vec<T> candidate = hyperbolic_tangent<T>(gate.input(2, i) + reset * shown);
+    const Vec<T> now = candidate + update * (load_some(hidden + i, count) - candidate);
+    store_some(hidden + i, now, count);
+    if (kept == nullptr) continue;
+    store_some(kept + i, reset, count);
+    store_some(kept + H + i, update, count);
+    store_some(kept + 2 * H + i, candidate, count);
+    store_some(kept + 3 * H + i, shown, count);
+    store_some(kept_hidden + i, now, count);
+  }
+}
+
+template <class T>
+void feedforward(const GateParts<T>& gate, T* hidden, T* kept) {
+  for (int64_t i = 0; i < gate.H; i += width<T>) {
+    const Vec<T> now = hyperbolic_tangent<T>(gate.input(0, i));
+    store_some(hidden + i, now, gate.H - i);
+    if (kept != nullptr) store_some(kept + i, now, gate.H - i);
+  }
+}
+
+// The weights, packed: of_hidden is not there in a feed-forward controller.
+template <class T>
+struct Weights {
+  Packed<T> of_hidden, of_reads, head;
+};
+
+template <class T>
+void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Weights<T>& weights, Range samples, CellBlock<T>& s) {
   const int64_t rows = samples.hi - samples.lo, H = a.H, N = a.N, D = a.D, R = a.R, every = a.anchor_every;
   const Parallel alone = {1, nullptr};
   const T* head_bias = static_cast<const T*>(a.head_bias);
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t b = samples.lo + m;
-    std::memcpy(s.round + m * n.K, static_cast<const T*>(a.hidden) + b * H, H * sizeof(T));
+    if (a.hidden) std::memcpy(s.round + m * n.K, static_cast<const T*>(a.hidden) + b * H, H * sizeof(T));
     std::memcpy(s.round + m * n.K + H, static_cast<const T*>(a.reads) + b * n.RD, n.RD * sizeof(T));
-    std::memcpy(s.cell + m * H, static_cast<const T*>(a.cell) + b * H, H * sizeof(T));
+    if (a.cell) std::memcpy(s.cell + m * H, static_cast<const T*>(a.cell) + b * H, H * sizeof(T));
     begin_sample(n.scan, static_cast<const T*>(a.memory) + b * N * D, static_cast<const T*>(a.read_weights) + b * R * N,
                  static_cast<const T*>(a.usage) + b * N, alone, s.samples[m]);
   }
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t first = t * a.B + samples.lo;
-    product<T>(s.round, n.K, rows, recurrent, s.gates, s.gates_ld);
-    for (int64_t m = 0; m < rows; ++m)
-      lstm<T>(H, static_cast<const T*>(a.gates) + (first + m) * n.G, s.gates + m * s.gates_ld, s.cell + m * H,
-              s.round + m * n.K, every > 0 ? static_cast<T*>(a.kept_gates) + (first + m) * n.G : nullptr,
-              every > 0 ? static_cast<T*>(a.kept_cells) + (first + m) * H : nullptr);
-    product<T>(s.round, n.K, rows, head, s.heads, s.heads_ld);
+    product<T>(s.round + H, n.K, rows, weights.of_reads, s.of_reads, s.gates_ld);
+    if (a.hidden) product<T>(s.round, n.K, rows, weights.of_hidden, s.of_hidden, s.gates_ld);
+    for (int64_t m = 0; m < rows; ++m) {
+      const GateParts<T> gate = {H, static_cast<const T*>(a.gates) + (first + m) * n.G, s.of_reads + m * s.gates_ld,
+                                 s.of_hidden + m * s.gates_ld, static_cast<const T*>(a.hidden_bias)};
+      T* hidden = s.round + m * n.K;
+      T* kept = every > 0 ? static_cast<T*>(a.kept_gates) + (first + m) * n.kept : nullptr;
+      T* kept_state = every > 0 && a.hidden ? static_cast<T*>(a.kept_states) + (first + m) * H : nullptr;
+      switch (a.controller) {
+        case Controller::lstm: lstm(gate, s.cell + m * H, hidden, kept, kept_state); break;
+        case Controller::gru: gru(gate, hidden, kept, kept_state); break;
+        case Controller::feedforward: feedforward(gate, hidden, kept); break;
+      }
+    }
+    product<T>(s.round, n.K, rows, weights.head, s.heads, s.heads_ld);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t row = first + m;
       T* raw = s.heads + m * s.heads_ld;
@@ -171,7 +217,7 @@ void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Packed<T>& recurre
   }
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t b = samples.lo + m;
-    std::memcpy(static_cast<T*>(a.out_cell) + b * H, s.cell + m * H, H * sizeof(T));
+    if (a.cell) std::memcpy(static_cast<T*>(a.out_cell) + b * H, s.cell + m * H, H * sizeof(T));
     end_sample(n.scan, static_cast<T*>(a.out_memory) + b * N * D, static_cast<T*>(a.out_read_weights) + b * R * N,
                static_cast<T*>(a.out_usage) + b * N, alone, s.samples[m]);
   }
@@ -180,23 +226,22 @@ void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Packed<T>& recurre
 template <class T>
 bool cell(const Cell& a, const Parallel& parallel) {
   const Sizes<T, Cell> n(a);
+  const auto layout = [&](Arena& arena) {
+    return Weights<T>{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, n.heads}};
+  };
   Arena size;
-  Packed<T>(size, n.K, n.G), Packed<T>(size, a.H, n.heads);
+  layout(size);
   const Scratch scratch(size.used());
   if (scratch.data() == nullptr) return false;
   Arena arena(scratch.data());
-  const Packed<T> recurrent(arena, n.K, n.G), head(arena, a.H, n.heads);
-  pack_panels<T>(parallel, recurrent, [&](int64_t p) {
-    recurrent.pack_transposed(p, {0, a.H}, static_cast<const T*>(a.hidden_weight), a.H);
-    recurrent.pack_transposed(p, {a.H, n.K}, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
-  });
-  pack_panels<T>(parallel, head, [&](int64_t p) {
-    head.pack_transposed(p, {0, a.H}, static_cast<const T*>(a.head_weight), a.H);
-  });
+  const Weights<T> weights = layout(arena);
+  if (a.hidden) pack_transposed(parallel, weights.of_hidden, static_cast<const T*>(a.hidden_weight), a.H);
+  pack_transposed(parallel, weights.of_reads, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
+  pack_transposed(parallel, weights.head, static_cast<const T*>(a.head_weight), a.H);
   const double step = static_cast<double>(n.K * n.G + a.H * n.heads + a.N * a.D * (3 * a.R + 1));
   return run_blocks<T>(
       a, parallel, static_cast<double>(a.T * a.B) * step, [&](Arena& arena) { return CellBlock<T>(arena, a, n); },
-      [&](Range samples, CellBlock<T>& s) { cell_block<T>(a, n, recurrent, head, samples, s); });
+      [&](Range samples, CellBlock<T>& s) { cell_block<T>(a, n, weights, samples, s); });
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -204,12 +249,14 @@ bool cell(const Cell& a, const Parallel& parallel) {
 template <class T>
 struct CellBackwardBlock {
   int64_t round_ld, hidden_ld;
-  T *grad_round, *grad_hidden, *grad_cell;  // [K], [H] and [H] per row
+  // Of the hidden state and reads [K]; of the hidden state through the heads [H]; of the cell, or what of the hidden state's
+  // gradient passes a GRU by [H].
+  T *grad_round, *grad_hidden, *grad_state;
   ScanBackwardScratch<T>* samples;
   CellBackwardBlock(Arena& arena, const CellBackward& a, const Sizes<T, CellBackward>& n, int64_t steps)
-      : round_ld(padded_columns<T>(n.K)), hidden_ld(padded_columns<T>(a.H)),
+      : round_ld(a.H + padded_columns<T>(n.RD) + width<T>), hidden_ld(padded_columns<T>(a.H)),
         grad_round(arena.take<T>(block_rows * round_ld)), grad_hidden(arena.take<T>(block_rows * hidden_ld)),
-        grad_cell(arena.take<T>(block_rows * a.H)), samples(arena.take<ScanBackwardScratch<T>>(block_rows)) {
+        grad_state(arena.take<T>(block_rows * a.H)), samples(arena.take<ScanBackwardScratch<T>>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
       const ScanBackwardScratch<T> sample(arena, n.scan, steps);
       if (samples != nullptr) samples[m] = sample;
@@ -237,6 +284,39 @@ void lstm_backward(int64_t H, const T* kept, const T* cell_now, const T* cell_be
   }
 }
 
+// The same for a GRU. In grad_state is what passes it by: through the share `update` of the hidden state before.
+template <class T>
+void gru_backward(int64_t H, const T* kept, const T* before, const T* grad_hidden, const T* more_grad_hidden, T* grad_state,
+                  T* grad_gates, T* grad_hidden_gates) {
+  for (int64_t i = 0; i < H; i += width<T>) {
+    const int64_t count = H - i;
+    const Vec<T> reset = load_some(kept + i, count), update = load_some(kept + H + i, count),
+                 candidate = load_some(kept + 2 * H + i, count), shown = load_some(kept + 3 * H + i, count);
+    const Vec<T> grad = load_some(grad_hidden + i, count) + load_some(more_grad_hidden + i, count) +
+                        load_some(grad_state + i, count);
+    const Vec<T> grad_candidate = grad * (T(1) - update) * (T(1) - candidate * candidate);
+    const Vec<T> grad_reset = grad_candidate * shown * reset * (T(1) - reset);
+    const Vec<T> grad_update = grad * (load_some(before + i, count) - candidate) * update * (T(1) - update);
+    for (T* to : {grad_gates, grad_hidden_gates}) {
+      store_some(to + i, grad_reset, count);
+      store_some(to + H + i, grad_update, count);
+    }
+    store_some(grad_gates + 2 * H + i, grad_candidate, count);
+    store_some(grad_hidden_gates + 2 * H + i, grad_candidate * reset, count);
+    store_some(grad_state + i, grad * update, count);
+  }
+}
+
+template <class T>
+void feedforward_backward(int64_t H, const T* kept, const T* grad_hidden, const T* more_grad_hidden, T* grad_gates) {
+  for (int64_t i = 0; i < H; i += width<T>) {
+    const int64_t count = H - i;
+    const Vec<T> now = load_some(kept + i, count);
+    const Vec<T> grad = load_some(grad_hidden + i, count) + load_some(more_grad_hidden + i, count);
+    store_some(grad_gates + i, grad * (T(1) - now * now), count);
+  }
+}
+
 // The gradient of one row of heads before their nonlinearities, from what step_backward left.
 template <class T>
 void head_gradient(const CellBackward& a, const Sizes<T, CellBackward>& n, const T* values,
@@ -261,8 +341,8 @@ void head_gradient(const CellBackward& a, const Sizes<T, CellBackward>& n, const
 }
 
 template <class T>
-void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n, const Packed<T>& recurrent,
-                         const Packed<T>& head, Range samples, CellBackwardBlock<T>& s) {
+void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n, const Weights<T>& weights, Range samples,
+                         CellBackwardBlock<T>& s) {
   const int64_t rows = samples.hi - samples.lo, H = a.H, N = a.N, D = a.D, R = a.R, every = a.anchor_every;
   const Parallel alone = {1, nullptr};
   const auto row_of = [](const void* from, int64_t row, int64_t size) {
@@ -271,8 +351,8 @@ void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n,
   std::memset(s.grad_round, 0, block_rows * s.round_ld * sizeof(T));
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t b = samples.lo + m;
-    if (a.grad_cell) std::memcpy(s.grad_cell + m * H, row_of(a.grad_cell, b, H), H * sizeof(T));
-    else std::memset(s.grad_cell + m * H, 0, H * sizeof(T));
+    if (a.grad_cell) std::memcpy(s.grad_state + m * H, row_of(a.grad_cell, b, H), H * sizeof(T));
+    else std::memset(s.grad_state + m * H, 0, H * sizeof(T));
     begin_backward(n.scan, row_of(a.grad_memory, b, N * D), row_of(a.grad_read_weights, b, R * N), alone, s.samples[m]);
   }
   for (int64_t start = a.T > 0 ? (a.T - 1) / every * every : -1; start >= 0; start -= every) {
@@ -301,23 +381,45 @@ void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n,
         step_backward(n.scan, a.slots + row * R, step, static_cast<const T*>(round + H), alone, memory);
         head_gradient(a, n, values, memory, static_cast<T*>(a.grad_heads) + row * n.heads);
       }
-      product<T>(row_of(a.grad_heads, first, n.heads), n.heads, rows, head, s.grad_hidden, s.hidden_ld);
+      product<T>(row_of(a.grad_heads, first, n.heads), n.heads, rows, weights.head, s.grad_hidden, s.hidden_ld);
       for (int64_t m = 0; m < rows; ++m) {
         const int64_t row = first + m;
-        lstm_backward<T>(H, row_of(a.kept_gates, row, n.G), row_of(a.kept_cells, row, H),
-                         t > 0 ? row_of(a.kept_cells, row - a.B, H) : row_of(a.cell, samples.lo + m, H),
-                         s.grad_round + m * s.round_ld, s.grad_hidden + m * s.hidden_ld, s.grad_cell + m * H,
-                         static_cast<T*>(a.grad_gates) + row * n.G);
+        const T* kept = row_of(a.kept_gates, row, n.kept);
+        const T *round = s.grad_round + m * s.round_ld, *more = s.grad_hidden + m * s.hidden_ld;
+        const void* start_state = a.controller == Controller::lstm ? a.cell : a.hidden;
+        const T* before = t > 0 ? row_of(a.kept_states, row - a.B, H) : row_of(start_state, samples.lo + m, H);
+        T *state = s.grad_state + m * H, *gates = static_cast<T*>(a.grad_gates) + row * n.G;
+        switch (a.controller) {
+          case Controller::lstm:
+            lstm_backward<T>(H, kept, row_of(a.kept_states, row, H), before, round, more, state, gates);
+            break;
+          case Controller::gru:
+            gru_backward<T>(H, kept, before, round, more, state, gates,
+                            static_cast<T*>(a.grad_hidden_gates) + row * n.G);
+            break;
+          case Controller::feedforward: feedforward_backward<T>(H, kept, round, more, gates); break;
+        }
       }
-      product<T>(row_of(a.grad_gates, first, n.G), n.G, rows, recurrent, s.grad_round, s.round_ld);
+      // The padding of the first product's columns is overwritten by the second.
+      if (a.hidden)
+        product<T>(row_of(a.grad_hidden_gates ? a.grad_hidden_gates : a.grad_gates, first, n.G), n.G, rows,
+                   weights.of_hidden, s.grad_round, s.round_ld);
+      else
+        for (int64_t m = 0; m < rows; ++m) std::memset(s.grad_round + m * s.round_ld, 0, H * sizeof(T));
+      product<T>(row_of(a.grad_gates, first, n.G), n.G, rows, weights.of_reads, s.grad_round + H, s.round_ld);
     }
   }
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t b = samples.lo + m;
     const T* round = s.grad_round + m * s.round_ld;
-    std::memcpy(static_cast<T*>(a.grad_hidden) + b * H, round, H * sizeof(T));
+    if (a.hidden) {
+      T* grad_hidden = static_cast<T*>(a.grad_hidden) + b * H;
+      std::memcpy(grad_hidden, round, H * sizeof(T));
+      if (a.controller == Controller::gru)
+        for (int64_t i = 0; i < H; ++i) grad_hidden[i] += s.grad_state[m * H + i];
+    }
     std::memcpy(static_cast<T*>(a.grad_reads) + b * n.RD, round + H, n.RD * sizeof(T));
-    std::memcpy(static_cast<T*>(a.grad_in_cell) + b * H, s.grad_cell + m * H, H * sizeof(T));
+    if (a.cell) std::memcpy(static_cast<T*>(a.grad_in_cell) + b * H, s.grad_state + m * H, H * sizeof(T));
     end_backward(n.scan, static_cast<T*>(a.grad_in_memory) + b * N * D,
                  static_cast<T*>(a.grad_in_read_weights) + b * R * N, alone, s.samples[m]);
   }
@@ -326,25 +428,24 @@ void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n,
 template <class T>
 bool cell_backward(const CellBackward& a, const Parallel& parallel) {
   const Sizes<T, CellBackward> n(a);
+  const auto layout = [&](Arena& arena) {
+    return Weights<T>{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, n.heads, a.H}};
+  };
   Arena size;
-  Packed<T>(size, n.G, n.K), Packed<T>(size, n.heads, a.H);
+  layout(size);
   const Scratch scratch(size.used());
   if (scratch.data() == nullptr) return false;
   Arena arena(scratch.data());
-  const Packed<T> recurrent(arena, n.G, n.K), head(arena, n.heads, a.H);
-  pack_panels<T>(parallel, recurrent, [&](int64_t p) {
-    recurrent.pack_columns(p, {0, a.H}, static_cast<const T*>(a.hidden_weight), a.H);
-    recurrent.pack_columns(p, {a.H, n.K}, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
-  });
-  pack_panels<T>(parallel, head, [&](int64_t p) {
-    head.pack_columns(p, {0, a.H}, static_cast<const T*>(a.head_weight), a.H);
-  });
+  const Weights<T> weights = layout(arena);
+  if (a.hidden) pack(parallel, weights.of_hidden, static_cast<const T*>(a.hidden_weight), a.H);
+  pack(parallel, weights.of_reads, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
+  pack(parallel, weights.head, static_cast<const T*>(a.head_weight), a.H);
   const int64_t steps = a.T < a.anchor_every ? a.T : a.anchor_every;
   const double step = static_cast<double>(n.K * n.G + a.H * n.heads + a.N * a.D * (8 * a.R + 2));
   return run_blocks<T>(
       a, parallel, static_cast<double>(a.T * a.B) * step,
       [&](Arena& arena) { return CellBackwardBlock<T>(arena, a, n, steps); },
-      [&](Range samples, CellBackwardBlock<T>& s) { cell_backward_block<T>(a, n, recurrent, head, samples, s); });
+      [&](Range samples, CellBackwardBlock<T>& s) { cell_backward_block<T>(a, n, weights, samples, s); });
 }
 
 bool forward_any(const Cell& a, const Parallel& parallel) {

@@ -89,24 +89,31 @@ struct LruaScanBackward {
   void *grad_in_memory, *grad_in_read_weights, *grad_keys, *grad_write_vectors, *grad_gate_logits, *grad_sharpness;
 };
 
-// Gates [T, B, 4 H] are the input's part, biases included, in the order admit, keep, candidate, expose. K = H + R D. One row of
-// heads has keys [R, D], write vectors [R, D] where separate, gate logits [R], and sharpness [R] where learned: then the
-// factor on the similarity is sharpness + sharpness_scale softplus(of it), else sharpness. anchor_every 0 keeps nothing for
-// backward.
+enum class Controller { lstm, gru, feedforward };
+
+// The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: admit, keep, candidate, expose), 3 H (GRU: reset,
+// update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
+// [R], and sharpness [R] where learned: then the factor on the similarity is sharpness + sharpness_scale softplus(of it),
+// else sharpness. anchor_every 0 keeps nothing for backward.
 struct Cell {
   int64_t T, B, H, N, D, R;
   Dtype dtype;  // float32 or float64, of everything
+  Controller controller;
   bool separate_vector, learned_sharpness;
   double sharpness, sharpness_scale;
   bool read_first, shared_target;
   double usage_decay, eps;
   int64_t anchor_every;
-  const void *gates, *hidden, *cell, *memory, *read_weights, *usage, *reads;
-  const void *hidden_weight, *reads_weight;  // [4 H, H], [4 H, R D] with rows reads_weight_ld apart
+  const void *gates, *hidden, *cell;  // hidden: null in a feed-forward controller; cell: null but in an LSTM
+  const void *memory, *read_weights, *usage, *reads;
+  const void *hidden_weight, *hidden_bias;  // [G, H], [G]; null in a feed-forward controller
+  const void* reads_weight;                 // [G, R D], rows reads_weight_ld apart
   int64_t reads_weight_ld;
   const void *head_weight, *head_bias;  // [heads, H], [heads]
   void *output, *out_cell, *out_memory, *out_read_weights, *out_usage;  // output [T, B, K]: hidden states and reads
-  void *kept_gates, *kept_cells, *kept_heads;  // [T, B, 4 H], [T, B, H], [T, B, heads], after their nonlinearities
+  // Kept for backward: [T, B, 4 H] (feed-forward: H) after the nonlinearities; [T, B, H] the cell, or the GRU's hidden
+  // state; [T, B, heads] head values, keys and write vectors after their nonlinearity.
+  void *kept_gates, *kept_states, *kept_heads;
   int64_t* slots;
   void* anchors;  // slots and anchors as in LruaScan
 };
@@ -114,20 +121,23 @@ struct Cell {
 struct CellBackward {
   int64_t T, B, H, N, D, R;
   Dtype dtype;
+  Controller controller;
   bool separate_vector, learned_sharpness;
   double sharpness, sharpness_scale;
   bool read_first, shared_target;
   double eps;
   int64_t anchor_every;
   const void *grad_output, *grad_cell, *grad_memory, *grad_read_weights;  // each may be null
-  const void *cell, *memory, *read_weights;
+  const void *hidden, *cell, *memory, *read_weights;
   const void *hidden_weight, *reads_weight;
   int64_t reads_weight_ld;
   const void* head_weight;
-  const void *kept_gates, *kept_cells, *kept_heads;
+  const void *kept_gates, *kept_states, *kept_heads;
   const int64_t* slots;
   const void* anchors;
-  void *grad_gates, *grad_heads;  // before their nonlinearities
+  // Before the nonlinearities. The GRU's candidate has the hidden state's part inside a product, so that its gradient
+  // differs from the input's: all of them again in grad_hidden_gates, which is null for the others.
+  void *grad_gates, *grad_hidden_gates, *grad_heads;
   void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
 };
 

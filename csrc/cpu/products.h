@@ -36,35 +36,47 @@ struct Packed {
     return left < panel_vectors * width<T> ? left : panel_vectors * width<T>;
   }
   T* panel(int64_t panel) const { return data + panel_start(panel) * depth; }
+};
 
-  // Packs one panel, of it the columns that `part` has: its number (k, column) is at from[k * stride + column - part.lo].
-  void pack_columns(int64_t index, Range part, const T* from, int64_t stride) const {
-    const int64_t start = panel_start(index), wide = panel_width(index), end = start + wide;
-    const int64_t lo = part.lo > start ? part.lo : start, hi = part.hi < end ? part.hi : end;
-    T* to = panel(index) - start;
-    for (int64_t k = 0; k < depth; ++k, from += stride, to += wide) {
-      if (lo < hi) std::memcpy(to + lo, from + lo - part.lo, (hi - lo) * sizeof(T));
-      for (int64_t j = columns > start ? columns : start; j < end; ++j) to[j] = 0;
+template <class T, class PackPanel>
+void pack_panels(const Parallel& parallel, const Packed<T>& packed, PackPanel pack_panel) {
+  const int64_t tasks =
+      worthwhile_tasks(parallel, packed.panels(), static_cast<double>(packed.depth) * static_cast<double>(packed.columns));
+  parallel_run(parallel, tasks, [&](int64_t task) {
+    const Range panels = part_of(packed.panels(), tasks, task);
+    for (int64_t p = panels.lo; p < panels.hi; ++p) {
+      const int64_t start = packed.panel_start(p), wide = packed.panel_width(p);
+      pack_panel(packed.panel(p), start, wide, packed.columns - start < wide ? packed.columns - start : wide);
     }
-  }
+  });
+}
 
-  // Packs one panel, of it the depths that `part` has, from a transposed matrix: number (k, column) is at
-  // from[column * stride + k - part.lo].
-  void pack_transposed(int64_t index, Range part, const T* from, int64_t stride) const {
-    constexpr int W = width<T>;
-    const int64_t start = panel_start(index), wide = panel_width(index), count = part.hi - part.lo;
-    T* to = panel(index) + part.lo * wide;
+// Packs a matrix [depth][columns], its rows `stride` numbers apart.
+template <class T>
+void pack(const Parallel& parallel, const Packed<T>& packed, const T* from, int64_t stride) {
+  pack_panels(parallel, packed, [&](T* to, int64_t start, int64_t wide, int64_t valid) {
+    for (int64_t k = 0; k < packed.depth; ++k) {
+      std::memcpy(to + k * wide, from + k * stride + start, valid * sizeof(T));
+      for (int64_t j = valid; j < wide; ++j) to[k * wide + j] = 0;
+    }
+  });
+}
+
+// Packs the transpose of a matrix [columns][depth], its rows `stride` numbers apart.
+template <class T>
+void pack_transposed(const Parallel& parallel, const Packed<T>& packed, const T* from, int64_t stride) {
+  constexpr int W = width<T>;
+  pack_panels(parallel, packed, [&](T* to, int64_t start, int64_t wide, int64_t valid) {
     for (int64_t j = 0; j < wide; j += W) {
       const T* rows = from + (start + j) * stride;
-      const int64_t valid = columns - start - j;
       int64_t k = 0;
-      if (valid >= W)
-        for (; k + W <= count; k += W) transpose_square<T, W>(rows + k, stride, to + k * wide + j, wide);
-      for (; k < count; ++k)
-        for (int64_t i = 0; i < W; ++i) to[k * wide + j + i] = i < valid ? rows[i * stride + k] : T(0);
+      if (valid - j >= W)
+        for (; k + W <= packed.depth; k += W) transpose_square<T, W>(rows + k, stride, to + k * wide + j, wide);
+      for (; k < packed.depth; ++k)
+        for (int64_t i = 0; i < W; ++i) to[k * wide + j + i] = j + i < valid ? rows[i * stride + k] : T(0);
     }
-  }
-};
+  });
+}
 
 template <class T, int ROWS, int VECTORS>
 inline void product_panel(const T* a, int64_t lda, int64_t depth, const T* panel, T* out, int64_t ldo) {

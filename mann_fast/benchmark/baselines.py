@@ -61,10 +61,10 @@ def mann_by_steps(model: MANN, x: Tensor, one_step: Callable = cell_step) -> Ten
     lstm, heads = layer.controller, layer.heads
     reads_size = layer.num_heads * layer.slot_size
     input_weight, reads_weight = lstm.weight_ih.split([layer.input_size, reads_size], dim=1)
-    weights = (lstm.weight_hh, reads_weight, heads.weight, heads.bias)
+    weights = (lstm.weight_hh, lstm.bias_hh, reads_weight, heads.weight, heads.bias)
     controller, memory, reads = layer.initial_state(x.shape[1])
     outputs = []
-    for gates in F.linear(x, input_weight, lstm.bias_ih + lstm.bias_hh).unbind(0):
+    for gates in F.linear(x, input_weight, lstm.bias_ih).unbind(0):
         output, controller, memory = one_step(gates, controller, memory, reads, *weights)
         outputs.append(output[0])
         reads = output[0, :, layer.hidden_size :].unflatten(1, reads.shape[1:])

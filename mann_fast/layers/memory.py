@@ -1,4 +1,4 @@
-"""MemoryLayer: an LSTM controller with heads on an LRUA memory (Santoro et al. 2016, arXiv 1605.06065)."""
+"""MemoryLayer: a controller with heads on an LRUA memory (Santoro et al. 2016, arXiv 1605.06065)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops import _checks
-from ..ops.cell import WRITE_VECTORS, check_sharpness, head_sizes
+from ..ops.cell import CONTROLLERS, WRITE_VECTORS, check_sharpness, head_sizes
 from ..ops.lrua import _check_options
 
 # Keys and write vectors start so much larger than nn.Linear would make them: else all are near 0 and alike,
@@ -24,12 +24,13 @@ OPTIONS = ("order", "write_target", "usage_decay", "eps")  # of ops.lrua_step
 class MemoryState(NamedTuple):
     """What a MemoryLayer carries from one call to the next.
 
-    controller: (hidden, cell) of the LSTM, each [B, hidden_size]; memory: :class:`mann_fast.ops.LRUAState` of
-    [B, N, D], [B, R, N] and [B, N]; reads: [B, R, D], what the heads read last. After a call on unbatched
+    controller: (hidden, cell) of an LSTM, (hidden,) of a GRU, each [B, hidden_size], or () of a feed-forward one;
+    memory: :class:`mann_fast.ops.LRUAState` of [B, N, D], [B, R, N] and [B, N]; reads: [B, R, D], what the
+    heads read last. After a call on unbatched
     input no tensor has the axis B. All are of the layer's dtype, but the memory is float32 in half precision.
     """
 
-    controller: tuple[Tensor, Tensor]
+    controller: tuple[Tensor, ...]
     memory: ops.LRUAState
     reads: Tensor
 
@@ -48,10 +49,10 @@ class MemoryState(NamedTuple):
 
     def to(self, *args, **kwargs) -> MemoryState:
         """Move or convert, as ``Tensor.to``; beside a half-precision dtype the memory is float32."""
-        hidden, cell = (x.to(*args, **kwargs) for x in self.controller)
-        dtype = _memory_dtype(hidden.dtype)
-        memory = ops.LRUAState(*(x.to(hidden.device, dtype) for x in self.memory))
-        return MemoryState((hidden, cell), memory, self.reads.to(*args, **kwargs))
+        reads = self.reads.to(*args, **kwargs)
+        dtype = _memory_dtype(reads.dtype)
+        memory = ops.LRUAState(*(x.to(reads.device, dtype) for x in self.memory))
+        return MemoryState(tuple(x.to(*args, **kwargs) for x in self.controller), memory, reads)
 
     def reset(self, mask: Tensor) -> MemoryState:
         """Take the samples where ``mask`` is True back to the start of a sequence, and leave the others.
@@ -64,20 +65,20 @@ class MemoryState(NamedTuple):
         Raises:
             TypeError, ValueError: not a bool tensor of that shape; RuntimeError: on another device.
         """
-        hidden = self.controller[0]
+        batch, reads = self.memory.usage.shape[:-1], self.reads
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor, got {came}")
-        if mask.shape != hidden.shape[:-1]:
-            raise ValueError(f"mask must have shape {list(hidden.shape[:-1])}, got {list(mask.shape)}")
-        if mask.device != hidden.device:
-            raise RuntimeError(f"mask must be on the device of the state, {hidden.device}, got {mask.device}")
+        if mask.shape != batch:
+            raise ValueError(f"mask must have shape {list(batch)}, got {list(mask.shape)}")
+        if mask.device != reads.device:
+            raise RuntimeError(f"mask must be on the device of the state, {reads.device}, got {mask.device}")
 
         def choose(now: Tensor, start: Tensor) -> Tensor:
             return torch.where(mask.view(*mask.shape, *(1,) * (now.dim() - mask.dim())), start[0], now)
 
-        num_slots, (num_heads, slot_size) = self.memory.usage.shape[-1], self.reads.shape[-2:]
-        start = _initial_state(hidden.new_zeros(1, hidden.shape[-1]), num_slots, num_heads, slot_size)
+        widths = [x.shape[-1] for x in self.controller]
+        start = _initial_state(reads.new_zeros(1, *reads.shape[-2:]), self.memory.usage.shape[-1], widths)
         return self._map(choose, start)
 
 
@@ -85,11 +86,12 @@ def _memory_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _checks.HALF_DTYPES else dtype
 
 
-def _initial_state(hidden: Tensor, num_slots: int, num_heads: int, slot_size: int) -> MemoryState:
-    """The start of a sequence, for a hidden state [B, H] of zeros."""
-    batch, dtype, device = hidden.shape[0], _memory_dtype(hidden.dtype), hidden.device
+def _initial_state(reads: Tensor, num_slots: int, widths: list[int]) -> MemoryState:
+    """The start of a sequence, for reads [B, R, D] of zeros and the widths of the controller's states."""
+    batch, num_heads, slot_size = reads.shape
+    dtype, device = _memory_dtype(reads.dtype), reads.device
     memory = ops.LRUAState.initial(batch, num_slots, slot_size, num_heads, dtype=dtype, device=device)
-    return MemoryState((hidden, hidden.clone()), memory, hidden.new_zeros(batch, num_heads, slot_size))
+    return MemoryState(tuple(reads.new_zeros(batch, width) for width in widths), memory, reads)
 
 
 def check_sizes(**sizes: object) -> None:
@@ -104,7 +106,7 @@ def check_sizes(**sizes: object) -> None:
 class MemoryLayer(nn.Module):
     """A recurrent layer with an external memory; it goes where an ``nn.LSTM`` stood.
 
-    At every step an LSTM cell sees the input and what the heads read at the step before; one linear layer on
+    At every step the controller sees the input and what the heads read at the step before; one linear layer on
     its hidden state gives each head a key, a write vector, a gate and a sharpness; the memory is written and
     read (Santoro et al. 2016, eqs. 2-8; see :func:`mann_fast.ops.lrua_step`). The output is the hidden state
     and the reads of the same step. The memory is no parameter: every sample has its own, and a call without a
@@ -112,8 +114,9 @@ class MemoryLayer(nn.Module):
 
     Args:
         input_size: width of the input.
-        hidden_size: width of the LSTM's state.
+        hidden_size: width of the controller's hidden state.
         num_slots, slot_size, num_heads: N, D and R of the memory; 1 <= R <= N. Each head reads and writes.
+        controller: "lstm", "gru", or "feedforward": one layer with tanh, which remembers by the memory alone.
         sharpness: factor on the similarity before the softmax: "learned" (1 + 10 softplus of a linear layer),
             a number, or None for 1, as in the paper.
         write_vector: "separate" (what a head writes has a linear layer of its own) or "key" (a head writes
@@ -125,7 +128,7 @@ class MemoryLayer(nn.Module):
         device, dtype: of the parameters. Beside half-precision parameters the memory is float32.
 
     Attributes:
-        controller: ``nn.LSTMCell`` on [input, reads].
+        controller: ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.Linear`` on [input, reads].
         heads: ``nn.Linear`` to keys (R D), write vectors (R D), gates (R) and sharpness (R), in this order,
             without those that the options leave out.
         projection: ``nn.Linear`` to output_size, or None.
@@ -143,6 +146,7 @@ class MemoryLayer(nn.Module):
         num_slots: int = 128,
         slot_size: int = 40,
         num_heads: int = 4,
+        controller: str = "lstm",
         sharpness: str | float | None = "learned",
         write_vector: str = "separate",
         order: str = "write_first",
@@ -161,6 +165,7 @@ class MemoryLayer(nn.Module):
             check_sizes(output_size=output_size)
         if num_heads > num_slots:
             raise ValueError(f"num_heads must be at most num_slots = {num_slots}, got {num_heads}")
+        _checks.check_choice("controller", controller, tuple(CONTROLLERS))
         check_sharpness(sharpness)
         _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
         _check_options(order, write_target, usage_decay, eps)
@@ -171,7 +176,7 @@ class MemoryLayer(nn.Module):
 
         self.input_size, self.hidden_size = input_size, hidden_size
         self.num_slots, self.slot_size, self.num_heads = num_slots, slot_size, num_heads
-        self.sharpness, self.write_vector = sharpness, write_vector
+        self.kind, self.sharpness, self.write_vector = controller, sharpness, write_vector
         self.order, self.write_target, self.usage_decay, self.eps = order, write_target, usage_decay, eps
         self.batch_first = batch_first
 
@@ -180,7 +185,8 @@ class MemoryLayer(nn.Module):
         self._vectors_size = sizes[0]
         self.output_size = hidden_size + reads_size if output_size is None else output_size
         factory = {"device": device, "dtype": dtype}
-        self.controller = nn.LSTMCell(input_size + reads_size, hidden_size, **factory)
+        kinds = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "feedforward": nn.Linear}
+        self.controller = kinds[controller](input_size + reads_size, hidden_size, **factory)
         self.heads = nn.Linear(hidden_size, sum(sizes), **factory)
         self.projection = None
         if output_size is not None:
@@ -200,15 +206,18 @@ class MemoryLayer(nn.Module):
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self, name)}" for name in ("num_slots", "slot_size", "num_heads")]
         defaults = MemoryLayer.__init__.__kwdefaults__
-        for name in ("sharpness", "write_vector", *OPTIONS, "batch_first"):
-            if (value := getattr(self, name)) != defaults[name]:
+        for name in ("controller", "sharpness", "write_vector", *OPTIONS, "batch_first"):
+            if (value := getattr(self, "kind" if name == "controller" else name)) != defaults[name]:
                 shown.append(f"{name}={value!r}")
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *shown])
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state at the start of a sequence, which ``forward`` takes where none is given."""
-        hidden = self.controller.weight_hh.new_zeros(batch, self.hidden_size)
-        return _initial_state(hidden, self.num_slots, self.num_heads, self.slot_size)
+        reads = self.heads.weight.new_zeros(batch, self.num_heads, self.slot_size)
+        return _initial_state(reads, self.num_slots, self._state_widths())
+
+    def _state_widths(self) -> list[int]:
+        return [self.hidden_size] * len(CONTROLLERS[self.kind][1])
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """Run over a sequence.
@@ -229,7 +238,7 @@ class MemoryLayer(nn.Module):
             TypeError, ValueError: wrong type, shape or dtype of x or state; RuntimeError: wrong device.
         """
         self._check_input(x)
-        dtype, device = self.controller.weight_hh.dtype, x.device.type
+        dtype, device = self.heads.weight.dtype, x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and x.is_floating_point() and torch.float64 not in (dtype, x.dtype):
             dtype = torch.get_autocast_dtype(device)
@@ -263,17 +272,22 @@ class MemoryLayer(nn.Module):
 
     def _run(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """All steps, in x's dtype: hidden states and reads [T, B, H + R D], and the last state."""
-        lstm, heads = self.controller, self.heads
+        cell, of_hidden = self.controller, (None, None)
+        if self.kind == "feedforward":
+            weight, bias = cell.weight, cell.bias
+        else:
+            weight, bias = cell.weight_ih, cell.bias_ih
+            of_hidden = cell.weight_hh.to(x.dtype), cell.bias_hh.to(x.dtype)
         reads_size = self.num_heads * self.slot_size
-        input_weight, reads_weight = lstm.weight_ih.to(x.dtype).split([self.input_size, reads_size], dim=1)
-        bias = lstm.bias_ih.to(x.dtype) + lstm.bias_hh.to(x.dtype)
+        input_weight, reads_weight = weight.to(x.dtype).split([self.input_size, reads_size], dim=1)
         output, controller, memory = ops.cell(
-            F.linear(x, input_weight, bias),  # the input's part of the gates is one product for all steps
+            F.linear(x, input_weight, bias.to(x.dtype)),  # the input's part is one product for all steps
             *state,
-            lstm.weight_hh.to(x.dtype),
+            *of_hidden,
             reads_weight,
-            heads.weight.to(x.dtype),
-            heads.bias.to(x.dtype),
+            self.heads.weight.to(x.dtype),
+            self.heads.bias.to(x.dtype),
+            controller=self.kind,
             write_vector=self.write_vector,
             sharpness=self.sharpness,
             **{name: getattr(self, name) for name in OPTIONS},
@@ -288,22 +302,23 @@ class MemoryLayer(nn.Module):
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             expected = f"{layout} or [T, input_size] with input_size = {self.input_size}"
             raise ValueError(f"x must have shape {expected}, got {list(x.shape)}")
-        device = self.controller.weight_hh.device
+        device = self.heads.weight.device
         if x.device != device:
             raise RuntimeError(f"x must be on the device of the parameters, {device}, got {x.device}")
 
     def _check_state(self, state: object, x: Tensor, batched: bool) -> None:
         if not isinstance(state, MemoryState):
             raise TypeError(f"state must be a MemoryState or None, got {type(state).__name__}")
+        names, shape = CONTROLLERS[self.kind][1], f"({', '.join(CONTROLLERS[self.kind][1])})"
         try:
-            (hidden, cell), (memory, read_weights, usage), reads = state
+            controller, (memory, read_weights, usage), reads = state
+            controller = list(zip(names, controller, strict=True))
         except (TypeError, ValueError):
-            raise TypeError("state must be a MemoryState of (hidden, cell), an LRUAState and reads") from None
+            raise TypeError(f"state must be a MemoryState of {shape}, an LRUAState and reads") from None
         batch = (x.shape[1],) if batched else ()
         slots, size, heads, wide = self.num_slots, self.slot_size, self.num_heads, _memory_dtype(x.dtype)
         for name, part, shape, dtype in (
-            ("controller[0]", hidden, (*batch, self.hidden_size), x.dtype),
-            ("controller[1]", cell, (*batch, self.hidden_size), x.dtype),
+            *((f"controller.{name}", part, (*batch, self.hidden_size), x.dtype) for name, part in controller),
             ("memory.memory", memory, (*batch, slots, size), wide),
             ("memory.read_weights", read_weights, (*batch, heads, slots), wide),
             ("memory.usage", usage, (*batch, slots), wide),

@@ -20,7 +20,7 @@ class MANN(nn.Module):
     Args:
         input_size: width of the input: the image and the label of the step before.
         num_classes: how many logits per step.
-        hidden_size, num_slots, slot_size, num_heads, sharpness, write_vector, order, write_target,
+        hidden_size, num_slots, slot_size, num_heads, controller, sharpness, write_vector, order, write_target,
             usage_decay, eps, batch_first, device, dtype: as of :class:`mann_fast.MemoryLayer`.
 
     Attributes:
@@ -41,6 +41,7 @@ class MANN(nn.Module):
         num_slots: int = 128,
         slot_size: int = 40,
         num_heads: int = 4,
+        controller: str = "lstm",
         sharpness: str | float | None = "learned",
         write_vector: str = "separate",
         order: str = "write_first",
@@ -59,6 +60,7 @@ class MANN(nn.Module):
             "num_slots": num_slots,
             "slot_size": slot_size,
             "num_heads": num_heads,
+            "controller": controller,
             "sharpness": sharpness,
             "write_vector": write_vector,
             "order": order,
@@ -70,7 +72,7 @@ class MANN(nn.Module):
         self.config = {"num_classes": num_classes, **options}
         self.layer = MemoryLayer(**options, device=device, dtype=dtype)
         with torch.no_grad():
-            self.layer.controller.weight_ih[:, :input_size] *= INPUT_GAIN
+            next(self.layer.controller.parameters())[:, :input_size] *= INPUT_GAIN  # its weight_ih
         self.classifier = nn.Linear(self.layer.output_size, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:

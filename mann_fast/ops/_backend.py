@@ -1,19 +1,44 @@
-"""Which backend serves a call, and loading the compiled extension."""
+"""Which backend serves a call, and loading what it needs."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-NAMES = ("auto", "cpp", "reference")
+NAMES = ("auto", "cpp", "triton", "reference")
 
-# Schemas and fake rules stand beside the public functions (ops/*.py); the extension only implements them.
-LIBRARY = torch.library.Library("mann_fast", "DEF")
+# Schemas and fake rules stand beside the public functions (ops/*.py). The compiled extension implements the raw ops of
+# the first library, one implementation per device; the Triton kernels implement those of the second.
+LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("mann_fast", "mann_fast_triton")}
+
+
+def define(schema: str) -> None:
+    """Define a raw op, "name(arguments) -> results", for all kernels."""
+    for library in LIBRARIES.values():
+        library.define(schema)
+
+
+def fake(name: str) -> Callable:
+    """Decorates the fake rule of a raw op."""
+
+    def register(rule: Callable) -> Callable:
+        for library in LIBRARIES:
+            torch.library.register_fake(f"{library}::{name}", rule)
+        return rule
+
+    return register
+
+
+def raw(serving: str):
+    """The raw ops of a backend."""
+    return torch.ops.mann_fast_triton if serving == "triton" else torch.ops.mann_fast
+
 
 EXTENSION = Path(__file__).parent.parent / "_C.abi3.so"
 
@@ -30,6 +55,7 @@ def _load_extension() -> str | None:
 
 
 _extension_missing: str | None = "the C++ extension has not been loaded yet"
+_triton_missing: str | None = "untried"  # Triton is imported by the first call that could use it
 _selected: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
 _said: set[str] = set()
 
@@ -38,6 +64,29 @@ def load() -> None:
     """Called once, by mann_fast.ops, when all schemas are defined."""
     global _extension_missing
     _extension_missing = _load_extension()
+
+
+def _load_triton() -> str | None:
+    """Import the Triton kernels, once; None if they can be used, else why not."""
+    global _triton_missing
+    if _triton_missing == "untried":
+        try:
+            kernels = importlib.import_module("mann_fast.kernels")
+        except ImportError as error:
+            _triton_missing = f"Triton cannot be imported: {error}"
+        else:
+            kernels.register(LIBRARIES["mann_fast_triton"])
+            _triton_missing = None
+    return _triton_missing
+
+
+def _triton_unable(device: torch.device) -> str | None:
+    """None if the Triton kernels take tensors of this device, else why not."""
+    if device.type not in ("cpu", "cuda", "meta"):
+        return f"tensors on {device.type} have no Triton kernels"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels take CPU tensors only under TRITON_INTERPRET=1"
+    return _load_triton()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -50,8 +99,9 @@ def _check_name(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Use one backend for the ops called inside the ``with`` block.
 
-    name: ``"auto"`` (the fastest that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors) or
-    ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call raises RuntimeError; ``"auto"``
+    name: ``"auto"`` (the fastest that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
+    ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain
+    PyTorch, any device). A named backend that cannot serve a call raises RuntimeError; ``"auto"``
     falls back to the reference. Backward always runs on the backend that forward used. The choice is one global of the
     process and holds for all threads. The environment variable MANN_FAST_BACKEND sets it at the first op.
 
@@ -69,7 +119,8 @@ def backend(name: str) -> Iterator[None]:
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run here, else the reason why it cannot."""
-    return {"cpp": _extension_missing, "reference": None}
+    triton = _triton_unable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {"cpp": _extension_missing, "triton": triton, "reference": None}
 
 
 def _say_once(message: str) -> None:
@@ -79,19 +130,21 @@ def _say_once(message: str) -> None:
 
 
 def serving(device: torch.device) -> str:
-    """The backend that serves a call on tensors of this device: "cpp" or "reference"."""
+    """The backend that serves a call on tensors of this device: "cpp", "triton" or "reference"."""
     global _selected
     if _selected is None:
         _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
     if _selected == "reference":
         return "reference"
-    if device.type in ("cpu", "meta") and _extension_missing is None:
-        return "cpp"
-    if device.type == "cpu":
-        reason = _extension_missing
+    if _selected == "triton" or (_selected == "auto" and device.type == "cuda"):
+        reason, name = _triton_unable(device), "triton"
+    elif device.type in ("cpu", "meta"):
+        reason, name = _extension_missing, "cpp"
     else:
-        reason = f"tensors on {device.type} have no fused kernels in this version"
-    if _selected == "cpp":
-        raise RuntimeError(f"backend 'cpp' cannot serve this call: {reason}")
+        reason, name = f"tensors on {device.type} have no fused kernels in this version", "cpp"
+    if reason is None:
+        return name
+    if _selected != "auto":
+        raise RuntimeError(f"backend {_selected!r} cannot serve this call: {reason}")
     _say_once(f"mann_fast runs on its plain-PyTorch reference: {reason}")
     return "reference"

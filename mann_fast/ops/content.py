@@ -8,21 +8,21 @@ from torch import Tensor
 from .. import reference
 from . import _backend, _checks
 
-_backend.LIBRARY.define(
+_backend.define(
     "content_read(Tensor memory, Tensor key, Tensor? sharpness, float eps) -> (Tensor read, Tensor weights)"
 )
-_backend.LIBRARY.define(
+_backend.define(
     "content_read_backward(Tensor? grad_read, Tensor? grad_weights, Tensor memory, Tensor key, Tensor? sharpness, "
     "Tensor read, Tensor weights, float eps) -> (Tensor grad_memory, Tensor grad_key, Tensor grad_sharpness)"
 )
 
 
-@torch.library.register_fake("mann_fast::content_read")
+@_backend.fake("content_read")
 def _(memory, key, sharpness, eps):
     return key.new_empty(key.shape), memory.new_empty((*key.shape[:2], memory.shape[1]))
 
 
-@torch.library.register_fake("mann_fast::content_read_backward")
+@_backend.fake("content_read_backward")
 def _(grad_read, grad_weights, memory, key, sharpness, read, weights, eps):
     grad_sharpness = key.new_empty((0,) if sharpness is None else sharpness.shape)
     return memory.new_empty(memory.shape), key.new_empty(key.shape), grad_sharpness
@@ -30,12 +30,12 @@ def _(grad_read, grad_weights, memory, key, sharpness, read, weights, eps):
 
 class _ContentRead(torch.autograd.Function):
     @staticmethod
-    def forward(memory, key, sharpness, eps):
-        return torch.ops.mann_fast.content_read.default(memory, key, sharpness, eps)
+    def forward(memory, key, sharpness, eps, backend):
+        return _backend.raw(backend).content_read.default(memory, key, sharpness, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        memory, key, sharpness, ctx.eps = inputs
+        memory, key, sharpness, ctx.eps, ctx.backend = inputs
         ctx.save_for_backward(memory, key, sharpness, *output)
         ctx.set_materialize_grads(False)
 
@@ -43,14 +43,14 @@ class _ContentRead(torch.autograd.Function):
     def backward(ctx, grad_read, grad_weights):
         memory, key, sharpness, read, weights = ctx.saved_tensors
         if grad_read is None and grad_weights is None:
-            return None, None, None, None
-        gradients = torch.ops.mann_fast.content_read_backward.default(
+            return None, None, None, None, None
+        gradients = _backend.raw(ctx.backend).content_read_backward.default(
             grad_read, grad_weights, memory, key, sharpness, read, weights, ctx.eps
         )
         grad_memory, grad_key, grad_sharpness = _checks.refuse_second_derivative(
             "content_read", gradients, grad_read, grad_weights, memory, key, sharpness
         )
-        return grad_memory, grad_key, None if sharpness is None else grad_sharpness, None
+        return grad_memory, grad_key, None if sharpness is None else grad_sharpness, None, None
 
 
 def content_read(
@@ -82,8 +82,9 @@ def content_read(
     if sharpness is not None:
         _checks.check_like("sharpness", sharpness, "B R", (batch, heads), "key", key)
     _checks.check_eps(eps)
-    if _backend.serving(memory.device) == "reference":
+    backend = _backend.serving(memory.device)
+    if backend == "reference":
         return reference.content_read(memory, key, sharpness, eps=eps)
     if _checks.records_gradient(memory, key, sharpness):
-        return _checks.apply(_ContentRead, memory, key, sharpness, float(eps))
-    return torch.ops.mann_fast.content_read.default(memory, key, sharpness, float(eps))
+        return _checks.apply(_ContentRead, memory, key, sharpness, float(eps), backend)
+    return _backend.raw(backend).content_read.default(memory, key, sharpness, float(eps))

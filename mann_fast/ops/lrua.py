@@ -12,24 +12,24 @@ from . import _backend, _checks
 ORDERS = ("write_first", "read_first")
 WRITE_TARGETS = ("per_head", "shared")
 
-_backend.LIBRARY.define("least_used(Tensor usage, SymInt n) -> Tensor")
-_backend.LIBRARY.define(
+_backend.define("least_used(Tensor usage, SymInt n) -> Tensor")
+_backend.define(
     "lrua_write(Tensor memory, Tensor read_weights, Tensor usage, Tensor write_vector, Tensor gate_logit, "
     "bool shared_target) -> (Tensor memory, Tensor write_weights, Tensor slots)"
 )
-_backend.LIBRARY.define(
+_backend.define(
     "lrua_write_backward(Tensor? grad_memory, Tensor? grad_write_weights, Tensor read_weights, Tensor write_vector, "
     "Tensor gate_logit, Tensor slots, bool shared_target) -> "
     "(Tensor grad_memory, Tensor grad_read_weights, Tensor grad_write_vector, Tensor grad_gate_logit)"
 )
 # keys, write_vectors, gate_logits and sharpness have a leading T for a scan and none for a single step. Where
 # anchor_every is 0 nothing is kept for backward, and slots and anchors come out empty.
-_backend.LIBRARY.define(
+_backend.define(
     "lrua_scan(Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor write_vectors, Tensor gate_logits, "
     "Tensor? sharpness, bool read_first, bool shared_target, float usage_decay, float eps, SymInt anchor_every) -> "
     "(Tensor reads, Tensor memory, Tensor read_weights, Tensor usage, Tensor slots, Tensor anchors)"
 )
-_backend.LIBRARY.define(
+_backend.define(
     "lrua_scan_backward(Tensor? grad_reads, Tensor? grad_memory, Tensor? grad_read_weights, Tensor memory, "
     "Tensor read_weights, Tensor keys, Tensor write_vectors, Tensor gate_logits, Tensor? sharpness, Tensor slots, "
     "Tensor anchors, bool read_first, bool shared_target, float eps, SymInt anchor_every) -> "
@@ -38,18 +38,18 @@ _backend.LIBRARY.define(
 )
 
 
-@torch.library.register_fake("mann_fast::least_used")
+@_backend.fake("least_used")
 def _(usage, n):
     return usage.new_empty((usage.shape[0], n), dtype=torch.int64)
 
 
-@torch.library.register_fake("mann_fast::lrua_write")
+@_backend.fake("lrua_write")
 def _(memory, read_weights, usage, write_vector, gate_logit, shared_target):
     slots = usage.new_empty(read_weights.shape[:2], dtype=torch.int64)
     return memory.new_empty(memory.shape), read_weights.new_empty(read_weights.shape), slots
 
 
-@torch.library.register_fake("mann_fast::lrua_write_backward")
+@_backend.fake("lrua_write_backward")
 def _(grad_memory, grad_write_weights, read_weights, write_vector, gate_logit, slots, shared_target):
     batch, _, num_slots = read_weights.shape
     return (
@@ -68,7 +68,7 @@ def _num_anchors(steps: int, anchor_every: int) -> int:
     return torch.sym_max(steps - 1, 0) // anchor_every
 
 
-@torch.library.register_fake("mann_fast::lrua_scan")
+@_backend.fake("lrua_scan")
 def _(
     memory,
     read_weights,
@@ -99,7 +99,7 @@ def _(
     )
 
 
-@torch.library.register_fake("mann_fast::lrua_scan_backward")
+@_backend.fake("lrua_scan_backward")
 def _(
     grad_reads,
     grad_memory,
@@ -138,14 +138,14 @@ def anchor_interval(num_slots: int, slot_size: int, num_heads: int) -> int:
 
 class _LRUAWrite(torch.autograd.Function):
     @staticmethod
-    def forward(memory, read_weights, usage, write_vector, gate_logit, shared_target):
-        return torch.ops.mann_fast.lrua_write.default(
+    def forward(memory, read_weights, usage, write_vector, gate_logit, shared_target, backend):
+        return _backend.raw(backend).lrua_write.default(
             memory, read_weights, usage, write_vector, gate_logit, shared_target
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, read_weights, _, write_vector, gate_logit, ctx.shared_target = inputs
+        _, read_weights, _, write_vector, gate_logit, ctx.shared_target, ctx.backend = inputs
         slots = output[2]
         ctx.save_for_backward(read_weights, write_vector, gate_logit, slots)
         ctx.mark_non_differentiable(slots)
@@ -155,11 +155,12 @@ class _LRUAWrite(torch.autograd.Function):
     def backward(ctx, grad_memory, grad_write_weights, _):
         read_weights, write_vector, gate_logit, slots = ctx.saved_tensors
         if grad_memory is None and grad_write_weights is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         differentiable = (grad_memory, grad_write_weights, read_weights, write_vector, gate_logit)
-        grads = torch.ops.mann_fast.lrua_write_backward.default(*differentiable, slots, ctx.shared_target)
+        raw = _backend.raw(ctx.backend)
+        grads = raw.lrua_write_backward.default(*differentiable, slots, ctx.shared_target)
         grads = _checks.refuse_second_derivative("lrua_write", grads, *differentiable)
-        return grads[0], grads[1], None, grads[2], grads[3], None
+        return grads[0], grads[1], None, grads[2], grads[3], None, None
 
 
 class _LRUAScan(torch.autograd.Function):
@@ -177,8 +178,9 @@ class _LRUAScan(torch.autograd.Function):
         usage_decay,
         eps,
         anchor_every,
+        backend,
     ):
-        return torch.ops.mann_fast.lrua_scan.default(
+        return _backend.raw(backend).lrua_scan.default(
             memory,
             read_weights,
             usage,
@@ -196,7 +198,7 @@ class _LRUAScan(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         memory, read_weights, _, keys, write_vectors, gate_logits, sharpness = inputs[:7]
-        ctx.read_first, ctx.shared_target, _, ctx.eps, ctx.anchor_every = inputs[7:]
+        ctx.read_first, ctx.shared_target, _, ctx.eps, ctx.anchor_every, ctx.backend = inputs[7:]
         _, _, _, usage, slots, anchors = output
         ctx.save_for_backward(
             memory, read_weights, keys, write_vectors, gate_logits, sharpness, slots, anchors
@@ -208,7 +210,7 @@ class _LRUAScan(torch.autograd.Function):
     def backward(ctx, grad_reads, grad_memory, grad_read_weights, *_):
         memory, read_weights, keys, write_vectors, gate_logits, sharpness, slots, anchors = ctx.saved_tensors
         if grad_reads is None and grad_memory is None and grad_read_weights is None:
-            return (None,) * 12
+            return (None,) * 13
         differentiable = (
             grad_reads,
             grad_memory,
@@ -220,12 +222,12 @@ class _LRUAScan(torch.autograd.Function):
             gate_logits,
             sharpness,
         )
-        grads = torch.ops.mann_fast.lrua_scan_backward.default(
+        grads = _backend.raw(ctx.backend).lrua_scan_backward.default(
             *differentiable, slots, anchors, ctx.read_first, ctx.shared_target, ctx.eps, ctx.anchor_every
         )
         grads = _checks.refuse_second_derivative("lrua_scan", grads, *differentiable)
         grad_sharpness = None if sharpness is None else grads[5]
-        return grads[0], grads[1], None, grads[2], grads[3], grads[4], grad_sharpness, *(None,) * 5
+        return grads[0], grads[1], None, grads[2], grads[3], grads[4], grad_sharpness, *(None,) * 6
 
 
 def _check_state(memory: object, read_weights: object, usage: object, prefix: str = "") -> None:
@@ -272,9 +274,10 @@ def least_used(usage: Tensor, n: int) -> Tensor:
         raise TypeError(f"n must be an int, got {type(n).__name__}")
     if not 0 <= n <= usage.shape[1]:
         raise ValueError(f"n must be within [0, N = {usage.shape[1]}], got {n}")
-    if _backend.serving(usage.device) == "reference":
+    backend = _backend.serving(usage.device)
+    if backend == "reference":
         return reference.least_used(usage, n)
-    return torch.ops.mann_fast.least_used.default(usage.detach(), n)
+    return _backend.raw(backend).least_used.default(usage.detach(), n)
 
 
 def lrua_write(
@@ -311,14 +314,15 @@ def lrua_write(
     _checks.check_input("write_vector", write_vector, "B R D", (batch, heads, memory.shape[2]), memory)
     _checks.check_like("gate_logit", gate_logit, "B R", (batch, heads), "write_vector", write_vector)
     _checks.check_choice("write_target", write_target, WRITE_TARGETS)
-    if _backend.serving(memory.device) == "reference":
+    backend = _backend.serving(memory.device)
+    if backend == "reference":
         return reference.lrua_write(
             memory, read_weights, usage, write_vector, gate_logit, write_target=write_target
         )
     arguments = (memory, read_weights, usage.detach(), write_vector, gate_logit, write_target == "shared")
     if _checks.records_gradient(memory, read_weights, write_vector, gate_logit):
-        return _checks.apply(_LRUAWrite, *arguments)[:2]
-    return torch.ops.mann_fast.lrua_write.default(*arguments)[:2]
+        return _checks.apply(_LRUAWrite, *arguments, backend)[:2]
+    return _backend.raw(backend).lrua_write.default(*arguments)[:2]
 
 
 def _lrua(
@@ -352,7 +356,8 @@ def _lrua(
     if sharpness is not None:
         _checks.check_like("sharpness", sharpness, axes[:-2], sizes[:-1], key_name, keys)
     _check_options(order, write_target, usage_decay, eps)
-    if _backend.serving(memory.device) == "reference":
+    backend = _backend.serving(memory.device)
+    if backend == "reference":
         return None
     arguments = (
         memory,
@@ -368,9 +373,10 @@ def _lrua(
         float(eps),
     )
     if _checks.records_gradient(memory, read_weights, keys, write_vectors, gate_logits, sharpness):
-        outputs = _checks.apply(_LRUAScan, *arguments, anchor_interval(num_slots, slot_size, heads))
+        anchor_every = anchor_interval(num_slots, slot_size, heads)
+        outputs = _checks.apply(_LRUAScan, *arguments, anchor_every, backend)
     else:
-        outputs = torch.ops.mann_fast.lrua_scan.default(*arguments, 0)
+        outputs = _backend.raw(backend).lrua_scan.default(*arguments, 0)
     return outputs[0], LRUAState(*outputs[1:4])
 
 

@@ -7,4 +7,13 @@ from .cell import cell
 from .content import content_read, similarity
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
 
-__all__ = ["LRUAState", "cell", "content_read", "least_used", "lrua_scan", "lrua_step", "lrua_write", "similarity"]
+__all__ = [
+    "LRUAState",
+    "cell",
+    "content_read",
+    "least_used",
+    "lrua_scan",
+    "lrua_step",
+    "lrua_write",
+    "similarity",
+]

@@ -1,4 +1,4 @@
-"""A whole MANN sequence: LSTM controller, heads and LRUA memory (Santoro et al. 2016, arXiv 1605.06065), written to be read."""
+"""A whole MANN sequence: controller, heads and LRUA memory (Santoro et al. 2016, arXiv 1605.06065), written to be read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .lrua import LRUAState, lrua_step
+
+# Gates per hidden unit, and the tensors of the state that goes round beside the memory.
+CONTROLLERS = {"lstm": (4, ("hidden", "cell")), "gru": (3, ("hidden",)), "feedforward": (1, ())}
 
 # A learned sharpness is SHARPNESS_MIN + SHARPNESS_SCALE * softplus(linear(hidden)), about 8 in a new layer.
 # It has to start high: the cosine is at most 1, so with a factor of 1 or 2 the softmax over 128 slots is
@@ -23,43 +26,57 @@ def head_sizes(num_heads: int, slot_size: int, write_vector: str, sharpness: str
     return [vectors, num_heads] + ([num_heads] if sharpness == "learned" else [])
 
 
+def _lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    admit, keep, candidate, expose = (gates + recurrent).chunk(4, dim=1)
+    cell = torch.addcmul(torch.sigmoid(keep) * cell, torch.sigmoid(admit), torch.tanh(candidate))
+    return torch.sigmoid(expose) * torch.tanh(cell), cell
+
+
+def _gru(gates: Tensor, recurrent: Tensor, hidden: Tensor) -> tuple[Tensor]:
+    size = 2 * hidden.shape[1]
+    reset, update = torch.sigmoid(gates[:, :size] + recurrent[:, :size]).chunk(2, dim=1)
+    candidate = torch.tanh(torch.addcmul(gates[:, size:], reset, recurrent[:, size:]))
+    return (torch.lerp(candidate, hidden, update),)
+
+
 def cell_by_steps(
     step: Callable[..., tuple[Tensor, LRUAState]],
     gates: Tensor,
-    controller: tuple[Tensor, Tensor],
+    state: tuple[Tensor, ...],
     memory: LRUAState,
     reads: Tensor,
-    hidden_weight: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
     reads_weight: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
     *,
+    controller: str = "lstm",
     write_vector: str = "separate",
     sharpness: str | float | None = "learned",
     **options,
-) -> tuple[Tensor, tuple[Tensor, Tensor], LRUAState]:
+) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
     """:func:`cell` with ``step`` for the memory, and ``options`` for it."""
-    hidden, cell = controller
     batch, heads, slot_size = reads.shape
     if gates.shape[0] == 0:
         memory = LRUAState(memory.memory.clone(), memory.read_weights.clone(), memory.usage.detach().clone())
-        output = gates.new_empty(0, batch, hidden.shape[1] + heads * slot_size)
-        return output, (hidden.clone(), cell.clone()), memory
+        output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
+        return output, tuple(x.clone() for x in state), memory
     sizes = head_sizes(heads, slot_size, write_vector, sharpness)
     vectors_shape = (batch, 2 if write_vector == "separate" else 1, heads, slot_size)
     least, beta = gates.new_full((), SHARPNESS_MIN), None
     if isinstance(sharpness, (int, float)):
         beta = gates.new_full((batch, heads), sharpness)
-    recurrent_weight = torch.cat([hidden_weight, reads_weight], dim=1).t()
-    head_weight = head_weight.t()
-    output = torch.cat([hidden, reads.flatten(1)], dim=1)
     outputs = []
     for now in gates.unbind(0):
-        now = torch.addmm(now, output, recurrent_weight)
-        admit, keep, candidate, expose = now.chunk(4, dim=1)
-        cell = torch.addcmul(torch.sigmoid(keep) * cell, torch.sigmoid(admit), torch.tanh(candidate))
-        hidden = torch.sigmoid(expose) * torch.tanh(cell)
-        vectors, gate, *learned = torch.addmm(head_bias, hidden, head_weight).split(sizes, dim=1)
+        now = torch.addmm(now, reads.flatten(1), reads_weight.t())
+        if controller == "feedforward":
+            hidden = torch.tanh(now)
+        else:
+            recurrent = torch.addmm(hidden_bias, state[0], hidden_weight.t())
+            state = (_lstm if controller == "lstm" else _gru)(now, recurrent, *state)
+            hidden = state[0]
+        vectors, gate, *learned = torch.addmm(head_bias, hidden, head_weight.t()).split(sizes, dim=1)
         # Where a head writes its key, both are views of the one vector.
         key, vector = torch.tanh(vectors).view(vectors_shape).expand(-1, 2, -1, -1).unbind(1)
         if learned:
@@ -67,39 +84,42 @@ def cell_by_steps(
                 least, F.softplus(learned[0]), alpha=SHARPNESS_SCALE
             )  # half precision: rounded once
         reads, memory = step(memory, key, vector, gate, beta, **options)
-        output = torch.cat([hidden, reads.flatten(1)], dim=1)
-        outputs.append(output)
-    return torch.stack(outputs), (hidden, cell), memory
+        outputs.append(torch.cat([hidden, reads.flatten(1)], dim=1))
+    return torch.stack(outputs), state, memory
 
 
 def cell(
     gates: Tensor,
-    controller: tuple[Tensor, Tensor],
+    state: tuple[Tensor, ...],
     memory: LRUAState,
     reads: Tensor,
-    hidden_weight: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
     reads_weight: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
     *,
+    controller: str = "lstm",
     write_vector: str = "separate",
     sharpness: str | float | None = "learned",
     order: str = "write_first",
     write_target: str = "per_head",
     usage_decay: float = 0.95,
     eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, Tensor], LRUAState]:
+) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
     """See :func:`mann_fast.ops.cell`."""
     return cell_by_steps(
         lrua_step,
         gates,
-        controller,
+        state,
         memory,
         reads,
         hidden_weight,
+        hidden_bias,
         reads_weight,
         head_weight,
         head_bias,
+        controller=controller,
         write_vector=write_vector,
         sharpness=sharpness,
         order=order,
