@@ -18,9 +18,10 @@ TORCH_OTHER ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_cell.py tests/test_ops.py
+TRITON_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check build lint abi isas sanitize wheel clean
+.PHONY: demo test check build lint abi isas triton sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -40,7 +41,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-check: lint abi isas sanitize wheel
+check: lint abi isas triton sanitize wheel
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -52,6 +53,11 @@ abi: build
 # The op tests on every instruction set, with memory that nobody has written filled with NaN.
 isas: build
 	$(BIN)/python scripts/test_isas.py $(OP_TESTS)
+
+# The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
+triton: build
+	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS)
+	$(BIN)/python scripts/triton_aot.py
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/installed

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
 
 from mann_fast import backends, reference
+from mann_fast.ops import _backend
+
+# Which kernels the op tests run on: "cpp", or "triton" (make triton). conftest.py makes every op take them.
+BACKEND = os.environ.get("MANN_FAST_TEST_BACKEND", "cpp")
+INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 ORDERS = ("write_first", "read_first")
 WRITE_TARGETS = ("per_head", "shared")
@@ -15,9 +21,19 @@ OPTIONS = [
     {"order": order, "write_target": target} for order, target in itertools.product(ORDERS, WRITE_TARGETS)
 ]
 
-needs_cpp = pytest.mark.skipif(
-    backends()["cpp"] is not None, reason=f"the C++ extension cannot run here: {backends()['cpp']}"
+needs_kernels = pytest.mark.skipif(
+    backends()[BACKEND] is not None, reason=f"backend {BACKEND} cannot run here: {backends()[BACKEND]}"
 )
+needs_cpp = pytest.mark.skipif(
+    BACKEND != "cpp" or backends()["cpp"] is not None,
+    reason=f"for the C++ extension: {backends()['cpp'] or 'another backend is being tested'}",
+)
+RAW_OPS = _backend.raw(BACKEND)
+
+
+def shorter(value, interpreted):
+    """A size, or a smaller one for Triton's interpreter, which takes some 50 ms per step and sample."""
+    return interpreted if INTERPRETED else value
 
 
 def distinct_state(batch, slots, size, heads, dtype=torch.float64):
@@ -48,6 +64,11 @@ def worst_error(actual, expected, batch_axis=0):
     return float("inf") if error != error else error
 
 
+def fixed_noise(x, generator):
+    """Numbers for every element of x that are the same on every device."""
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
+
+
 def run_with_gradients(function, inputs, dtype, **options):
     """Outputs of function(state, keys, ...) and the gradients of a fixed random functional of all that is differentiable.
 
@@ -61,7 +82,7 @@ def run_with_gradients(function, inputs, dtype, **options):
     assert not state.usage.requires_grad
     generator = torch.Generator().manual_seed(1)
     loss = sum(
-        (x.double() * torch.randn(x.shape, generator=generator).bfloat16().double()).sum()
+        (x.double() * fixed_noise(x, generator).bfloat16().double()).sum()
         for x in (reads, state.memory, state.read_weights)
     )
     wanted = [x for i, x in enumerate(tensors) if x is not None and i != 2]

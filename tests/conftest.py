@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+import mann_fast
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -15,6 +17,15 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def tested_backend():
+    """The kernels that MANN_FAST_TEST_BACKEND names serve every op, or the test fails; tensors are made on
+    MANN_FAST_TEST_DEVICE."""
+    device = torch.device(os.environ.get("MANN_FAST_TEST_DEVICE", "cpu"))
+    with mann_fast.backend(os.environ.get("MANN_FAST_TEST_BACKEND", "auto")), device:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import OPTIONS, distinct_state, needs_cpp, scan_inputs, worst_error
+from cases import OPTIONS, RAW_OPS, distinct_state, needs_kernels, scan_inputs, worst_error
 
 import mann_fast
 from mann_fast import ops, reference
@@ -53,23 +53,23 @@ def raw_backward_samples():
     for steps, sharpness, which in [(10, True, 0), (1, False, 1), (None, True, 2), (0, True, 0)]:
         tensors = [x[0] if steps is None else x[:steps] for x in inputs]
         tensors[3] = tensors[3] if sharpness else None
-        raw = torch.ops.mann_fast.lrua_scan(*state, *tensors, False, False, 0.95, 1e-6, 8)
+        raw = RAW_OPS.lrua_scan(*state, *tensors, False, False, 0.95, 1e-6, 8)
         grads = [torch.randn_like(x) if i >= which else None for i, x in enumerate(raw[:3])]
         yield "lrua_scan_backward", (*grads, *state[:2], *tensors, *raw[4:], False, False, 1e-6, 8)
     key, vector, gate, sharpness = (x[0] for x in inputs)
-    read, weights = torch.ops.mann_fast.content_read(state.memory, key, sharpness, 1e-6)
+    read, weights = RAW_OPS.content_read(state.memory, key, sharpness, 1e-6)
     yield "content_read_backward", (read, None, state.memory, key, sharpness, read, weights, 1e-6)
     yield "content_read_backward", (None, weights, state.memory, key, None, read, weights, 1e-6)
-    memory, weights, slots = torch.ops.mann_fast.lrua_write(*state, vector, gate, True)
+    memory, weights, slots = RAW_OPS.lrua_write(*state, vector, gate, True)
     yield "lrua_write_backward", (memory, None, state.read_weights, vector, gate, slots, True)
 
 
-@needs_cpp
+@needs_kernels
 def test_opcheck():
     """Schema, fake rule and tracing with symbolic sizes of every raw op."""
     count = 0
     for name, arguments in [*raw_samples(), *raw_backward_samples()]:
-        torch.library.opcheck(getattr(torch.ops.mann_fast, name).default, arguments)
+        torch.library.opcheck(getattr(RAW_OPS, name).default, arguments)
         count += 1
     assert count > 25
 
@@ -79,7 +79,7 @@ def scan(state, inputs, **options):
     return reads, *end
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 def test_compiles_in_one_graph_with_gradients(options):
     torch.compiler.reset()
@@ -108,7 +108,7 @@ def test_compiles_in_one_graph_with_gradients(options):
         assert worst_error(x, y) < 1e-12
 
 
-@needs_cpp
+@needs_kernels
 def test_compiles_where_one_tensor_is_given_twice():
     torch.compiler.reset()
     state, inputs = distinct_state(2, 9, 5, 3), scan_inputs(4, 2, 5, 3)
@@ -122,7 +122,7 @@ def test_compiles_where_one_tensor_is_given_twice():
     assert worst_error(actual, torch.autograd.grad(call(state, keys, inputs[2]).sum(), keys)[0]) < 1e-12
 
 
-@needs_cpp
+@needs_kernels
 def test_compiles_with_dynamic_sizes_without_recompiling():
     torch.compiler.reset()
     compiled = torch.compile(scan, fullgraph=True, dynamic=True)
@@ -133,7 +133,7 @@ def test_compiles_with_dynamic_sizes_without_recompiling():
             assert torch.equal(x, y)
 
 
-@needs_cpp
+@needs_kernels
 def test_torch_func_grad():
     state, inputs = distinct_state(2, 6, 4, 2), scan_inputs(3, 2, 4, 2)
     loss = lambda keys: ops.lrua_scan(state, keys, *inputs[1:])[0].square().sum()  # noqa: E731
@@ -151,7 +151,7 @@ def differentiable_calls():
     yield "lrua_scan", lambda x: ops.lrua_scan(state, x, *inputs[1:])[0], inputs[0]
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("index", range(4), ids=["content_read", "lrua_write", "lrua_step", "lrua_scan"])
 def test_second_derivatives_and_forward_mode_are_refused(index):
     name, call, x = list(differentiable_calls())[index]
@@ -172,7 +172,7 @@ def test_second_derivatives_and_forward_mode_are_refused(index):
         call(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
 
 
-@needs_cpp
+@needs_kernels
 def test_second_derivatives_of_a_compiled_call_are_refused():
     torch.compiler.reset()
     _, call, x = list(differentiable_calls())[3]
@@ -182,7 +182,7 @@ def test_second_derivatives_of_a_compiled_call_are_refused():
         grad.square().sum().backward()
 
 
-@needs_cpp
+@needs_kernels
 def test_the_reference_backend_has_second_derivatives():
     _, call, x = list(differentiable_calls())[3]
     x = x.clone().requires_grad_()

@@ -20,6 +20,36 @@ def lrua_scan_flop(
     return elements * (forward + 2 * (6 * heads + 1) + 2 * (2 * heads + 1))
 
 
+def lrua_scan_bytes(
+    steps: int, batch: int, slots: int, size: int, heads: int, *, backward: bool = False, item: int = 4
+) -> int:
+    """What must pass the memory of a device where a sample's memory stays on the chip through all steps: inputs and reads
+    of every step, the state in and out. With ``backward`` also the inputs again, their gradients, the gradients of reads
+    and state, and what is kept for it: the memory and read weights every few steps, written and read."""
+    per_step = batch * (2 * heads * size + 2 * heads)
+    state = batch * (slots * size + heads * slots + slots)
+    numbers = steps * (per_step + batch * heads * size) + 2 * state
+    if backward:
+        kept = steps * batch * heads * (slots + size)  # at most: see ops.lrua.anchor_interval
+        numbers += steps * (2 * per_step + batch * heads * size) + 3 * state + 2 * kept
+    return item * numbers
+
+
+def content_read_flop(batch: int, slots: int, size: int, heads: int, *, backward: bool = False) -> int:
+    """Per slot element dot (R), norm (1) and read (R) multiply-adds; back dot and norm again, dL/dw (R), and the gradients
+    of key (R) and memory (2 R + 1)."""
+    forward = 2 * (2 * heads + 1)
+    return batch * slots * size * (forward + (2 * (5 * heads + 2) if backward else 0))
+
+
+def content_read_bytes(
+    batch: int, slots: int, size: int, heads: int, *, backward: bool = False, item: int = 4
+) -> int:
+    """The memory once and the weights out; back the memory and the weights again and the memory's gradient."""
+    memory, weights = batch * slots * size, batch * heads * slots
+    return item * (memory + weights + (2 * memory + weights if backward else 0))
+
+
 def mann_step_flop(
     steps: int, batch: int, inputs: int, hidden: int, outputs: int, slots: int, size: int, heads: int
 ) -> int:

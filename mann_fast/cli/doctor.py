@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backend, backends, ops, reference
+from ..ops import _backend
 
 EXAMPLE = """\
 example:
   mann-fast doctor
+  mann-fast doctor --explain lrua_scan 4096 64 4     how each backend serves this op with N=4096, D=64, R=4
 
 Put its output into every bug report. Exits with status 1 if a backend that should run gives no or a wrong
 result.
@@ -24,16 +26,35 @@ BUILD_INFO = Path(__file__).parent.parent / "_build_info.json"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser = commands.add_parser(
         "doctor",
         help="say which backends can run here, and why others cannot",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--explain",
+        nargs=4,
+        metavar=("OP", "N", "D", "R"),
+        help="instead, say how each backend serves an op with N slots of width D and R heads",
+    )
+    return parser
+
+
+def explain(op: str, *sizes: str) -> int:
+    try:
+        numbers = [int(size) for size in sizes]
+    except ValueError:
+        raise ValueError(f"--explain takes an op and three numbers, got {op} {' '.join(sizes)}") from None
+    for name, answer in _backend.explain(op, *numbers).items():
+        print(f"{name:10} {answer}")
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.explain:
+        return explain(*args.explain)
     lines = [
         ("mann_fast", __version__),
         (
@@ -84,9 +105,7 @@ def instruction_set() -> str:
 def gpu() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return (
-            f"{', '.join(names)}; CUDA {torch.version.cuda}; this version has fused kernels for the CPU only"
-        )
+        return f"{', '.join(names)}; CUDA {torch.version.cuda}"
     if torch.version.cuda is None:
         return "none: this torch is built without CUDA"
     return "none: torch finds no CUDA device or driver"
@@ -108,7 +127,8 @@ def extension() -> str:
 def trial(name: str) -> str | None:
     """Run one op on a backend and compare with the reference; None if it is right, else what is wrong."""
     generator = torch.Generator().manual_seed(0)
-    memory, key = (torch.randn(2, n, 5, generator=generator) for n in (7, 3))
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    memory, key = (torch.randn(2, n, 5, generator=generator).to(device) for n in (7, 3))
     try:
         with backend(name):
             results = ops.content_read(memory, key)
@@ -124,7 +144,7 @@ def in_use() -> str:
     if forced != "auto":
         return f"{forced} (MANN_FAST_BACKEND)"
     return (
-        "cpp on the CPU, reference elsewhere"
+        "cpp on the CPU, triton on NVIDIA GPUs where it can be imported, reference elsewhere"
         if backends()["cpp"] is None
         else "reference, which is many times slower"
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from .._cache import cache_folder
+
 OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 CHECKSUMS = {  # MD5, of the official archives
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
@@ -25,14 +27,6 @@ Report = Callable[[str, int, int | None], None]
 
 class FetchError(OSError):
     """A file could not be fetched, or is not the file that was expected."""
-
-
-def cache_folder() -> Path:
-    """Where fetched data is kept: MANN_FAST_CACHE, else XDG_CACHE_HOME/mann_fast, else ~/.cache/mann_fast."""
-    if own := os.environ.get("MANN_FAST_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mann_fast"
 
 
 def fetch_omniglot(

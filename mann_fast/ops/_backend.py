@@ -148,3 +148,32 @@ def serving(device: torch.device) -> str:
         raise RuntimeError(f"backend {_selected!r} cannot serve this call: {reason}")
     _say_once(f"mann_fast runs on its plain-PyTorch reference: {reason}")
     return "reference"
+
+
+OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan")
+
+
+def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str, str]:
+    """How each backend serves an op at this size, in a sentence.
+
+    Raises ValueError for an op that is not in OPS or a size below 1.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    for name, size in (("N", num_slots), ("D", slot_size), ("R", num_heads)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    held = f"a sample's memory, {4 * num_slots * slot_size / 1024:.0f} KiB in float32, is held in cache through all steps"
+    loop = "a tiled pass over the memory"
+    answers = {
+        "cpp": f"one call: {held if op in ('lrua_scan', 'lrua_step') else loop}; samples over threads, and the slots of a "
+        "sample where samples are fewer and it is worth it",
+        "reference": "a loop of PyTorch operations",
+    }
+    reason = _load_triton()
+    if reason is None:
+        kernels = importlib.import_module("mann_fast.kernels")
+        answers["triton"] = kernels.lrua.explain(op, num_slots, slot_size, num_heads)
+    else:
+        answers["triton"] = reason
+    return answers

@@ -1,0 +1,52 @@
+"""What the launchers of all kernels share: sizes, tiles, and how a kernel is launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Multiply-adds may be fused: every slot takes the same instructions, so that equal slots keep equal bits either way. Said
+# explicitly, because Triton's default changes with its version.
+FUSE = {"enable_fp_fusion": True}
+
+# Numbers that a program may hold in registers at once as one block [heads, slots, width], and as a whole memory.
+TILE_NUMBERS = 8192
+RESIDENT_NUMBERS = 16384
+
+
+def power_of_two(number: int) -> int:
+    return triton.next_power_of_2(number)
+
+
+def tile_slots(num_slots: int, slot_size: int, num_heads: int) -> int:
+    """Slots of a tile for the ops that go over a memory once."""
+    most = TILE_NUMBERS // (power_of_two(slot_size) * power_of_two(num_heads))
+    return max(1, min(power_of_two(num_slots), power_of_two(most) if most else 1, 128))
+
+
+def splits(batch: int, num_slots: int, tile: int, device: torch.device) -> int:
+    """Programs for the slots of one sample: one, unless the samples alone leave multiprocessors idle."""
+    tiles = triton.cdiv(num_slots, tile)
+    if device.type != "cuda":  # the interpreter: as many as a GPU might take, so that tests see them combined
+        return min(tiles, 8)
+    wanted = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(tiles, wanted // max(batch, 1)))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
+    """Launch on the device of the first tensor; nothing where the grid is empty."""
+    if 0 in grid:
+        return
+    device = next(x for x in arguments if isinstance(x, Tensor)).device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants, num_warps=num_warps, **FUSE)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]

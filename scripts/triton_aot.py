@@ -1,0 +1,160 @@
+"""Compile every Triton kernel ahead of time for the GPUs of three generations, none of which is needed.
+
+Prints a Markdown table of registers, spills and shared memory, and fails where a kernel needs more shared memory than a
+chip has or spills at the paper's sizes. The launchers themselves say what to compile: they run on tensors of device
+"meta", with the launch replaced by taking notes.
+
+python scripts/triton_aot.py [--write docs/triton.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mann_fast import kernels
+from mann_fast.kernels import _launch, content, lrua
+from mann_fast.ops.lrua import anchor_interval
+
+SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
+PAPER = (128, 40, 4)
+SHAPES = [PAPER, (64, 32, 1), (256, 64, 4), (4096, 64, 4)]  # N, D, R
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"
+}  # fmt: skip
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+class Launch:
+    """One launch that a launcher asked for: all that decides what is compiled."""
+
+    def __init__(self, kernel, arguments, num_warps, constants):
+        self.kernel, self.num_warps = kernel, num_warps
+        names = list(inspect.signature(kernel.fn).parameters)
+        runtime = [name for name in names if name not in constants]
+        self.constants = dict(constants)
+        self.types, self.divisible = {}, []
+        for name, value in zip(runtime, arguments, strict=True):
+            if isinstance(value, torch.Tensor):
+                self.types[name] = "*" + TYPES[value.dtype]
+                self.divisible.append(names.index(name))
+            elif isinstance(value, int):
+                self.types[name] = "i32"
+                if value % 16 == 0 and name not in kernel.do_not_specialize:
+                    self.divisible.append(names.index(name))
+            else:
+                self.constants[name] = value  # None stands for an absent tensor
+        self.signature = {name: self.types.get(name, "constexpr") for name in names}
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+
+    @property
+    def key(self):
+        return self.name, self.num_warps, str(self.signature), str(self.constants)
+
+    def compile(self, capability: int):
+        source = ASTSource(
+            self.kernel,
+            self.signature,
+            {(list(self.signature).index(name),): value for name, value in self.constants.items()},
+            {(place,): [["tt.divisibility", 16]] for place in self.divisible},
+        )
+        return triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": self.num_warps, **_launch.FUSE},
+        )
+
+
+def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
+    """Every kernel that the ops launch at this shape, forward and backward."""
+    slots, size, heads = shape
+    found: dict = {}
+
+    def note(kernel, grid, *arguments, num_warps=4, **constants):
+        launch = Launch(kernel, arguments, num_warps, constants)
+        found.setdefault(launch.key, launch)
+
+    def empty(*sizes, dtype=torch.float32):
+        return torch.empty(sizes, device="meta", dtype=dtype)
+
+    content.launch = lrua.launch = note
+    memory, weights, usage = empty(2, slots, size), empty(2, heads, slots), empty(2, slots)
+    key, gate = empty(2, heads, size, dtype=dtype), empty(2, heads, dtype=dtype)
+    read, out = kernels.content.content_read(memory, key, gate, 1e-6)
+    kernels.content.content_read_backward(read, out, memory, key, gate, read, out, 1e-6)
+    new, write_weights, chosen = lrua.lrua_write(memory, weights, usage, key, gate, False)
+    lrua.lrua_write_backward(new, write_weights, weights, key, gate, chosen, False)
+    if lrua.fits_one_program(slots, size):
+        keys, gates, every = key.expand(20, -1, -1, -1), gate.expand(20, -1, -1), anchor_interval(slots, size, heads)
+        inputs = (keys, keys, gates, gates)
+        reads, memory, weights, _, chosen, anchors = lrua.lrua_scan(
+            memory, weights, usage, *inputs, False, False, 0.95, 1e-6, every
+        )
+        lrua.lrua_scan_backward(
+            reads, memory, weights, memory, weights, *inputs, chosen, anchors, False, False, 1e-6, every
+        )
+    return list(found.values())
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of a cubin, by the tool in Triton's wheel."""
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        answer = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", answer.stdout)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
+    args = parser.parse_args()
+    columns = [f"sm_{capability} registers / spilled bytes / shared KiB" for capability in SHARED_KIB]
+    lines = [f"| N, D, R | keys | kernel | warps | {' | '.join(columns)} |", "| --- " * (4 + len(columns)) + "|"]
+    problems = []
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype != torch.float32 and shape != PAPER:
+                continue
+            for launch in launches(shape, dtype):
+                cells = []
+                for capability, limit in SHARED_KIB.items():
+                    compiled = launch.compile(capability)
+                    used = resources(compiled.asm["cubin"])
+                    spilled, shared = used["STACK"] + used["LOCAL"], compiled.metadata.shared / 1024
+                    cells.append(f"{used['REG']} / {spilled} / {shared:.1f}")
+                    where = f"{launch.name} at {shape}, {TYPES[dtype]} keys, sm_{capability}"
+                    if shared > limit:
+                        problems.append(f"{where}: {shared:.0f} KiB of shared memory, the chip has {limit}")
+                    if spilled and shape == PAPER:
+                        problems.append(f"{where}: {spilled} bytes spilled")
+                sizes = ", ".join(map(str, shape))
+                lines.append(f"| {sizes} | {TYPES[dtype]} | {launch.name} | {launch.num_warps} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    if args.write:
+        text = args.write.read_text()
+        before, rest = text.split(BEGIN)
+        table = "\n".join([BEGIN, f"Triton {triton.__version__}.", "", *lines, END])
+        args.write.write_text(before + table + rest.split(END)[1])
+    print("\n".join(problems) or f"Triton {triton.__version__}: no spills at the paper's sizes, shared memory within limits")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
