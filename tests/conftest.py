@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,13 @@ def tested_backend():
     MANN_FAST_TEST_DEVICE."""
     device = torch.device(os.environ.get("MANN_FAST_TEST_DEVICE", "cpu"))
     with mann_fast.backend(os.environ.get("MANN_FAST_TEST_BACKEND", "auto")), device:
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quiet_interpreter():
+    """Triton's interpreter computes in NumPy, which warns of what is meant to give NaN or infinity."""
+    with np.errstate(all="ignore"):
         yield
 
 
