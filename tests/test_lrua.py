@@ -51,7 +51,9 @@ def compare(actual, expected, tolerance, gradient_tolerance):
 @pytest.mark.parametrize("sharpness", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("steps, batch, slots, size, heads", SCANS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), *shorter([(torch.float64, 1e-11)], [])]
+)
 def test_scan_matches_reference(steps, batch, slots, size, heads, options, sharpness, dtype, tolerance):
     inputs = [
         *distinct_state(batch, slots, size, heads),
