@@ -387,6 +387,36 @@ def _scan_kernel(
         tl.store(out_weights + (b * R + r) * N + n, w, mask=valid)
 
 
+@triton.jit
+def _similarity_backward(
+    a1, a2, g1, g2, weights, grad_weights, keys, sharpness, grad_keys, grad_sharpness, n, d1, d2, valid,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SHARP: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Back through softmax and similarity on the memory a: adds to its gradient g, stores those of keys and sharpness."""
+    squares = tl.sum(a1 * a1, 1) + tl.sum(a2 * a2, 1)
+    grad_squares = tl.zeros_like(squares)
+    for r in range(0, R):
+        w = tl.load(weights + r * N + n, mask=valid, other=0.0)
+        grad_w = tl.load(grad_weights + r * N + n, mask=valid, other=0.0)
+        k1, k2, key_square, beta, dots, q = _similarity(a1, a2, squares, keys, sharpness, d1, d2, r, D, SHARP, EPS)
+        scaled = w * (grad_w - tl.sum(w * grad_w, 0)) * q
+        grad_dots = scaled * beta
+        grad_cosine = scaled * dots
+        if SHARP:
+            tl.store(grad_sharpness + r, tl.sum(grad_cosine, 0).to(grad_sharpness.dtype.element_ty))
+        grad_norms = grad_cosine * (-0.5 * beta) * q * q
+        grad_squares += grad_norms * key_square
+        twice = 2.0 * tl.sum(grad_norms * squares, 0)
+        x1 = tl.sum(grad_dots[:, None] * a1, 0) + twice * k1
+        x2 = tl.sum(grad_dots[:, None] * a2, 0) + twice * k2
+        _store_vector(grad_keys + r * D, x1, x2, d1, d2, D)
+        g1 += grad_dots[:, None] * k1[None, :]
+        g2 += grad_dots[:, None] * k2[None, :]
+    g1 += 2.0 * grad_squares[:, None] * a1
+    g2 += 2.0 * grad_squares[:, None] * a2
+    return g1, g2
+
+
 @triton.jit(do_not_specialize=["T", "B", "every"])
 def _scan_backward_kernel(
     grad_reads, grad_memory, grad_weights, memory, read_weights, keys, vectors, gates, sharpness, slots, anchors,
@@ -395,14 +425,15 @@ def _scan_backward_kernel(
     LD: tl.constexpr, SHARP: tl.constexpr, READ_FIRST: tl.constexpr, SHARED: tl.constexpr, EPS: tl.constexpr,
     OF_READS: tl.constexpr, OF_MEMORY: tl.constexpr, OF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """From the last anchor forward again, memories [every + 1, N, D] and read weights [every + 1, R, N] of the steps side by
-    side in scratch; then back through these steps; then the anchor before."""
+    """From the last anchor forward again, memories [every + 1, N, D] and read weights [every + 2, R, N] of the steps side by
+    side in scratch, which the last of the weights' rows is too; then back through these steps; then the anchor before."""
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
     dtype = memory.dtype.element_ty
     memories += b * (every + 1) * N * D
-    weights += b * (every + 1) * R * N
+    weights += b * (every + 2) * R * N
+    grad_now = weights + (every + 1) * R * N  # the gradient of this step's read weights
     grad_in_weights += b * R * N  # until the end the gradient of the read weights of the step after
     g1, g2 = tl.zeros([NP, P1], dtype), tl.zeros([NP, P2], dtype)
     if OF_MEMORY:
@@ -452,15 +483,6 @@ def _scan_backward_kernel(
             row = (first + s) * B + b
             rank = _ranks(slots + row * R, n, R)
             before = weights + s * R * N
-            a1, a2 = m1, m2
-            if READ_FIRST:
-                a1, a2 = _load_memory(memories + s * N * D, n, d1, d2, valid, D)
-            squares = tl.sum(a1 * a1, 1) + tl.sum(a2 * a2, 1)
-            # The similarities' gradient goes to the memory that they addressed: if that is the one before the write, it waits
-            # in s1 and s2 until the gradient of the memory after the write has become that of the memory before.
-            if READ_FIRST:
-                s1, s2 = tl.zeros([NP, P1], dtype), tl.zeros([NP, P2], dtype)
-            grad_squares = tl.zeros([NP], dtype)
             for r in range(0, R):
                 w = tl.load(before + (R + r) * N + n, mask=valid, other=0.0)
                 grad_w = tl.load(grad_in_weights + r * N + n, mask=valid, other=0.0)
@@ -469,34 +491,13 @@ def _scan_backward_kernel(
                     grad_w += _dot(h1, h2, m1, m2)
                     g1 += w[:, None] * h1[None, :]
                     g2 += w[:, None] * h2[None, :]
-                k1, k2, key_square, beta, dots, q = _similarity(
-                    a1, a2, squares, keys + row * R * D, sharpness + row * R, d1, d2, r, D, SHARP, EPS
-                )
-                scaled = w * (grad_w - tl.sum(w * grad_w, 0)) * q
-                grad_dots = scaled * beta
-                grad_cosine = scaled * dots
-                if SHARP:
-                    grad_beta = tl.sum(grad_cosine, 0)
-                    tl.store(grad_sharpness + row * R + r, grad_beta.to(grad_sharpness.dtype.element_ty))
-                grad_norms = grad_cosine * (-0.5 * beta) * q * q
-                grad_squares += grad_norms * key_square
-                twice = 2.0 * tl.sum(grad_norms * squares, 0)
-                x1 = tl.sum(grad_dots[:, None] * a1, 0) + twice * k1
-                x2 = tl.sum(grad_dots[:, None] * a2, 0) + twice * k2
-                _store_vector(grad_keys + (row * R + r) * D, x1, x2, d1, d2, D)
-                if READ_FIRST:
-                    s1 += grad_dots[:, None] * k1[None, :]
-                    s2 += grad_dots[:, None] * k2[None, :]
-                else:
-                    g1 += grad_dots[:, None] * k1[None, :]
-                    g2 += grad_dots[:, None] * k2[None, :]
-            if READ_FIRST:
-                s1 += 2.0 * grad_squares[:, None] * a1
-                s2 += 2.0 * grad_squares[:, None] * a2
-            else:
-                g1 += 2.0 * grad_squares[:, None] * a1
-                g2 += 2.0 * grad_squares[:, None] * a2
+                tl.store(grad_now + r * N + n, grad_w, mask=valid)
             tl.debug_barrier()
+            if not READ_FIRST:
+                g1, g2 = _similarity_backward(
+                    m1, m2, g1, g2, before + R * N, grad_now, keys + row * R * D, sharpness + row * R,
+                    grad_keys + row * R * D, grad_sharpness + row * R, n, d1, d2, valid, N, D, R, SHARP, EPS,
+                )  # fmt: skip
             for r in range(0, R):
                 ww, w, gate, keep = _write_weights(before, gates + row * R, rank, n, valid, r, N, R, SHARED)
                 v1, v2 = _load_vector(vectors + (row * R + r) * D, d1, d2, D, dtype)
@@ -509,10 +510,12 @@ def _scan_backward_kernel(
                 tl.store(grad_in_weights + r * N + n, grad_ww * gate, mask=valid)
             g1 = tl.where(rank[:, None] == 0, 0.0, g1)
             g2 = tl.where(rank[:, None] == 0, 0.0, g2)
-            if READ_FIRST:
-                g1 += s1
-                g2 += s2
             m1, m2 = _load_memory(memories + s * N * D, n, d1, d2, valid, D)
+            if READ_FIRST:  # the similarities saw the memory before the write
+                g1, g2 = _similarity_backward(
+                    m1, m2, g1, g2, before + R * N, grad_now, keys + row * R * D, sharpness + row * R,
+                    grad_keys + row * R * D, grad_sharpness + row * R, n, d1, d2, valid, N, D, R, SHARP, EPS,
+                )  # fmt: skip
             tl.debug_barrier()
     _store_memory(grad_in_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
@@ -642,7 +645,7 @@ def lrua_scan_backward(
     grads.append(gate_logits.new_empty(0) if sharpness is None else torch.empty_like(sharpness))
     every = max(min(anchor_every, steps), 1)
     memories = memory.new_empty(batch, every + 1, num_slots, slot_size)
-    weights = read_weights.new_empty(batch, every + 1, heads, num_slots)
+    weights = read_weights.new_empty(batch, every + 2, heads, num_slots)
     launch(
         _scan_backward_kernel, (batch,), grad_reads, grad_memory, grad_read_weights, memory, read_weights, keys,
         write_vectors, gate_logits, gate_logits if sharpness is None else sharpness, slots, anchors, *grads, memories,

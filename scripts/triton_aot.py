@@ -58,7 +58,8 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        name = self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        return name + (", read_first" if self.constants.get("READ_FIRST") else "")
 
     @property
     def key(self):
@@ -98,14 +99,30 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
     new, write_weights, chosen = lrua.lrua_write(memory, weights, usage, key, gate, False)
     lrua.lrua_write_backward(new, write_weights, weights, key, gate, chosen, False)
     if lrua.fits_one_program(slots, size):
-        keys, gates, every = key.expand(20, -1, -1, -1), gate.expand(20, -1, -1), anchor_interval(slots, size, heads)
+        keys, gates, every = (
+            key.expand(20, -1, -1, -1),
+            gate.expand(20, -1, -1),
+            anchor_interval(slots, size, heads),
+        )
         inputs = (keys, keys, gates, gates)
-        reads, memory, weights, _, chosen, anchors = lrua.lrua_scan(
-            memory, weights, usage, *inputs, False, False, 0.95, 1e-6, every
-        )
-        lrua.lrua_scan_backward(
-            reads, memory, weights, memory, weights, *inputs, chosen, anchors, False, False, 1e-6, every
-        )
+        for read_first in (False, True) if shape == PAPER else (False,):
+            reads, memory, weights, _, chosen, anchors = lrua.lrua_scan(
+                memory, weights, usage, *inputs, read_first, False, 0.95, 1e-6, every
+            )
+            lrua.lrua_scan_backward(
+                reads,
+                memory,
+                weights,
+                memory,
+                weights,
+                *inputs,
+                chosen,
+                anchors,
+                read_first,
+                False,
+                1e-6,
+                every,
+            )
     return list(found.values())
 
 
@@ -126,7 +143,10 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
     args = parser.parse_args()
     columns = [f"sm_{capability} registers / spilled bytes / shared KiB" for capability in SHARED_KIB]
-    lines = [f"| N, D, R | keys | kernel | warps | {' | '.join(columns)} |", "| --- " * (4 + len(columns)) + "|"]
+    lines = [
+        f"| N, D, R | keys | kernel | warps | {' | '.join(columns)} |",
+        "| --- " * (4 + len(columns)) + "|",
+    ]
     problems = []
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -145,14 +165,19 @@ def main() -> int:
                     if spilled and shape == PAPER:
                         problems.append(f"{where}: {spilled} bytes spilled")
                 sizes = ", ".join(map(str, shape))
-                lines.append(f"| {sizes} | {TYPES[dtype]} | {launch.name} | {launch.num_warps} | {' | '.join(cells)} |")
+                lines.append(
+                    f"| {sizes} | {TYPES[dtype]} | {launch.name} | {launch.num_warps} | {' | '.join(cells)} |"
+                )
                 print(lines[-1], flush=True)
     if args.write:
         text = args.write.read_text()
         before, rest = text.split(BEGIN)
         table = "\n".join([BEGIN, f"Triton {triton.__version__}.", "", *lines, END])
         args.write.write_text(before + table + rest.split(END)[1])
-    print("\n".join(problems) or f"Triton {triton.__version__}: no spills at the paper's sizes, shared memory within limits")
+    print(
+        "\n".join(problems)
+        or f"Triton {triton.__version__}: no spills at the paper's sizes, shared memory within limits"
+    )
     return 1 if problems else 0
 
 

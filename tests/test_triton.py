@@ -27,7 +27,9 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter():
 
 
 def test_importing_does_not_import_triton():
-    program = "import sys, torch, mann_fast; print('triton' in sys.modules, 'mann_fast.kernels' in sys.modules)"
+    program = (
+        "import sys, torch, mann_fast; print('triton' in sys.modules, 'mann_fast.kernels' in sys.modules)"
+    )
     code = f"import sys, torch; before = 'triton' in sys.modules; {program}; print(before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     triton, kernels, before = done.stdout.split()
@@ -37,8 +39,14 @@ def test_importing_does_not_import_triton():
 @pytest.mark.parametrize(
     "sizes, expected",
     [
-        ((128, 40, 4), "one launch per direction for all steps, a program per sample: its memory is 5120 numbers"),
-        ((4096, 64, 4), "a loop of steps, each least_used, lrua_write and content_read: the memory is 262144 numbers"),
+        (
+            (128, 40, 4),
+            "one launch per direction for all steps, a program per sample: its memory is 5120 numbers",
+        ),
+        (
+            (4096, 64, 4),
+            "a loop of steps, each least_used, lrua_write and content_read: the memory is 262144 numbers",
+        ),
     ],
 )
 def test_explains_a_scan(sizes, expected):
@@ -59,7 +67,9 @@ def test_explain_follows_what_the_launcher_does(monkeypatch):
         assert one == (launched == [lrua._scan_kernel])
 
 
-@pytest.mark.parametrize("size, pieces", [(1, (1, 1)), (3, (2, 1)), (40, (32, 8)), (64, (64, 1)), (63, (32, 32))])
+@pytest.mark.parametrize(
+    "size, pieces", [(1, (1, 1)), (3, (2, 1)), (40, (32, 8)), (64, (64, 1)), (63, (32, 32))]
+)
 def test_a_slot_is_held_in_two_powers_of_two(size, pieces):
     assert lrua.pieces(size) == pieces
     assert sum(pieces) >= size

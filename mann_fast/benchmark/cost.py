@@ -35,6 +35,19 @@ def lrua_scan_bytes(
     return item * numbers
 
 
+def lrua_write_flop(batch: int, slots: int, size: int, heads: int, *, backward: bool = False) -> int:
+    """Per slot element R multiply-adds; back R for the weights' gradient and R for the vectors'."""
+    return 2 * batch * slots * size * heads * (3 if backward else 1)
+
+
+def lrua_write_bytes(
+    batch: int, slots: int, size: int, heads: int, *, backward: bool = False, item: int = 4
+) -> int:
+    """Memory and read weights in and out, usage in; back the gradients of both in and out, and the read weights."""
+    memory, weights = batch * slots * size, batch * heads * slots
+    return item * (2 * (memory + weights) + batch * slots + (2 * memory + 3 * weights if backward else 0))
+
+
 def content_read_flop(batch: int, slots: int, size: int, heads: int, *, backward: bool = False) -> int:
     """Per slot element dot (R), norm (1) and read (R) multiply-adds; back dot and norm again, dL/dw (R), and the gradients
     of key (R) and memory (2 R + 1)."""
