@@ -453,6 +453,20 @@ def test_doctor_says_what_runs(capsys, monkeypatch):
     assert re.search(r"^in use +reference", printed, re.MULTILINE)
 
 
+def test_doctor_explains(capsys):
+    status, printed, _ = call(capsys, "doctor", "--explain", "lrua_scan", "128", "40", "4")
+    assert status == 0
+    assert [line.split()[0] for line in printed.splitlines()] == ["cpp", "reference", "triton"]
+    assert "20 KiB" in printed
+    for arguments, message in (
+        (["lrua_scan", "1", "2", "x"], "--explain takes an op and three numbers, got lrua_scan 1 2 x"),
+        (["scan", "1", "2", "3"], "op must be one of content_read, .* got 'scan'"),
+        (["lrua_scan", "1", "0", "3"], "D must be at least 1, got 0"),
+    ):
+        status, _, err = call(capsys, "doctor", "--explain", *arguments)
+        assert status == 2 and re.search(message, err)
+
+
 def test_doctor_finds_a_backend_that_computes_something_else(capsys, monkeypatch):
     monkeypatch.setattr(
         doctor.ops, "content_read", lambda memory, key: (torch.zeros(2, 3, 5), torch.zeros(2, 3, 7))

@@ -16,7 +16,7 @@ from ..ops import _backend
 EXAMPLE = """\
 example:
   mann-fast doctor
-  mann-fast doctor --explain lrua_scan 4096 64 4     how each backend serves this op with N=4096, D=64, R=4
+  mann-fast doctor --explain lrua_scan 4096 64 4  (how each backend serves it with N=4096, D=64, R=4)
 
 Put its output into every bug report. Exits with status 1 if a backend that should run gives no or a wrong
 result.
