@@ -113,3 +113,17 @@ def test_the_file_can_be_written_by_hand(config, monkeypatch):
     config.parent.mkdir()
     config.write_text(json.dumps({"GPU": {"scan 128 40 4": 16}}))
     assert num_warps(monkeypatch) == 16
+
+
+def test_the_first_call_of_all_may_be_a_compiled_one():
+    """torch.compile cannot trace an import, and the kernels are imported by the first call."""
+    code = """
+import torch
+from mann_fast import ops
+memory, key = torch.randn(1, 5, 4), torch.randn(1, 2, 4)
+read = torch.compile(lambda m, k: ops.content_read(m, k)[0], fullgraph=True, backend="aot_eager")
+assert torch.equal(read(memory, key), ops.content_read(memory, key)[0])
+"""
+    environment = {**os.environ, "MANN_FAST_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -80,6 +80,11 @@ def _load_triton() -> str | None:
     return _triton_missing
 
 
+# For torch.compile, which cannot trace an import: called while tracing, its result a constant. This is all that
+# torch.compiler.assume_constant_result does, which would import Dynamo here.
+_load_triton._dynamo_marked_constant = True
+
+
 def _triton_unable(device: torch.device) -> str | None:
     """None if the Triton kernels take tensors of this device, else why not."""
     if device.type not in ("cpu", "cuda", "meta"):
