@@ -8,9 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-# Multiply-adds may be fused: every slot takes the same instructions, so that equal slots keep equal bits either way. Said
-# explicitly, because Triton's default changes with its version.
-FUSE = {"enable_fp_fusion": True}
+# Forward must give equal slots equal bits. Which products a compiler fuses with sums is its own affair, and it might fuse
+# for one slot and not for another; so it fuses none, and what is worth it is written out (tl.fma). Backward promises no
+# such thing. One stage: a step reads what the step before stored, so nothing may be fetched ahead.
+FORWARD = {"enable_fp_fusion": False, "num_stages": 1}
+BACKWARD = {"enable_fp_fusion": True, "num_stages": 1}
 
 # Numbers that a program may hold in registers at once as one block [heads, slots, width], and as a whole memory.
 TILE_NUMBERS = 8192
@@ -36,14 +38,21 @@ def splits(batch: int, num_slots: int, tile: int, device: torch.device) -> int:
     return max(1, min(tiles, wanted // max(batch, 1)))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-    """Launch on the device of the first tensor; nothing where the grid is empty."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    options: dict[str, Any],
+    num_warps: int = 4,
+    **constants: Any,
+) -> None:
+    """Launch on the device of the first tensor, with ``options`` for the compiler; nothing where the grid is empty."""
     if 0 in grid:
         return
     device = next(x for x in arguments if isinstance(x, Tensor)).device
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants, num_warps=num_warps, **FUSE)
+            kernel[grid](*arguments, **constants, num_warps=num_warps, **options)
     else:
         kernel[grid](*arguments, **constants)
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import contiguous, launch, power_of_two, splits, tile_slots
+from ._launch import BACKWARD, FORWARD, contiguous, launch, power_of_two, splits, tile_slots
 
 RAW = ("content_read", "content_read_backward")
 
@@ -200,10 +200,12 @@ def content_read(memory: Tensor, key: Tensor, sharpness: Tensor | None, eps: flo
         found = [memory.new_empty(batch, parts, heads, *tail) for tail in ((), (), (slot_size,))]
     launch(
         _read_kernel, (batch, parts), memory, key, sharpness, read, weights, *found, num_slots, span, parts,
-        EPS=eps, **constants, SHARP=sharpness is not None, WHOLE=parts == 1,
+        EPS=eps, **constants, SHARP=sharpness is not None, WHOLE=parts == 1, options=FORWARD,
     )  # fmt: skip
     if parts > 1:
-        launch(_combine_kernel, (batch, parts), read, weights, *found, num_slots, span, parts, **constants)
+        launch(
+            _combine_kernel, (batch, parts), read, weights, *found, num_slots, span, parts, **constants, options=FORWARD
+        )
     return read, weights
 
 
@@ -230,7 +232,7 @@ def content_read_backward(
     launch(
         _backward_kernel, (batch, parts), grad_read, grad_weights, memory, key, sharpness, read, weights, grad_memory,
         grad_key, grad_sharpness, batch, num_slots, span, EPS=eps, **constants, SHARP=sharpness is not None,
-        OF_READ=grad_read is not None, OF_WEIGHTS=grad_weights is not None,
+        OF_READ=grad_read is not None, OF_WEIGHTS=grad_weights is not None, options=BACKWARD,
     )  # fmt: skip
     if parts == 1:
         return grad_memory, grad_key[0], grad_sharpness[0]

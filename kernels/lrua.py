@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import content
-from ._launch import RESIDENT_NUMBERS, contiguous, launch, power_of_two, splits, tile_slots
+from ._launch import BACKWARD, FORWARD, RESIDENT_NUMBERS, contiguous, launch, power_of_two, splits, tile_slots
 from ._tuning import num_warps
 
 RAW = ("least_used", "lrua_write", "lrua_write_backward", "lrua_scan", "lrua_scan_backward")
@@ -82,7 +82,7 @@ def least_used(usage: Tensor, n: int) -> Tensor:
     if n > SORT_FROM:
         return torch.sort(usage, dim=1, stable=True).indices[:, :n].contiguous()
     slots = usage.new_empty(batch, n, dtype=torch.int64)
-    launch(_least_used_kernel, (batch,), usage, slots, num_slots, n, NP=power_of_two(num_slots))
+    launch(_least_used_kernel, (batch,), usage, slots, num_slots, n, NP=power_of_two(num_slots), options=FORWARD)
     return slots
 
 
@@ -209,7 +209,7 @@ def _write(
     out_memory, write_weights = torch.empty_like(memory), torch.empty_like(read_weights)
     launch(
         _write_kernel, (batch, parts), memory, read_weights, slots, vector, gate, out_memory, write_weights, num_slots,
-        span, **constants, SHARED=shared,
+        span, **constants, SHARED=shared, options=FORWARD,
     )  # fmt: skip
     return out_memory, write_weights
 
@@ -246,6 +246,7 @@ def lrua_write_backward(
         _write_backward_kernel, (batch, parts), grad_memory, grad_write_weights, read_weights, write_vector, gate_logit,
         slots, grad_in, grad_read_weights, grad_vector, grad_gate, batch, num_slots, span, **constants,
         SHARED=shared_target, OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_write_weights is not None,
+        options=BACKWARD,
     )  # fmt: skip
     if parts == 1:
         return grad_in, grad_read_weights, grad_vector[0], grad_gate[0]
@@ -305,8 +306,8 @@ def _erase_and_add(
     for r in range(0, R):
         ww, _, _, _ = _write_weights(weights, gates, rank, n, valid, r, N, R, SHARED)
         v1, v2 = _load_vector(vectors + r * D, d1, d2, D, m1.dtype)
-        m1 += ww[:, None] * v1[None, :]
-        m2 += ww[:, None] * v2[None, :]
+        m1 = tl.fma(ww[:, None], v1[None, :], m1)
+        m2 = tl.fma(ww[:, None], v2[None, :], m2)
     return m1, m2
 
 
@@ -609,7 +610,7 @@ def lrua_scan(
         _scan_kernel, (batch,), memory, read_weights, usage, keys, write_vectors, gate_logits,
         gate_logits if sharpness is None else sharpness, reads, *out, slots, anchors, scratch, steps, batch, anchor_every,
         **_resident("scan", memory.device, num_slots, slot_size, heads), SHARP=sharpness is not None, READ_FIRST=read_first,
-        SHARED=shared_target, DECAY=usage_decay, EPS=eps, KEEP=keeps,
+        SHARED=shared_target, DECAY=usage_decay, EPS=eps, KEEP=keeps, options=FORWARD,
     )  # fmt: skip
     return reads, *out, slots, anchors
 
@@ -651,7 +652,7 @@ def lrua_scan_backward(
         write_vectors, gate_logits, gate_logits if sharpness is None else sharpness, slots, anchors, *grads, memories,
         weights, steps, batch, every, **_resident("scan_backward", memory.device, num_slots, slot_size, heads),
         SHARP=sharpness is not None, READ_FIRST=read_first, SHARED=shared_target, EPS=eps, OF_READS=grad_reads is not None,
-        OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_read_weights is not None,
+        OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_read_weights is not None, options=BACKWARD,
     )  # fmt: skip
     return tuple(grads)
 

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mann_fast import kernels
-from mann_fast.kernels import _launch, content, lrua
+from mann_fast.kernels import content, lrua
 from mann_fast.ops.lrua import anchor_interval
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
@@ -38,8 +38,8 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 class Launch:
     """One launch that a launcher asked for: all that decides what is compiled."""
 
-    def __init__(self, kernel, arguments, num_warps, constants):
-        self.kernel, self.num_warps = kernel, num_warps
+    def __init__(self, kernel, arguments, options, num_warps, constants):
+        self.kernel, self.options, self.num_warps = kernel, options, num_warps
         names = list(inspect.signature(kernel.fn).parameters)
         runtime = [name for name in names if name not in constants]
         self.constants = dict(constants)
@@ -75,7 +75,7 @@ class Launch:
         return triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": self.num_warps, **_launch.FUSE},
+            options={"num_warps": self.num_warps, **self.options},
         )
 
 
@@ -84,8 +84,8 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
     slots, size, heads = shape
     found: dict = {}
 
-    def note(kernel, grid, *arguments, num_warps=4, **constants):
-        launch = Launch(kernel, arguments, num_warps, constants)
+    def note(kernel, grid, *arguments, options, num_warps=4, **constants):
+        launch = Launch(kernel, arguments, options, num_warps, constants)
         found.setdefault(launch.key, launch)
 
     def empty(*sizes, dtype=torch.float64 if dtype == torch.float64 else torch.float32):
