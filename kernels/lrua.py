@@ -667,8 +667,14 @@ def _step(memory, read_weights, slots, key, vector, gate, beta, read_first, shar
         read, weights = content.content_read(written, key, beta, eps)
     else:
         _, weights = content.content_read(memory, key, beta, eps)
-        read = torch.bmm(weights, written).to(key.dtype)
+        read = _product(weights, written).to(key.dtype)
     return read, written, weights, write_weights
+
+
+def _product(a, b):
+    """A batched product in the dtype of its factors, whatever autocast the caller is in."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
 
 
 def _at(inputs, t):
@@ -731,8 +737,8 @@ def _scan_by_steps_backward(grads, memory, read_weights, inputs, slots, anchors,
             addressed, of_read = (before, None) if read_first else (after, grad_read)
             if read_first and grad_read is not None:
                 wide = grad_read.to(after.dtype)
-                grad_weights = grad_weights + torch.bmm(wide, after.transpose(1, 2))
-                grad_memory = grad_memory + torch.bmm(weights.transpose(1, 2), wide)
+                grad_weights = grad_weights + _product(wide, after.transpose(1, 2))
+                grad_memory = grad_memory + _product(weights.transpose(1, 2), wide)
             through, grad_key, grad_beta = content.content_read_backward(
                 of_read, grad_weights, addressed, key, beta, reads[t - first], weights, eps
             )

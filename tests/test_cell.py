@@ -257,6 +257,15 @@ def test_saturated_gates_stay_finite(controller):
     assert all(x.isfinite().all() for x in (*results.values(), *gradients.values()))
 
 
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_autocast_does_not_reach_the_weights_gradients(controller):
+    inputs = cell_inputs(6, 3, 9, 12, 5, 2, controller=controller)
+    expected = results_and_gradients(ops.cell, inputs, torch.float32, controller=controller)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = results_and_gradients(ops.cell, inputs, torch.float32, controller=controller)
+    assert all(same_bits(x, y) for x, y in zip(actual, expected, strict=True))
+
+
 def test_strided_inputs():
     inputs = cell_inputs(5, 3, 9, 12, 5, 2)
     expected = call(ops.cell, inputs)

@@ -339,6 +339,17 @@ def test_what_is_saved_for_backward_is_bounded(steps):
     assert 0 < extra / 4 <= steps * batch * (heads * slots + 3 * heads * size)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("slots, size, heads", [(9, 5, 3), shorter((1500, 33, 4), (700, 33, 2))])
+def test_autocast_changes_nothing(slots, size, heads, options):
+    inputs = [*distinct_state(1, slots, size, heads), *scan_inputs(2, 1, size, heads)]
+    expected = run_with_gradients(ops.lrua_scan, inputs, torch.float32, **options)
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+        actual = run_with_gradients(ops.lrua_scan, inputs, torch.float32, **options)
+    for kind in (0, 1):
+        assert all(torch.equal(x, y) for x, y in zip(actual[kind], expected[kind], strict=True))
+
+
 def test_gradients_reach_only_what_asks_for_them():
     state, inputs = distinct_state(2, 9, 5, 3), scan_inputs(4, 2, 5, 3)
     expected = run_with_gradients(reference.lrua_scan, [*state, *inputs], torch.float64)[1]

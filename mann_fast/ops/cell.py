@@ -175,16 +175,17 @@ class _Cell(torch.autograd.Function):
         if grad_hidden_gates.dim() == 1:
             grad_hidden_gates = grad_gates
         weights = [None] * 5
-        if ctx.needs_input_grad[7]:
-            weights[0] = _weight_gradient(grad_hidden_gates, hidden, output[:-1, :, :size])
-        if ctx.needs_input_grad[8]:
-            weights[1] = grad_hidden_gates.sum((0, 1))
-        if ctx.needs_input_grad[9]:
-            weights[2] = _weight_gradient(grad_gates, reads.flatten(1), output[:-1, :, size:])
-        if ctx.needs_input_grad[10]:
-            weights[3] = torch.mm(grad_heads.flatten(0, 1).t(), output[..., :size].flatten(0, 1))
-        if ctx.needs_input_grad[11]:
-            weights[4] = grad_heads.sum((0, 1))
+        with torch.autocast(output.device.type, enabled=False):  # backward may be called inside the caller's
+            if ctx.needs_input_grad[7]:
+                weights[0] = _weight_gradient(grad_hidden_gates, hidden, output[:-1, :, :size])
+            if ctx.needs_input_grad[8]:
+                weights[1] = grad_hidden_gates.sum((0, 1))
+            if ctx.needs_input_grad[9]:
+                weights[2] = _weight_gradient(grad_gates, reads.flatten(1), output[:-1, :, size:])
+            if ctx.needs_input_grad[10]:
+                weights[3] = torch.mm(grad_heads.flatten(0, 1).t(), output[..., :size].flatten(0, 1))
+            if ctx.needs_input_grad[11]:
+                weights[4] = grad_heads.sum((0, 1))
         state = (None if hidden is None else grad_hidden, None if cell is None else grad_cell)
         return grad_gates, *state, *grad_memory, None, grad_reads, *weights, *others
 
