@@ -240,8 +240,8 @@ struct CellShape {
         K(H + R * D), heads(head_weight.size(0)) {
     STD_TORCH_CHECK(number >= 0 && number <= 2, "controller must be 0 (LSTM), 1 (GRU) or 2 (feed-forward)");
     controller = static_cast<Controller>(number);
-    G = controller == Controller::lstm ? 4 * H : controller == Controller::gru ? 3 * H : H;
-    kept = controller == Controller::feedforward ? H : 4 * H;
+    G = gates_per_unit(controller) * H;
+    kept = kept_per_unit(controller) * H;
   }
   void check(bool separate_vector, bool learned_sharpness, Dtype dtype, bool hidden, bool cell) const {
     STD_TORCH_CHECK(heads == (separate_vector ? 2 : 1) * R * D + (learned_sharpness ? 2 : 1) * R,

@@ -29,13 +29,19 @@ def tile_slots(num_slots: int, slot_size: int, num_heads: int) -> int:
     return max(1, min(power_of_two(num_slots), power_of_two(most) if most else 1, 128))
 
 
-def splits(batch: int, num_slots: int, tile: int, device: torch.device) -> int:
-    """Programs for the slots of one sample: one, unless the samples alone leave multiprocessors idle."""
+def split(
+    batch: int, num_slots: int, slot_size: int, num_heads: int, device: torch.device
+) -> tuple[dict[str, int], int, int]:
+    """For an op that goes over a memory once: constants of its kernel, programs per sample, and slots of each. One program,
+    unless the samples alone leave multiprocessors idle."""
+    tile = tile_slots(num_slots, slot_size, num_heads)
     tiles = triton.cdiv(num_slots, tile)
-    if device.type != "cuda":  # the interpreter: as many as a GPU might take, so that tests see them combined
-        return min(tiles, 8)
-    wanted = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, wanted // max(batch, 1)))
+    programs = 8  # in the interpreter: as many as a GPU might take, so that tests see them combined
+    if device.type == "cuda":
+        programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // max(batch, 1))
+    span = triton.cdiv(tiles, min(tiles, programs)) * tile
+    constants = {"D": slot_size, "R": num_heads, "DP": power_of_two(slot_size), "RP": power_of_two(num_heads), "TILE": tile}
+    return constants, triton.cdiv(num_slots, span), span
 
 
 def launch(

@@ -27,8 +27,9 @@ def config_file() -> Path:
 
 
 @functools.cache
-def _tuned(path: Path) -> dict[str, dict[str, int]]:
+def _tuned() -> dict[str, dict[str, int]]:
     """The file's content, read once; nothing, and a warning, where it is not what it should be."""
+    path = config_file()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for device, entries in content.items():
@@ -51,7 +52,7 @@ def num_warps(
     kernel: str, device: torch.device, num_slots: int, slot_size: int, num_heads: int, rule: int
 ) -> int:
     """What was measured for this kernel, GPU and memory, else the rule's answer."""
-    tuned = _tuned(config_file())
+    tuned = _tuned()
     if not tuned or device.type != "cuda":
         return rule
     entries = tuned.get(torch.cuda.get_device_name(device), {})
@@ -75,7 +76,7 @@ def tune(
         times = {warps: measure(warps) for warps in CANDIDATES}
         chosen[name] = min(times, key=times.__getitem__)
     path = config_file()
-    content = {device: dict(entries) for device, entries in _tuned(path).items()}
+    content = {device: dict(entries) for device, entries in _tuned().items()}
     entries = content.setdefault(device_name, {})
     entries.update({_key(name, num_slots, slot_size, num_heads): warps for name, warps in chosen.items()})
     path.parent.mkdir(parents=True, exist_ok=True)

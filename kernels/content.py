@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import BACKWARD, FORWARD, contiguous, launch, power_of_two, splits, tile_slots
+from ._launch import BACKWARD, FORWARD, contiguous, launch, split
 
 RAW = ("content_read", "content_read_backward")
 
@@ -36,7 +36,7 @@ def _read_kernel(
     dtype = memory.dtype.element_ty
     d, r = tl.arange(0, DP), tl.arange(0, RP)
     valid_rd = (r[:, None] < R) & (d[None, :] < D)
-    k = tl.load(key + b * R * D + r[:, None] * D + d[None, :], mask=valid_rd, other=0.0).to(dtype)
+    k = _load_rows(key, True, b * R + r, d, D, valid_rd, dtype)
     beta = tl.full([RP], 1.0, dtype)
     if SHARP:
         beta = tl.load(sharpness + b * R + r, mask=r < R, other=0.0).to(dtype)
@@ -126,7 +126,7 @@ def _backward_kernel(
     d, r = tl.arange(0, DP), tl.arange(0, RP)
     valid_rd = (r[:, None] < R) & (d[None, :] < D)
     rows = b * R + r
-    k = tl.load(key + rows[:, None] * D + d[None, :], mask=valid_rd, other=0.0).to(dtype)
+    k = _load_rows(key, True, rows, d, D, valid_rd, dtype)
     beta = tl.full([RP], 1.0, dtype)
     if SHARP:
         beta = tl.load(sharpness + rows, mask=r < R, other=0.0).to(dtype)
@@ -179,21 +179,11 @@ def _backward_kernel(
         tl.store(grad_sharpness + row, sum_beta.to(grad_sharpness.dtype.element_ty), mask=r < R)
 
 
-def _split(memory: Tensor, num_heads: int) -> tuple[dict[str, int], int, int]:
-    """Constants of the kernels, programs per sample, and slots of each."""
-    batch, num_slots, slot_size = memory.shape
-    tile = tile_slots(num_slots, slot_size, num_heads)
-    parts = splits(batch, num_slots, tile, memory.device)
-    span = triton.cdiv(triton.cdiv(num_slots, tile), parts) * tile
-    constants = {"D": slot_size, "R": num_heads, "DP": power_of_two(slot_size), "RP": power_of_two(num_heads), "TILE": tile}
-    return constants, triton.cdiv(num_slots, span), span
-
-
 def content_read(memory: Tensor, key: Tensor, sharpness: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     memory, key, sharpness = contiguous(memory, key, sharpness)
     batch, num_slots, slot_size = memory.shape
     heads = key.shape[1]
-    constants, parts, span = _split(memory, heads)
+    constants, parts, span = split(batch, num_slots, slot_size, heads, memory.device)
     read, weights = torch.empty_like(key), memory.new_empty(batch, heads, num_slots)
     found = [weights] * 3
     if parts > 1:
@@ -224,7 +214,7 @@ def content_read_backward(
     )
     batch, num_slots, slot_size = memory.shape
     heads = key.shape[1]
-    constants, parts, span = _split(memory, heads)
+    constants, parts, span = split(batch, num_slots, slot_size, heads, memory.device)
     dtype = key.dtype if parts == 1 else memory.dtype
     grad_memory = torch.empty_like(memory)
     grad_key = key.new_empty(parts, batch, heads, slot_size, dtype=dtype)

@@ -1,8 +1,8 @@
 """least_used, lrua_write and lrua_scan (a step is a scan of one) in Triton.
 
-A scan is one launch per direction: a program takes one sample through all steps and keeps its memory in registers. The
-width of a slot is held in two pieces whose sizes are powers of two (40 as 32 + 8), which pads less than one. What a head has
-per slot, its weights, is too much for registers beside the memory and lies in a scratch array that stays in the nearest
+A scan is one launch per direction: a program takes one sample through all steps and keeps its memory in registers. The width
+of a slot is held in two pieces whose sizes are powers of two (40 as 32 + 8), which pads less than one. What a head has per
+slot, its weights, is too much for registers beside the memory and lies in a scratch array, small enough for the nearest
 cache; a barrier after each step makes one thread's stores another's loads. Where a memory is too large for one program, a
 scan is a loop of steps made of lrua_write and content_read, which split the slots over programs.
 """
@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.lrua import _anchors_shape, _steps
 from . import content
-from ._launch import BACKWARD, FORWARD, RESIDENT_NUMBERS, contiguous, launch, power_of_two, splits, tile_slots
+from ._launch import BACKWARD, FORWARD, RESIDENT_NUMBERS, contiguous, launch, power_of_two, split, tile_slots
 from ._tuning import num_warps
 
 RAW = ("least_used", "lrua_write", "lrua_write_backward", "lrua_scan", "lrua_scan_backward")
@@ -118,6 +119,14 @@ def _targets(rank, r, R, SHARED: tl.constexpr):
 
 
 @triton.jit
+def _write_inputs(vectors, gates, rows, r, d, dtype: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """Write vectors [heads, width] and both shares of the gate [heads] of one sample, 0 and halves for padding."""
+    a = content._load_rows(vectors, True, rows, d, D, (r[:, None] < R) & (d[None, :] < D), dtype)
+    gate, keep = _sigmoids(tl.load(gates + rows, mask=r < R, other=0.0).to(dtype))
+    return a, gate, keep
+
+
+@triton.jit
 def _write_kernel(
     memory, read_weights, slots, vectors, gates, out_memory, write_weights, N, span,
     D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr,
@@ -127,9 +136,7 @@ def _write_kernel(
     dtype = memory.dtype.element_ty
     d, r = tl.arange(0, DP), tl.arange(0, RP)
     rows = b * R + r
-    valid_rd = (r[:, None] < R) & (d[None, :] < D)
-    a = tl.load(vectors + rows[:, None] * D + d[None, :], mask=valid_rd, other=0.0).to(dtype)
-    gate, keep = _sigmoids(tl.load(gates + rows, mask=r < R, other=0.0).to(dtype))
+    a, gate, keep = _write_inputs(vectors, gates, rows, r, d, dtype, D, R)
     end = tl.minimum((part + 1) * span, N)
     for start in range(part * span, end, TILE):
         n = start + tl.arange(0, TILE)
@@ -161,9 +168,7 @@ def _write_backward_kernel(
     dtype = read_weights.dtype.element_ty
     d, r = tl.arange(0, DP), tl.arange(0, RP)
     rows = b * R + r
-    valid_rd = (r[:, None] < R) & (d[None, :] < D)
-    a = tl.load(vectors + rows[:, None] * D + d[None, :], mask=valid_rd, other=0.0).to(dtype)
-    gate, keep = _sigmoids(tl.load(gates + rows, mask=r < R, other=0.0).to(dtype))
+    a, gate, keep = _write_inputs(vectors, gates, rows, r, d, dtype, D, R)
     sum_vector = tl.zeros([RP, DP], dtype)
     sum_gate = tl.zeros([RP], dtype)
     end = tl.minimum((part + 1) * span, N)
@@ -189,15 +194,9 @@ def _write_backward_kernel(
         sum_gate += tl.sum(g * w, 1) - tl.sum(tl.where(hit & inside, g, 0.0), 1)
         tl.store(grad_read_weights + row_places, g * gate[:, None], mask=inside)
     row = (part * B + b) * R + r
-    tl.store(grad_vectors + row[:, None] * D + d[None, :], sum_vector.to(grad_vectors.dtype.element_ty), mask=valid_rd)
+    inside_a = (r[:, None] < R) & (d[None, :] < D)
+    tl.store(grad_vectors + row[:, None] * D + d[None, :], sum_vector.to(grad_vectors.dtype.element_ty), mask=inside_a)
     tl.store(grad_gates + row, (sum_gate * gate * keep).to(grad_gates.dtype.element_ty), mask=r < R)
-
-
-def _split(batch: int, num_slots: int, slot_size: int, heads: int, device: torch.device) -> tuple[dict, int, int]:
-    tile = tile_slots(num_slots, slot_size, heads)
-    span = triton.cdiv(triton.cdiv(num_slots, tile), splits(batch, num_slots, tile, device)) * tile
-    constants = {"D": slot_size, "R": heads, "DP": power_of_two(slot_size), "RP": power_of_two(heads), "TILE": tile}
-    return constants, triton.cdiv(num_slots, span), span
 
 
 def _write(
@@ -205,7 +204,7 @@ def _write(
 ) -> tuple[Tensor, Tensor]:
     batch, num_slots, slot_size = memory.shape
     heads = read_weights.shape[1]
-    constants, parts, span = _split(batch, num_slots, slot_size, heads, memory.device)
+    constants, parts, span = split(batch, num_slots, slot_size, heads, memory.device)
     out_memory, write_weights = torch.empty_like(memory), torch.empty_like(read_weights)
     launch(
         _write_kernel, (batch, parts), memory, read_weights, slots, vector, gate, out_memory, write_weights, num_slots,
@@ -236,7 +235,7 @@ def lrua_write_backward(
     )
     batch, heads, num_slots = read_weights.shape
     slot_size = write_vector.shape[2]
-    constants, parts, span = _split(batch, num_slots, slot_size, heads, read_weights.device)
+    constants, parts, span = split(batch, num_slots, slot_size, heads, read_weights.device)
     dtype = write_vector.dtype if parts == 1 else read_weights.dtype
     grad_in = read_weights.new_empty(batch, num_slots, slot_size)
     grad_read_weights = torch.empty_like(read_weights)
@@ -571,10 +570,6 @@ def explain(op: str, num_slots: int, slot_size: int, heads: int) -> str:
     return f"one pass over the memory in {split}"
 
 
-def _steps(keys: Tensor) -> int:
-    return keys.shape[0] if keys.dim() == 4 else 1
-
-
 def lrua_scan(
     memory: Tensor,
     read_weights: Tensor,
@@ -595,11 +590,9 @@ def lrua_scan(
     steps, (batch, heads, num_slots), slot_size = _steps(keys), read_weights.shape, memory.shape[2]
     keeps = anchor_every > 0
     slots = memory.new_empty(keys.shape[:-1] if keeps else (0,), dtype=torch.int64)
-    padded = (num_slots + 15) // 16 * 16
-    count = max(steps - 1, 0) // anchor_every if keeps else 0
     # The shape is the schema's; where the padding is not empty it is 0, so that equal calls give equal results.
-    new = memory.new_empty if padded == num_slots else memory.new_zeros
-    anchors = new((count, batch, slot_size + heads, padded) if keeps else (0,))
+    new = memory.new_empty if num_slots % 16 == 0 else memory.new_zeros
+    anchors = new(_anchors_shape(steps, memory, heads, anchor_every) if keeps else (0,))
     if not fits_one_program(num_slots, slot_size):
         inputs = (keys, write_vectors, gate_logits, sharpness)
         options = (read_first, shared_target, usage_decay, eps)
@@ -684,8 +677,9 @@ def _at(inputs, t):
 
 def _scan_by_steps(memory, read_weights, usage, inputs, options, anchor_every, slots, anchors):
     read_first, shared, usage_decay, eps = options
-    memory, read_weights, usage = memory.clone(), read_weights.clone(), usage.clone()
     batch, num_slots, slot_size = memory.shape
+    if _steps(inputs[0]) == 0:
+        memory, read_weights, usage = memory.clone(), read_weights.clone(), usage.clone()
     heads = read_weights.shape[1]
     reads = torch.empty_like(inputs[0])
     kept = slots.view(_steps(inputs[0]), batch, heads) if anchor_every > 0 else None
@@ -714,8 +708,10 @@ def _scan_by_steps_backward(grads, memory, read_weights, inputs, slots, anchors,
     steps, (batch, heads, num_slots), slot_size = _steps(inputs[0]), read_weights.shape, memory.shape[2]
     slots = slots.view(steps, batch, heads)
     grad_reads, grad_memory, grad_weights = grads
-    grad_memory = torch.zeros_like(memory) if grad_memory is None else grad_memory.clone()
-    grad_weights = torch.zeros_like(read_weights) if grad_weights is None else grad_weights.clone()
+    grad_memory = torch.zeros_like(memory) if grad_memory is None else grad_memory
+    grad_weights = torch.zeros_like(read_weights) if grad_weights is None else grad_weights
+    if steps == 0:
+        grad_memory, grad_weights = grad_memory.clone(), grad_weights.clone()
     results = [torch.empty_like(x) for x in inputs[:3]]
     results.append(inputs[2].new_empty(0) if inputs[3] is None else torch.empty_like(inputs[3]))
     for first in range((steps - 1) // every * every, -1, -every):

@@ -331,62 +331,6 @@ inline void add_gradient_and_dot(const T* block, T* grad, int64_t ld, int64_t co
   });
 }
 
-// ---- the same with the slots as they lie, [count][ld], ld a multiple of the vector width --------------------------
-// For content_read alone, which goes over a memory once: to transpose it first would take as long as the rest.
-
-// dots[r][i] and squares[i] of slots [0, count), count a multiple of the width, for keys [R][ld].
-template <class T>
-inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* keys, T* dots, T* squares) {
-  constexpr int W = width<T>;
-  for (int64_t i = 0; i < count; i += W) {
-    const T* first = rows + i * ld;
-    Vec<T> part[W];
-    for (int64_t r = 0; r < R; ++r) {
-      for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
-      for (int64_t d = 0; d < ld; d += W) {
-        const Vec<T> key = load(keys + r * ld + d);
-        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * key;
-      }
-      store(dots + r * tile + i, sum_lanes<T>(part));
-    }
-    for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
-    for (int64_t d = 0; d < ld; d += W) {
-      for (int lane = 0; lane < W; ++lane) {
-        const Vec<T> m = load(first + lane * ld + d);
-        part[lane] += m * m;
-      }
-    }
-    store(squares + i, sum_lanes<T>(part));
-  }
-}
-
-// sums[r][d] += sum over slots [0, count) of weights[r][i] * rows[i][d], for sums [R][ld].
-template <class T>
-inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* weights, T* sums) {
-  constexpr int W = width<T>;
-  for_heads<T>(R, [&](int64_t first, auto group) {
-    constexpr int HEADS = decltype(group)::value;
-    const auto columns = [&](int64_t d, auto chunks) {
-      constexpr int C = decltype(chunks)::value;
-      Vec<T> sum[HEADS][C];
-      for (int r = 0; r < HEADS; ++r)
-        for (int c = 0; c < C; ++c) sum[r][c] = load(sums + (first + r) * ld + d + c * W);
-      for (int64_t i = 0; i < count; ++i) {
-        Vec<T> m[C];
-        for (int c = 0; c < C; ++c) m[c] = load(rows + i * ld + d + c * W);
-        for (int r = 0; r < HEADS; ++r)
-          for (int c = 0; c < C; ++c) sum[r][c] += m[c] * weights[(first + r) * tile + i];
-      }
-      for (int r = 0; r < HEADS; ++r)
-        for (int c = 0; c < C; ++c) store(sums + (first + r) * ld + d + c * W, sum[r][c]);
-    };
-    constexpr int C = vector_registers == 32 ? 4 : 2;
-    int64_t d = 0;
-    for (; d + C * W <= ld; d += C * W) columns(d, std::integral_constant<int, C>());
-    for (; d < ld; d += W) columns(d, std::integral_constant<int, 1>());
-  });
-}
-
 // ---- one row of slots -------------------------------------------------------------------------------------------
 
 // Similarity of one head: scores[i] = beta * dots[i] * q[i] with q[i] = 1 / sqrt(key_square * squares[i] + eps); returns the

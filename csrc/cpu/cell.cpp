@@ -1,7 +1,7 @@
 // A whole MANN sequence: controller, heads, and the LRUA memory for all T steps in one call, forward and backward.
 //
-// The input's part of the controller comes in ready, one product for all steps. What is left of the controller's product depends
-// on the step before; it is taken for a block of a few samples at a time on packed weights (products.h), and each sample's
+// The input's part of the controller comes in ready, one product for all steps. What is left of the controller's product
+// depends on the step before; it is taken for a block of a few samples at a time on packed weights (products.h), and each sample's
 // memory takes the step of lrua_step.h. Blocks know nothing of one another: a thread takes its block through all steps.
 // Backward hands out the gradients of the gates and of the heads for all steps, so that the gradient of every weight is one
 // large product after it.
@@ -32,8 +32,7 @@ struct Sizes {
   Scan<T> scan;
   explicit Sizes(const Arguments& a)
       : RD(a.R * a.D), K(a.H + RD),
-        G(a.controller == Controller::lstm ? 4 * a.H : a.controller == Controller::gru ? 3 * a.H : a.H),
-        kept(a.controller == Controller::feedforward ? a.H : 4 * a.H), vectors(a.separate_vector ? 2 * RD : RD),
+        G(gates_per_unit(a.controller) * a.H), kept(kept_per_unit(a.controller) * a.H), vectors(a.separate_vector ? 2 * RD : RD),
         heads(vectors + (a.learned_sharpness ? 2 : 1) * a.R),
         scan{a.N, a.D, a.R, padded_slots(a.N), 1, a.read_first, a.shared_target, static_cast<T>(a.eps)} {}
 };
@@ -86,9 +85,10 @@ struct CellBlock {  // of one block; rows side by side
   T *round, *cell, *of_reads, *of_hidden, *heads;  // [K]: hidden state and reads; [H]; parts of the gates [G]; head values
   ScanScratch<T>* samples;
   CellBlock(Arena& arena, const Cell& a, const Sizes<T, Cell>& n)
-      : gates_ld(padded_columns<T>(n.G + width<T>)), heads_ld(padded_columns<T>(n.heads)), round(arena.take<T>(block_rows * n.K)),
-        cell(arena.take<T>(block_rows * a.H)), of_reads(arena.take<T>(block_rows * gates_ld)),
-        of_hidden(arena.take<T>(block_rows * gates_ld)), heads(arena.take<T>(block_rows * heads_ld)), samples(arena.take<ScanScratch<T>>(block_rows)) {
+      : gates_ld(padded<T>(n.G + width<T>)),  // a gate's last vector reaches into what comes after it
+        heads_ld(padded<T>(n.heads)), round(arena.take<T>(block_rows * n.K)), cell(arena.take<T>(block_rows * a.H)),
+        of_reads(arena.take<T>(block_rows * gates_ld)), of_hidden(arena.take<T>(block_rows * gates_ld)),
+        heads(arena.take<T>(block_rows * heads_ld)), samples(arena.take<ScanScratch<T>>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
       const ScanScratch<T> sample(arena, n.scan);
       if (samples != nullptr) samples[m] = sample;
@@ -254,7 +254,7 @@ struct CellBackwardBlock {
   T *grad_round, *grad_hidden, *grad_state;
   ScanBackwardScratch<T>* samples;
   CellBackwardBlock(Arena& arena, const CellBackward& a, const Sizes<T, CellBackward>& n, int64_t steps)
-      : round_ld(a.H + padded_columns<T>(n.RD) + width<T>), hidden_ld(padded_columns<T>(a.H)),
+      : round_ld(a.H + padded<T>(n.RD) + width<T>), hidden_ld(padded<T>(a.H)),
         grad_round(arena.take<T>(block_rows * round_ld)), grad_hidden(arena.take<T>(block_rows * hidden_ld)),
         grad_state(arena.take<T>(block_rows * a.H)), samples(arena.take<ScanBackwardScratch<T>>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {

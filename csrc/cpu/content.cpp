@@ -16,25 +16,75 @@ struct Split {
   }
 };
 
-// Numbers per slot, padded with zeros to whole vectors.
+// ---- forward: the slots as they lie, [count][ld], ld a multiple of the vector width -------------------------------
+// To transpose a memory that is gone over once would take as long as the rest.
+
+// dots[r][i] and squares[i] of slots [0, count), count a multiple of the width, for keys [R][ld].
 template <class T>
-int64_t padded_row(int64_t D) {
-  return (D + width<T> - 1) / width<T> * width<T>;
+inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* keys, T* dots, T* squares) {
+  constexpr int W = width<T>;
+  for (int64_t i = 0; i < count; i += W) {
+    const T* first = rows + i * ld;
+    Vec<T> part[W];
+    for (int64_t r = 0; r < R; ++r) {
+      for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
+      for (int64_t d = 0; d < ld; d += W) {
+        const Vec<T> key = load(keys + r * ld + d);
+        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * key;
+      }
+      store(dots + r * tile + i, sum_lanes<T>(part));
+    }
+    for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
+    for (int64_t d = 0; d < ld; d += W) {
+      for (int lane = 0; lane < W; ++lane) {
+        const Vec<T> m = load(first + lane * ld + d);
+        part[lane] += m * m;
+      }
+    }
+    store(squares + i, sum_lanes<T>(part));
+  }
+}
+
+// sums[r][d] += sum over slots [0, count) of weights[r][i] * rows[i][d], for sums [R][ld].
+template <class T>
+inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* weights, T* sums) {
+  constexpr int W = width<T>;
+  for_heads<T>(R, [&](int64_t first, auto group) {
+    constexpr int HEADS = decltype(group)::value;
+    const auto columns = [&](int64_t d, auto chunks) {
+      constexpr int C = decltype(chunks)::value;
+      Vec<T> sum[HEADS][C];
+      for (int r = 0; r < HEADS; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = load(sums + (first + r) * ld + d + c * W);
+      for (int64_t i = 0; i < count; ++i) {
+        Vec<T> m[C];
+        for (int c = 0; c < C; ++c) m[c] = load(rows + i * ld + d + c * W);
+        for (int r = 0; r < HEADS; ++r)
+          for (int c = 0; c < C; ++c) sum[r][c] += m[c] * weights[(first + r) * tile + i];
+      }
+      for (int r = 0; r < HEADS; ++r)
+        for (int c = 0; c < C; ++c) store(sums + (first + r) * ld + d + c * W, sum[r][c]);
+    };
+    constexpr int C = vector_registers == 32 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + C * W <= ld; d += C * W) columns(d, std::integral_constant<int, C>());
+    for (; d < ld; d += W) columns(d, std::integral_constant<int, 1>());
+  });
 }
 
 template <class T>
 struct ReadPart {  // what one part of a sample's slots leaves for the others
   T *greatest, *total, *read;  // [R], [R], [R, ld]: sum and read are relative to the part's own greatest similarity
   ReadPart(Arena& arena, const ContentRead& a)
-      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * padded_row<T>(a.D))) {}
+      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * padded<T>(a.D))) {}
 };
 
 template <class T>
 struct ReadScratch {
   T *rows, *dots, *squares, *key, *padded_key, *sharpness, *sums;
   ReadScratch(Arena& arena, const ContentRead& a)
-      : rows(arena.take<T>(padded_row<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
-        key(arena.take<T>(a.R * a.D)), padded_key(arena.take<T>(a.R * padded_row<T>(a.D))),
+      : rows(arena.take<T>(padded<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
+        key(arena.take<T>(a.R * a.D)), padded_key(arena.take<T>(a.R * padded<T>(a.D))),
         sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)) {}
 };
 
@@ -53,7 +103,7 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
   T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
   const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.key);
   const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
-  const int64_t ld = padded_row<T>(a.D);
+  const int64_t ld = padded<T>(a.D);
   pad_rows(key, a.R, a.D, a.R, ld, s.padded_key);
   for (int64_t r = 0; r < a.R; ++r) {
     part.greatest[r] = -std::numeric_limits<T>::infinity();
@@ -98,7 +148,7 @@ void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, in
     for (int64_t d = 0; d < a.D; ++d) read[d] = 0;
     for (int64_t p = 0; p < count; ++p) {
       const T factor = std::exp(parts[p].greatest[r] - greatest) / total;
-      for (int64_t d = 0; d < a.D; ++d) read[d] += parts[p].read[r * padded_row<T>(a.D) + d] * factor;
+      for (int64_t d = 0; d < a.D; ++d) read[d] += parts[p].read[r * padded<T>(a.D) + d] * factor;
     }
     const T inverse = T(1) / total;
     for (int64_t lo = 0; lo < a.N; lo += tile) {

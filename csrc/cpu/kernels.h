@@ -91,6 +91,10 @@ struct LruaScanBackward {
 
 enum class Controller { lstm, gru, feedforward };
 
+// Numbers per hidden unit: gates, and what is kept of them for backward.
+constexpr int64_t gates_per_unit(Controller c) { return c == Controller::lstm ? 4 : c == Controller::gru ? 3 : 1; }
+constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforward ? 1 : 4; }
+
 // The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: admit, keep, candidate, expose), 3 H (GRU: reset,
 // update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
 // [R], and sharpness [R] where learned: then the factor on the similarity is sharpness + sharpness_scale softplus(of it),

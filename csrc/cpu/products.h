@@ -10,29 +10,19 @@ namespace {
 constexpr int block_rows = 8;
 constexpr int panel_vectors = vector_registers == 32 ? 3 : 1;  // times block_rows accumulators
 
-template <class T>
-constexpr int64_t padded_columns(int64_t columns) {
-  return (columns + width<T> - 1) / width<T> * width<T>;
-}
-
-// Columns of panel p: all panels are panel_vectors wide but the last.
-template <class T>
-constexpr int64_t panel_count(int64_t columns) {
-  return (padded_columns<T>(columns) + panel_vectors * width<T> - 1) / (panel_vectors * width<T>);
-}
-
 // A packed matrix of so many rows (the depth of the product) and columns; the padding of the columns is 0.
 template <class T>
 struct Packed {
   int64_t depth, columns;
   T* data;
   Packed(Arena& arena, int64_t depth, int64_t columns)
-      : depth(depth), columns(columns), data(arena.take<T>(depth * padded_columns<T>(columns))) {}
+      : depth(depth), columns(columns), data(arena.take<T>(depth * padded<T>(columns))) {}
 
-  int64_t panels() const { return panel_count<T>(columns); }
+  // All panels are panel_vectors wide but the last.
+  int64_t panels() const { return (padded<T>(columns) + panel_vectors * width<T> - 1) / (panel_vectors * width<T>); }
   int64_t panel_start(int64_t panel) const { return panel * panel_vectors * width<T>; }
   int64_t panel_width(int64_t panel) const {
-    const int64_t left = padded_columns<T>(columns) - panel_start(panel);
+    const int64_t left = padded<T>(columns) - panel_start(panel);
     return left < panel_vectors * width<T> ? left : panel_vectors * width<T>;
   }
   T* panel(int64_t panel) const { return data + panel_start(panel) * depth; }
@@ -110,7 +100,7 @@ inline void product_rows(const T* a, int64_t lda, const Packed<T>& b, T* out, in
   }
 }
 
-// out[m][:] = a[m][:] b for 1 to block_rows rows; out has padded_columns columns, ldo apart.
+// out[m][:] = a[m][:] b for 1 to block_rows rows; out has padded<T> columns, ldo apart.
 template <class T>
 void product(const T* a, int64_t lda, int64_t rows, const Packed<T>& b, T* out, int64_t ldo) {
   switch (rows) {

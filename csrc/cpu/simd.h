@@ -47,6 +47,12 @@ using Int = typename Simd<T>::Int;
 template <class T>
 constexpr int width = MANN_FAST_VECTOR_BYTES / sizeof(T);
 
+// A count rounded up to whole vectors.
+template <class T>
+constexpr int64_t padded(int64_t count) {
+  return (count + width<T> - 1) / width<T> * width<T>;
+}
+
 // An instruction set's registers bound how many accumulators a loop may keep.
 constexpr int vector_registers = MANN_FAST_VECTOR_BYTES == 64 ? 32 : 16;
 

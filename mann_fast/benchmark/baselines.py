@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models import MANN
-from ..reference.cell import cell_by_steps
+from ..reference import cell
 from ..reference.lrua import LRUAState
 
 
@@ -19,13 +19,18 @@ def lrua_step_by_products(
     write_vector: Tensor,
     gate_logit: Tensor,
     sharpness: Tensor,
+    *,
+    order: str = "write_first",
+    write_target: str = "per_head",
+    usage_decay: float = 0.95,
     eps: float = 1e-6,
 ) -> tuple[Tensor, LRUAState]:
     """One step by matrix products and topk: what a careful user of PyTorch writes.
 
     Faster than :mod:`mann_fast.reference` and not what SPEC asks for: equal slots get unequal last bits from a matrix
-    product, and topk leaves ties open.
+    product, and topk leaves ties open. Of the options it has the default order and write target only.
     """
+    assert order == "write_first" and write_target == "per_head"
     memory, read_weights, usage = state
     slots = torch.topk(usage, key.shape[1], largest=False, sorted=True).indices
     gate = torch.sigmoid(gate_logit).unsqueeze(2)
@@ -35,7 +40,7 @@ def lrua_step_by_products(
     norms = key.square().sum(2, keepdim=True) * memory.square().sum(2).unsqueeze(1)
     similarity = (key @ memory.transpose(1, 2)) * torch.rsqrt(norms + eps)
     weights = torch.softmax(similarity * sharpness.unsqueeze(2), 2)
-    usage = 0.95 * usage + (weights.detach() + write_weights.detach()).sum(1)
+    usage = usage_decay * usage + (weights.detach() + write_weights.detach()).sum(1)
     return weights @ memory, LRUAState(memory, weights, usage)
 
 
@@ -48,11 +53,9 @@ def scan(step, state: LRUAState, *inputs: Tensor) -> tuple[Tensor, LRUAState]:
     return torch.stack(reads), state
 
 
-def cell_step(gates: Tensor, *state_and_weights, step: Callable = lrua_step_by_products):
-    """One step of :func:`mann_fast.reference.cell` in a MANN's own setting, for a loop over steps."""
-    return cell_by_steps(
-        step, gates.unsqueeze(0), *state_and_weights, write_vector="separate", sharpness="learned"
-    )
+def cell_step(gates: Tensor, *state_and_weights) -> tuple:
+    """One step of a MANN by matrix products, with the default options, for a loop over steps."""
+    return cell(gates.unsqueeze(0), *state_and_weights, step=lrua_step_by_products)
 
 
 def mann_by_steps(model: MANN, x: Tensor, one_step: Callable = cell_step) -> Tensor:

@@ -161,19 +161,25 @@ OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan")
 def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str, str]:
     """How each backend serves an op at this size, in a sentence.
 
-    Raises ValueError for an op that is not in OPS or a size below 1.
+    Raises ValueError for an op that is not in OPS, a size below 1, or R > N where heads write.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     for name, size in (("N", num_slots), ("D", slot_size), ("R", num_heads)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    held = f"a sample's memory, {4 * num_slots * slot_size / 1024:.0f} KiB in float32, is held in cache through all steps"
-    loop = "a tiled pass over the memory"
+    if op not in ("content_read", "least_used") and num_heads > num_slots:
+        raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
+    held = f"a sample's memory, {4 * num_slots * slot_size / 1024:.0f} KiB in float32, is held in cache"
+    work = {
+        "lrua_scan": f"{held} through all steps",
+        "lrua_step": held,
+        "least_used": "a pass over the usage per slot taken",
+    }
     answers = {
-        "cpp": f"one call: {held if op in ('lrua_scan', 'lrua_step') else loop}; samples over threads, and the slots of a "
-        "sample where samples are fewer and it is worth it",
-        "reference": "a loop of PyTorch operations",
+        "cpp": f"one call: {work.get(op, 'a pass over the memory in tiles')}; samples over threads, and the slots of a sample "
+        "where samples are fewer and it is worth it",
+        "reference": "PyTorch operations" + (", a loop over the steps" if op == "lrua_scan" else ""),
     }
     reason = _load_triton()
     if reason is None:

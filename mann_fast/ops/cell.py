@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.cell import CONTROLLERS, SHARPNESS_MIN, SHARPNESS_SCALE, cell_by_steps, head_sizes
+from ..reference.cell import CONTROLLERS, SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
 from . import _backend, _checks
-from .lrua import _check_options, _check_state, _num_anchors, anchor_interval, lrua_step
+from .lrua import _anchors_shape, _check_options, _check_state, anchor_interval, lrua_step
 
 WRITE_VECTORS = ("separate", "key")
+NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}  # of Controller in csrc/cpu/kernels.h
 
-# controller: the place in CONTROLLERS. Sharpness is learned where the heads have values for it: then the factor on the
+# controller: its number in NUMBERS. Sharpness is learned where the heads have values for it: then the factor on the
 # similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Where anchor_every is 0 nothing is kept for
 # backward, and what is kept comes out empty; so does what this controller does not have.
 _backend.LIBRARIES["mann_fast"].define(
@@ -41,7 +42,7 @@ _backend.LIBRARIES["mann_fast"].define(
 def _(gates, hidden, cell, memory, read_weights, usage, reads, *weights_and_options):
     head_weight, anchor_every = weights_and_options[3], weights_and_options[-1]
     steps, batch, width = gates.shape
-    heads, num_slots = read_weights.shape[1:]
+    heads = read_weights.shape[1]
     values, hidden_size = head_weight.shape
     kept = [(0,)] * 5
     if anchor_every > 0:
@@ -50,12 +51,7 @@ def _(gates, hidden, cell, memory, read_weights, usage, reads, *weights_and_opti
             (0,) if hidden is None else (steps, batch, hidden_size),
             (steps, batch, values),
             (steps, batch, heads),
-            (
-                _num_anchors(steps, anchor_every),
-                batch,
-                memory.shape[2] + heads,
-                (num_slots + 15) // 16 * 16,
-            ),
+            _anchors_shape(steps, memory, heads, anchor_every),
         ]
     return (
         gates.new_empty((steps, batch, hidden_size + heads * memory.shape[2])),
@@ -96,7 +92,7 @@ def _(
     gates = (*kept_gates.shape[:2], reads_weight.shape[0])
     return (
         memory.new_empty(gates),
-        memory.new_empty(gates if controller == list(CONTROLLERS).index("gru") else (0,)),
+        memory.new_empty(gates if controller == NUMBERS["gru"] else (0,)),
         memory.new_empty(kept_heads.shape),
         memory.new_empty((0,) if hidden is None else hidden.shape),
         memory.new_empty((0,) if cell is None else cell.shape),
@@ -115,36 +111,8 @@ def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
 
 class _Cell(torch.autograd.Function):
     @staticmethod
-    def forward(
-        gates,
-        hidden,
-        cell,
-        memory,
-        read_weights,
-        usage,
-        reads,
-        hidden_weight,
-        hidden_bias,
-        reads_weight,
-        head_weight,
-        head_bias,
-        *options,
-    ):
-        return torch.ops.mann_fast.cell.default(
-            gates,
-            hidden,
-            cell,
-            memory,
-            read_weights,
-            usage,
-            reads,
-            hidden_weight,
-            hidden_bias,
-            reads_weight,
-            head_weight,
-            head_bias,
-            *options,
-        )
+    def forward(*arguments):
+        return torch.ops.mann_fast.cell.default(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -288,8 +256,7 @@ def cell(
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     serving = _backend.serving(gates.device)
     if serving != "cpp" or gates.dtype in _checks.HALF_DTYPES or gates.shape[0] == 0:
-        return cell_by_steps(
-            reference.lrua_step if serving == "reference" else lrua_step,
+        return reference.cell(
             gates,
             state,
             memory,
@@ -302,6 +269,7 @@ def cell(
             write_target=write_target,
             usage_decay=usage_decay,
             eps=eps,
+            step=reference.lrua_step if serving == "reference" else lrua_step,
         )
     hidden, cell = (*state, None, None)[:2]
     learned = sharpness == "learned"
@@ -309,7 +277,7 @@ def cell(
     tensors = (gates, hidden, cell, memory[0], memory[1], memory[2].detach(), reads, *weights)
     arguments = (
         *tensors,
-        list(CONTROLLERS).index(controller),
+        NUMBERS[controller],
         write_vector == "separate",
         learned,
         fixed,

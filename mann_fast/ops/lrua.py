@@ -64,8 +64,11 @@ def _steps(keys: Tensor) -> int:
     return keys.shape[0] if keys.dim() == 4 else 1
 
 
-def _num_anchors(steps: int, anchor_every: int) -> int:
-    return torch.sym_max(steps - 1, 0) // anchor_every
+def _anchors_shape(steps: int, memory: Tensor, heads: int, anchor_every: int) -> tuple[int, ...]:
+    """[anchors, B, D + R, N padded to a multiple of 16]; the padding is slot_padding in csrc/cpu/kernels.h."""
+    batch, num_slots, slot_size = memory.shape
+    count = torch.sym_max(steps - 1, 0) // anchor_every
+    return count, batch, slot_size + heads, (num_slots + 15) // 16 * 16
 
 
 @_backend.fake("lrua_scan")
@@ -83,12 +86,10 @@ def _(
     eps,
     anchor_every,
 ):
-    batch, heads, num_slots = read_weights.shape
     slots_shape, anchors_shape = (0,), (0,)
     if anchor_every > 0:
         slots_shape = keys.shape[:-1]
-        padded = (num_slots + 15) // 16 * 16
-        anchors_shape = (_num_anchors(_steps(keys), anchor_every), batch, memory.shape[2] + heads, padded)
+        anchors_shape = _anchors_shape(_steps(keys), memory, read_weights.shape[1], anchor_every)
     return (
         keys.new_empty(keys.shape),
         memory.new_empty(memory.shape),

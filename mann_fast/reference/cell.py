@@ -39,8 +39,7 @@ def _gru(gates: Tensor, recurrent: Tensor, hidden: Tensor) -> tuple[Tensor]:
     return (torch.lerp(candidate, hidden, update),)
 
 
-def cell_by_steps(
-    step: Callable[..., tuple[Tensor, LRUAState]],
+def cell(
     gates: Tensor,
     state: tuple[Tensor, ...],
     memory: LRUAState,
@@ -54,9 +53,13 @@ def cell_by_steps(
     controller: str = "lstm",
     write_vector: str = "separate",
     sharpness: str | float | None = "learned",
-    **options,
+    order: str = "write_first",
+    write_target: str = "per_head",
+    usage_decay: float = 0.95,
+    eps: float = 1e-6,
+    step: Callable[..., tuple[Tensor, LRUAState]] = lrua_step,
 ) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
-    """:func:`cell` with ``step`` for the memory, and ``options`` for it."""
+    """See :func:`mann_fast.ops.cell`. ``step`` takes the place of :func:`lrua_step`."""
     batch, heads, slot_size = reads.shape
     if gates.shape[0] == 0:
         memory = LRUAState(memory.memory.clone(), memory.read_weights.clone(), memory.usage.detach().clone())
@@ -83,47 +86,16 @@ def cell_by_steps(
             beta = torch.add(
                 least, F.softplus(learned[0]), alpha=SHARPNESS_SCALE
             )  # half precision: rounded once
-        reads, memory = step(memory, key, vector, gate, beta, **options)
+        reads, memory = step(
+            memory,
+            key,
+            vector,
+            gate,
+            beta,
+            order=order,
+            write_target=write_target,
+            usage_decay=usage_decay,
+            eps=eps,
+        )
         outputs.append(torch.cat([hidden, reads.flatten(1)], dim=1))
     return torch.stack(outputs), state, memory
-
-
-def cell(
-    gates: Tensor,
-    state: tuple[Tensor, ...],
-    memory: LRUAState,
-    reads: Tensor,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    reads_weight: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor,
-    *,
-    controller: str = "lstm",
-    write_vector: str = "separate",
-    sharpness: str | float | None = "learned",
-    order: str = "write_first",
-    write_target: str = "per_head",
-    usage_decay: float = 0.95,
-    eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
-    """See :func:`mann_fast.ops.cell`."""
-    return cell_by_steps(
-        lrua_step,
-        gates,
-        state,
-        memory,
-        reads,
-        hidden_weight,
-        hidden_bias,
-        reads_weight,
-        head_weight,
-        head_bias,
-        controller=controller,
-        write_vector=write_vector,
-        sharpness=sharpness,
-        order=order,
-        write_target=write_target,
-        usage_decay=usage_decay,
-        eps=eps,
-    )

@@ -224,7 +224,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
   const bool recurrent = controller != Controller::feedforward, lstm = controller == Controller::lstm;
-  const int64_t H = 2 * c.D + 1, G = (lstm ? 4 : recurrent ? 3 : 1) * H, RD = c.R * c.D;
+  const int64_t H = 2 * c.D + 1, G = gates_per_unit(controller) * H, RD = c.R * c.D;
   const int64_t heads = (c.sharp ? 2 : 1) * (RD + c.R), kept = c.anchor_every > 0 ? c.T * c.B : 0;
   const auto normal = [&](int64_t count) { return random.normal(c.state, count); };
   const Array gates = normal(c.T * c.B * G), memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
@@ -235,7 +235,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller) {
   const Array reads_weight = normal(G * ld - 3), head_weight = normal(heads * H), head_bias = normal(heads);
   const int64_t anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
   Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
-  Array kept_gates(c.state, kept * (recurrent ? 4 : 1) * H), kept_states(c.state, recurrent ? kept * H : 0);
+  Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
   Array kept_heads(c.state, kept * heads);
   std::vector<int64_t> slots(kept * c.R, -1);
   Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, lstm ? c.B * H : 0), out_memory(c.state, memory.count);
