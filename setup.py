@@ -24,8 +24,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
-from build_backend import OLDEST_TORCH, find_torch, torch_version  # noqa: E402
-from native import ROOT, CannotBuild, Compiler, Unit  # noqa: E402
+from build_backend import find_torch, torch_version  # noqa: E402
+from native import OLDEST_TORCH, ROOT, CannotBuild, Compiler, Unit, binding_flags  # noqa: E402
 
 LIBRARY = "_C.abi3.so"
 BUILD_INFO = "_build_info.json"
@@ -41,17 +41,7 @@ def build_library(target: Path) -> dict:
         raise CannotBuild(
             f"no torch >= {'.'.join(map(str, OLDEST_TORCH))} with C++ headers was found to build with"
         )
-    bindings = Unit(
-        "csrc/bindings.cpp",
-        "bindings",
-        [
-            f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
-            f"-isystem{torch}/include",
-            f"-isystem{torch}/include/torch/csrc/api/include",
-            # Messages name files, but not folders of this machine.
-            f"-fmacro-prefix-map={torch.parent}/=",
-        ],
-    )
+    bindings = Unit("csrc/bindings.cpp", "bindings", binding_flags(torch))
     flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     objects = compiler.compile([*compiler.kernel_units(), bindings], Path("build/objects"), flags)
     # libstdc++ first: libtorch_cpu.so has copies of some of its symbols. No search path is recorded, since

@@ -1,24 +1,8 @@
-// The CPU implementation of the raw ops, on LibTorch's stable ABI. Schemas and fake rules are in mann_fast/ops/*.py, which
-// also checks every argument: only there can ValueError and TypeError be raised. What is checked here guards against a
-// caller of torch.ops.mann_fast that bypasses it.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "cpu/kernels.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// The CPU implementation of the raw ops.
+#include "bindings.h"
 
 namespace mann_fast {
 namespace {
-
-using Shape = std::vector<int64_t>;
 
 const Kernels& available_kernels() {
   const Kernels* chosen = kernels();
@@ -26,17 +10,6 @@ const Kernels& available_kernels() {
                   "MANN_FAST_CPU_ISA names an instruction set that this processor or build does not have; known are "
                   "baseline, avx2 and avx512");
   return *chosen;
-}
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "mann_fast ops take float32, float64, bfloat16 and float16 only");
-  }
-  return Dtype::float32;
 }
 
 Parallel torch_threads() {
@@ -50,181 +23,16 @@ Parallel torch_threads() {
 
 void ran(bool success) { STD_TORCH_CHECK(success, "mann_fast: not enough memory for scratch"); }
 
-// A contiguous tensor of the shape that the kernel will index.
-Tensor input(const Tensor& tensor, const Shape& shape) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
-  STD_TORCH_CHECK(same, "a tensor has another shape than this op's other arguments ask for");
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-std::optional<Tensor> input(const std::optional<Tensor>& tensor, const Shape& shape) {
-  return tensor ? std::optional<Tensor>(input(*tensor, shape)) : std::nullopt;
-}
-
-const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
-const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
-Tensor empty_slots(const Tensor& like, const Shape& shape) {
-  return torch::stable::new_empty(like, shape, std::make_optional(ScalarType::Long));
-}
-
-std::tuple<Tensor, Tensor> content_read(Tensor memory, Tensor key, std::optional<Tensor> sharpness, double eps) {
-  const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = key.size(1);
-  memory = input(memory, {B, N, D});
-  key = input(key, {B, R, D});
-  sharpness = input(sharpness, {B, R});
-  Tensor read = empty(key, {B, R, D}), weights = empty(memory, {B, R, N});
-  ran(available_kernels().content.read(
-      {B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(memory), data(key), data(sharpness),
-       read.mutable_data_ptr(), weights.mutable_data_ptr()},
-      torch_threads()));
-  return {read, weights};
-}
-
-std::tuple<Tensor, Tensor, Tensor> content_read_backward(std::optional<Tensor> grad_read,
-                                                         std::optional<Tensor> grad_weights, Tensor memory, Tensor key,
-                                                         std::optional<Tensor> sharpness, Tensor read, Tensor weights,
-                                                         double eps) {
-  const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = key.size(1);
-  grad_read = input(grad_read, {B, R, D});
-  grad_weights = input(grad_weights, {B, R, N});
-  memory = input(memory, {B, N, D});
-  key = input(key, {B, R, D});
-  sharpness = input(sharpness, {B, R});
-  read = input(read, {B, R, D});
-  weights = input(weights, {B, R, N});
-  Tensor grad_memory = empty(memory, {B, N, D}), grad_key = empty(key, {B, R, D});
-  Tensor grad_sharpness = empty(key, sharpness ? Shape{B, R} : Shape{0});
-  ran(available_kernels().content.read_backward(
-      {B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(grad_read), data(grad_weights), data(memory), data(key),
-       data(sharpness), data(read), data(weights), grad_memory.mutable_data_ptr(), grad_key.mutable_data_ptr(),
-       sharpness ? grad_sharpness.mutable_data_ptr() : nullptr},
-      torch_threads()));
-  return {grad_memory, grad_key, grad_sharpness};
-}
-
-Tensor least_used(Tensor usage, int64_t n) {
-  const int64_t B = usage.size(0), N = usage.size(1);
-  STD_TORCH_CHECK(n >= 0 && n <= N, "n must be within [0, N]");
-  usage = input(usage, {B, N});
-  Tensor slots = empty_slots(usage, {B, n});
-  ran(available_kernels().lrua.least_used(
-      {B, N, n, dtype_of(usage), data(usage), slots.mutable_data_ptr<int64_t>()}, torch_threads()));
-  return slots;
-}
-
-std::tuple<Tensor, Tensor, Tensor> lrua_write(Tensor memory, Tensor read_weights, Tensor usage, Tensor write_vector,
-                                              Tensor gate_logit, bool shared_target) {
-  const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = read_weights.size(1);
-  memory = input(memory, {B, N, D});
-  read_weights = input(read_weights, {B, R, N});
-  usage = input(usage, {B, N});
-  write_vector = input(write_vector, {B, R, D});
-  gate_logit = input(gate_logit, {B, R});
-  Tensor out_memory = empty(memory, {B, N, D}), write_weights = empty(memory, {B, R, N});
-  Tensor slots = empty_slots(memory, {B, R});
-  ran(available_kernels().lrua.write(
-      {B, N, D, R, dtype_of(memory), dtype_of(write_vector), shared_target, data(memory), data(read_weights), data(usage),
-       data(write_vector), data(gate_logit), out_memory.mutable_data_ptr(), write_weights.mutable_data_ptr(),
-       slots.mutable_data_ptr<int64_t>()},
-      torch_threads()));
-  return {out_memory, write_weights, slots};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> lrua_write_backward(std::optional<Tensor> grad_memory,
-                                                               std::optional<Tensor> grad_write_weights,
-                                                               Tensor read_weights, Tensor write_vector,
-                                                               Tensor gate_logit, Tensor slots, bool shared_target) {
-  const int64_t B = read_weights.size(0), R = read_weights.size(1), N = read_weights.size(2), D = write_vector.size(2);
-  grad_memory = input(grad_memory, {B, N, D});
-  grad_write_weights = input(grad_write_weights, {B, R, N});
-  read_weights = input(read_weights, {B, R, N});
-  write_vector = input(write_vector, {B, R, D});
-  gate_logit = input(gate_logit, {B, R});
-  slots = input(slots, {B, R});
-  Tensor grad_in_memory = empty(read_weights, {B, N, D}), grad_read_weights = empty(read_weights, {B, R, N});
-  Tensor grad_write_vector = empty(write_vector, {B, R, D}), grad_gate_logit = empty(write_vector, {B, R});
-  ran(available_kernels().lrua.write_backward(
-      {B, N, D, R, dtype_of(read_weights), dtype_of(write_vector), shared_target, data(grad_memory),
-       data(grad_write_weights), data(read_weights), data(write_vector), data(gate_logit),
-       slots.const_data_ptr<int64_t>(), grad_in_memory.mutable_data_ptr(), grad_read_weights.mutable_data_ptr(),
-       grad_write_vector.mutable_data_ptr(), grad_gate_logit.mutable_data_ptr()},
-      torch_threads()));
-  return {grad_in_memory, grad_read_weights, grad_write_vector, grad_gate_logit};
-}
-
-// Keys [B, R, D] are one step, keys [T, B, R, D] a scan.
-struct ScanShape {
-  int64_t T, B, N, D, R;
-  Shape keys, gates;  // as they came
-  ScanShape(const Tensor& memory, const Tensor& read_weights, const Tensor& first)
-      : T(first.dim() == 4 ? first.size(0) : 1), B(memory.size(0)), N(memory.size(1)), D(memory.size(2)),
-        R(read_weights.size(1)), keys(first.dim() == 4 ? Shape{T, B, R, D} : Shape{B, R, D}),
-        gates(keys.begin(), keys.end() - 1) {}
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  void run(const ContentRead& a) const { ran(available_kernels().content.read(a, torch_threads())); }
+  void run(const ContentReadBackward& a) const { ran(available_kernels().content.read_backward(a, torch_threads())); }
+  void run(const LeastUsed& a) const { ran(available_kernels().lrua.least_used(a, torch_threads())); }
+  void run(const LruaWrite& a) const { ran(available_kernels().lrua.write(a, torch_threads())); }
+  void run(const LruaWriteBackward& a) const { ran(available_kernels().lrua.write_backward(a, torch_threads())); }
+  void run(const LruaScan& a) const { ran(available_kernels().lrua.scan(a, torch_threads())); }
+  void run(const LruaScanBackward& a) const { ran(available_kernels().lrua.scan_backward(a, torch_threads())); }
 };
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
-    Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor write_vectors, Tensor gate_logits,
-    std::optional<Tensor> sharpness, bool read_first, bool shared_target, double usage_decay, double eps,
-    int64_t anchor_every) {
-  const ScanShape shape(memory, read_weights, keys);
-  const auto [T, B, N, D, R] = std::tie(shape.T, shape.B, shape.N, shape.D, shape.R);
-  memory = input(memory, {B, N, D});
-  read_weights = input(read_weights, {B, R, N});
-  usage = input(usage, {B, N});
-  keys = input(keys, shape.keys);
-  write_vectors = input(write_vectors, shape.keys);
-  gate_logits = input(gate_logits, shape.gates);
-  sharpness = input(sharpness, shape.gates);
-  Tensor reads = empty(keys, shape.keys), out_memory = empty(memory, {B, N, D});
-  Tensor out_read_weights = empty(memory, {B, R, N}), out_usage = empty(memory, {B, N});
-  const int64_t anchors_count = anchor_every > 0 && T > 0 ? (T - 1) / anchor_every : 0;
-  Tensor slots = empty_slots(memory, anchor_every > 0 ? shape.gates : Shape{0});
-  Tensor anchors = empty(memory, anchor_every > 0 ? Shape{anchors_count, B, D + R, padded_slots(N)} : Shape{0});
-  ran(available_kernels().lrua.scan(
-      {T, B, N, D, R, dtype_of(memory), dtype_of(keys), read_first, shared_target, usage_decay, eps, anchor_every,
-       data(memory), data(read_weights), data(usage), data(keys), data(write_vectors), data(gate_logits), data(sharpness),
-       reads.mutable_data_ptr(), out_memory.mutable_data_ptr(), out_read_weights.mutable_data_ptr(),
-       out_usage.mutable_data_ptr(), slots.mutable_data_ptr<int64_t>(), anchors.mutable_data_ptr()},
-      torch_threads()));
-  return {reads, out_memory, out_read_weights, out_usage, slots, anchors};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
-    std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_read_weights,
-    Tensor memory, Tensor read_weights, Tensor keys, Tensor write_vectors, Tensor gate_logits,
-    std::optional<Tensor> sharpness, Tensor slots, Tensor anchors, bool read_first, bool shared_target, double eps,
-    int64_t anchor_every) {
-  const ScanShape shape(memory, read_weights, keys);
-  const auto [T, B, N, D, R] = std::tie(shape.T, shape.B, shape.N, shape.D, shape.R);
-  STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
-  grad_reads = input(grad_reads, shape.keys);
-  grad_memory = input(grad_memory, {B, N, D});
-  grad_read_weights = input(grad_read_weights, {B, R, N});
-  memory = input(memory, {B, N, D});
-  read_weights = input(read_weights, {B, R, N});
-  keys = input(keys, shape.keys);
-  write_vectors = input(write_vectors, shape.keys);
-  gate_logits = input(gate_logits, shape.gates);
-  sharpness = input(sharpness, shape.gates);
-  slots = input(slots, shape.gates);
-  anchors = input(anchors, {T > 0 ? (T - 1) / anchor_every : 0, B, D + R, padded_slots(N)});
-  Tensor grad_in_memory = empty(memory, {B, N, D}), grad_in_read_weights = empty(memory, {B, R, N});
-  Tensor grad_keys = empty(keys, shape.keys), grad_write_vectors = empty(keys, shape.keys);
-  Tensor grad_gate_logits = empty(keys, shape.gates);
-  Tensor grad_sharpness = empty(keys, sharpness ? shape.gates : Shape{0});
-  ran(available_kernels().lrua.scan_backward(
-      {T, B, N, D, R, dtype_of(memory), dtype_of(keys), read_first, shared_target, eps, anchor_every, data(grad_reads),
-       data(grad_memory), data(grad_read_weights), data(memory), data(read_weights), data(keys), data(write_vectors),
-       data(gate_logits), data(sharpness), slots.const_data_ptr<int64_t>(), data(anchors),
-       grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(), grad_keys.mutable_data_ptr(),
-       grad_write_vectors.mutable_data_ptr(), grad_gate_logits.mutable_data_ptr(),
-       sharpness ? grad_sharpness.mutable_data_ptr() : nullptr},
-      torch_threads()));
-  return {grad_in_memory, grad_in_read_weights, grad_keys, grad_write_vectors, grad_gate_logits, grad_sharpness};
-}
 
 // A weight that may be part of the columns of a wider one.
 Tensor weight(const Tensor& tensor, const Shape& shape) {
@@ -347,13 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
 }  // namespace mann_fast
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast, CPU, m) {
-  m.impl("content_read", TORCH_BOX(&mann_fast::content_read));
-  m.impl("content_read_backward", TORCH_BOX(&mann_fast::content_read_backward));
-  m.impl("least_used", TORCH_BOX(&mann_fast::least_used));
-  m.impl("lrua_write", TORCH_BOX(&mann_fast::lrua_write));
-  m.impl("lrua_write_backward", TORCH_BOX(&mann_fast::lrua_write_backward));
-  m.impl("lrua_scan", TORCH_BOX(&mann_fast::lrua_scan));
-  m.impl("lrua_scan_backward", TORCH_BOX(&mann_fast::lrua_scan_backward));
+  m.impl("content_read", TORCH_BOX(&mann_fast::content_read<mann_fast::Cpu>));
+  m.impl("content_read_backward", TORCH_BOX(&mann_fast::content_read_backward<mann_fast::Cpu>));
+  m.impl("least_used", TORCH_BOX(&mann_fast::least_used<mann_fast::Cpu>));
+  m.impl("lrua_write", TORCH_BOX(&mann_fast::lrua_write<mann_fast::Cpu>));
+  m.impl("lrua_write_backward", TORCH_BOX(&mann_fast::lrua_write_backward<mann_fast::Cpu>));
+  m.impl("lrua_scan", TORCH_BOX(&mann_fast::lrua_scan<mann_fast::Cpu>));
+  m.impl("lrua_scan_backward", TORCH_BOX(&mann_fast::lrua_scan_backward<mann_fast::Cpu>));
   m.impl("cell", TORCH_BOX(&mann_fast::cell));
   m.impl("cell_backward", TORCH_BOX(&mann_fast::cell_backward));
 }

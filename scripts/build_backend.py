@@ -14,11 +14,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from native import CannotBuild, Compiler
+from native import OLDEST_TORCH, CannotBuild, Compiler
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
 
-OLDEST_TORCH = (2, 11)
 
 
 def torch_version(folder: Path) -> str | None:

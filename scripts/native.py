@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST_TORCH = (2, 11)
 
 KERNELS = ["cell", "lrua", "content"]  # the one that takes longest first
+CUDA_KERNELS = ["lrua_scan", "content", "lrua"]
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {
         "baseline": [],
@@ -25,6 +27,17 @@ ISA_FLAGS = {  # by processor; any other has the baseline only
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Never -ffast-math: NaN and infinity must pass through. These two only say that nobody reads errno or traps.
 KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
+
+
+def binding_flags(torch: Path) -> list[str]:
+    """For what includes torch: the stable ABI of the oldest torch that is supported."""
+    return [
+        f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
+        f"-isystem{torch}/include",
+        f"-isystem{torch}/include/torch/csrc/api/include",
+        # Messages name files, but not folders of this machine.
+        f"-fmacro-prefix-map={torch.parent}/=",
+    ]
 
 
 class CannotBuild(Exception):

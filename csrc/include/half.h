@@ -3,30 +3,36 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define MANN_FAST_ANYWHERE __host__ __device__
+#else
+#define MANN_FAST_ANYWHERE
+#endif
+
 namespace mann_fast {
 namespace {
 
-inline float bits_to_float(uint32_t bits) {
+MANN_FAST_ANYWHERE inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+MANN_FAST_ANYWHERE inline uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float from_bfloat16(uint16_t half) { return bits_to_float(static_cast<uint32_t>(half) << 16); }
+MANN_FAST_ANYWHERE inline float from_bfloat16(uint16_t half) { return bits_to_float(static_cast<uint32_t>(half) << 16); }
 
-inline uint16_t to_bfloat16(float value) {
+MANN_FAST_ANYWHERE inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-inline float from_float16(uint16_t half) {
+MANN_FAST_ANYWHERE inline float from_float16(uint16_t half) {
   // The exponent's offset is made good by a product, which also normalises float16's denormal numbers.
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   const float scaled = bits_to_float(magnitude) * 0x1p112f;
@@ -36,7 +42,7 @@ inline float from_float16(uint16_t half) {
   return bits_to_float(((half & 0x7c00u) == 0x7c00u ? infinite_or_nan : finite) | sign);
 }
 
-inline uint16_t to_float16(float value) {
+MANN_FAST_ANYWHERE inline uint16_t to_float16(float value) {
   const uint32_t sign = float_to_bits(value) & 0x80000000u;
   const uint32_t magnitude = float_to_bits(value) ^ sign;
   uint32_t half;

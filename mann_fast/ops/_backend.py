@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("auto", "cpp", "triton", "reference")
+NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 
-# Schemas and fake rules stand beside the public functions (ops/*.py). The compiled extension implements the raw ops of
-# the first library, one implementation per device; the Triton kernels implement those of the second.
-LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("mann_fast", "mann_fast_triton")}
+# Schemas and fake rules stand beside the public functions (ops/*.py). Each kind of kernel implements the raw ops of a
+# library of its own: C++ those of the first, CUDA C++ and Triton those of the others.
+LIBRARIES = {
+    name: torch.library.Library(name, "DEF") for name in ("mann_fast", "mann_fast_cuda", "mann_fast_triton")
+}
 
 
 def define(schema: str) -> None:
@@ -37,25 +39,30 @@ def fake(name: str) -> Callable:
 
 def raw(serving: str):
     """The raw ops of a backend."""
-    return torch.ops.mann_fast_triton if serving == "triton" else torch.ops.mann_fast
+    return getattr(torch.ops, "mann_fast" if serving == "cpp" else f"mann_fast_{serving}")
 
 
 EXTENSION = Path(__file__).parent.parent / "_C.abi3.so"
+CUDA_EXTENSION = EXTENSION.with_name("_C_cuda.abi3.so")
+# For tests: the CUDA kernels compiled for a processor (scripts/emulate.py), which then serve CPU tensors.
+EMULATION = os.environ.get("MANN_FAST_EMULATION")
 
 
-def _load_extension() -> str | None:
-    """Load the extension; None if it can be used, else why not."""
-    if not EXTENSION.exists():
-        return "the C++ extension was not built (`mann-fast doctor` says why)"
+def _load_library(name: str, path: Path) -> str | None:
+    """Load a compiled extension; None if it can be used, else why not."""
+    if not path.exists():
+        return f"the {name} extension was not built (`mann-fast doctor` says why)"
     try:
-        torch.ops.load_library(str(EXTENSION))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the C++ extension cannot be loaded: {error}"
+        return f"the {name} extension cannot be loaded: {error}"
     return None
 
 
 _extension_missing: str | None = "the C++ extension has not been loaded yet"
-_triton_missing: str | None = "untried"  # Triton is imported by the first call that could use it
+# The other kernels are loaded by the first call that could use them.
+_cuda_missing: str | None = "untried"
+_triton_missing: str | None = "untried"
 _selected: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
 _said: set[str] = set()
 
@@ -63,7 +70,7 @@ _said: set[str] = set()
 def load() -> None:
     """Called once, by mann_fast.ops, when all schemas are defined."""
     global _extension_missing
-    _extension_missing = _load_extension()
+    _extension_missing = _load_library("C++", EXTENSION)
 
 
 def _load_triton() -> str | None:
@@ -80,9 +87,32 @@ def _load_triton() -> str | None:
     return _triton_missing
 
 
-# For torch.compile, which cannot trace an import: called while tracing, its result a constant. This is all that
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels, once; None if they can be used, else why not."""
+    global _cuda_missing
+    if _cuda_missing == "untried":
+        if EMULATION:
+            _cuda_missing = _load_library("emulated CUDA", Path(EMULATION))
+        elif torch.version.cuda is None:
+            _cuda_missing = "this torch was built without CUDA"
+        else:
+            _cuda_missing = _load_library("CUDA", CUDA_EXTENSION)
+    return _cuda_missing
+
+
+# For torch.compile, which cannot trace an import: called while tracing, their results constants. This is all that
 # torch.compiler.assume_constant_result does, which would import Dynamo here.
 _load_triton._dynamo_marked_constant = True
+_load_cuda._dynamo_marked_constant = True
+
+
+def _cuda_unable(device: torch.device) -> str | None:
+    """None if the CUDA kernels take tensors of this device, else why not."""
+    if device.type not in ("cpu", "cuda", "meta"):
+        return f"tensors on {device.type} have no CUDA kernels"
+    if device.type == "cpu" and not EMULATION:
+        return "CUDA kernels take CUDA tensors"
+    return _load_cuda()
 
 
 def _triton_unable(device: torch.device) -> str | None:
@@ -105,8 +135,8 @@ def backend(name: str) -> Iterator[None]:
     """Use one backend for the ops called inside the ``with`` block.
 
     name: ``"auto"`` (the fastest that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
-    ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain
-    PyTorch, any device). A named backend that cannot serve a call raises RuntimeError; ``"auto"``
+    ``"cuda"`` (CUDA C++ kernels, CUDA tensors), ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under
+    TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call raises RuntimeError; ``"auto"``
     falls back to the reference. Backward always runs on the backend that forward used. The choice is one global of the
     process and holds for all threads. The environment variable MANN_FAST_BACKEND sets it at the first op.
 
@@ -124,8 +154,9 @@ def backend(name: str) -> Iterator[None]:
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run here, else the reason why it cannot."""
-    triton = _triton_unable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {"cpp": _extension_missing, "triton": triton, "reference": None}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = _cuda_unable(device) if EMULATION or device.type == "cuda" else "no CUDA device is available"
+    return {"cpp": _extension_missing, "cuda": cuda, "triton": _triton_unable(device), "reference": None}
 
 
 def _say_once(message: str) -> None:
@@ -135,14 +166,21 @@ def _say_once(message: str) -> None:
 
 
 def serving(device: torch.device) -> str:
-    """The backend that serves a call on tensors of this device: "cpp", "triton" or "reference"."""
+    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
     global _selected
     if _selected is None:
         _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
     if _selected == "reference":
         return "reference"
-    if _selected == "triton" or (_selected == "auto" and device.type == "cuda"):
-        reason, name = _triton_unable(device), "triton"
+    if _selected in ("cuda", "triton"):
+        name = _selected
+        reason = _cuda_unable(device) if name == "cuda" else _triton_unable(device)
+    elif _selected == "auto" and device.type == "cuda":
+        name, reason = "cuda", _cuda_unable(device)
+        if reason is not None and (without_triton := _triton_unable(device)) is None:
+            name, reason = "triton", None
+        elif reason is not None:
+            reason = f"{reason}; {without_triton}"
     elif device.type in ("cpu", "meta"):
         reason, name = _extension_missing, "cpp"
     else:
@@ -181,6 +219,12 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
         "where samples are fewer and it is worth it",
         "reference": "PyTorch operations" + (", a loop over the steps" if op == "lrua_scan" else ""),
     }
+    where = "in registers or shared memory" if 4 * num_slots * slot_size <= 1 << 20 else "in device memory"
+    answers["cuda"] = _load_cuda() or {
+        "lrua_scan": f"one launch: a block, or a cluster of blocks, per sample; the memory {where} through all steps",
+        "lrua_step": f"one launch: a block, or a cluster of blocks, per sample; the memory {where}",
+        "least_used": "one launch: each slot counts those before it",
+    }.get(op, "a block for some slots of a sample, a second launch where a sample has several")
     reason = _load_triton()
     if reason is None:
         kernels = importlib.import_module("mann_fast.kernels")

@@ -1,0 +1,70 @@
+// The CUDA implementation of the raw ops, a library of its own: torch without CUDA can load the rest. With
+// MANN_FAST_EMULATION the same kernels serve CPU tensors, for tests.
+#include "../bindings.h"
+#include "kernels.h"
+
+#ifndef MANN_FAST_EMULATION
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#define MANN_FAST_KEY CUDA
+#else
+#define MANN_FAST_KEY CPU
+#endif
+
+namespace mann_fast {
+namespace {
+
+// The device of a tensor, its current stream, and scratch memory that goes back to torch's allocator after the launch.
+class Cuda {
+ public:
+#ifndef MANN_FAST_EMULATION
+  explicit Cuda(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+  }
+#else
+  explicit Cuda(const Tensor& like) : like_(like) {}
+#endif
+
+  void run(const ContentRead& a) { ran(cuda::content_read(a, queue())); }
+  void run(const ContentReadBackward& a) { ran(cuda::content_read_backward(a, queue())); }
+  void run(const LeastUsed& a) { ran(cuda::least_used(a, queue())); }
+  void run(const LruaWrite& a) { ran(cuda::lrua_write(a, queue())); }
+  void run(const LruaWriteBackward& a) { ran(cuda::lrua_write_backward(a, queue())); }
+  void run(const LruaScan& a) { ran(cuda::lrua_scan(a, queue())); }
+  void run(const LruaScanBackward& a) { ran(cuda::lrua_scan_backward(a, queue())); }
+
+ private:
+  cuda::Queue queue() {
+    return {stream_,
+            [](void* self, size_t bytes) -> void* {
+              Cuda& cuda = *static_cast<Cuda*>(self);
+              cuda.scratch_.push_back(torch::stable::new_empty(cuda.like_, {static_cast<int64_t>(bytes)},
+                                                               std::make_optional(ScalarType::Byte)));
+              return cuda.scratch_.back().mutable_data_ptr();
+            },
+            this};
+  }
+  static void ran(const char* why) { STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel could not be launched: ", why); }
+
+  const Tensor& like_;
+#ifndef MANN_FAST_EMULATION
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+  std::vector<Tensor> scratch_;
+};
+
+}  // namespace
+}  // namespace mann_fast
+
+STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
+  m.impl("content_read", TORCH_BOX(&mann_fast::content_read<mann_fast::Cuda>));
+  m.impl("content_read_backward", TORCH_BOX(&mann_fast::content_read_backward<mann_fast::Cuda>));
+  m.impl("least_used", TORCH_BOX(&mann_fast::least_used<mann_fast::Cuda>));
+  m.impl("lrua_write", TORCH_BOX(&mann_fast::lrua_write<mann_fast::Cuda>));
+  m.impl("lrua_write_backward", TORCH_BOX(&mann_fast::lrua_write_backward<mann_fast::Cuda>));
+  m.impl("lrua_scan", TORCH_BOX(&mann_fast::lrua_scan<mann_fast::Cuda>));
+  m.impl("lrua_scan_backward", TORCH_BOX(&mann_fast::lrua_scan_backward<mann_fast::Cuda>));
+}

@@ -1,0 +1,118 @@
+// What the kernels need of CUDA, and all that they use of it. nvcc takes the first half; with MANN_FAST_EMULATION the same
+// kernels compile as C++ and run on a processor, a fiber for every thread (tests/cpp/emulation.h), so that a barrier that is
+// missing, divergent or too late shows in a test. Kernels know pointers and sizes; no inline PTX, no implicit warp lock-step.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace mann_fast {
+namespace gpu {
+
+constexpr int warp_size = 32;
+constexpr size_t portable_shared = 48 * 1024;  // bytes of shared memory that a kernel gets without asking
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int cluster;  // blocks that see each other's shared memory
+  size_t shared;
+  void* stream;
+};
+
+struct Limits {
+  size_t shared;  // bytes that a block may have
+  int cluster;    // 1 where there are no clusters
+  int processors;
+};
+
+}  // namespace gpu
+}  // namespace mann_fast
+
+#ifdef MANN_FAST_EMULATION
+#include "emulation.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+namespace mann_fast {
+namespace gpu {
+
+__device__ inline int thread() { return static_cast<int>(threadIdx.x); }
+__device__ inline int threads() { return static_cast<int>(blockDim.x); }
+__device__ inline int64_t block() { return blockIdx.x; }
+
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
+// All threads of the block meet; what each had written, all see.
+__device__ inline void sync() { __syncthreads(); }
+__device__ inline void sync_warp() { __syncwarp(); }
+
+// Of all 32 lanes at once.
+template <class T>
+__device__ inline T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+template <class T>
+__device__ inline T shuffle(T value, int lane) {
+  return __shfl_sync(~0u, value, lane);
+}
+__device__ inline unsigned warp_min(unsigned value) { return __reduce_min_sync(~0u, value); }
+
+// The blocks of a cluster: they meet, and reach the same place of each other's shared memory.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void sync_cluster() { cooperative_groups::this_cluster().sync(); }
+template <class T>
+__device__ inline T* of_block(T* shared, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else  // never launched with clusters
+__device__ inline void sync_cluster() { __trap(); }
+template <class T>
+__device__ inline T* of_block(T* shared, int) {
+  return shared;
+}
+#endif
+
+__device__ inline float inverse_root(float x) { return rsqrtf(x); }
+__device__ inline double inverse_root(double x) { return rsqrt(x); }
+
+// Null where the launch was accepted, else why not.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
+  if (how.blocks == 0) return nullptr;
+  if (how.shared > portable_shared) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = how.shared;
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  config.attrs = &attribute;
+  config.numAttrs = how.cluster > 1 ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+// Of the current device.
+inline Limits limits() {
+  int device = 0, shared = 0, major = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return {static_cast<size_t>(shared), major >= 9 ? 8 : 1, processors};
+}
+
+}  // namespace gpu
+}  // namespace mann_fast
+#endif

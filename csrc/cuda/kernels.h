@@ -1,0 +1,25 @@
+// The CUDA kernels as the bindings call them. Each returns null, or why it could not be launched. Arguments are those of
+// the CPU kernels (../cpu/kernels.h), with pointers to device memory.
+#pragma once
+#include "../cpu/kernels.h"
+
+namespace mann_fast {
+namespace cuda {
+
+// Where a kernel is launched, and who gives it scratch memory: freed, or reused, in the order of the stream.
+struct Queue {
+  void* stream;
+  void* (*scratch)(void* owner, size_t bytes);
+  void* owner;
+};
+
+const char* content_read(const ContentRead&, const Queue&);
+const char* content_read_backward(const ContentReadBackward&, const Queue&);
+const char* least_used(const LeastUsed&, const Queue&);
+const char* lrua_write(const LruaWrite&, const Queue&);
+const char* lrua_write_backward(const LruaWriteBackward&, const Queue&);
+const char* lrua_scan(const LruaScan&, const Queue&);
+const char* lrua_scan_backward(const LruaScanBackward&, const Queue&);
+
+}  // namespace cuda
+}  // namespace mann_fast

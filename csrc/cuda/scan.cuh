@@ -1,0 +1,403 @@
+// A scan's parts that its two directions share: where everything lies, inputs on their way, and the step up to the softmax.
+//
+// A block, or a cluster of blocks, takes one sample through all steps. Slots are divided among the warps of all its blocks.
+// What is kept per slot (weights, usage) and the memory itself lie as near as there is room: a small memory in registers,
+// else in shared memory, else in device memory; the code is the same, since a thread only ever touches its own tiles.
+#pragma once
+#include <type_traits>
+
+#include "tile.cuh"
+
+namespace mann_fast {
+namespace cuda {
+
+// How a scan is laid out over a block.
+struct Plan {
+  int64_t N, D, R;
+  bool resident;      // the memory is in registers: one group of 16 slots a warp, one piece of columns
+  int piece_columns;  // C: columns of a lane in a piece
+  int heads_at_once;  // H
+  int warps, cluster;
+  int groups, pieces;    // of 16 slots, a warp; of 8 C columns, a slot
+  int64_t heads, columns;  // R and D, padded
+  int64_t span;            // slots of a block, padded
+  bool near_small, near_slots, near_tiles;  // in shared memory
+  size_t shared, scratch;                   // bytes of a block
+
+  __device__ __host__ int64_t padded_slots() const { return span * cluster; }
+  __device__ __host__ int64_t tile_numbers() const { return span * columns; }
+};
+
+// The inputs of a step.
+template <class T>
+struct Inputs {
+  T *keys, *vectors, *grads, *gate, *keep, *beta;
+  int* slots;
+  __device__ __host__ Inputs(Carver& carver, const Plan& plan, bool backward)
+      : keys(carver.take<T>(plan.heads * plan.columns)), vectors(carver.take<T>(plan.heads * plan.columns)),
+        grads(carver.take<T>(backward ? plan.heads * plan.columns : 0)), gate(carver.take<T>(plan.heads)),
+        keep(carver.take<T>(plan.heads)), beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
+};
+
+// What the warps tell each other.
+template <class T>
+struct Exchange {
+  using Bits = typename Order<T>::Bits;
+  T *sums, *greatest;     // [2, warps, heads] and [warps, heads]
+  T *reads, *of_vectors;  // [warps, heads, columns]: reads, or gradients of keys; gradients of write vectors
+  T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
+  Bits* orders;           // [warps, heads]: the least used of each warp
+  int *candidates, *chosen;
+  __device__ __host__ Exchange(Carver& carver, const Plan& plan, bool backward)
+      : sums(carver.take<T>(2 * plan.warps * plan.heads)), greatest(carver.take<T>(plan.warps * plan.heads)),
+        reads(carver.take<T>(plan.warps * plan.heads * plan.columns)),
+        of_vectors(carver.take<T>(backward ? plan.warps * plan.heads * plan.columns : 0)),
+        scalars(carver.take<T>(backward ? 3 * plan.warps * plan.heads : 0)),
+        orders(carver.take<Bits>(backward ? 0 : plan.warps * plan.heads)),
+        candidates(carver.take<int>(backward ? 0 : plan.warps * plan.heads)),
+        chosen(carver.take<int>(plan.warps * plan.heads)) {}
+};
+
+// Where the inputs of all steps come from, for one sample.
+struct Source {
+  const void *keys, *vectors, *grads, *gates, *sharpness;  // grads and sharpness may be null
+  const int64_t* slots;                                    // null where they are yet to be chosen
+  Dtype dtype;
+  int R, D;
+};
+
+// The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
+// in their places, a step later.
+template <class T>
+class Stream {
+ public:
+  __device__ Stream(const Source& from) : from_(from), count_(from.R * from.D * (from.grads ? 3 : 2) + 3 * from.R) {}
+
+  __device__ void ask(int64_t row) {
+    row_ = row;
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) {
+      const int i = gpu::thread() + j * gpu::threads();
+      asked_[j] = i < count_ ? get(i) : T(0);
+    }
+  }
+
+  __device__ void put(const Inputs<T>& in, int64_t columns) {
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) {
+      const int i = gpu::thread() + j * gpu::threads();
+      if (i < count_) put(in, columns, i, asked_[j]);
+    }
+    for (int i = gpu::thread() + ahead * gpu::threads(); i < count_; i += gpu::threads()) put(in, columns, i, get(i));
+  }
+
+ private:
+  static constexpr int ahead = 3;
+
+  __device__ T get(int i) const {
+    const int size = from_.R * from_.D, kind = i / size, vectors = from_.grads ? 3 : 2;
+    if (kind < vectors) {
+      const void* data = kind == 0 ? from_.keys : kind == 1 ? from_.vectors : from_.grads;
+      return load_as<T>(data, from_.dtype, row_ * size + i - kind * size);
+    }
+    const int rest = i - vectors * size, r = rest % from_.R;
+    const int64_t place = row_ * from_.R + r;
+    if (rest < from_.R) return load_as<T>(from_.gates, from_.dtype, place);
+    if (rest < 2 * from_.R) return from_.sharpness ? load_as<T>(from_.sharpness, from_.dtype, place) : T(1);
+    return from_.slots ? static_cast<T>(from_.slots[place]) : T(0);  // exact: a plan has fewer than 2^24 slots
+  }
+
+  __device__ void put(const Inputs<T>& in, int64_t columns, int i, T value) const {
+    const int size = from_.R * from_.D, kind = i / size, vectors = from_.grads ? 3 : 2;
+    if (kind < vectors) {
+      T* to = kind == 0 ? in.keys : kind == 1 ? in.vectors : in.grads;
+      const int j = i - kind * size;
+      to[j / from_.D * columns + j % from_.D] = value;
+      return;
+    }
+    const int rest = i - vectors * size, r = rest % from_.R;
+    if (rest < from_.R) gate_shares(value, in.gate[r], in.keep[r]);
+    else if (rest < 2 * from_.R) in.beta[r] = value;
+    else in.slots[r] = static_cast<int>(value);
+  }
+
+  Source from_;
+  int count_;
+  int64_t row_ = 0;
+  T asked_[ahead];
+};
+
+// A scan as one thread sees it.
+template <class T, int C, int H>
+struct Thread {
+  static constexpr int OWN = Place<H>::OWN;
+  const Plan& plan;
+  const Place<H> place;
+  int rank;            // of the block in its sample
+  int64_t first_slot;  // of the block
+  T eps;
+  bool shared_target;
+
+  __device__ Thread(const Plan& plan, int rank, double eps, bool shared_target)
+      : plan(plan), rank(rank), first_slot(rank * plan.span), eps(static_cast<T>(eps)), shared_target(shared_target) {}
+
+  // The first slot of the warp's group g, counted in the block.
+  __device__ int64_t group(int g) const { return (static_cast<int64_t>(g) * plan.warps + place.warp) * warp_slots; }
+  // The lane's first of four slots, and the one whose sums it owns.
+  __device__ int64_t slots(int g) const { return group(g) + place.group * lane_slots; }
+  __device__ int64_t own(int g) const { return group(g) + place.own_slot; }
+  __device__ int64_t piece(int g, int k) const { return static_cast<int64_t>(g) * plan.pieces + k; }
+  __device__ int64_t first_column(int k) const { return static_cast<int64_t>(k) * C * column_lanes + place.column; }
+
+  __device__ void sync() const {
+    if (plan.cluster > 1) gpu::sync_cluster();
+    else gpu::sync();
+  }
+
+  // The same number of every warp of every block, added up in one order by all.
+  __device__ T total(T* of_warps, int64_t r, int64_t ld) const {
+    T sum = 0;
+    for (int block = 0; block < plan.cluster; ++block) {
+      const T* from = plan.cluster > 1 ? gpu::of_block(of_warps, block) : of_warps;
+      for (int w = 0; w < plan.warps; ++w) sum += from[w * ld + r];
+    }
+    return sum;
+  }
+  __device__ T greatest(T* of_warps, int64_t r) const {
+    T most = -INFINITY;
+    for (int block = 0; block < plan.cluster; ++block) {
+      const T* from = plan.cluster > 1 ? gpu::of_block(of_warps, block) : of_warps;
+      for (int w = 0; w < plan.warps; ++w) {
+        const T value = from[w * plan.heads + r];
+        most = value > most || value != value ? value : most;
+      }
+    }
+    return most;
+  }
+
+  // An element of a memory [N, D] that starts at `memory`, 0 beyond it.
+  __device__ void take(const T* memory, int g, int k, Tile<T, C>& m) const {
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s) {
+      const int64_t slot = first_slot + slots(g) + s;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int64_t column = first_column(k) + c * column_lanes;
+        m.at[s][c] = slot < plan.N && column < plan.D ? memory[slot * plan.D + column] : T(0);
+      }
+    }
+  }
+  __device__ void give(const Tile<T, C>& m, int g, int k, T* memory) const {
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s) {
+      const int64_t slot = first_slot + slots(g) + s;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int64_t column = first_column(k) + c * column_lanes;
+        if (slot < plan.N && column < plan.D) memory[slot * plan.D + column] = m.at[s][c];
+      }
+    }
+  }
+  // The same of an anchor, [D, ld]: a column's slots side by side.
+  __device__ void take_anchor(const T* anchor, int64_t ld, int g, int k, Tile<T, C>& m) const {
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s) {
+      const int64_t slot = first_slot + slots(g) + s;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int64_t column = first_column(k) + c * column_lanes;
+        m.at[s][c] = slot < plan.N && column < plan.D ? anchor[column * ld + slot] : T(0);
+      }
+    }
+  }
+  __device__ void give_anchor(const Tile<T, C>& m, int64_t ld, int g, int k, T* anchor) const {
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s) {
+      const int64_t slot = first_slot + slots(g) + s;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int64_t column = first_column(k) + c * column_lanes;
+        if (slot < ld && column < plan.D) anchor[column * ld + slot] = m.at[s][c];
+      }
+    }
+  }
+
+  // Rows [R, ld] of numbers per slot from and to [heads, span], by the lanes of the warp that has the slots.
+  __device__ void take_rows(const T* rows, int64_t ld, T* to) const {
+    for (int g = 0; g < plan.groups; ++g)
+      for (int64_t i = place.lane; i < plan.heads * warp_slots; i += 32) {
+        const int64_t r = i / warp_slots, slot = group(g) + i % warp_slots;
+        to[r * plan.span + slot] = r < plan.R && first_slot + slot < plan.N ? rows[r * ld + first_slot + slot] : T(0);
+      }
+  }
+  __device__ void give_rows(const T* from, int64_t ld, T* rows) const {
+    for (int g = 0; g < plan.groups; ++g)
+      for (int64_t i = place.lane; i < plan.R * warp_slots; i += 32) {
+        const int64_t r = i / warp_slots, slot = group(g) + i % warp_slots;
+        if (first_slot + slot < ld) rows[r * ld + first_slot + slot] = from[r * plan.span + slot];
+      }
+  }
+
+  // Whether every similarity is so small that exp needs no maximum taken off: a cosine is at most 1, so exp(beta (cosine - 1))
+  // neither overflows nor underflows.
+  __device__ bool bounded(const T* beta) const {
+    bool all = true;
+    for (int r = 0; r < plan.R; ++r) all &= fabs(beta[r]) <= T(32);
+    return all;
+  }
+
+  // Write weights [heads, span] of the warp's slots; own lanes only.
+  __device__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights, T* write_weights) const {
+    for (int g = 0; g < plan.groups; ++g) {
+      const int64_t own_slot = own(g);
+      for (int64_t first = 0; first < plan.heads; first += H) {
+#pragma unroll
+        for (int j = 0; j < OWN; ++j) {
+          const int64_t r = first + place.own_head + j;
+          T weight = 0;
+          if (r < plan.R) weight = in.gate[r] * read_weights[r * plan.span + own_slot];
+          if (r < plan.R && is_target(chosen, r, first_slot + own_slot)) weight += in.keep[r];
+          if (place.owner) write_weights[r * plan.span + own_slot] = weight;
+        }
+      }
+    }
+  }
+  __device__ bool is_target(const int* chosen, int64_t r, int64_t slot) const {
+    if (!shared_target) return chosen[r] == slot;
+    bool any = false;
+    for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot;
+    return any;
+  }
+
+  __device__ __forceinline__ void load_weights(const T* rows, int64_t first, int64_t slot, Four<T> (&out)[H]) const {
+#pragma unroll
+    for (int h = 0; h < H; ++h) out[h] = load_four(rows + (first + h) * plan.span + slot);
+  }
+
+  // Erases the least used slot and adds what the heads write.
+  __device__ void write(const Inputs<T>& in, int64_t erased, const T* write_weights, int g, int k, Tile<T, C>& m) const {
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s)
+      if (first_slot + slots(g) + s == erased) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) m.at[s][c] = 0;
+      }
+    for (int64_t first = 0; first < plan.heads; first += H) {
+      Four<T> weights[H];
+      T rows[H][C];
+      load_weights(write_weights, first, slots(g), weights);
+      load_rows<H, C>(in.vectors + first * plan.columns + first_column(k), plan.columns, rows);
+      add_products<H, C>(weights, rows, m);
+    }
+  }
+
+  // Similarities of the group's slots, in `out` [heads, span]: their exponentials where they are bounded, and the warp's sums
+  // in `sums` [heads]; else as they are, and their maximum in `most`. dots and squares are kept where these are not null.
+  template <class Open>
+  __device__ void compare(const Inputs<T>& in, int g, bool bounded, const Open& open, T* out, T* sums, T* most, T* dots,
+                          T* squares) const {
+    const int64_t own_slot = own(g);
+    const bool there = first_slot + own_slot < plan.N;
+    T own_squares[lane_slots] = {};
+    for (int k = 0; k < plan.pieces; ++k) open(k, [&](const Tile<T, C>& m) { add_squares<C>(m, own_squares); });
+    add_lanes<4, 1, lane_slots>(own_squares, place.lane);
+    if (squares && place.owner && place.own_head == 0) squares[own_slot] = own_squares[0];
+    for (int64_t first = 0; first < plan.heads; first += H) {
+      T sum[lane_slots * H] = {}, key_squares[H] = {}, own_key[OWN];
+      for (int k = 0; k < plan.pieces; ++k) {
+        T keys[H][C];
+        load_rows<H, C>(in.keys + first * plan.columns + first_column(k), plan.columns, keys);
+        open(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, keys, sum); });
+#pragma unroll
+        for (int h = 0; h < H; ++h)
+#pragma unroll
+          for (int c = 0; c < C; ++c) key_squares[h] += keys[h][c] * keys[h][c];
+      }
+      add_lanes<4, 1, lane_slots * H>(sum, place.lane);
+      own_key_squares<H>(place, key_squares, own_key);
+      T result[OWN];
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) {
+        const int64_t r = first + place.own_head + j;
+        const bool valid = there && r < plan.R;
+        const T beta = in.beta[r];
+        const T score = beta * (sum[j] * gpu::inverse_root(own_key[j] * own_squares[0] + eps));
+        if (bounded) result[j] = valid ? exp(score - fabs(beta)) : T(0);
+        else result[j] = valid ? score : T(-INFINITY);
+        if (place.owner) {
+          out[r * plan.span + own_slot] = result[j];
+          if (dots) dots[r * plan.span + own_slot] = sum[j];
+        }
+      }
+      if (bounded) tell_sums(result, first, g > 0, sums);
+      else tell_greatest(result, first, g > 0, most);
+    }
+  }
+
+  // Turns similarities beyond the bound into exponentials, when all blocks have told their greatest.
+  __device__ void soften(T* most, T* out, T* sums) const {
+    sync();
+    for (int g = 0; g < plan.groups; ++g) {
+      const int64_t own_slot = own(g);
+      for (int64_t first = 0; first < plan.heads; first += H) {
+        T result[OWN];
+#pragma unroll
+        for (int j = 0; j < OWN; ++j) {
+          const int64_t r = first + place.own_head + j;
+          const bool valid = first_slot + own_slot < plan.N && r < plan.R;
+          result[j] = valid ? exp(out[r * plan.span + own_slot] - greatest(most, r)) : T(0);
+        }
+        gpu::sync_warp();  // where H is 1 two lanes read what one of them writes
+#pragma unroll
+        for (int j = 0; j < OWN; ++j)
+          if (place.owner) out[(first + place.own_head + j) * plan.span + own_slot] = result[j];
+        tell_sums(result, first, g > 0, sums);
+      }
+    }
+  }
+
+  __device__ void tell_sums(T* own_values, int64_t first, bool add, T* sums) const {
+    T value[OWN];
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) value[j] = own_values[j];
+    add_owners<H>(value);
+    if (place.lane < 2 && place.owner) {
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) {
+        T& sum = sums[first + place.own_head + j];
+        sum = add ? sum + value[j] : value[j];
+      }
+    }
+  }
+  __device__ void tell_greatest(const T* own_values, int64_t first, bool add, T* most) const {
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) {
+      T value = own_values[j];
+      for (int mask = 16; mask >= 2; mask /= 2) {
+        const T other = gpu::shuffle_xor(value, mask);
+        value = other > value || other != other ? other : value;
+      }
+      if (place.lane < 2 && place.owner) {
+        T& known = most[first + place.own_head + j];
+        known = add && (known > value || known != known) ? known : value;
+      }
+    }
+  }
+
+  // Multiplies own weights [heads, span] by one over the sums of their heads.
+  __device__ void normalise(T* sums, T* weights) const {
+    for (int64_t first = 0; first < plan.heads; first += H) {
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) {
+        const int64_t r = first + place.own_head + j;
+        if (r >= plan.R || !place.owner) continue;
+        const T scale = T(1) / total(sums, r, plan.heads);
+        for (int g = 0; g < plan.groups; ++g) weights[r * plan.span + own(g)] *= scale;
+      }
+    }
+  }
+};
+
+
+}  // namespace cuda
+}  // namespace mann_fast

@@ -1,0 +1,280 @@
+// How a block holds slots, and what warps do with them.
+//
+// A warp takes 16 slots at a time: a lane has 4 slots and C columns of each, the columns 8 apart, so that 8 lanes share a slot
+// and 4 groups of lanes share a column. A sum over the columns of a slot takes log2(8) rounds and a sum over slots log2(4)
+// rounds within the warp; both halve what a lane holds in every round, so that 16 dot products cost 14 shuffles. Equal slots
+// get equal bits: every slot's columns are added in one order, whichever lanes hold it.
+#pragma once
+#include <math.h>
+#include <cstdint>
+#include <cstring>
+
+#include "../cpu/kernels.h"
+#include "../include/half.h"
+#include "gpu.h"
+
+namespace mann_fast {
+namespace cuda {
+
+constexpr int column_lanes = 8, lane_slots = 4, warp_slots = 16;
+constexpr int most_threads = 256;
+
+template <class T>
+struct Order;  // an unsigned integer of a usage's size
+template <>
+struct Order<float> {
+  using Bits = uint32_t;
+};
+template <>
+struct Order<double> {
+  using Bits = uint64_t;
+};
+
+// A slot that is not there, or that has been chosen.
+template <class T>
+constexpr typename Order<T>::Bits taken = ~typename Order<T>::Bits(0);
+
+// An integer of the same order as usage: -0.0 equals 0.0, NaN comes last.
+template <class T>
+__device__ inline typename Order<T>::Bits order_of(T usage) {
+  using Bits = typename Order<T>::Bits;
+  const T u = usage + T(0);
+  Bits bits;
+  memcpy(&bits, &u, sizeof bits);
+  const Bits sign = Bits(1) << (8 * sizeof(T) - 1);
+  return u == u ? (bits & sign ? ~bits : bits | sign) : taken<T> - 1;
+}
+
+__device__ inline uint32_t warp_least(uint32_t value) { return gpu::warp_min(value); }
+__device__ inline uint64_t warp_least(uint64_t value) {
+  const uint32_t high = gpu::warp_min(static_cast<uint32_t>(value >> 32));
+  const uint32_t low = gpu::warp_min(value >> 32 == high ? static_cast<uint32_t>(value) : ~0u);
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+template <class T>
+__device__ inline T load_as(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::float32: return static_cast<T>(static_cast<const float*>(data)[i]);
+    case Dtype::float64: return static_cast<T>(static_cast<const double*>(data)[i]);
+    case Dtype::bfloat16: return static_cast<T>(from_bfloat16(static_cast<const uint16_t*>(data)[i]));
+    case Dtype::float16: return static_cast<T>(from_float16(static_cast<const uint16_t*>(data)[i]));
+  }
+  return T(0);
+}
+
+template <class T>
+__device__ inline void store_as(void* data, Dtype dtype, int64_t i, T value) {
+  switch (dtype) {
+    case Dtype::float32: static_cast<float*>(data)[i] = static_cast<float>(value); break;
+    case Dtype::float64: static_cast<double*>(data)[i] = static_cast<double>(value); break;
+    case Dtype::bfloat16: static_cast<uint16_t*>(data)[i] = to_bfloat16(static_cast<float>(value)); break;
+    case Dtype::float16: static_cast<uint16_t*>(data)[i] = to_float16(static_cast<float>(value)); break;
+  }
+}
+
+// The two shares of a gate; neither loses its last bits where the other is near 1.
+template <class T>
+__device__ inline void gate_shares(T logit, T& gate, T& keep) {
+  const T e = exp(-fabs(logit)), larger = T(1) / (T(1) + e), smaller = e * larger;
+  gate = logit >= 0 ? larger : smaller;
+  keep = logit >= 0 ? smaller : larger;
+  if (logit != logit) gate = keep = logit;
+}
+
+// Carves arrays out of a piece of memory; with a null base it only counts bytes.
+struct Carver {
+  unsigned char* base;
+  size_t used = 0;
+  __device__ __host__ explicit Carver(unsigned char* base) : base(base) {}
+  template <class U>
+  __device__ __host__ U* take(int64_t count) {
+    U* array = reinterpret_cast<U*>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(U) + 15) / 16 * 16;
+    return array;
+  }
+};
+
+// ---- sums over lanes ------------------------------------------------------------------------------------------------
+
+// Adds up v over the lanes that differ in the bits MASK, MASK / 2, ... LAST. While the number of values is even every round
+// halves it: a lane keeps one half and gives the other away. With an odd number all lanes keep everything.
+template <int MASK, int LAST, int V, class T>
+__device__ __forceinline__ void add_lanes(T* v, int lane) {
+  if constexpr (MASK >= LAST) {
+    if constexpr (V % 2 == 0) {
+      const bool upper = lane & MASK;
+#pragma unroll
+      for (int i = 0; i < V / 2; ++i) {
+        const T given = upper ? v[i] : v[i + V / 2];
+        v[i] = (upper ? v[i + V / 2] : v[i]) + gpu::shuffle_xor(given, MASK);
+      }
+      add_lanes<MASK / 2, LAST, V / 2>(v, lane);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] += gpu::shuffle_xor(v[i], MASK);
+      add_lanes<MASK / 2, LAST, V>(v, lane);
+    }
+  }
+}
+
+// How many of V sums a lane has then,
+template <int MASK, int LAST, int V>
+constexpr int sums_kept() {
+  if constexpr (MASK < LAST) return V;
+  else return V % 2 == 0 ? sums_kept<MASK / 2, LAST, V / 2>() : sums_kept<MASK / 2, LAST, V>();
+}
+
+// which is the first of them,
+template <int MASK, int LAST, int V>
+__device__ __forceinline__ int first_sum(int lane) {
+  if constexpr (MASK < LAST) return 0;
+  else if constexpr (V % 2 == 0) return (lane & MASK ? V / 2 : 0) + first_sum<MASK / 2, LAST, V / 2>(lane);
+  else return first_sum<MASK / 2, LAST, V>(lane);
+}
+
+// and whether it is the one of those with the same sums that shall use them.
+template <int MASK, int LAST, int V>
+__device__ __forceinline__ bool has_sums(int lane) {
+  if constexpr (MASK < LAST) return true;
+  else if constexpr (V % 2 == 0) return has_sums<MASK / 2, LAST, V / 2>(lane);
+  else return !(lane & MASK) && has_sums<MASK / 2, LAST, V>(lane);
+}
+
+template <class T>
+__device__ __forceinline__ T add_warp(T value, int first_mask, int last_mask) {
+  for (int mask = first_mask; mask >= last_mask; mask /= 2) value += gpu::shuffle_xor(value, mask);
+  return value;
+}
+
+// ---- a thread's place -----------------------------------------------------------------------------------------------
+
+// With H heads at a time, a lane comes out of a sum over columns with OWN heads of one slot: its own.
+template <int H>
+struct Place {
+  static constexpr int OWN = sums_kept<4, 1, lane_slots * H>();
+  int lane, warp, warps, column, group, own_slot, own_head;
+  bool owner;
+  __device__ Place()
+      : lane(gpu::thread() % 32), warp(gpu::thread() / 32), warps(gpu::threads() / 32), column(lane % column_lanes),
+        group(lane / column_lanes), own_slot(group * lane_slots + first_sum<4, 1, lane_slots * H>(lane) / H),
+        own_head(first_sum<4, 1, lane_slots * H>(lane) % H), owner(has_sums<4, 1, lane_slots * H>(lane)) {}
+};
+
+// |key|^2 of a lane's own heads, from the squares of its columns of H keys.
+template <int H, class T>
+__device__ __forceinline__ void own_key_squares(const Place<H>& p, T* squares, T* own) {
+  add_lanes<4, 1, H>(squares, p.lane);
+#pragma unroll
+  for (int j = 0; j < Place<H>::OWN; ++j) {
+    const int head = p.own_head + j;
+    const int holder = H == 4 ? 2 * head : H == 2 ? 4 * head : 0;
+    own[j] = gpu::shuffle(squares[0], p.group * column_lanes + holder);
+  }
+}
+
+// Sums over the lanes that own the same heads of other slots: over every bit of the lane but the last, which tells heads
+// apart, or holds the same twice where H is 1.
+template <int H, class T>
+__device__ __forceinline__ void add_owners(T* own) {
+#pragma unroll
+  for (int j = 0; j < Place<H>::OWN; ++j)
+#pragma unroll
+    for (int mask = 16; mask >= 2; mask /= 2) own[j] += gpu::shuffle_xor(own[j], mask);
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+template <class T, int C>
+struct Tile {
+  T at[lane_slots][C];
+};
+
+// Four numbers beside each other, which one instruction loads.
+template <class T>
+struct alignas(16) Four {
+  T at[4];
+};
+template <class T>
+__device__ __forceinline__ Four<T> load_four(const T* from) {
+  return *reinterpret_cast<const Four<T>*>(from);
+}
+
+// Tiles of one block, laid out so that threads side by side touch numbers side by side; a thread sees its own only.
+template <class T, int C>
+__device__ __forceinline__ void load_tile(const T* tiles, int64_t piece, Tile<T, C>& m) {
+  const T* from = tiles + piece * lane_slots * C * gpu::threads() + gpu::thread();
+#pragma unroll
+  for (int i = 0; i < lane_slots * C; ++i) m.at[i / C][i % C] = from[static_cast<int64_t>(i) * gpu::threads()];
+}
+template <class T, int C>
+__device__ __forceinline__ void store_tile(T* tiles, int64_t piece, const Tile<T, C>& m) {
+  T* to = tiles + piece * lane_slots * C * gpu::threads() + gpu::thread();
+#pragma unroll
+  for (int i = 0; i < lane_slots * C; ++i) to[static_cast<int64_t>(i) * gpu::threads()] = m.at[i / C][i % C];
+}
+
+// dots[s H + h] += columns of slot s times columns of row h, for rows [H][ld] from this lane's first column on.
+template <int H, int C, class T>
+__device__ __forceinline__ void add_dots(const Tile<T, C>& m, const T (&rows)[H][C], T* dots) {
+#pragma unroll
+  for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+    for (int h = 0; h < H; ++h)
+#pragma unroll
+      for (int c = 0; c < C; ++c) dots[s * H + h] += m.at[s][c] * rows[h][c];
+}
+
+template <int C, class T>
+__device__ __forceinline__ void add_squares(const Tile<T, C>& m, T* squares) {
+#pragma unroll
+  for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+    for (int c = 0; c < C; ++c) squares[s] += m.at[s][c] * m.at[s][c];
+}
+
+template <int H, int C, class T>
+__device__ __forceinline__ void load_rows(const T* rows, int64_t ld, T (&out)[H][C]) {
+#pragma unroll
+  for (int h = 0; h < H; ++h)
+#pragma unroll
+    for (int c = 0; c < C; ++c) out[h][c] = rows[h * ld + c * column_lanes];
+}
+
+// m.at[s] += sum over heads of weights[h][s] rows[h].
+template <int H, int C, class T>
+__device__ __forceinline__ void add_products(const Four<T> (&weights)[H], const T (&rows)[H][C], Tile<T, C>& m) {
+#pragma unroll
+  for (int h = 0; h < H; ++h)
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+      for (int c = 0; c < C; ++c) m.at[s][c] += weights[h].at[s] * rows[h][c];
+}
+
+// sums[h C + c] += sum over slots of weights[h][s] m.at[s][c].
+template <int H, int C, class T>
+__device__ __forceinline__ void add_weighted(const Tile<T, C>& m, const Four<T> (&weights)[H], T* sums) {
+#pragma unroll
+  for (int h = 0; h < H; ++h)
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+      for (int c = 0; c < C; ++c) sums[h * C + c] += weights[h].at[s] * m.at[s][c];
+}
+
+// Weighted sums over the slots of a warp, from what its lanes have, to [H][ld], this lane's first column on.
+template <int H, int C, class T>
+__device__ __forceinline__ void store_warp_sums(T* sums, int lane, T* to, int64_t ld, bool add) {
+  add_lanes<16, 8, H * C>(sums, lane);
+  if (!has_sums<16, 8, H * C>(lane)) return;
+  const int first = first_sum<16, 8, H * C>(lane);
+#pragma unroll
+  for (int i = 0; i < sums_kept<16, 8, H * C>(); ++i) {
+    T* place = to + (first + i) / C * ld + (first + i) % C * column_lanes;
+    *place = add ? *place + sums[i] : sums[i];
+  }
+}
+
+}  // namespace cuda
+}  // namespace mann_fast
