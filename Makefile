@@ -17,11 +17,11 @@ TORCH_OTHER ?= torch==2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
-OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_cell.py tests/test_ops.py
-TRITON_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
+KERNEL_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
+OP_TESTS := $(KERNEL_TESTS) tests/test_cell.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check build lint abi isas triton sanitize wheel clean
+.PHONY: demo test check build lint abi isas triton cuda emulate sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -41,7 +41,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-check: lint abi isas triton sanitize wheel
+check: lint abi isas triton cuda emulate sanitize wheel
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -56,8 +56,17 @@ isas: build
 
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
 triton: build
-	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS)
+	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 	$(BIN)/python scripts/triton_aot.py
+
+# The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.
+cuda: build
+	$(BIN)/python scripts/cuda_report.py
+
+# The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread.
+emulate: build
+	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
+	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(KERNEL_TESTS)
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/installed

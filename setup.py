@@ -3,10 +3,12 @@
 The kernels are compiled once per instruction set and know nothing of torch; csrc/bindings.cpp uses
 LibTorch's stable ABI only, so the library needs nothing of the very torch that it was built with. It has no
 Python module inside: torch.ops.load_library loads it. Objects are kept in build/objects for the next time.
+Where there is nvcc, the CUDA kernels come with it, in a library of their own that torch without CUDA need not
+load.
 
-Where it cannot be built the package installs all the same and runs on its PyTorch reference;
-mann_fast/_build_info.json says why (`mann-fast doctor` shows it). MANN_FAST_REQUIRE_EXTENSION=1 makes that
-an error.
+Where either cannot be built the package installs all the same and runs on what there is;
+mann_fast/_build_info.json says why (`mann-fast doctor` shows it). MANN_FAST_REQUIRE_EXTENSION=1 makes the
+first an error.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 from build_backend import find_torch, torch_version  # noqa: E402
-from native import OLDEST_TORCH, ROOT, CannotBuild, Compiler, Unit, binding_flags  # noqa: E402
+from native import OLDEST_TORCH, ROOT, CannotBuild, Compiler, Nvcc, Unit, binding_flags  # noqa: E402
 
 LIBRARY = "_C.abi3.so"
+CUDA_LIBRARY = "_C_cuda.abi3.so"
 BUILD_INFO = "_build_info.json"
 
 
@@ -52,6 +55,24 @@ def build_library(target: Path) -> dict:
     return {"torch": torch_version(torch), "compiler": compiler.version, "isas": list(compiler.isas)}
 
 
+def build_cuda_library(target: Path) -> dict:
+    """Build the CUDA kernels; returns what they were built with. Raises CannotBuild."""
+    nvcc, compiler, torch = Nvcc(), Compiler(), find_torch()
+    folder = Path("build/objects")
+    bindings = Unit("csrc/cuda/bindings.cpp", "cuda_bindings", binding_flags(torch))
+    objects = nvcc.compile(nvcc.kernel_units(), folder) + compiler.compile([bindings], folder)
+    # What gives the current stream is in libtorch_cuda, which a torch without CUDA does not have: a stand-in of the same
+    # name will do to build with, since whoever loads the library has torch's own.
+    stand_in = folder / "stand_in" / "libtorch_cuda.so"
+    stand_in.parent.mkdir(exist_ok=True)
+    source = stand_in.with_suffix(".c")
+    source.write_text("int aoti_torch_get_current_cuda_stream(int index, void** stream) { return index && stream; }\n")
+    compiler.run(["-shared", "-fPIC", "-x", "c", str(source), "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)])
+    libraries = [f"-L{torch}/lib", "-ltorch_cpu", str(stand_in), "-Xlinker", "--exclude-libs,ALL"]
+    nvcc.run(["-shared", "-cudart", "static", "-o", str(target.absolute()), *map(str, objects), *libraries])
+    return {"cuda": nvcc.version, "architectures": nvcc.architectures}
+
+
 class BuildPython(build_py):
     def run(self) -> None:
         if not self.editable_mode:  # what an earlier build left behind must not get into this one's wheel
@@ -74,13 +95,22 @@ class BuildExtension(build_ext):
             library.unlink(missing_ok=True)
             info.update(extension=False, reason=str(problem))
             print(f"mann_fast is built without its C++ extension: {problem}", file=sys.stderr)
+        cuda = library.with_name(CUDA_LIBRARY)
+        info.update(cuda=None, cuda_reason="the C++ extension comes first", architectures=[])
+        if info["extension"]:
+            try:
+                info.update(build_cuda_library(cuda), cuda_reason=None)
+            except CannotBuild as problem:
+                cuda.unlink(missing_ok=True)
+                info["cuda_reason"] = str(problem)
+                print(f"mann_fast is built without its CUDA kernels: {problem}", file=sys.stderr)
         library.parent.mkdir(parents=True, exist_ok=True)
         library.with_name(BUILD_INFO).write_text(json.dumps(info, indent=1) + "\n")
 
     def copy_extensions_to_source(self) -> None:
         """For editable installs. Replaced, not written over: a running process may have the library open."""
         built, package = Path(self.build_lib) / "mann_fast", ROOT / "mann_fast"
-        for name in (LIBRARY, BUILD_INFO):
+        for name in (LIBRARY, CUDA_LIBRARY, BUILD_INFO):
             if (built / name).exists():
                 shutil.copy2(built / name, package / f"{name}.new")
                 os.replace(package / f"{name}.new", package / name)
@@ -89,7 +119,7 @@ class BuildExtension(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "mann_fast"
-        return [str(package / name) for name in (LIBRARY, BUILD_INFO) if (package / name).exists()]
+        return [str(package / name) for name in (LIBRARY, CUDA_LIBRARY, BUILD_INFO) if (package / name).exists()]
 
 
 # Free-threaded Python has no stable ABI, so its wheels are tagged for one Python version.

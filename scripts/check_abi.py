@@ -2,9 +2,9 @@
 
     python scripts/check_abi.py [mann_fast/_C.abi3.so] [build/objects]     (exits 1 if something is amiss)
 
-- The library may need C and C++ runtime symbols, and of torch only aoti_* and torch_* names, all of which
-  libtorch_cpu.so of the oldest supported torch defines (scripts/torch_2.11_symbols.txt). So it loads beside
-  any later one.
+- The library, and that of the CUDA kernels where there is one, may need C and C++ runtime symbols, and of torch
+  only aoti_* and torch_* names, all of which libtorch_cpu.so of the oldest supported torch defines
+  (scripts/torch_2.11_symbols.txt). So it loads beside any later one.
 - It exports nothing of its own (weak copies of what the C++ library defines inline aside).
 - An object compiled for one instruction set defines nothing outside the namespace of that set. Else the
   linker might keep its copy of a shared inline function for all, and processors without the set would stop
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CUDA_LIBRARY = "_C_cuda.abi3.so"
 OLDEST = ROOT / "scripts" / "torch_2.11_symbols.txt"
 RUNTIME_VERSION = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_")
 RUNTIME_WEAK = {
@@ -27,6 +28,8 @@ RUNTIME_WEAK = {
     "__gmon_start__",
     "__cxa_finalize",
 }
+# Of libtorch_cuda.so; torch 2.11 has it.
+OF_CUDA = {"aoti_torch_get_current_cuda_stream"}
 LINKER_MARKS = {"__bss_start", "_edata", "_end"}
 
 
@@ -40,6 +43,8 @@ def check_library(library: Path) -> list[str]:
     """What is wrong with the symbols that the library needs and exports."""
     problems = []
     oldest = {line for line in OLDEST.read_text().splitlines() if not line.startswith("#")}
+    if library.name == CUDA_LIBRARY:
+        oldest |= OF_CUDA
     needed = [name for _, name in symbols(library, "-D", "--undefined-only")]
     of_torch = {name for name in needed if re.match(r"(aoti|torch)_", name)}
     for name in sorted(of_torch - oldest):
@@ -71,11 +76,13 @@ def check_object(file: Path) -> list[str]:
 def main(arguments: list[str]) -> int:
     library = Path(arguments[0]) if arguments else ROOT / "mann_fast" / "_C.abi3.so"
     folder = Path(arguments[1]) if len(arguments) > 1 else ROOT / "build" / "objects"
-    objects = sorted(folder.glob("*_*.o"))
+    objects = [file for file in sorted(folder.glob("*_*.o")) if not file.name.startswith("cuda_")]
     if not objects:
         print(f"there are no objects in {folder}", file=sys.stderr)
         return 1
     problems = check_library(library)
+    if (beside := library.with_name(CUDA_LIBRARY)).exists():
+        problems += check_library(beside)
     for file in objects:
         problems += check_object(file)
     print(f"{len(objects)} objects: {' '.join(file.stem for file in objects)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -55,6 +56,10 @@ class Unit(NamedTuple):
 class Compiler:
     """The C++ compiler: $CXX, or the first of g++, c++, clang++. Raises CannotBuild if there is none."""
 
+    flags = COMMON_FLAGS
+    needed = "g++ 12 or newer, or clang++,"
+    shows_messages = True
+
     def __init__(self) -> None:
         candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
         found = [name for name in candidates if shutil.which(shlex.split(name)[0])]
@@ -70,15 +75,18 @@ class Compiler:
             raise CannotBuild(f"the C++ compiler {shlex.join(self.command)!r} does not answer {question}")
         return answer.stdout.splitlines()[0].strip()
 
-    def run(self, arguments: list[str]) -> None:
+    def run(self, arguments: list[str]) -> str:
+        """What the compiler said, which nobody needs to read where all went well."""
         command = [*self.command, *arguments]
         print(shlex.join(command), flush=True)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        sys.stderr.write(done.stderr)
+        if done.returncode != 0 or self.shows_messages:
+            sys.stderr.write(done.stderr)
         if done.returncode != 0:
             lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[-1])
-            raise CannotBuild(f"{self.version} failed (g++ 12 or newer, or clang++, is needed): {reason}")
+            raise CannotBuild(f"{self.version} failed ({self.needed} is needed): {reason}")
+        return done.stderr
 
     def kernel_units(self) -> list[Unit]:
         """The kernels, once per instruction set, and what chooses between them: all that needs no torch."""
@@ -100,15 +108,54 @@ class Compiler:
     def _compile(self, unit: Unit, folder: Path, more_flags: list[str]) -> Path:
         target = folder / f"{unit.name}.o"
         stamp = target.with_suffix(".stamp")  # what it was compiled with, written after it was
-        arguments = [*COMMON_FLAGS, *unit.flags, *more_flags, "-MD", "-c", unit.source, "-o", str(target)]
+        arguments = [*self.flags, *unit.flags, *more_flags, "-MD", "-c", unit.source, "-o", str(target)]
         made_by = f"{self.version}\n{shlex.join(self.command + arguments)}\n"
         if not (stamp.exists() and stamp.read_text() == made_by and _newer(stamp, target.with_suffix(".d"))):
             stamp.unlink(missing_ok=True)
             started = time.time()
-            self.run(arguments)
+            target.with_suffix(".log").write_text(self.run(arguments))
             stamp.write_text(made_by)
             os.utime(stamp, (started, started))  # a file changed meanwhile counts as newer
         return target
+
+
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+class Nvcc(Compiler):
+    """NVIDIA's compiler, for the CUDA kernels: $CUDACXX, or nvcc in $CUDA_HOME, the path or /usr/local/cuda.
+
+    It compiles for the architectures above, and PTX for later ones; MANN_FAST_CUDA_ARCHS="90" names others, and
+    MANN_FAST_CUDA=0 makes a build without CUDA. Raises CannotBuild if there is none or it is too old.
+    """
+
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v",
+             "--compress-mode=size", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-x", "cu"]  # fmt: skip
+    needed = "CUDA 12.8 or newer"
+    shows_messages = False  # of registers and shared memory, which scripts/cuda_report.py shows
+
+    def __init__(self) -> None:
+        if os.environ.get("MANN_FAST_CUDA") == "0":
+            raise CannotBuild("MANN_FAST_CUDA=0 asked for a build without CUDA")
+        homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+        places = [f"{home}/bin/nvcc" for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+        found = [place for place in [os.environ.get("CUDACXX"), *places] if place and shutil.which(place)]
+        if not found:
+            raise CannotBuild("no nvcc was found, which compiles the CUDA kernels")
+        self.command = [found[0]]
+        answer = subprocess.run([*self.command, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", answer)
+        self.version = f"nvcc {release.group(1)}.{release.group(2)}" if release else "nvcc of an unknown release"
+        if release is None or (int(release.group(1)), int(release.group(2))) < (12, 8):
+            raise CannotBuild(f"CUDA 12.8 or newer is needed, this is {self.version}")
+        named = os.environ.get("MANN_FAST_CUDA_ARCHS", " ".join(CUDA_ARCHITECTURES))
+        self.architectures = sorted(named.replace(",", " ").split(), key=int)
+
+    def kernel_units(self) -> list[Unit]:
+        last = self.architectures[-1]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.architectures]
+        codes.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+        return [Unit(f"csrc/cuda/{name}.cu", f"cuda_{name}", codes) for name in CUDA_KERNELS]
 
 
 def _newer(stamp: Path, dependencies: Path) -> bool:

@@ -1,4 +1,8 @@
-"""Builds tests/cpp/kernels_driver.cpp with the kernels under sanitizers and runs it for each instruction set.
+"""Runs the kernels under sanitizers, with nothing of torch around them: those for the CPU on each instruction set
+(tests/cpp/kernels_driver.cpp), and those for CUDA emulated on this processor (tests/cpp/cuda_driver.cpp).
+
+For the emulated ones it also shows that the check can fail: kernels with a planted defect are noticed, and so is every barrier
+that is left out.
 
 python scripts/sanitize.py [address,undefined | thread]...     (both if none is named)
 """
@@ -7,45 +11,96 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import emulate
 from native import ROOT, CannotBuild, Compiler, Unit
 
 DRIVER = Unit("tests/cpp/kernels_driver.cpp", "driver", [])
+CUDA_DRIVER = Unit("tests/cpp/cuda_driver.cpp", "cuda_driver", emulate.FLAGS)
+# What a sanitizer must notice in tests/cpp/cuda_driver.cpp.
+PLANTED = {"address,undefined": ["divergent", "out-of-bounds"], "thread": ["divergent", "late"]}
+SEEDS = (1, 2, 3)  # of the order in which warps and lanes run
 NOT_SUPPORTED = 77  # the driver's exit code for an instruction set that the processor does not have
 
 
-def sanitize(compiler: Compiler, sanitizers: str) -> bool:
-    """Whether all instruction sets that this processor has run without a finding."""
+def build(compiler: Compiler, sanitizers: str) -> tuple[Path, Path]:
+    """The two drivers."""
     folder = Path("build") / f"sanitize-{sanitizers.replace(',', '-')}"
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    objects = compiler.compile([*compiler.kernel_units(), DRIVER], folder, flags)
-    program = folder / "driver"
-    compiler.run([*flags, "-o", str(program), *map(str, objects), "-pthread"])
-    command = [str(ROOT / program)]
+    units = [*compiler.kernel_units(), DRIVER, CUDA_DRIVER, *emulate.kernel_units()]
+    *kernels, driver, cuda_driver, cuda1, cuda2, cuda3 = map(str, compiler.compile(units, folder, flags))
+    programs = folder / "driver", folder / "cuda_driver"
+    for program, objects in zip(programs, ([driver], [cuda_driver, cuda1, cuda2, cuda3]), strict=True):
+        compiler.run([*flags, "-o", str(program), *objects, *kernels, "-lstdc++", "-lm", "-pthread"])
+    return programs
+
+
+def run(program: Path, sanitizers: str, *arguments: str, quiet: bool = False, **environment: str) -> tuple[int, str]:
+    """Exit status and standard output."""
+    command = [str(ROOT / program), *arguments]
     if "thread" in sanitizers and shutil.which("setarch"):
         # ThreadSanitizer knows where programs are loaded, which far-reaching address randomisation changes.
         command = ["setarch", platform.machine(), "--addr-no-randomize", *command]
+    environment = {**os.environ, "MANN_FAST_POISON": "1", **environment}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if quiet else None, text=True
+    )
+    return done.returncode, done.stdout
+
+
+def sanitize(program: Path, sanitizers: str, compiler: Compiler) -> bool:
+    """Whether all instruction sets that this processor has run without a finding."""
     clean = True
     for isa in compiler.isas:
-        done = subprocess.run(command, env={**os.environ, "MANN_FAST_CPU_ISA": isa, "MANN_FAST_POISON": "1"})
-        if done.returncode == NOT_SUPPORTED:
+        status, _ = run(program, sanitizers, MANN_FAST_CPU_ISA=isa)
+        if status == NOT_SUPPORTED:
             print(f"{sanitizers}: {isa} SKIPPED, this processor does not have it")
         else:
-            print(f"{sanitizers}: {isa} {'passed' if done.returncode == 0 else 'FAILED'}", flush=True)
-            clean = clean and done.returncode == 0
+            print(f"{sanitizers}: {isa} {'passed' if status == 0 else 'FAILED'}", flush=True)
+            clean = clean and status == 0
+    return clean
+
+
+def sanitize_cuda(program: Path, sanitizers: str) -> bool:
+    """Whether the emulated kernels run without a finding, and whatever is wrong on purpose is noticed."""
+    clean = True
+
+    def say(what: str, good: bool) -> None:
+        nonlocal clean
+        clean = clean and good
+        print(f"{sanitizers}: emulated CUDA, {what} {'passed' if good else 'FAILED'}", flush=True)
+
+    for seed in SEEDS:
+        status, output = run(program, sanitizers, "--seed", str(seed))
+        say(f"seed {seed}: {output.strip()}", status == 0)
+    for defect in PLANTED[sanitizers]:
+        status, _ = run(program, sanitizers, "--plant", defect, quiet=True)
+        say(f"a planted defect ({defect}) is noticed:", status != 0)
+    if sanitizers == "thread":
+        for kernel in ("content", "write", "scan"):
+            _, output = run(program, sanitizers, kernel)
+            for scope, count in zip(("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True):
+                missed = [
+                    number
+                    for number in range(int("".join(count)))
+                    if run(program, sanitizers, kernel, f"--omit-{scope}", str(number), quiet=True)[0] == 0
+                ]
+                say(f"{kernel}: each of {''.join(count)} barriers of a {scope} is needed, not noticed {missed}:", not missed)
     return clean
 
 
 def main(arguments: list[str]) -> int:
     try:
         compiler = Compiler()
-        clean = [
-            sanitize(compiler, sanitizers) for sanitizers in arguments or ["address,undefined", "thread"]
-        ]
+        clean = []
+        for sanitizers in arguments or ["address,undefined", "thread"]:
+            driver, cuda_driver = build(compiler, sanitizers)
+            clean += [sanitize_cuda(cuda_driver, sanitizers), sanitize(driver, sanitizers, compiler)]
     except CannotBuild as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -11,7 +11,8 @@ import torch
 from mann_fast import backends, reference
 from mann_fast.ops import _backend
 
-# Which kernels the op tests run on: "cpp", or "triton" (make triton). conftest.py makes every op take them.
+# Which kernels the op tests run on: "cpp", "cuda" (make emulate) or "triton" (make triton). conftest.py makes every op take
+# them.
 BACKEND = os.environ.get("MANN_FAST_TEST_BACKEND", "cpp")
 INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -495,6 +495,22 @@ def test_doctor_tells_how_the_extension_was_built(monkeypatch, tmp_path, info, e
     assert expected in doctor.extension()
 
 
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"cuda": None, "cuda_reason": "no nvcc was found"}, "not built: no nvcc was found"),
+        ({"cuda": "nvcc 13.0", "architectures": ["80", "90"]}, "built with nvcc 13.0 for sm_80, sm_90"),
+        (None, "not built"),
+    ],
+)
+def test_doctor_tells_how_the_cuda_kernels_were_built(monkeypatch, tmp_path, info, expected):
+    file = tmp_path / "_build_info.json"
+    if info:
+        file.write_text(json.dumps(info))
+    monkeypatch.setattr(doctor, "BUILD_INFO", file)
+    assert doctor.cuda_kernels() == expected
+
+
 def test_demo_trains_predicts_and_fails_where_nothing_was_learned(capsys, tmp_path, monkeypatch):
     small = TrainConfig(steps=2, hidden_size=8, slots=6, slot_size=4, heads=1, batch=1, eval_episodes=4)
     monkeypatch.setattr(demo, "CONFIG", small)

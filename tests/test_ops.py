@@ -234,7 +234,7 @@ def test_backend_selection():
         with mann_fast.backend("cuda9"):
             pass
     reports = mann_fast.backends()
-    assert reports["reference"] is None and set(reports) == {"cpp", "triton", "reference"}
+    assert reports["reference"] is None and set(reports) == {"cpp", "cuda", "triton", "reference"}
     if reports["cpp"] is None:
         with mann_fast.backend("cpp"), pytest.raises(RuntimeError, match="cpp"):
             ops.least_used(FakeDevice.usage(), 1)

@@ -35,7 +35,10 @@ def test_version_and_typing_marker():
 
 def test_build_record_agrees_with_what_is_there():
     info = json.loads((PACKAGE / "_build_info.json").read_text())
-    assert set(info) == {"extension", "reason", "torch", "compiler", "isas"}
+    of_cuda = {"cuda", "cuda_reason", "architectures"}
+    assert set(info) == {"extension", "reason", "torch", "compiler", "isas"} | of_cuda
+    assert (info["cuda"] is not None) == (PACKAGE / "_C_cuda.abi3.so").exists() == (info["cuda_reason"] is None)
+    assert bool(info["architectures"]) == (info["cuda"] is not None)
     assert info["extension"] == (PACKAGE / "_C.abi3.so").exists()
     if info["extension"]:
         assert info["reason"] is None

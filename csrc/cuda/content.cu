@@ -22,7 +22,7 @@ struct Shared {
         of_squares(carver.take<T>(backward ? plan.heads * plan.span : 0)), most(carver.take<T>(plan.warps * plan.heads)),
         sums(carver.take<T>(plan.warps * plan.heads)), read(carver.take<T>(plan.warps * plan.heads * plan.columns)) {}
   // As a step's inputs, of which a comparison needs these two.
-  __device__ Inputs<T> inputs() const {
+  __device__ __forceinline__ Inputs<T> inputs() const {
     Carver nothing(nullptr);
     Plan empty{};
     Inputs<T> in(nothing, empty, false);
@@ -34,14 +34,14 @@ struct Shared {
 
 template <class T>
 __device__ void load_keys(const void* data, Dtype dtype, int64_t sample, const Plan& plan, T* rows) {
-  for (int64_t i = gpu::thread(); i < plan.heads * plan.columns; i += gpu::threads()) {
-    const int64_t r = i / plan.columns, d = i % plan.columns;
+  for (int i = gpu::thread(); i < plan.heads * plan.columns; i += gpu::threads()) {
+    const int r = i / plan.columns, d = i % plan.columns;
     rows[i] = data && r < plan.R && d < plan.D ? load_as<T>(data, dtype, (sample * plan.R + r) * plan.D + d) : T(0);
   }
 }
 template <class T>
 __device__ void load_sharpness(const void* data, Dtype dtype, int64_t sample, const Plan& plan, T* beta) {
-  for (int64_t r = gpu::thread(); r < plan.heads; r += gpu::threads())
+  for (int r = gpu::thread(); r < plan.heads; r += gpu::threads())
     beta[r] = r >= plan.R ? T(0) : data ? load_as<T>(data, dtype, sample * plan.R + r) : T(1);
 }
 
@@ -53,11 +53,11 @@ struct Parts {
 
 // The memory's pieces: held in registers, or fetched again each time.
 template <class T, int C, int H, bool RESIDENT>
-struct Slots : Thread<T, C, H> {
+struct Slots : Thread<T, C, H, RESIDENT> {
   const T* memory;
   Tile<T, C> held;
-  __device__ Slots(const Plan& plan, int part, double eps, const T* memory)
-      : Thread<T, C, H>(plan, part, eps, false), memory(memory) {
+  __device__ __forceinline__ Slots(const Plan& plan, int part, double eps, const T* memory)
+      : Thread<T, C, H, RESIDENT>(plan, part, eps, false), memory(memory) {
     if (RESIDENT) this->take(memory, 0, 0, held);
   }
   template <class F>
@@ -73,8 +73,8 @@ struct Slots : Thread<T, C, H> {
 };
 
 template <class T, int C, int H, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads) read_kernel(ContentRead a, Plan plan, int64_t parts, Parts<T> out) {
-  if (RESIDENT) plan.pieces = 1;
+__global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_constant__ ContentRead a,
+                                                               const __grid_constant__ Plan plan, int64_t parts, Parts<T> out) {
   const int64_t sample = gpu::block() / parts;
   const int part = static_cast<int>(gpu::block() % parts);
   Carver carver(gpu::shared_memory());
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(most_threads) read_kernel(ContentRead a, Plan 
   gpu::sync_warp();
   slots.soften(shared.most, shared.weights, sums);
   gpu::sync_warp();
-  for (int k = 0; k < plan.pieces; ++k)
-    for (int64_t first = 0; first < plan.heads; first += H) {
+  for (int k = 0; k < slots.pieces(); ++k)
+    for (int first = 0; first < plan.heads; first += H) {
       T sum[H * C] = {};
       Four<T> own[H];
       slots.load_weights(shared.weights, first, slots.slots(0), own);
@@ -104,14 +104,14 @@ __global__ void __launch_bounds__(most_threads) read_kernel(ContentRead a, Plan 
                             plan.columns, false);
     }
   gpu::sync();
-  for (int64_t i = gpu::thread(); i < a.R * a.D; i += gpu::threads()) {
-    const int64_t r = i / a.D;
-    const T read = slots.total(shared.read, r * plan.columns + i % a.D, plan.heads * plan.columns);
+  for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
+    const int r = i / plan.D;
+    const T read = slots.total(shared.read, r * plan.columns + i % plan.D, plan.heads * plan.columns);
     if (parts > 1) out.reads[gpu::block() * a.R * a.D + i] = read;
     else store_as(a.read, a.input, sample * a.R * a.D + i, read / slots.total(shared.sums, r, plan.heads));
   }
   if (parts > 1) {
-    for (int64_t r = gpu::thread(); r < a.R; r += gpu::threads()) {
+    for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) {
       out.most[gpu::block() * a.R + r] = slots.greatest(shared.most, r);
       out.sums[gpu::block() * a.R + r] = slots.total(shared.sums, r, plan.heads);
     }
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(most_threads) read_kernel(ContentRead a, Plan 
 
 // A block for each part again: turns its scores into weights, and takes its share of the reads.
 template <class T>
-__global__ void __launch_bounds__(most_threads) combine_kernel(ContentRead a, int64_t span, int64_t parts, Parts<T> in) {
+__global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a, int64_t span, int64_t parts, Parts<T> in) {
   const int64_t sample = gpu::block() / parts, part = gpu::block() % parts, first = part * span;
   const int64_t count = a.N - first < span ? a.N - first : span;
   const T* most = in.most + sample * parts * a.R;
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(most_threads) combine_kernel(ContentRead a, in
 
 // Gradients of keys and sharpness are this block's part, [parts, B, R, D] and [parts, B, R].
 template <class T, int C, int H, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads)
-    read_backward_kernel(ContentReadBackward a, Plan plan, int64_t parts, T* of_keys, T* of_sharpness) {
-  if (RESIDENT) plan.pieces = 1;
+__global__ void __launch_bounds__(most_threads, 1)
+    read_backward_kernel(const __grid_constant__ ContentReadBackward a, const __grid_constant__ Plan plan, int64_t parts,
+                         T* of_keys, T* of_sharpness) {
   constexpr int OWN = Place<H>::OWN;
   const int64_t sample = gpu::block() / parts, part = gpu::block() % parts;
   Carver carver(gpu::shared_memory());
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(most_threads)
   const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + sample * a.R * a.N : nullptr;
   gpu::sync();
   // The mean, under the weights, of the gradient that reaches them: what comes by the read is a product with the read itself.
-  for (int64_t r = place.warp; r < a.R; r += place.warps) {
+  for (int r = place.warp; r < plan.R; r += place.warps) {
     T mean = 0;
     for (int64_t d = place.lane; a.grad_read && d < a.D; d += 32)
       mean += shared.grads[r * plan.columns + d] * load_as<T>(a.read, a.input, (sample * a.R + r) * a.D + d);
@@ -184,14 +184,14 @@ __global__ void __launch_bounds__(most_threads)
   }
   gpu::sync();
 
-  const int64_t own_slot = slots.own(0), slot = slots.first_slot + own_slot;
+  const int own_slot = slots.own(0), slot = slots.first_slot + own_slot;
   T* of_squares_of_keys = shared.most + place.warp * plan.heads;
   T squares[lane_slots] = {};
-  for (int k = 0; k < plan.pieces; ++k) slots.with_piece(k, [&](const Tile<T, C>& m) { add_squares<C>(m, squares); });
+  for (int k = 0; k < slots.pieces(); ++k) slots.with_piece(k, [&](const Tile<T, C>& m) { add_squares<C>(m, squares); });
   add_lanes<4, 1, lane_slots>(squares, place.lane);
-  for (int64_t first = 0; first < plan.heads; first += H) {
+  for (int first = 0; first < plan.heads; first += H) {
     T dots[lane_slots * H] = {}, grads[lane_slots * H] = {}, key_squares[H] = {}, own_key[OWN];
-    for (int k = 0; k < plan.pieces; ++k) {
+    for (int k = 0; k < slots.pieces(); ++k) {
       T rows[H][C];
       load_rows<H, C>(shared.keys + first * plan.columns + slots.first_column(k), plan.columns, rows);
 #pragma unroll
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(most_threads)
     T of_beta[OWN], of_key[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
-      const int64_t r = first + place.own_head + j, at = r * plan.span + own_slot;
+      const int r = first + place.own_head + j, at = r * plan.span + own_slot;
       const bool valid = r < a.R && slot < a.N;
       const T beta = shared.beta[r], q = gpu::inverse_root(own_key[j] * squares[0] + slots.eps);
       const T grad = grads[j] + (valid && grad_weights ? grad_weights[r * a.N + slot] : T(0));
@@ -227,17 +227,17 @@ __global__ void __launch_bounds__(most_threads)
   gpu::sync_warp();
 
   T* grad_memory = static_cast<T*>(a.grad_memory) + sample * a.N * a.D;
-  for (int k = 0; k < plan.pieces; ++k) {
+  for (int k = 0; k < slots.pieces(); ++k) {
     Tile<T, C> grad = {};
-    for (int64_t first = 0; first < plan.heads; first += H) {
-      const int64_t corner = first * plan.columns + slots.first_column(k);
+    for (int first = 0; first < plan.heads; first += H) {
+      const int corner = first * plan.columns + slots.first_column(k);
       Four<T> own[H];
       T rows[H][C], sum[H * C] = {};
 #pragma unroll
       for (int h = 0; h < H; ++h)
 #pragma unroll
         for (int s = 0; s < lane_slots; ++s) {
-          const int64_t n = slots.first_slot + slots.slots(0) + s;
+          const int n = slots.first_slot + slots.slots(0) + s;
           own[h].at[s] = a.grad_read && first + h < a.R && n < a.N ? weights[(first + h) * a.N + n] : T(0);
         }
       load_rows<H, C>(shared.grads + corner, plan.columns, rows);
@@ -262,13 +262,13 @@ __global__ void __launch_bounds__(most_threads)
     slots.give(grad, 0, k, grad_memory);
   }
   gpu::sync();
-  for (int64_t i = gpu::thread(); i < a.R * a.D; i += gpu::threads()) {
-    const int64_t r = i / a.D, at = r * plan.columns + i % a.D;
+  for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
+    const int r = i / plan.D, at = r * plan.columns + i % plan.D;
     const T of_key = slots.total(shared.read, at, plan.heads * plan.columns) +
                      2 * slots.total(shared.most, r, plan.heads) * shared.keys[at];
     of_keys[(part * a.B + sample) * a.R * a.D + i] = of_key;
   }
-  for (int64_t r = gpu::thread(); a.grad_sharpness && r < a.R; r += gpu::threads())
+  for (int r = gpu::thread(); a.grad_sharpness && r < plan.R; r += gpu::threads())
     of_sharpness[(part * a.B + sample) * a.R + r] = slots.total(shared.sums, r, plan.heads);
 }
 
@@ -277,21 +277,23 @@ __global__ void __launch_bounds__(most_threads)
 template <class T>
 Plan plan_read(int64_t N, int64_t D, int64_t R, bool backward) {
   Plan plan{};
-  plan.N = N, plan.D = D, plan.R = R;
+  plan.N = static_cast<int>(N), plan.D = static_cast<int>(D), plan.R = static_cast<int>(R);
   plan.heads_at_once = R == 1 ? 1 : 4;
-  plan.heads = (R + plan.heads_at_once - 1) / plan.heads_at_once * plan.heads_at_once;
-  const int64_t lane_columns = (D + column_lanes - 1) / column_lanes;
+  plan.heads = (plan.R + plan.heads_at_once - 1) / plan.heads_at_once * plan.heads_at_once;
+  const int lane_columns = (plan.D + column_lanes - 1) / column_lanes;
   plan.resident = sizeof(T) == 4 && lane_columns <= 8;
   plan.piece_columns = sizeof(T) == 8 ? 4 : lane_columns <= 5 ? 5 : 8;
-  plan.warps = static_cast<int>(N < most_threads / 32 * warp_slots ? (N + warp_slots - 1) / warp_slots : most_threads / 32);
+  plan.warps = (plan.N < most_threads / 32 * warp_slots ? (plan.N + warp_slots - 1) / warp_slots : most_threads / 32);
   plan.cluster = plan.groups = 1;
-  plan.span = static_cast<int64_t>(plan.warps) * warp_slots;
-  plan.pieces = static_cast<int>((lane_columns + plan.piece_columns - 1) / plan.piece_columns);
-  plan.columns = static_cast<int64_t>(plan.pieces) * plan.piece_columns * column_lanes;
-  Carver carver(nullptr);
-  Shared<T>(carver, plan, backward);
-  plan.shared = carver.used;
-  return plan;
+  plan.pieces = (lane_columns + plan.piece_columns - 1) / plan.piece_columns;
+  plan.columns = plan.pieces * plan.piece_columns * column_lanes;
+  for (;; plan.warps = (plan.warps + 1) / 2) {  // many wide keys leave room for fewer warps
+    plan.span = plan.warps * warp_slots;
+    Carver carver(nullptr);
+    Shared<T>(carver, plan, backward);
+    plan.shared = carver.used;
+    if (plan.shared <= gpu::limits().shared || plan.warps == 1) return plan;
+  }
 }
 
 template <class T, class F>

@@ -11,7 +11,7 @@ namespace {
 // A slot's place in the order is the number of slots before it: no thread waits for another, whatever n is. A block takes
 // as many slots of a sample as it has threads, and goes through all of the sample's.
 template <class T>
-__global__ void __launch_bounds__(most_threads) least_used_kernel(LeastUsed a, int64_t parts) {
+__global__ void __launch_bounds__(most_threads, 1) least_used_kernel(LeastUsed a, int64_t parts) {
   using Bits = typename Order<T>::Bits;
   Bits* orders = reinterpret_cast<Bits*>(gpu::shared_memory());
   const int64_t sample = gpu::block() / parts, mine = gpu::block() % parts * gpu::threads() + gpu::thread();
@@ -72,7 +72,7 @@ struct Write {
 };
 
 template <class T>
-__global__ void __launch_bounds__(most_threads) write_kernel(LruaWrite a, int64_t span, int64_t parts) {
+__global__ void __launch_bounds__(most_threads, 1) write_kernel(LruaWrite a, int64_t span, int64_t parts) {
   const Write<T> write(a, span, parts);
   write.weigh(a, span);
   T* out_weights = static_cast<T*>(a.write_weights);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(most_threads) write_kernel(LruaWrite a, int64_
 
 // Gradients of write vectors and gates are this block's part, [parts, B, R, D] and [parts, B, R].
 template <class T>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, 1)
     write_backward_kernel(LruaWriteBackward a, int64_t span, int64_t parts, T* of_vectors, T* of_gates) {
   const Write<T> write(a, span, parts);
   const int64_t sample = write.sample, first = write.first, part = gpu::block() % parts;

@@ -16,10 +16,9 @@ namespace {
 template <class T>
 struct Forward {
   struct Small {
-    Inputs<T> in[2];
+    InputTurns<T> in;
     Exchange<T> exchange;
-    __device__ __host__ Small(Carver& carver, const Plan& plan)
-        : in{Inputs<T>(carver, plan, false), Inputs<T>(carver, plan, false)}, exchange(carver, plan, false) {}
+    __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, false), exchange(carver, plan, false) {}
   };
   struct Slots {
     T *read_weights, *write_weights, *usage;
@@ -38,10 +37,9 @@ struct Forward {
 template <class T>
 struct Backward {
   struct Small {
-    Inputs<T> in[2];
+    InputTurns<T> in;
     Exchange<T> exchange;
-    __device__ __host__ Small(Carver& carver, const Plan& plan)
-        : in{Inputs<T>(carver, plan, true), Inputs<T>(carver, plan, true)}, exchange(carver, plan, true) {}
+    __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, true), exchange(carver, plan, true) {}
   };
   struct Slots {
     // Of the steps of a replay: read weights before each and after the last, dot products and squares of each.
@@ -64,9 +62,9 @@ struct Backward {
 // The pieces of a block's memory: near is shared memory, far this block's part of scratch.
 struct Places {
   Carver near, far;
-  __device__ Places(const Plan& plan, unsigned char* scratch)
+  __device__ __forceinline__ Places(const Plan& plan, unsigned char* scratch)
       : near(gpu::shared_memory()), far(scratch + gpu::block() * plan.scratch) {}
-  __device__ Carver& of(bool is_near) { return is_near ? near : far; }
+  __device__ __forceinline__ Carver& of(bool is_near) { return is_near ? near : far; }
 };
 
 template <class Side>
@@ -89,8 +87,8 @@ void place(Plan& plan, int64_t every, const gpu::Limits& limits) {
 // ---- forward ------------------------------------------------------------------------------------------------------
 
 template <class T, int C, int H, bool RESIDENT>
-struct ForwardScan : Thread<T, C, H> {
-  using Base = Thread<T, C, H>;
+struct ForwardScan : Thread<T, C, H, RESIDENT> {
+  using Base = Thread<T, C, H, RESIDENT>;
   using Bits = typename Order<T>::Bits;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScan& a;
@@ -100,9 +98,11 @@ struct ForwardScan : Thread<T, C, H> {
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
 
-  __device__ ForwardScan(const LruaScan& a, const Plan& plan, Places places)
+  __device__ __forceinline__ ForwardScan(const LruaScan& a, const Plan& plan, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps, a.shared_target), a(a), sample(gpu::block() / plan.cluster), small(places.of(plan.near_small), plan),
         per_slot(places.of(plan.near_slots), plan, 0), tiles(places.of(plan.near_tiles), plan, 0) {}
+
+  __device__ __forceinline__ Inputs<T> inputs(int64_t step) const { return small.in.of(step, plan, false); }
 
   // Calls f with a piece of the memory, and keeps what f made of it where it is to be kept.
   template <bool KEEP, class F>
@@ -117,30 +117,30 @@ struct ForwardScan : Thread<T, C, H> {
     }
   }
 
-  __device__ void begin() {
-    const T* memory = static_cast<const T*>(a.memory) + sample * plan.N * plan.D;
-    const T* usage = static_cast<const T*>(a.usage) + sample * plan.N;
-    for (int g = 0; g < plan.groups; ++g) {
-      for (int k = 0; k < plan.pieces; ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
-      const int64_t slot = this->group(g) + place.lane;
+  __device__ __forceinline__ void begin() {
+    const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
+    const T* usage = static_cast<const T*>(a.usage) + sample * a.N;
+    for (int g = 0; g < this->groups(); ++g) {
+      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
+      const int slot = this->group(g) + place.lane;
       if (place.lane < warp_slots) per_slot.usage[slot] = first_slot + slot < plan.N ? usage[first_slot + slot] : T(0);
     }
-    this->take_rows(static_cast<const T*>(a.read_weights) + sample * plan.R * plan.N, plan.N, per_slot.read_weights);
+    this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, per_slot.read_weights);
     find_candidates();
   }
 
   // The R least used slots of the warp, in order, for all to see.
-  __device__ void find_candidates() {
-    for (int g = 0; g < plan.groups; ++g) {
-      const int64_t slot = this->group(g) + place.lane;
+  __device__ __forceinline__ void find_candidates() {
+    for (int g = 0; g < this->groups(); ++g) {
+      const int slot = this->group(g) + place.lane;
       if (place.lane < warp_slots)
         per_slot.orders[slot] = first_slot + slot < plan.N ? order_of(per_slot.usage[slot]) : taken<T>;
     }
-    for (int64_t r = 0; r < plan.R; ++r) {
+    for (int r = 0; r < plan.R; ++r) {
       Bits least = taken<T>;
-      int64_t where = this->group(0) + place.lane;
-      for (int g = 0; g < plan.groups && place.lane < warp_slots; ++g) {
-        const int64_t slot = this->group(g) + place.lane;
+      int where = this->group(0) + place.lane;
+      for (int g = 0; g < this->groups() && place.lane < warp_slots; ++g) {
+        const int slot = this->group(g) + place.lane;
         if (per_slot.orders[slot] < least) least = per_slot.orders[slot], where = slot;
       }
       const Bits order = warp_least(least);
@@ -154,17 +154,17 @@ struct ForwardScan : Thread<T, C, H> {
   }
 
   // The R least used slots of all, for the warp itself: every warp finds the same.
-  __device__ int* choose() {
-    const int warps = plan.warps * plan.cluster, count = warps * static_cast<int>(plan.R);
+  __device__ __forceinline__ int* choose() {
+    const int warps = plan.warps * plan.cluster, count = warps * plan.R;
     int* chosen = small.exchange.chosen + place.warp * plan.heads;
     Bits past_order = 0;
     int past_slot = -1;
-    for (int64_t r = 0; r < plan.R; ++r) {
+    for (int r = 0; r < plan.R; ++r) {
       Bits least = taken<T>;
       unsigned slot = ~0u;
       for (int i = place.lane; i < count; i += 32) {
-        const int w = i / static_cast<int>(plan.R), j = i % static_cast<int>(plan.R);
-        const int64_t at = w % plan.warps * plan.heads + j;
+        const int w = i / plan.R, j = i % plan.R;
+        const int at = w % plan.warps * plan.heads + j;
         const int block = w / plan.warps;
         const Bits order = plan.cluster > 1 ? *gpu::of_block(small.exchange.orders + at, block) : small.exchange.orders[at];
         const int candidate =
@@ -183,24 +183,24 @@ struct ForwardScan : Thread<T, C, H> {
     return chosen;
   }
 
-  __device__ void keep(int64_t t, const int* chosen) {
+  __device__ __forceinline__ void keep(int64_t t, const int* chosen) {
     if (rank == 0 && place.warp == 0)
-      for (int64_t r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
+      for (int r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
     if (t == 0 || t % a.anchor_every != 0) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * (plan.D + plan.R) * ld;
-    for (int g = 0; g < plan.groups; ++g)
-      for (int k = 0; k < plan.pieces; ++k)
+    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
-    this->give_rows(per_slot.read_weights, ld, anchor + plan.D * ld);
+    this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
   }
 
   // Up to the sums that all must know.
-  __device__ void write_and_compare(const Inputs<T>& in, const int* chosen, T* sums) {
+  __device__ __forceinline__ void write_and_compare(const Inputs<T>& in, const int* chosen, T* sums) {
     this->weigh_writes(in, chosen, per_slot.read_weights, per_slot.write_weights);
     gpu::sync_warp();
     const bool bounded = this->bounded(in.beta);
-    for (int g = 0; g < plan.groups; ++g) {
+    for (int g = 0; g < this->groups(); ++g) {
       const auto compare = [&] {
         this->compare(in, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
                       sums + place.warp * plan.heads, small.exchange.greatest + place.warp * plan.heads,
@@ -211,7 +211,7 @@ struct ForwardScan : Thread<T, C, H> {
         if ((pass == 0) == a.read_first) {
           compare();
         } else {
-          for (int k = 0; k < plan.pieces; ++k)
+          for (int k = 0; k < this->pieces(); ++k)
             with_piece<true>(g, k, [&](Tile<T, C>& m) { this->write(in, chosen[0], per_slot.write_weights, g, k, m); });
         }
       }
@@ -221,12 +221,12 @@ struct ForwardScan : Thread<T, C, H> {
   }
 
   // The warp's part of the reads.
-  __device__ void read() {
+  __device__ __forceinline__ void read() {
     T* to = small.exchange.reads + place.warp * plan.heads * plan.columns;
-    for (int k = 0; k < plan.pieces; ++k)
-      for (int64_t first = 0; first < plan.heads; first += H) {
+    for (int k = 0; k < this->pieces(); ++k)
+      for (int first = 0; first < plan.heads; first += H) {
         T sum[H * C] = {};
-        for (int g = 0; g < plan.groups; ++g) {
+        for (int g = 0; g < this->groups(); ++g) {
           Four<T> weights[H];
           this->load_weights(per_slot.read_weights, first, this->slots(g), weights);
           with_piece<false>(g, k, [&](Tile<T, C>& m) { add_weighted<H, C>(m, weights, sum); });
@@ -235,53 +235,50 @@ struct ForwardScan : Thread<T, C, H> {
       }
   }
 
-  __device__ void give_reads(int64_t t, T* sums) {
-    const int64_t count = plan.R * plan.D;
-    for (int64_t j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
-      const int64_t r = j / plan.D, d = j % plan.D;
+  __device__ __forceinline__ void give_reads(int64_t t, T* sums) {
+    const int count = plan.R * plan.D;
+    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
+      const int r = j / plan.D, d = j % plan.D;
       const T read = this->total(small.exchange.reads, r * plan.columns + d, plan.heads * plan.columns);
       store_as(a.reads, a.input, (t * a.B + sample) * count + j, read / this->total(sums, r, plan.heads));
     }
   }
 
-  __device__ void use() {
+  __device__ __forceinline__ void use() {
     const T decay = static_cast<T>(a.usage_decay);
-    for (int g = 0; g < plan.groups; ++g) {
-      const int64_t slot = this->group(g) + place.lane;
+    for (int g = 0; g < this->groups(); ++g) {
+      const int slot = this->group(g) + place.lane;
       if (place.lane >= warp_slots) continue;
       T total = per_slot.read_weights[slot] + per_slot.write_weights[slot];
-      for (int64_t r = 1; r < plan.R; ++r)
+      for (int r = 1; r < plan.R; ++r)
         total += per_slot.read_weights[r * plan.span + slot] + per_slot.write_weights[r * plan.span + slot];
       per_slot.usage[slot] = decay * per_slot.usage[slot] + total;
     }
   }
 
-  __device__ void end() {
-    T* memory = static_cast<T*>(a.out_memory) + sample * plan.N * plan.D;
-    T* usage = static_cast<T*>(a.out_usage) + sample * plan.N;
-    for (int g = 0; g < plan.groups; ++g) {
-      for (int k = 0; k < plan.pieces; ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
-      const int64_t slot = this->group(g) + place.lane;
+  __device__ __forceinline__ void end() {
+    T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
+    T* usage = static_cast<T*>(a.out_usage) + sample * a.N;
+    for (int g = 0; g < this->groups(); ++g) {
+      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
+      const int slot = this->group(g) + place.lane;
       if (place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
     }
-    this->give_rows(per_slot.read_weights, plan.N, static_cast<T*>(a.out_read_weights) + sample * plan.R * plan.N);
+    this->give_rows(per_slot.read_weights, plan.N, static_cast<T*>(a.out_read_weights) + sample * a.R * a.N);
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     Stream<T> stream({a.keys, a.write_vectors, nullptr, a.gate_logits, a.sharpness, nullptr, a.input,
-                      static_cast<int>(plan.R), static_cast<int>(plan.D)});
+                      plan.R, plan.D});
     if (a.T > 0) stream.ask(sample);
     begin();
     // Padded heads and columns are 0 in every step.
-    for (int64_t i = gpu::thread(); i < plan.heads * plan.columns; i += gpu::threads())
-      for (int half = 0; half < 2; ++half) small.in[half].keys[i] = small.in[half].vectors[i] = 0;
-    for (int64_t r = gpu::thread(); r < plan.heads; r += gpu::threads())
-      for (int half = 0; half < 2; ++half) small.in[half].beta[r] = 0;
+    small.in.clear();
     gpu::sync();
-    if (a.T > 0) stream.put(small.in[0], plan.columns);
+    if (a.T > 0) stream.put(inputs(0), plan.columns);
     this->sync();
     for (int64_t t = 0; t < a.T; ++t) {
-      const Inputs<T>& in = small.in[t % 2];
+      const Inputs<T> in = inputs(t);
       T* sums = small.exchange.sums;
       if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
       const int* chosen = choose();
@@ -295,7 +292,7 @@ struct ForwardScan : Thread<T, C, H> {
       gpu::sync_warp();
       find_candidates();
       give_reads(t, sums);
-      if (t + 1 < a.T) stream.put(small.in[(t + 1) % 2], plan.columns);
+      if (t + 1 < a.T) stream.put(inputs(t + 1), plan.columns);
       this->sync();
     }
     end();
@@ -303,16 +300,16 @@ struct ForwardScan : Thread<T, C, H> {
 };
 
 template <class T, int C, int H, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads) forward_kernel(LruaScan a, Plan plan, unsigned char* scratch) {
-  if (RESIDENT) plan.groups = plan.pieces = 1;
+__global__ void __launch_bounds__(most_threads, 1) forward_kernel(const __grid_constant__ LruaScan a,
+                                                                  const __grid_constant__ Plan plan, unsigned char* scratch) {
   ForwardScan<T, C, H, RESIDENT>(a, plan, Places(plan, scratch)).run();
 }
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
 template <class T, int C, int H, bool RESIDENT>
-struct BackwardScan : Thread<T, C, H> {
-  using Base = Thread<T, C, H>;
+struct BackwardScan : Thread<T, C, H, RESIDENT> {
+  using Base = Thread<T, C, H, RESIDENT>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScanBackward& a;
   const int64_t sample, every;
@@ -322,10 +319,12 @@ struct BackwardScan : Thread<T, C, H> {
   Tile<T, C> held;  // the gradient of the memory
   int visits = 0;   // steps gone through, in either direction
 
-  __device__ BackwardScan(const LruaScanBackward& a, const Plan& plan, int64_t every, Places places)
+  __device__ __forceinline__ BackwardScan(const LruaScanBackward& a, const Plan& plan, int64_t every, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps, a.shared_target), a(a), sample(gpu::block() / plan.cluster), every(every),
         small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, every),
         tiles(places.of(plan.near_tiles), plan, every) {}
+
+  __device__ __forceinline__ Inputs<T> inputs(int64_t visit) const { return small.in.of(visit, plan, true); }
 
   template <bool KEEP, class F>
   __device__ __forceinline__ void with_grad(int g, int k, F f) {
@@ -338,51 +337,51 @@ struct BackwardScan : Thread<T, C, H> {
       if (KEEP) store_tile(tiles.grad, this->piece(g, k), m);
     }
   }
-  __device__ T* memory(int64_t step) const { return tiles.memories + step * plan.tile_numbers(); }
-  __device__ T* read_weights(int64_t step) const { return per_slot.read_weights + step * plan.heads * plan.span; }
-  __device__ T* dots(int64_t step) const { return per_slot.dots + step * plan.heads * plan.span; }
-  __device__ T* squares(int64_t step) const { return per_slot.squares + step * plan.span; }
-  __device__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
+  __device__ __forceinline__ T* memory(int64_t step) const { return tiles.memories + step * plan.tile_numbers(); }
+  __device__ __forceinline__ T* read_weights(int64_t step) const { return per_slot.read_weights + step * (plan.heads * plan.span); }
+  __device__ __forceinline__ T* dots(int64_t step) const { return per_slot.dots + step * (plan.heads * plan.span); }
+  __device__ __forceinline__ T* squares(int64_t step) const { return per_slot.squares + step * plan.span; }
+  __device__ __forceinline__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
 
-  __device__ void begin() {
-    const T* grad = a.grad_memory ? static_cast<const T*>(a.grad_memory) + sample * plan.N * plan.D : nullptr;
-    for (int g = 0; g < plan.groups; ++g)
-      for (int k = 0; k < plan.pieces; ++k)
+  __device__ __forceinline__ void begin() {
+    const T* grad = a.grad_memory ? static_cast<const T*>(a.grad_memory) + sample * a.N * a.D : nullptr;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k)
         with_grad<true>(g, k, [&](Tile<T, C>& m) {
           if (grad) this->take(grad, g, k, m);
           else m = Tile<T, C>{};
         });
     if (a.grad_read_weights) {
-      this->take_rows(static_cast<const T*>(a.grad_read_weights) + sample * plan.R * plan.N, plan.N, per_slot.later);
+      this->take_rows(static_cast<const T*>(a.grad_read_weights) + sample * a.R * a.N, plan.N, per_slot.later);
     } else {
-      for (int g = 0; g < plan.groups; ++g)
-        for (int64_t i = place.lane; i < plan.heads * warp_slots; i += 32)
+      for (int g = 0; g < this->groups(); ++g)
+        for (int i = place.lane; i < plan.heads * warp_slots; i += 32)
           per_slot.later[i / warp_slots * plan.span + this->group(g) + i % warp_slots] = 0;
     }
   }
 
-  __device__ void begin_replay(int64_t first) {
+  __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * (plan.D + plan.R) * ld;
-    const T* start = static_cast<const T*>(a.memory) + sample * plan.N * plan.D;
-    for (int g = 0; g < plan.groups; ++g)
-      for (int k = 0; k < plan.pieces; ++k) {
+    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
+    const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) {
         Tile<T, C> m;
         if (first > 0) this->take_anchor(anchor, ld, g, k, m);
         else this->take(start, g, k, m);
         store_tile(memory(0), this->piece(g, k), m);
       }
-    if (first > 0) this->take_rows(anchor + plan.D * ld, ld, read_weights(0));
-    else this->take_rows(static_cast<const T*>(a.read_weights) + sample * plan.R * plan.N, plan.N, read_weights(0));
+    if (first > 0) this->take_rows(anchor + a.D * ld, ld, read_weights(0));
+    else this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, read_weights(0));
     gpu::sync_warp();
   }
 
   // A step forward again, from the memory before it to the one after it.
-  __device__ void replay(const Inputs<T>& in, int64_t step) {
+  __device__ __forceinline__ void replay(const Inputs<T>& in, int64_t step) {
     this->weigh_writes(in, in.slots, read_weights(step), per_slot.write_weights);
     gpu::sync_warp();
     const bool bounded = this->bounded(in.beta);
-    for (int g = 0; g < plan.groups; ++g) {
+    for (int g = 0; g < this->groups(); ++g) {
 #pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
         if ((pass == 0) == a.read_first) {
@@ -395,7 +394,7 @@ struct BackwardScan : Thread<T, C, H> {
           this->compare(in, g, bounded, open, read_weights(step + 1), sums() + place.warp * plan.heads,
                         small.exchange.greatest + place.warp * plan.heads, dots(step), squares(step));
         } else {
-          for (int k = 0; k < plan.pieces; ++k) {
+          for (int k = 0; k < this->pieces(); ++k) {
             Tile<T, C> m;
             load_tile(memory(step), this->piece(g, k), m);
             this->write(in, in.slots[0], per_slot.write_weights, g, k, m);
@@ -408,12 +407,12 @@ struct BackwardScan : Thread<T, C, H> {
   }
 
   // The gradient that reaches this step's read weights, and its mean under them.
-  __device__ void gather(const Inputs<T>& in, int64_t step) {
-    for (int g = 0; g < plan.groups; ++g) {
-      const int64_t own_slot = this->own(g);
-      for (int64_t first = 0; first < plan.heads; first += H) {
+  __device__ __forceinline__ void gather(const Inputs<T>& in, int64_t step) {
+    for (int g = 0; g < this->groups(); ++g) {
+      const int own_slot = this->own(g);
+      for (int first = 0; first < plan.heads; first += H) {
         T sum[lane_slots * H] = {}, mean[OWN];
-        for (int k = 0; a.grad_reads && k < plan.pieces; ++k) {
+        for (int k = 0; a.grad_reads && k < this->pieces(); ++k) {
           T rows[H][C];
           load_rows<H, C>(in.grads + first * plan.columns + this->first_column(k), plan.columns, rows);
           Tile<T, C> m;
@@ -423,7 +422,7 @@ struct BackwardScan : Thread<T, C, H> {
         if (a.grad_reads) add_lanes<4, 1, lane_slots * H>(sum, place.lane);
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
-          const int64_t at = (first + place.own_head + j) * plan.span + own_slot;
+          const int at = (first + place.own_head + j) * plan.span + own_slot;
           const T grad = sum[j] + per_slot.later[at];
           mean[j] = read_weights(step + 1)[at] * grad;
           if (place.owner) per_slot.grads[at] = grad;
@@ -434,16 +433,16 @@ struct BackwardScan : Thread<T, C, H> {
   }
 
   // From the gradient of the weights to that of the dot products and squares; own lanes only.
-  __device__ void through_softmax(const Inputs<T>& in, int64_t step) {
+  __device__ __forceinline__ void through_softmax(const Inputs<T>& in, int64_t step) {
     T* scalars = small.exchange.scalars + place.warp * 3 * plan.heads;
-    for (int64_t first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += H) {
       T mean[OWN], key_squares[H] = {}, own_key[OWN];
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
-        const int64_t r = first + place.own_head + j;
+        const int r = first + place.own_head + j;
         mean[j] = r < plan.R ? this->total(sums(), r, plan.heads) : T(0);
       }
-      for (int k = 0; k < plan.pieces; ++k) {
+      for (int k = 0; k < this->pieces(); ++k) {
         T keys[H][C];
         load_rows<H, C>(in.keys + first * plan.columns + this->first_column(k), plan.columns, keys);
 #pragma unroll
@@ -453,12 +452,12 @@ struct BackwardScan : Thread<T, C, H> {
       }
       own_key_squares<H>(place, key_squares, own_key);
       T of_beta[OWN] = {}, of_key[OWN] = {};
-      for (int g = 0; g < plan.groups; ++g) {
-        const int64_t own_slot = this->own(g);
+      for (int g = 0; g < this->groups(); ++g) {
+        const int own_slot = this->own(g);
         const T square = squares(step)[own_slot];
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
-          const int64_t r = first + place.own_head + j, at = r * plan.span + own_slot;
+          const int r = first + place.own_head + j, at = r * plan.span + own_slot;
           const T beta = in.beta[r], q = gpu::inverse_root(own_key[j] * square + this->eps);
           const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean[j]);
           const T of_cosine = of_score * (dots(step)[at] * q);  // times the cosine itself
@@ -478,14 +477,14 @@ struct BackwardScan : Thread<T, C, H> {
   }
 
   // The gradient of the memory from reads and similarities, and those of the keys.
-  __device__ void through_read(const Inputs<T>& in, int64_t step, bool of_reads, bool of_similarity) {
+  __device__ __forceinline__ void through_read(const Inputs<T>& in, int64_t step, bool of_reads, bool of_similarity) {
     T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
     const T* addressed = memory(a.read_first ? step : step + 1);
-    for (int k = 0; k < plan.pieces; ++k) {
-      for (int64_t first = 0; first < plan.heads; first += H) {
-        const int64_t corner = first * plan.columns + this->first_column(k);
+    for (int k = 0; k < this->pieces(); ++k) {
+      for (int first = 0; first < plan.heads; first += H) {
+        const int corner = first * plan.columns + this->first_column(k);
         T sum[H * C] = {};
-        for (int g = 0; g < plan.groups; ++g) {
+        for (int g = 0; g < this->groups(); ++g) {
           with_grad<true>(g, k, [&](Tile<T, C>& grad) {
             Four<T> weights[H];
             T rows[H][C];
@@ -520,23 +519,23 @@ struct BackwardScan : Thread<T, C, H> {
 
   // Back through the write: gradients of write vectors, gates and the read weights of the step before; then the erased slot's
   // is nought.
-  __device__ void through_write(const Inputs<T>& in, int64_t step) {
+  __device__ __forceinline__ void through_write(const Inputs<T>& in, int64_t step) {
     T* of_vectors = small.exchange.of_vectors + place.warp * plan.heads * plan.columns;
     T* of_gates = small.exchange.scalars + (place.warp * 3 + 2) * plan.heads;
-    for (int64_t first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += H) {
       T of_gate[OWN] = {};
-      for (int g = 0; g < plan.groups; ++g) {
+      for (int g = 0; g < this->groups(); ++g) {
         T sum[lane_slots * H] = {};
-        for (int k = 0; k < plan.pieces; ++k) {
+        for (int k = 0; k < this->pieces(); ++k) {
           T rows[H][C];
           load_rows<H, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
           with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_dots<H, C>(grad, rows, sum); });
         }
         add_lanes<4, 1, lane_slots * H>(sum, place.lane);
-        const int64_t own_slot = this->own(g);
+        const int own_slot = this->own(g);
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
-          const int64_t r = first + place.own_head + j, at = r * plan.span + own_slot;
+          const int r = first + place.own_head + j, at = r * plan.span + own_slot;
           if (r >= plan.R) continue;
           const T target = this->is_target(in.slots, r, first_slot + own_slot) ? T(1) : T(0);
           of_gate[j] += sum[j] * (read_weights(step)[at] - target) * (in.gate[r] * in.keep[r]);
@@ -544,9 +543,9 @@ struct BackwardScan : Thread<T, C, H> {
         }
       }
       this->tell_sums(of_gate, first, false, of_gates);
-      for (int k = 0; k < plan.pieces; ++k) {
+      for (int k = 0; k < this->pieces(); ++k) {
         T sum[H * C] = {};
-        for (int g = 0; g < plan.groups; ++g) {
+        for (int g = 0; g < this->groups(); ++g) {
           Four<T> weights[H];
           this->load_weights(per_slot.write_weights, first, this->slots(g), weights);
           with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_weighted<H, C>(grad, weights, sum); });
@@ -554,10 +553,10 @@ struct BackwardScan : Thread<T, C, H> {
         store_warp_sums<H, C>(sum, place.lane, of_vectors + first * plan.columns + this->first_column(k), plan.columns, false);
       }
     }
-    for (int g = 0; g < plan.groups; ++g)
+    for (int g = 0; g < this->groups(); ++g)
       for (int s = 0; s < lane_slots; ++s) {
         if (first_slot + this->slots(g) + s != in.slots[0]) continue;
-        for (int k = 0; k < plan.pieces; ++k)
+        for (int k = 0; k < this->pieces(); ++k)
           with_grad<true>(g, k, [&](Tile<T, C>& grad) {
 #pragma unroll
             for (int each = 0; each < lane_slots; ++each)
@@ -568,15 +567,16 @@ struct BackwardScan : Thread<T, C, H> {
   }
 
   // Sums over all warps to where they belong; keys for their own squares are added by whoever holds them.
-  __device__ void give_gradients(int64_t t) {
-    const int64_t size = plan.R * plan.D, count = 2 * size + 2 * plan.R, row = t * a.B + sample;
-    for (int64_t j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
+  __device__ __forceinline__ void give_gradients(int64_t t) {
+    const int size = plan.R * plan.D, count = 2 * size + 2 * plan.R;
+    const int64_t row = t * a.B + sample;
+    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
       if (j < 2 * size) {
-        const int64_t i = j % size, at = i / plan.D * plan.columns + i % plan.D, ld = plan.heads * plan.columns;
+        const int i = j % size, at = i / plan.D * plan.columns + i % plan.D, ld = plan.heads * plan.columns;
         if (j < size) store_as(a.grad_keys, a.input, row * size + i, this->total(small.exchange.reads, at, ld));
         else store_as(a.grad_write_vectors, a.input, row * size + i, this->total(small.exchange.of_vectors, at, ld));
       } else {
-        const int64_t i = j - 2 * size, r = i % plan.R;
+        const int i = j - 2 * size, r = i % plan.R;
         if (i < plan.R)
           store_as(a.grad_gate_logits, a.input, row * plan.R + r,
                    this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads));
@@ -587,15 +587,15 @@ struct BackwardScan : Thread<T, C, H> {
   }
 
   // Adds to the warp's gradient of each key what comes from the key's own square.
-  __device__ void add_key_squares(const Inputs<T>& in) {
+  __device__ __forceinline__ void add_key_squares(const Inputs<T>& in) {
     T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
     const T* of_squares = small.exchange.scalars + (place.warp * 3 + 1) * plan.heads;
     gpu::sync_warp();
-    for (int64_t i = place.lane; i < plan.R * plan.columns; i += 32)
+    for (int i = place.lane; i < plan.R * plan.columns; i += 32)
       of_keys[i] += 2 * of_squares[i / plan.columns] * in.keys[i];
   }
 
-  __device__ void back(const Inputs<T>& in, int64_t step) {
+  __device__ __forceinline__ void back(const Inputs<T>& in, int64_t step) {
     through_softmax(in, step);
     this->weigh_writes(in, in.slots, read_weights(step), per_slot.write_weights);
     gpu::sync_warp();
@@ -605,48 +605,44 @@ struct BackwardScan : Thread<T, C, H> {
     add_key_squares(in);
   }
 
-  __device__ void end() {
-    T* memory = static_cast<T*>(a.grad_in_memory) + sample * plan.N * plan.D;
-    for (int g = 0; g < plan.groups; ++g)
-      for (int k = 0; k < plan.pieces; ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
+  __device__ __forceinline__ void end() {
+    T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
     gpu::sync_warp();
-    this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * plan.R * plan.N);
+    this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N);
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     Stream<T> stream({a.keys, a.write_vectors, a.grad_reads, a.gate_logits, a.sharpness, a.slots, a.input,
-                      static_cast<int>(plan.R), static_cast<int>(plan.D)});
+                      plan.R, plan.D});
     const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
     if (a.T > 0) stream.ask(last_first * a.B + sample);
     begin();
-    for (int64_t i = gpu::thread(); i < plan.heads * plan.columns; i += gpu::threads())
-      for (int half = 0; half < 2; ++half)
-        small.in[half].keys[i] = small.in[half].vectors[i] = small.in[half].grads[i] = 0;
-    for (int64_t r = gpu::thread(); r < plan.heads; r += gpu::threads())
-      for (int half = 0; half < 2; ++half) small.in[half].beta[r] = 0;
+    small.in.clear();
     gpu::sync();
-    if (a.T > 0) stream.put(small.in[0], plan.columns);
+    if (a.T > 0) stream.put(inputs(0), plan.columns);
     this->sync();
     for (int64_t first = last_first; first >= 0; first -= every) {
       const int64_t count = a.T - first < every ? a.T - first : every;
       begin_replay(first);
       for (int64_t step = 0; step < count; ++step) {
         stream.ask((first + (step + 1 < count ? step + 1 : count - 1)) * a.B + sample);
-        replay(small.in[visits % 2], step);
-        stream.put(small.in[(visits + 1) % 2], plan.columns);
+        replay(inputs(visits), step);
+        stream.put(inputs(visits + 1), plan.columns);
         this->sync();
         this->normalise(sums(), read_weights(step + 1));
         gpu::sync_warp();
         ++visits;
       }
       for (int64_t step = count - 1; step >= 0; --step) {
-        const Inputs<T>& in = small.in[visits % 2];
+        const Inputs<T> in = inputs(visits);
         const int64_t next = step > 0 ? first + step - 1 : first - every;
         if (next >= 0) stream.ask(next * a.B + sample);
         gather(in, step);
         this->sync();
         back(in, step);
-        if (next >= 0) stream.put(small.in[(visits + 1) % 2], plan.columns);
+        if (next >= 0) stream.put(inputs(visits + 1), plan.columns);
         this->sync();
         give_gradients(first + step);
         ++visits;
@@ -658,9 +654,9 @@ struct BackwardScan : Thread<T, C, H> {
 };
 
 template <class T, int C, int H, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads) backward_kernel(LruaScanBackward a, Plan plan, int64_t every,
-                                                                unsigned char* scratch) {
-  if (RESIDENT) plan.groups = plan.pieces = 1;
+__global__ void __launch_bounds__(most_threads, 1) backward_kernel(const __grid_constant__ LruaScanBackward a,
+                                                                   const __grid_constant__ Plan plan, int64_t every,
+                                                                   unsigned char* scratch) {
   BackwardScan<T, C, H, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
 }
 
@@ -669,17 +665,18 @@ __global__ void __launch_bounds__(most_threads) backward_kernel(LruaScanBackward
 // Calls f with types and sizes of the kernel that a plan asks for.
 template <class F>
 const char* with_kernel(const Plan& plan, Dtype state, F f) {
-  const auto with_heads = [&](auto t, auto c, auto resident) {
-    if (plan.heads_at_once == 1) return f(t, c, std::integral_constant<int, 1>(), resident);
-    return f(t, c, std::integral_constant<int, 4>(), resident);
+  const std::integral_constant<int, 4> four;
+  if (state == Dtype::float64) return f(double(), four, four, std::false_type());
+  if (!plan.resident) return f(float(), std::integral_constant<int, 8>(), four, std::false_type());
+  const auto in_registers = [&](auto c) {
+    if (plan.heads_at_once == 1) return f(float(), c, std::integral_constant<int, 1>(), std::true_type());
+    return f(float(), c, four, std::true_type());
   };
-  if (state == Dtype::float64) return with_heads(double(), std::integral_constant<int, 4>(), std::false_type());
-  if (!plan.resident) return with_heads(float(), std::integral_constant<int, 8>(), std::false_type());
   switch (plan.piece_columns) {
-    case 2: return with_heads(float(), std::integral_constant<int, 2>(), std::true_type());
-    case 4: return with_heads(float(), std::integral_constant<int, 4>(), std::true_type());
-    case 5: return with_heads(float(), std::integral_constant<int, 5>(), std::true_type());
-    default: return with_heads(float(), std::integral_constant<int, 8>(), std::true_type());
+    case 2: return in_registers(std::integral_constant<int, 2>());
+    case 4: return in_registers(four);
+    case 5: return in_registers(std::integral_constant<int, 5>());
+    default: return in_registers(std::integral_constant<int, 8>());
   }
 }
 
@@ -688,20 +685,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Side, class T>
 Plan plan_scan(int64_t B, int64_t N, int64_t D, int64_t R, int64_t every, const gpu::Limits& limits) {
   Plan plan{};
-  plan.N = N;
-  plan.D = D;
-  plan.R = R;
-  plan.heads_at_once = R == 1 ? 1 : 4;
-  plan.heads = ceil_div(R, plan.heads_at_once) * plan.heads_at_once;
+  plan.N = static_cast<int>(N);
+  plan.D = static_cast<int>(D);
+  plan.R = static_cast<int>(R);
   const int64_t groups = ceil_div(N, warp_slots), lane_columns = ceil_div(D, column_lanes);
   const int most_warps = most_threads / 32;
   const auto lay_out = [&](int cluster) {
     plan.cluster = cluster;
+    plan.heads_at_once = plan.resident && R == 1 ? 1 : 4;
+    plan.heads = static_cast<int>(ceil_div(R, plan.heads_at_once)) * plan.heads_at_once;
     plan.warps = static_cast<int>(groups < most_warps ? groups : most_warps);
     plan.groups = static_cast<int>(ceil_div(groups, static_cast<int64_t>(plan.warps) * cluster));
-    plan.span = static_cast<int64_t>(plan.groups) * plan.warps * warp_slots;
+    plan.span = plan.groups * plan.warps * warp_slots;
     plan.pieces = static_cast<int>(ceil_div(lane_columns, plan.piece_columns));
-    plan.columns = static_cast<int64_t>(plan.pieces) * plan.piece_columns * column_lanes;
+    plan.columns = plan.pieces * plan.piece_columns * column_lanes;
     place<Side>(plan, every, limits);
   };
   if (sizeof(T) == 4 && lane_columns <= 8) {
@@ -724,16 +721,18 @@ Plan plan_scan(int64_t B, int64_t N, int64_t D, int64_t R, int64_t every, const 
   return plan;
 }
 
-const char* too_large(const Plan& plan) {
-  if (plan.N >= int64_t(1) << 24) return "the kernel takes fewer than 2^24 slots";
-  if (plan.R * plan.D >= int64_t(1) << 28) return "the kernel takes fewer than 2^28 numbers in the keys of a step";
+// Where a block counts what it has, it counts with 32 bits.
+const char* too_large(int64_t N, int64_t D, int64_t R) {
+  if (N >= 1 << 24) return "the kernel takes fewer than 2^24 slots";
+  if (R * D >= 1 << 26) return "the kernel takes fewer than 2^26 numbers in the keys of a step";
+  if (R * N >= 1 << 28) return "the kernel takes fewer than 2^28 weights in a step";
   return nullptr;
 }
 
 template <class T>
 const char* scan(const LruaScan& a, const Queue& queue) {
+  if (const char* why = too_large(a.N, a.D, a.R)) return why;
   const Plan plan = plan_scan<Forward<T>, T>(a.B, a.N, a.D, a.R, 0, gpu::limits());
-  if (const char* why = too_large(plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_kernel(plan, a.state, [&](auto t, auto c, auto h, auto resident) -> const char* {
@@ -748,8 +747,8 @@ const char* scan(const LruaScan& a, const Queue& queue) {
 template <class T>
 const char* scan_backward(const LruaScanBackward& a, const Queue& queue) {
   const int64_t every = a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every;
+  if (const char* why = too_large(a.N, a.D, a.R)) return why;
   const Plan plan = plan_scan<Backward<T>, T>(a.B, a.N, a.D, a.R, every, gpu::limits());
-  if (const char* why = too_large(plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_kernel(plan, a.state, [&](auto t, auto c, auto h, auto resident) -> const char* {

@@ -13,22 +13,21 @@ namespace cuda {
 
 // How a scan is laid out over a block.
 struct Plan {
-  int64_t N, D, R;
+  int N, D, R;
   bool resident;      // the memory is in registers: one group of 16 slots a warp, one piece of columns
   int piece_columns;  // C: columns of a lane in a piece
   int heads_at_once;  // H
   int warps, cluster;
   int groups, pieces;    // of 16 slots, a warp; of 8 C columns, a slot
-  int64_t heads, columns;  // R and D, padded
-  int64_t span;            // slots of a block, padded
+  int heads, columns;    // R and D, padded
+  int span;              // slots of a block, padded
   bool near_small, near_slots, near_tiles;  // in shared memory
   size_t shared, scratch;                   // bytes of a block
 
-  __device__ __host__ int64_t padded_slots() const { return span * cluster; }
-  __device__ __host__ int64_t tile_numbers() const { return span * columns; }
+  __device__ __host__ int64_t tile_numbers() const { return static_cast<int64_t>(span) * columns; }
 };
 
-// The inputs of a step.
+// The inputs of a step. Two take turns: one is read while the next comes.
 template <class T>
 struct Inputs {
   T *keys, *vectors, *grads, *gate, *keep, *beta;
@@ -37,6 +36,30 @@ struct Inputs {
       : keys(carver.take<T>(plan.heads * plan.columns)), vectors(carver.take<T>(plan.heads * plan.columns)),
         grads(carver.take<T>(backward ? plan.heads * plan.columns : 0)), gate(carver.take<T>(plan.heads)),
         keep(carver.take<T>(plan.heads)), beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
+};
+
+template <class T>
+struct InputTurns {
+  unsigned char* first;
+  size_t bytes;
+  __device__ __host__ InputTurns(Carver& carver, const Plan& plan, bool backward) : bytes(size(plan, backward)) {
+    first = carver.take<unsigned char>(2 * static_cast<int64_t>(bytes));
+  }
+  // Padded heads and columns are 0 in every step; what a step brings takes its place after this.
+  __device__ __forceinline__ void clear() const {
+    for (size_t i = gpu::thread(); i < 2 * bytes / sizeof(T); i += gpu::threads()) reinterpret_cast<T*>(first)[i] = 0;
+  }
+  __device__ __forceinline__ Inputs<T> of(int64_t visit, const Plan& plan, bool backward) const {
+    Carver carver(first + visit % 2 * bytes);
+    return Inputs<T>(carver, plan, backward);
+  }
+
+ private:
+  __device__ __host__ static size_t size(const Plan& plan, bool backward) {
+    Carver carver(nullptr);
+    Inputs<T>(carver, plan, backward);
+    return carver.used;
+  }
 };
 
 // What the warps tell each other.
@@ -71,9 +94,9 @@ struct Source {
 template <class T>
 class Stream {
  public:
-  __device__ Stream(const Source& from) : from_(from), count_(from.R * from.D * (from.grads ? 3 : 2) + 3 * from.R) {}
+  __device__ __forceinline__ Stream(const Source& from) : from_(from), count_(from.R * from.D * (from.grads ? 3 : 2) + 3 * from.R) {}
 
-  __device__ void ask(int64_t row) {
+  __device__ __forceinline__ void ask(int64_t row) {
     row_ = row;
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
@@ -82,7 +105,7 @@ class Stream {
     }
   }
 
-  __device__ void put(const Inputs<T>& in, int64_t columns) {
+  __device__ __forceinline__ void put(const Inputs<T>& in, int64_t columns) {
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
       const int i = gpu::thread() + j * gpu::threads();
@@ -94,7 +117,7 @@ class Stream {
  private:
   static constexpr int ahead = 3;
 
-  __device__ T get(int i) const {
+  __device__ __forceinline__ T get(int i) const {
     const int size = from_.R * from_.D, kind = i / size, vectors = from_.grads ? 3 : 2;
     if (kind < vectors) {
       const void* data = kind == 0 ? from_.keys : kind == 1 ? from_.vectors : from_.grads;
@@ -107,7 +130,7 @@ class Stream {
     return from_.slots ? static_cast<T>(from_.slots[place]) : T(0);  // exact: a plan has fewer than 2^24 slots
   }
 
-  __device__ void put(const Inputs<T>& in, int64_t columns, int i, T value) const {
+  __device__ __forceinline__ void put(const Inputs<T>& in, int64_t columns, int i, T value) const {
     const int size = from_.R * from_.D, kind = i / size, vectors = from_.grads ? 3 : 2;
     if (kind < vectors) {
       T* to = kind == 0 ? in.keys : kind == 1 ? in.vectors : in.grads;
@@ -128,34 +151,38 @@ class Stream {
 };
 
 // A scan as one thread sees it.
-template <class T, int C, int H>
+template <class T, int C, int H, bool RESIDENT>
 struct Thread {
   static constexpr int OWN = Place<H>::OWN;
   const Plan& plan;
   const Place<H> place;
   int rank;            // of the block in its sample
-  int64_t first_slot;  // of the block
+  int first_slot;      // of the block
   T eps;
   bool shared_target;
 
-  __device__ Thread(const Plan& plan, int rank, double eps, bool shared_target)
+  __device__ __forceinline__ Thread(const Plan& plan, int rank, double eps, bool shared_target)
       : plan(plan), rank(rank), first_slot(rank * plan.span), eps(static_cast<T>(eps)), shared_target(shared_target) {}
 
-  // The first slot of the warp's group g, counted in the block.
-  __device__ int64_t group(int g) const { return (static_cast<int64_t>(g) * plan.warps + place.warp) * warp_slots; }
-  // The lane's first of four slots, and the one whose sums it owns.
-  __device__ int64_t slots(int g) const { return group(g) + place.group * lane_slots; }
-  __device__ int64_t own(int g) const { return group(g) + place.own_slot; }
-  __device__ int64_t piece(int g, int k) const { return static_cast<int64_t>(g) * plan.pieces + k; }
-  __device__ int64_t first_column(int k) const { return static_cast<int64_t>(k) * C * column_lanes + place.column; }
+  // Known when compiled where the memory is in registers.
+  __device__ __forceinline__ int groups() const { return RESIDENT ? 1 : plan.groups; }
+  __device__ __forceinline__ int pieces() const { return RESIDENT ? 1 : plan.pieces; }
 
-  __device__ void sync() const {
+  // The first slot of the warp's group g, counted in the block.
+  __device__ __forceinline__ int group(int g) const { return (g * plan.warps + place.warp) * warp_slots; }
+  // The lane's first of four slots, and the one whose sums it owns.
+  __device__ __forceinline__ int slots(int g) const { return group(g) + place.group * lane_slots; }
+  __device__ __forceinline__ int own(int g) const { return group(g) + place.own_slot; }
+  __device__ __forceinline__ int piece(int g, int k) const { return g * pieces() + k; }
+  __device__ __forceinline__ int first_column(int k) const { return k * C * column_lanes + place.column; }
+
+  __device__ __forceinline__ void sync() const {
     if (plan.cluster > 1) gpu::sync_cluster();
     else gpu::sync();
   }
 
   // The same number of every warp of every block, added up in one order by all.
-  __device__ T total(T* of_warps, int64_t r, int64_t ld) const {
+  __device__ __forceinline__ T total(T* of_warps, int r, int ld) const {
     T sum = 0;
     for (int block = 0; block < plan.cluster; ++block) {
       const T* from = plan.cluster > 1 ? gpu::of_block(of_warps, block) : of_warps;
@@ -163,7 +190,7 @@ struct Thread {
     }
     return sum;
   }
-  __device__ T greatest(T* of_warps, int64_t r) const {
+  __device__ __forceinline__ T greatest(T* of_warps, int r) const {
     T most = -INFINITY;
     for (int block = 0; block < plan.cluster; ++block) {
       const T* from = plan.cluster > 1 ? gpu::of_block(of_warps, block) : of_warps;
@@ -176,84 +203,84 @@ struct Thread {
   }
 
   // An element of a memory [N, D] that starts at `memory`, 0 beyond it.
-  __device__ void take(const T* memory, int g, int k, Tile<T, C>& m) const {
+  __device__ __forceinline__ void take(const T* memory, int g, int k, Tile<T, C>& m) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
-      const int64_t slot = first_slot + slots(g) + s;
+      const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int64_t column = first_column(k) + c * column_lanes;
-        m.at[s][c] = slot < plan.N && column < plan.D ? memory[slot * plan.D + column] : T(0);
+        const int column = first_column(k) + c * column_lanes;
+        m.at[s][c] = slot < plan.N && column < plan.D ? memory[static_cast<int64_t>(slot) * plan.D + column] : T(0);
       }
     }
   }
-  __device__ void give(const Tile<T, C>& m, int g, int k, T* memory) const {
+  __device__ __forceinline__ void give(const Tile<T, C>& m, int g, int k, T* memory) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
-      const int64_t slot = first_slot + slots(g) + s;
+      const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int64_t column = first_column(k) + c * column_lanes;
-        if (slot < plan.N && column < plan.D) memory[slot * plan.D + column] = m.at[s][c];
+        const int column = first_column(k) + c * column_lanes;
+        if (slot < plan.N && column < plan.D) memory[static_cast<int64_t>(slot) * plan.D + column] = m.at[s][c];
       }
     }
   }
   // The same of an anchor, [D, ld]: a column's slots side by side.
-  __device__ void take_anchor(const T* anchor, int64_t ld, int g, int k, Tile<T, C>& m) const {
+  __device__ __forceinline__ void take_anchor(const T* anchor, int64_t ld, int g, int k, Tile<T, C>& m) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
-      const int64_t slot = first_slot + slots(g) + s;
+      const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int64_t column = first_column(k) + c * column_lanes;
+        const int column = first_column(k) + c * column_lanes;
         m.at[s][c] = slot < plan.N && column < plan.D ? anchor[column * ld + slot] : T(0);
       }
     }
   }
-  __device__ void give_anchor(const Tile<T, C>& m, int64_t ld, int g, int k, T* anchor) const {
+  __device__ __forceinline__ void give_anchor(const Tile<T, C>& m, int64_t ld, int g, int k, T* anchor) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
-      const int64_t slot = first_slot + slots(g) + s;
+      const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int64_t column = first_column(k) + c * column_lanes;
+        const int column = first_column(k) + c * column_lanes;
         if (slot < ld && column < plan.D) anchor[column * ld + slot] = m.at[s][c];
       }
     }
   }
 
   // Rows [R, ld] of numbers per slot from and to [heads, span], by the lanes of the warp that has the slots.
-  __device__ void take_rows(const T* rows, int64_t ld, T* to) const {
-    for (int g = 0; g < plan.groups; ++g)
-      for (int64_t i = place.lane; i < plan.heads * warp_slots; i += 32) {
-        const int64_t r = i / warp_slots, slot = group(g) + i % warp_slots;
+  __device__ __forceinline__ void take_rows(const T* rows, int64_t ld, T* to) const {
+    for (int g = 0; g < groups(); ++g)
+      for (int i = place.lane; i < plan.heads * warp_slots; i += 32) {
+        const int r = i / warp_slots, slot = group(g) + i % warp_slots;
         to[r * plan.span + slot] = r < plan.R && first_slot + slot < plan.N ? rows[r * ld + first_slot + slot] : T(0);
       }
   }
-  __device__ void give_rows(const T* from, int64_t ld, T* rows) const {
-    for (int g = 0; g < plan.groups; ++g)
-      for (int64_t i = place.lane; i < plan.R * warp_slots; i += 32) {
-        const int64_t r = i / warp_slots, slot = group(g) + i % warp_slots;
+  __device__ __forceinline__ void give_rows(const T* from, int64_t ld, T* rows) const {
+    for (int g = 0; g < groups(); ++g)
+      for (int i = place.lane; i < plan.R * warp_slots; i += 32) {
+        const int r = i / warp_slots, slot = group(g) + i % warp_slots;
         if (first_slot + slot < ld) rows[r * ld + first_slot + slot] = from[r * plan.span + slot];
       }
   }
 
   // Whether every similarity is so small that exp needs no maximum taken off: a cosine is at most 1, so exp(beta (cosine - 1))
   // neither overflows nor underflows.
-  __device__ bool bounded(const T* beta) const {
+  __device__ __forceinline__ bool bounded(const T* beta) const {
     bool all = true;
     for (int r = 0; r < plan.R; ++r) all &= fabs(beta[r]) <= T(32);
     return all;
   }
 
   // Write weights [heads, span] of the warp's slots; own lanes only.
-  __device__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights, T* write_weights) const {
-    for (int g = 0; g < plan.groups; ++g) {
-      const int64_t own_slot = own(g);
-      for (int64_t first = 0; first < plan.heads; first += H) {
+  __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights, T* write_weights) const {
+    for (int g = 0; g < groups(); ++g) {
+      const int own_slot = own(g);
+      for (int first = 0; first < plan.heads; first += H) {
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
-          const int64_t r = first + place.own_head + j;
+          const int r = first + place.own_head + j;
           T weight = 0;
           if (r < plan.R) weight = in.gate[r] * read_weights[r * plan.span + own_slot];
           if (r < plan.R && is_target(chosen, r, first_slot + own_slot)) weight += in.keep[r];
@@ -262,27 +289,27 @@ struct Thread {
       }
     }
   }
-  __device__ bool is_target(const int* chosen, int64_t r, int64_t slot) const {
+  __device__ __forceinline__ bool is_target(const int* chosen, int r, int slot) const {
     if (!shared_target) return chosen[r] == slot;
     bool any = false;
     for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot;
     return any;
   }
 
-  __device__ __forceinline__ void load_weights(const T* rows, int64_t first, int64_t slot, Four<T> (&out)[H]) const {
+  __device__ __forceinline__ void load_weights(const T* rows, int first, int slot, Four<T> (&out)[H]) const {
 #pragma unroll
     for (int h = 0; h < H; ++h) out[h] = load_four(rows + (first + h) * plan.span + slot);
   }
 
   // Erases the least used slot and adds what the heads write.
-  __device__ void write(const Inputs<T>& in, int64_t erased, const T* write_weights, int g, int k, Tile<T, C>& m) const {
+  __device__ __forceinline__ void write(const Inputs<T>& in, int erased, const T* write_weights, int g, int k, Tile<T, C>& m) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s)
       if (first_slot + slots(g) + s == erased) {
 #pragma unroll
         for (int c = 0; c < C; ++c) m.at[s][c] = 0;
       }
-    for (int64_t first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += H) {
       Four<T> weights[H];
       T rows[H][C];
       load_weights(write_weights, first, slots(g), weights);
@@ -294,17 +321,17 @@ struct Thread {
   // Similarities of the group's slots, in `out` [heads, span]: their exponentials where they are bounded, and the warp's sums
   // in `sums` [heads]; else as they are, and their maximum in `most`. dots and squares are kept where these are not null.
   template <class Open>
-  __device__ void compare(const Inputs<T>& in, int g, bool bounded, const Open& open, T* out, T* sums, T* most, T* dots,
+  __device__ __forceinline__ void compare(const Inputs<T>& in, int g, bool bounded, const Open& open, T* out, T* sums, T* most, T* dots,
                           T* squares) const {
-    const int64_t own_slot = own(g);
+    const int own_slot = own(g);
     const bool there = first_slot + own_slot < plan.N;
     T own_squares[lane_slots] = {};
-    for (int k = 0; k < plan.pieces; ++k) open(k, [&](const Tile<T, C>& m) { add_squares<C>(m, own_squares); });
+    for (int k = 0; k < pieces(); ++k) open(k, [&](const Tile<T, C>& m) { add_squares<C>(m, own_squares); });
     add_lanes<4, 1, lane_slots>(own_squares, place.lane);
     if (squares && place.owner && place.own_head == 0) squares[own_slot] = own_squares[0];
-    for (int64_t first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += H) {
       T sum[lane_slots * H] = {}, key_squares[H] = {}, own_key[OWN];
-      for (int k = 0; k < plan.pieces; ++k) {
+      for (int k = 0; k < pieces(); ++k) {
         T keys[H][C];
         load_rows<H, C>(in.keys + first * plan.columns + first_column(k), plan.columns, keys);
         open(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, keys, sum); });
@@ -318,7 +345,7 @@ struct Thread {
       T result[OWN];
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
-        const int64_t r = first + place.own_head + j;
+        const int r = first + place.own_head + j;
         const bool valid = there && r < plan.R;
         const T beta = in.beta[r];
         const T score = beta * (sum[j] * gpu::inverse_root(own_key[j] * own_squares[0] + eps));
@@ -335,15 +362,15 @@ struct Thread {
   }
 
   // Turns similarities beyond the bound into exponentials, when all blocks have told their greatest.
-  __device__ void soften(T* most, T* out, T* sums) const {
+  __device__ __forceinline__ void soften(T* most, T* out, T* sums) const {
     sync();
-    for (int g = 0; g < plan.groups; ++g) {
-      const int64_t own_slot = own(g);
-      for (int64_t first = 0; first < plan.heads; first += H) {
+    for (int g = 0; g < groups(); ++g) {
+      const int own_slot = own(g);
+      for (int first = 0; first < plan.heads; first += H) {
         T result[OWN];
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
-          const int64_t r = first + place.own_head + j;
+          const int r = first + place.own_head + j;
           const bool valid = first_slot + own_slot < plan.N && r < plan.R;
           result[j] = valid ? exp(out[r * plan.span + own_slot] - greatest(most, r)) : T(0);
         }
@@ -356,7 +383,7 @@ struct Thread {
     }
   }
 
-  __device__ void tell_sums(T* own_values, int64_t first, bool add, T* sums) const {
+  __device__ __forceinline__ void tell_sums(T* own_values, int first, bool add, T* sums) const {
     T value[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; ++j) value[j] = own_values[j];
@@ -369,7 +396,7 @@ struct Thread {
       }
     }
   }
-  __device__ void tell_greatest(const T* own_values, int64_t first, bool add, T* most) const {
+  __device__ __forceinline__ void tell_greatest(const T* own_values, int first, bool add, T* most) const {
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
       T value = own_values[j];
@@ -385,14 +412,14 @@ struct Thread {
   }
 
   // Multiplies own weights [heads, span] by one over the sums of their heads.
-  __device__ void normalise(T* sums, T* weights) const {
-    for (int64_t first = 0; first < plan.heads; first += H) {
+  __device__ __forceinline__ void normalise(T* sums, T* weights) const {
+    for (int first = 0; first < plan.heads; first += H) {
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
-        const int64_t r = first + place.own_head + j;
+        const int r = first + place.own_head + j;
         if (r >= plan.R || !place.owner) continue;
         const T scale = T(1) / total(sums, r, plan.heads);
-        for (int g = 0; g < plan.groups; ++g) weights[r * plan.span + own(g)] *= scale;
+        for (int g = 0; g < groups(); ++g) weights[r * plan.span + own(g)] *= scale;
       }
     }
   }

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS sets it)"),
         ("gpu", gpu()),
         ("extension", extension()),
+        ("CUDA kernels", cuda_kernels()),
     ]
     healthy = True
     for name, reason in backends().items():
@@ -124,10 +125,21 @@ def extension() -> str:
     return f"built with torch {info['torch']} and {info['compiler']} for {', '.join(info['isas'])}"
 
 
+def cuda_kernels() -> str:
+    """How the CUDA kernels were built, or why they were not."""
+    try:
+        info = json.loads(BUILD_INFO.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "not built"
+    if info["cuda"] is None:
+        return f"not built: {info['cuda_reason']}"
+    return f"built with {info['cuda']} for {', '.join(f'sm_{arch}' for arch in info['architectures'])}"
+
+
 def trial(name: str) -> str | None:
     """Run one op on a backend and compare with the reference; None if it is right, else what is wrong."""
     generator = torch.Generator().manual_seed(0)
-    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
     memory, key = (torch.randn(2, n, 5, generator=generator).to(device) for n in (7, 3))
     try:
         with backend(name):

@@ -128,13 +128,24 @@ def _(
     )
 
 
-def anchor_interval(num_slots: int, slot_size: int, num_heads: int) -> int:
+REPLAY_NUMBERS = (227 * 1024 - 16 * 1024) // 4  # in the shared memory of a multiprocessor, beside everything else
+
+
+def anchor_interval(num_slots: int, slot_size: int, num_heads: int, backend: str = "cpp") -> int:
     """Every how many steps a scan keeps the memory for backward, which replays the steps between.
 
     Enough steps that what is kept, (D + R) N floats an anchor, stays below the R (N + D) floats a step that keeping all
-    read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache.
+    read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache. The CUDA
+    kernels keep them in shared memory, where a few steps less make them fit: then below R (N + 2 D) floats.
     """
-    return max(8, -(-(slot_size + num_heads) * num_slots // (num_heads * (num_slots + slot_size))))
+    kept = (slot_size + num_heads) * num_slots
+    interval = max(8, -(-kept // (num_heads * (num_slots + slot_size))))
+    if backend == "cuda":
+        memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
+        fitting = (REPLAY_NUMBERS - memory - 4 * num_heads * num_slots) // (memory + rows)
+        if fitting > 0 and kept <= fitting * num_heads * (num_slots + 2 * slot_size):
+            return min(interval, fitting)
+    return interval
 
 
 class _LRUAWrite(torch.autograd.Function):
@@ -374,7 +385,7 @@ def _lrua(
         float(eps),
     )
     if _checks.records_gradient(memory, read_weights, keys, write_vectors, gate_logits, sharpness):
-        anchor_every = anchor_interval(num_slots, slot_size, heads)
+        anchor_every = anchor_interval(num_slots, slot_size, heads, backend)
         outputs = _checks.apply(_LRUAScan, *arguments, anchor_every, backend)
     else:
         outputs = _backend.raw(backend).lrua_scan.default(*arguments, 0)

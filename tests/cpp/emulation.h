@@ -31,6 +31,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define MANN_FAST_SCHEDULER __attribute__((no_sanitize("thread"), noinline))
 
 namespace mann_fast {
@@ -40,11 +41,12 @@ namespace emulation {
 constexpr size_t stack_bytes = 256 * 1024;
 constexpr int most_threads = 1024, most_blocks = 16;
 
-// What a test may set: the machine, the order of everything, and the line of one barrier that is left out.
+// What a test may set: the machine, the order of everything, and which barrier every thread leaves out, counted from the
+// start of a kernel: of those of a block or cluster, and of those of a warp.
 struct Settings {
   Limits limits{227 * 1024, 8, 132};
   uint64_t seed = 1;
-  int omitted_line = 0;
+  int omitted_of_block = -1, omitted_of_warp = -1;
 };
 
 struct Context {
@@ -76,6 +78,7 @@ struct Fiber {
   Stop stop = Stop::end;
   int thread = 0, block = 0;
   unsigned exchanges = 0;
+  int met_block = 0, met_warp = 0;  // barriers so far
   bool orders = false;  // the warp-wide stop is sync_warp, not a shuffle
 };
 
@@ -91,6 +94,7 @@ struct Machine {
   int threads = 0, cluster = 1;
   int64_t first_block = 0;
   Fiber* current = nullptr;
+  int most_met_block = 0, most_met_warp = 0;  // in any kernel so far
   const std::function<void()>* kernel = nullptr;
 };
 
@@ -195,6 +199,7 @@ MANN_FAST_SCHEDULER inline void prepare(Fiber& fiber) {
 #endif
   fiber.stop = Stop::running;
   fiber.exchanges = 0;
+  fiber.met_block = fiber.met_warp = 0;
 }
 
 // Lets the lanes of a warp run to their next barrier or end, in random order at every stop of the warp.
@@ -303,13 +308,18 @@ MANN_FAST_SCHEDULER inline void run(const Launch& how, const std::function<void(
   for (int b = 0; b < how.cluster; ++b) std::free(m.shared[b]);
 }
 
-MANN_FAST_SCHEDULER inline void barrier(Stop stop, void* tag, int line) {
+MANN_FAST_SCHEDULER inline void barrier(Stop stop, void* tag) {
   (void)tag;
-  if (line == machine().settings.omitted_line) return;
+  Machine& m = machine();
+  int& met = stop == Stop::lanes ? m.current->met_warp : m.current->met_block;
+  int& most = stop == Stop::lanes ? m.most_met_warp : m.most_met_block;
+  const int omitted = stop == Stop::lanes ? m.settings.omitted_of_warp : m.settings.omitted_of_block;
+  if (met++ == omitted) return;
+  if (met > most) most = met;
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(tag);
 #endif
-  machine().current->orders = true;
+  m.current->orders = true;
   stop_at(stop);
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(tag);
@@ -351,14 +361,14 @@ inline MANN_FAST_SCHEDULER unsigned char* shared_memory() {
   return emulation::machine().shared[emulation::machine().current->block];
 }
 
-inline MANN_FAST_SCHEDULER void sync(int line = __builtin_LINE()) {
-  emulation::barrier(emulation::Stop::block, emulation::machine().block_tag + emulation::machine().current->block, line);
+inline MANN_FAST_SCHEDULER void sync() {
+  emulation::barrier(emulation::Stop::block, emulation::machine().block_tag + emulation::machine().current->block);
 }
-inline MANN_FAST_SCHEDULER void sync_cluster(int line = __builtin_LINE()) {
-  emulation::barrier(emulation::Stop::cluster, &emulation::machine().cluster_tag, line);
+inline MANN_FAST_SCHEDULER void sync_cluster() {
+  emulation::barrier(emulation::Stop::cluster, &emulation::machine().cluster_tag);
 }
-inline MANN_FAST_SCHEDULER void sync_warp(int line = __builtin_LINE()) {
-  emulation::barrier(emulation::Stop::lanes, &emulation::own_warp().order_tag, line);
+inline MANN_FAST_SCHEDULER void sync_warp() {
+  emulation::barrier(emulation::Stop::lanes, &emulation::own_warp().order_tag);
 }
 
 template <class T>

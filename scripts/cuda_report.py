@@ -1,0 +1,77 @@
+"""Compiles the CUDA kernels, warnings as errors, and shows what each takes: registers, stack and spills.
+
+python scripts/cuda_report.py [--write docs/kernels.md]     (exits 1 if a kernel of the paper's size spills)
+
+Needs nvcc and no GPU. --write replaces the table in the file between its two marks.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from native import CannotBuild, Nvcc
+
+PAPER = "<float, 5, 4, true>"  # 33 to 40 numbers a slot, more than one head, in registers
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+MARKS = ("<!-- begin: scripts/cuda_report.py --write -->", "<!-- end -->")
+
+
+def demangle(names: list[str]) -> list[str]:
+    if not shutil.which("c++filt"):
+        return names
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        nvcc = Nvcc()
+        objects = nvcc.compile(nvcc.kernel_units(), Path("build/objects"))
+    except CannotBuild as problem:
+        if "no nvcc" in str(problem) or "MANN_FAST_CUDA=0" in str(problem):
+            print(f"cuda_report: SKIPPED, {problem}")
+            return 0
+        print(problem, file=sys.stderr)
+        return 1
+    found = [match for file in objects for match in ENTRY.findall(file.with_suffix(".log").read_text())]
+    kernels: dict[str, dict[str, str]] = {}
+    spilling = []
+    for name, (_, architecture, stack, stores, loads, registers) in zip(
+        demangle([entry[0] for entry in found]), found, strict=True
+    ):
+        match = re.search(r"(\w+_kernel)(<[^>]*>)", name)
+        name = f"{match[1]}{match[2]}" if match else name
+        spills = int(stores) + int(loads)
+        kernels.setdefault(name, {})[architecture] = f"{registers}, {stack}, {spills}"
+        if spills and PAPER in name:
+            spilling.append(f"{name} spills {spills} bytes on {architecture}")
+    if not kernels:
+        print("cuda_report: the compiler said nothing of its kernels", file=sys.stderr)
+        return 1
+    architectures = [f"sm_{architecture}" for architecture in nvcc.architectures]
+    lines = [f"{nvcc.version}: registers, bytes of stack, bytes spilt", ""]
+    lines += ["| kernel | " + " | ".join(architectures) + " |", "| --- " * (len(architectures) + 1) + "|"]
+    lines += [
+        f"| `{name}` | " + " | ".join(row.get(architecture, "") for architecture in architectures) + " |"
+        for name, row in sorted(kernels.items())
+    ]
+    print("\n".join(lines))
+    if arguments:
+        file = Path(arguments[1])
+        begin, end = (file.read_text().index(mark) for mark in MARKS)
+        text = file.read_text()
+        file.write_text(text[: begin + len(MARKS[0])] + "\n" + "\n".join(lines) + "\n" + text[end:])
+    print("\n".join(spilling) or f"no kernel {PAPER} spills")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

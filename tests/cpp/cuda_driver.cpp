@@ -1,0 +1,136 @@
+// Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
+// memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
+//
+// cuda_driver [content | write | scan] [--seed N] [--omit-block N | --omit-warp N]   each thread leaves out its Nth barrier
+// cuda_driver --plant divergent | late | out-of-bounds                               kernels with a defect: to be noticed
+#include "driver.h"
+#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/gpu.h"
+
+namespace {
+
+// Scratch memory of one call: exactly as many bytes as asked for, filled with NaN.
+struct Scratch {
+  std::vector<std::unique_ptr<char[]>> blocks;
+  cuda::Queue queue() {
+    return {nullptr,
+            [](void* self, size_t bytes) -> void* {
+              auto& blocks = static_cast<Scratch*>(self)->blocks;
+              blocks.emplace_back(new char[bytes]);
+              std::memset(blocks.back().get(), 0xff, bytes);
+              return blocks.back().get();
+            },
+            this};
+  }
+};
+
+template <class Arguments, const char* (*kernel)(const Arguments&, const cuda::Queue&)>
+bool run(const Arguments& a, const Parallel&) {
+  Scratch scratch;
+  const char* why = kernel(a, scratch.queue());
+  if (why) fail(why);
+  return true;
+}
+
+const Kernels emulated = {
+    "cuda",
+    {run<ContentRead, cuda::content_read>, run<ContentReadBackward, cuda::content_read_backward>},
+    {run<LeastUsed, cuda::least_used>, run<LruaWrite, cuda::lrua_write>, run<LruaWriteBackward, cuda::lrua_write_backward>,
+     run<LruaScan, cuda::lrua_scan>, run<LruaScanBackward, cuda::lrua_scan_backward>},
+    {nullptr, nullptr}};
+
+template <class Run>
+void compare(const char* name, Run function, const Case& c) {
+  current = name;
+  for (const int64_t value : {c.T, c.B, c.N, c.D, c.R, c.anchor_every}) current += " " + std::to_string(value);
+  current += " dtypes " + std::to_string(static_cast<int>(c.state)) + " " + std::to_string(static_cast<int>(c.input));
+  current += c.read_first ? " read first" : "";
+  const Results expected = function(*kernels(), c), actual = function(emulated, c);
+  for (size_t j = 0; j < expected.size(); ++j) {
+    const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
+    double greatest = 1e-3;
+    for (int64_t i = 0; i < expected[j].count; ++i) greatest = std::max(greatest, std::abs(expected[j][i]));
+    for (int64_t i = 0; i < expected[j].count; ++i)
+      if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * greatest))
+        fail("result " + std::to_string(j) + " differs at " + std::to_string(i) + ": " + std::to_string(actual[j][i]) +
+             ", expected " + std::to_string(expected[j][i]));
+  }
+}
+
+// ---- kernels with a defect ------------------------------------------------------------------------------------------
+
+void divergent_kernel(float*) {
+  if (gpu::thread() < 40) gpu::sync();
+}
+void late_kernel(float* out) {  // the last value is read before it is written
+  float* shared = reinterpret_cast<float*>(gpu::shared_memory());
+  shared[gpu::thread()] = 1;
+  out[gpu::thread()] = shared[gpu::threads() - 1 - gpu::thread()];
+}
+void out_of_bounds_kernel(float* out) { out[gpu::thread() + 1] = 1; }
+
+int plant(const std::string& defect) {
+  float out[64] = {};
+  std::unique_ptr<float[]> heap(new float[64]());
+  const gpu::Launch how{1, 64, 1, 64 * sizeof(float), nullptr};
+  if (defect == "divergent") gpu::launch(divergent_kernel, how, out);
+  if (defect == "late") gpu::launch(late_kernel, how, out);
+  if (defect == "out-of-bounds") gpu::launch(out_of_bounds_kernel, how, heap.get());
+  for (const float x : out)
+    if (defect == "late" && x != 1) return 1;
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  gpu::emulation::Settings& settings = gpu::emulation::settings();
+  std::string only;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--plant") return plant(arguments[i + 1]);
+    if (argument == "--seed") settings.seed = std::strtoull(arguments[++i], nullptr, 10);
+    else if (argument == "--omit-block") settings.omitted_of_block = std::atoi(arguments[++i]);
+    else if (argument == "--omit-warp") settings.omitted_of_warp = std::atoi(arguments[++i]);
+    else only = argument;
+  }
+  const bool omits = settings.omitted_of_block >= 0 || settings.omitted_of_warp >= 0;
+  if (kernels() == nullptr) fail("this processor does not have the instruction set");
+  const Dtype single = Dtype::float32, wide = Dtype::float64;
+  struct Layout {
+    int64_t T, B, N, D, R;
+    Dtype state, input;
+    size_t shared;
+  };
+  const size_t all = 227 * 1024;
+  const Layout layouts[] = {
+      {3, 2, 40, 5, 3, single, single, all},                  // registers, one block
+      {4, 1, 33, 40, 4, single, single, all},                 //
+      {3, 1, 20, 9, 1, single, single, all},                  // one head
+      {3, 1, 300, 3, 2, single, single, all},                 // registers, a cluster
+      {3, 1, 40, 70, 2, single, single, all},                 // shared memory
+      {3, 1, 150, 33, 5, wide, wide, all},                    //
+      {3, 1, 260, 70, 3, single, single, 64 * 1024},          // shared memory, a cluster
+      {3, 1, 150, 70, 2, single, single, 24 * 1024},          // device memory
+      {2, 1, 17, 3, 4, single, Dtype::bfloat16, all},         //
+      {2, 1, 16, 64, 6, single, Dtype::float16, all},         //
+      {1, 1, 1, 1, 1, single, single, all},                   //
+      {0, 2, 4, 4, 1, single, single, all},                   //
+      {3, 0, 4, 4, 1, single, single, all}};                  //
+  int cases = 0;
+  for (const Layout& layout : layouts) {
+    if (omits && layout.state != single) continue;
+    settings.limits.shared = layout.shared;
+    for (int options = 0; options < 8; options += omits ? 3 : 1) {
+      const bool sharp = options & 1, read_first = options & 2, shared_target = options & 4;
+      Case c = {layout.T, layout.B, layout.N, layout.D, layout.R, layout.state, layout.input, sharp, read_first, shared_target, 2, 1};
+      if (only.empty() || only == "content") compare("content", content, c);
+      if (only.empty() || only == "write") compare("write", write, c);
+      if (only.empty() || only == "scan") compare("scan", scan, c);
+      ++cases;
+    }
+  }
+  std::printf("%d cases, at most %d barriers of a block and %d of a warp\n", cases, gpu::emulation::machine().most_met_block,
+              gpu::emulation::machine().most_met_warp);
+  return 0;
+}

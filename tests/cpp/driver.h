@@ -1,0 +1,222 @@
+// Runs kernels over arrays with nothing of torch around them: each array is a heap block of its own and exactly as long as the
+// kernel may touch. For kernels_driver.cpp and cuda_driver.cpp.
+#pragma once
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/include/half.h"
+
+using namespace mann_fast;
+
+namespace {
+
+std::string current;  // what is being run, for messages
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "%s: %s\n", current.c_str(), what.c_str());
+  std::exit(1);
+}
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// A heap block of exactly `count` numbers.
+struct Array {
+  Dtype dtype;
+  int64_t count;
+  std::unique_ptr<char[]> data;
+
+  explicit Array(Dtype dtype, int64_t count) : dtype(dtype), count(count), data(new char[count * size_of(dtype)]) {
+    std::memset(data.get(), 0xff, count * size_of(dtype));  // NaN in every dtype: shows what was not written
+  }
+  double operator[](int64_t i) const {
+    if (dtype == Dtype::float64) return reinterpret_cast<const double*>(data.get())[i];
+    if (dtype == Dtype::float32) return reinterpret_cast<const float*>(data.get())[i];
+    const uint16_t half = reinterpret_cast<const uint16_t*>(data.get())[i];
+    return dtype == Dtype::bfloat16 ? from_bfloat16(half) : from_float16(half);
+  }
+  void set(int64_t i, double value) {
+    const float single = static_cast<float>(value);
+    if (dtype == Dtype::float64) reinterpret_cast<double*>(data.get())[i] = value;
+    if (dtype == Dtype::float32) reinterpret_cast<float*>(data.get())[i] = single;
+    if (dtype == Dtype::bfloat16) reinterpret_cast<uint16_t*>(data.get())[i] = to_bfloat16(single);
+    if (dtype == Dtype::float16) reinterpret_cast<uint16_t*>(data.get())[i] = to_float16(single);
+  }
+};
+
+struct Random {
+  std::mt19937 generator{20260101};
+  Array normal(Dtype dtype, int64_t count) {
+    Array array(dtype, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, std::normal_distribution<double>()(generator));
+    return array;
+  }
+  Array positive(Dtype dtype, int64_t count) {
+    Array array(dtype, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, std::uniform_real_distribution<double>(0.1, 1.0)(generator));
+    return array;
+  }
+};
+
+void run_on_threads(int64_t tasks, void (*task)(void*, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < tasks; ++i) threads.emplace_back(task, context, i);
+  if (tasks > 0) task(context, 0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+Parallel on_threads(int64_t threads) { return {threads, run_on_threads}; }
+
+struct Case {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool sharp, read_first, shared_target;
+  int64_t anchor_every, threads;
+};
+
+using Results = std::vector<Array>;
+
+const void* pointer(const Array& array) { return array.data.get(); }
+const void* pointer(const std::unique_ptr<Array>& array) { return array ? array->data.get() : nullptr; }
+
+std::unique_ptr<Array> optional(bool there, Array array) {
+  return there ? std::make_unique<Array>(std::move(array)) : nullptr;
+}
+
+void succeeded(bool ok) {
+  if (!ok) fail("a kernel found no scratch memory");
+}
+
+void check_slots(const std::vector<int64_t>& slots, int64_t rows, int64_t n, int64_t N) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t slot = slots[row * n + i];
+      if (slot < 0 || slot >= N) fail("a slot out of range");
+      for (int64_t j = 0; j < i; ++j)
+        if (slots[row * n + j] == slot) fail("the same slot twice");
+    }
+}
+
+Results content(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const Array memory = random.normal(c.state, c.B * c.N * c.D), key = random.normal(c.input, c.B * c.R * c.D);
+  const auto sharpness = optional(c.sharp, random.positive(c.input, c.B * c.R));
+  Array read(c.input, c.B * c.R * c.D), weights(c.state, c.B * c.R * c.N);
+  succeeded(k.content.read({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(memory), pointer(key), pointer(sharpness),
+                            read.data.get(), weights.data.get()},
+                           parallel));
+  for (int64_t row = 0; row < c.B * c.R; ++row) {
+    double total = 0;
+    for (int64_t i = 0; i < c.N; ++i) total += weights[row * c.N + i];
+    if (!(std::abs(total - 1) < 1e-4)) fail("content_read: weights do not add up to 1");
+  }
+  Results results;
+  for (const bool of_read : {true, false}) {  // each gradient may be missing
+    const auto grad_read = optional(of_read, random.normal(c.input, c.B * c.R * c.D));
+    const auto grad_weights = optional(!of_read || c.shared_target, random.normal(c.state, c.B * c.R * c.N));
+    Array grad_memory(c.state, memory.count), grad_key(c.input, key.count), grad_sharpness(c.input, c.sharp ? c.B * c.R : 0);
+    succeeded(k.content.read_backward(
+        {c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(grad_read), pointer(grad_weights), pointer(memory),
+         pointer(key), pointer(sharpness), pointer(read), pointer(weights), grad_memory.data.get(), grad_key.data.get(),
+         c.sharp ? grad_sharpness.data.get() : nullptr},
+        parallel));
+    results.push_back(std::move(grad_memory));
+    results.push_back(std::move(grad_key));
+    results.push_back(std::move(grad_sharpness));
+  }
+  results.push_back(std::move(read));
+  results.push_back(std::move(weights));
+  return results;
+}
+
+Results write(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const Array memory = random.normal(c.state, c.B * c.N * c.D), read_weights = random.positive(c.state, c.B * c.R * c.N);
+  const Array usage = random.positive(c.state, c.B * c.N), vectors = random.normal(c.input, c.B * c.R * c.D);
+  const Array gates = random.normal(c.input, c.B * c.R);
+  for (const int64_t n : {int64_t(0), c.R, c.N}) {
+    std::vector<int64_t> slots(c.B * n, -1);
+    succeeded(k.lrua.least_used({c.B, c.N, n, c.state, pointer(usage), slots.data()}, parallel));
+    check_slots(slots, c.B, n, c.N);
+  }
+  std::vector<int64_t> slots(c.B * c.R, -1);
+  Array out_memory(c.state, memory.count), write_weights(c.state, read_weights.count);
+  succeeded(k.lrua.write(
+      {c.B, c.N, c.D, c.R, c.state, c.input, c.shared_target, pointer(memory), pointer(read_weights), pointer(usage),
+       pointer(vectors), pointer(gates), out_memory.data.get(), write_weights.data.get(), slots.data()},
+      parallel));
+  check_slots(slots, c.B, c.R, c.N);
+  Results results;
+  for (const bool of_memory : {true, false}) {
+    const auto grad_memory = optional(of_memory, random.normal(c.state, memory.count));
+    const auto grad_weights = optional(!of_memory || c.sharp, random.normal(c.state, read_weights.count));
+    Array grad_in_memory(c.state, memory.count), grad_read_weights(c.state, read_weights.count);
+    Array grad_vectors(c.input, vectors.count), grad_gates(c.input, gates.count);
+    succeeded(k.lrua.write_backward(
+        {c.B, c.N, c.D, c.R, c.state, c.input, c.shared_target, pointer(grad_memory), pointer(grad_weights),
+         pointer(read_weights), pointer(vectors), pointer(gates), slots.data(), grad_in_memory.data.get(),
+         grad_read_weights.data.get(), grad_vectors.data.get(), grad_gates.data.get()},
+        parallel));
+    for (Array* array : {&grad_in_memory, &grad_read_weights, &grad_vectors, &grad_gates})
+      results.push_back(std::move(*array));
+  }
+  results.push_back(std::move(out_memory));
+  results.push_back(std::move(write_weights));
+  return results;
+}
+
+Results scan(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const int64_t vectors_count = c.T * c.B * c.R * c.D, gates_count = c.T * c.B * c.R;
+  const Array memory = random.normal(c.state, c.B * c.N * c.D), usage = random.positive(c.state, c.B * c.N);
+  Array read_weights = random.positive(c.state, c.B * c.R * c.N);
+  for (int64_t i = 0; i < read_weights.count; ++i) read_weights.set(i, read_weights[i] / static_cast<double>(c.N));
+  const Array keys = random.normal(c.input, vectors_count), vectors = random.normal(c.input, vectors_count);
+  const Array gates = random.normal(c.input, gates_count);
+  const auto sharpness = optional(c.sharp, random.positive(c.input, gates_count));
+  const int64_t anchors_count = c.T > 0 && c.anchor_every > 0 ? (c.T - 1) / c.anchor_every : 0;
+  Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
+  std::vector<int64_t> slots(c.anchor_every > 0 ? gates_count : 0, -1);
+  Array reads(c.input, vectors_count), out_memory(c.state, memory.count), out_weights(c.state, read_weights.count);
+  Array out_usage(c.state, usage.count);
+  succeeded(k.lrua.scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, 1e-6,
+                         c.anchor_every, pointer(memory), pointer(read_weights), pointer(usage), pointer(keys),
+                         pointer(vectors), pointer(gates), pointer(sharpness), reads.data.get(), out_memory.data.get(),
+                         out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
+                        parallel));
+  Results results;
+  if (c.anchor_every > 0) {
+    check_slots(slots, c.T * c.B, c.R, c.N);
+    for (const int present : {0b001, 0b110, 0b111}) {  // each of the three gradients may be missing
+      const auto grad_reads = optional(present & 1, random.normal(c.input, vectors_count));
+      const auto grad_memory = optional(present & 2, random.normal(c.state, memory.count));
+      const auto grad_weights = optional(present & 4, random.normal(c.state, read_weights.count));
+      Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, read_weights.count);
+      Array grad_keys(c.input, vectors_count), grad_vectors(c.input, vectors_count), grad_gates(c.input, gates_count);
+      Array grad_sharpness(c.input, c.sharp ? gates_count : 0);
+      succeeded(k.lrua.scan_backward(
+          {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 1e-6, c.anchor_every,
+           pointer(grad_reads), pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(read_weights),
+           pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness), slots.data(), anchors.data.get(),
+           grad_in_memory.data.get(), grad_in_weights.data.get(), grad_keys.data.get(), grad_vectors.data.get(),
+           grad_gates.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr},
+          parallel));
+      for (Array* array : {&grad_in_memory, &grad_in_weights, &grad_keys, &grad_vectors, &grad_gates, &grad_sharpness})
+        results.push_back(std::move(*array));
+    }
+  }
+  for (Array* array : {&reads, &out_memory, &out_weights, &out_usage}) results.push_back(std::move(*array));
+  return results;
+}
+
+}  // namespace
