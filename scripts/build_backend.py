@@ -19,7 +19,6 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
 
 
-
 def torch_version(folder: Path) -> str | None:
     """The version of the torch in this folder; None if there is none."""
     try:

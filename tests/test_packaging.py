@@ -97,7 +97,7 @@ def test_objects_are_compiled_again_only_if_something_changed(native, tmp_path, 
     header.write_text("constexpr int one = 1;\n")
     source.write_text('#include "a header.h"\nint f() { return one; }\n')
     runs = []
-    monkeypatch.setattr(compiler, "run", lambda arguments, run=compiler.run: (runs.append(1), run(arguments)))
+    monkeypatch.setattr(compiler, "run", lambda arguments, run=compiler.run: runs.append(1) or run(arguments))
 
     def compiled(*flags):
         before = len(runs)

@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
                 static_cast<T*>(nullptr), static_cast<T*>(nullptr));
   gpu::sync_warp();
   if (parts > 1) slots.give_rows(shared.weights, a.N, weights);
-  gpu::sync_warp();
   slots.soften(shared.most, shared.weights, sums);
   gpu::sync_warp();
   for (int k = 0; k < slots.pieces(); ++k)

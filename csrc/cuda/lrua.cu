@@ -20,10 +20,10 @@ __global__ void __launch_bounds__(most_threads, 1) least_used_kernel(LeastUsed a
   int64_t before = 0;
   for (int64_t first = 0; first < a.N; first += gpu::threads()) {
     const int64_t slot = first + gpu::thread();
+    if (first > 0) gpu::sync();
     orders[gpu::thread()] = slot < a.N ? order_of(usage[slot]) : taken<T>;
     gpu::sync();
     for (int i = 0; i < gpu::threads(); ++i) before += orders[i] < own || (orders[i] == own && first + i < mine);
-    gpu::sync();
   }
   if (mine < a.N && before < a.n) a.slots[sample * a.n + before] = mine;
 }

@@ -136,9 +136,10 @@ def backend(name: str) -> Iterator[None]:
 
     name: ``"auto"`` (the fastest that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
     ``"cuda"`` (CUDA C++ kernels, CUDA tensors), ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under
-    TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call raises RuntimeError; ``"auto"``
-    falls back to the reference. Backward always runs on the backend that forward used. The choice is one global of the
-    process and holds for all threads. The environment variable MANN_FAST_BACKEND sets it at the first op.
+    TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call
+    raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference. Backward
+    always runs on the backend that forward used. The choice is one global of the process and holds for all threads. The
+    environment variable MANN_FAST_BACKEND sets it at the first op.
 
     Raises ValueError for an unknown name.
     """
