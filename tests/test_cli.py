@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import mann_fast
 from mann_fast import cli
@@ -20,7 +21,7 @@ from mann_fast.cli import demo, doctor
 from mann_fast.cli._options import load_data
 from mann_fast.data import generate_glyphs
 from mann_fast.training import TrainConfig, load_checkpoint, resume_run, start_run, train
-from mann_fast.training.checkpoint import save_checkpoint
+from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.files import read_json_lines
 
 SIZES = [
@@ -245,6 +246,19 @@ def test_evaluate_prints_json_with_intervals_and_draws(capsys, tmp_path, run_fol
     with Image.open(tmp_path / "new" / "evaluation.png") as picture:
         assert picture.format == "PNG" and picture.width > 500
     assert call(capsys, "evaluate", *arguments)[1] == printed
+
+
+def test_exported_weights_give_the_run_s_own_answers(tmp_path, run_folder, support):
+    weights, images = tmp_path / "model.safetensors", sorted(support.rglob("*.png"))[:2]
+    save_weights(weights, load_checkpoint(run_folder))
+    of_run, of_weights = (cli.predict.classify(file, support, images) for file in (run_folder, weights))
+    assert torch.equal(of_run.probabilities, of_weights.probabilities) and of_run.names == of_weights.names
+    save_file({"x": torch.zeros(1)}, weights)
+    with pytest.raises(ValueError, match="model.safetensors is not a checkpoint of mann_fast"):
+        load_checkpoint(weights)
+    weights.write_bytes(weights.read_bytes()[:20])
+    with pytest.raises(ValueError, match="model.safetensors is not a model of mann_fast, or is damaged"):
+        load_checkpoint(weights)
 
 
 def test_evaluate_on_other_data_beside_the_checkpoint(capsys, tmp_path, run_folder):

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from pathlib import Path
+
 from ..data import Dataset, load_dataset
 from ..training import TrainConfig
+from ..training.checkpoint import PRETRAINED
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        default=PRETRAINED,
+        type=Path,
+        help="checkpoint.pt of a training run, or the folder it is in (default: the model that comes with "
+        "mann_fast, trained to tell 2 to 5 drawn characters apart)",
+    )
+
+
+def say_which_model(checkpoint: Path) -> None:
+    if checkpoint == PRETRAINED:
+        print(
+            "mann-fast: the model that comes with mann_fast, trained on drawn characters (Omniglot) and on nothing else; "
+            "for photographs train one of your own (mann-fast train --data FOLDER) and name it with --checkpoint",
+            file=sys.stderr,
+        )
 
 
 def load_data(config: TrainConfig, source: str | None = None) -> Dataset:

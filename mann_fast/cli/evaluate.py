@@ -8,13 +8,15 @@ from pathlib import Path
 
 from ..data import Episodes
 from ..training import evaluate, load_checkpoint, restore_model
+from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
 from ..training.loop import describe
-from ._options import load_data
+from ._options import add_checkpoint, load_data, say_which_model
 
 EXAMPLE = """\
-example:
-  mann-fast evaluate --checkpoint runs/omniglot/checkpoint.pt --data omniglot
+examples:
+  mann-fast evaluate                                           (fetches Omniglot first, 15 MB)
+  mann-fast evaluate --checkpoint runs/mine/checkpoint.pt --data my_images
 
 Intervals are computed over episodes, since the answers within one depend on each other.
 """
@@ -28,9 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", required=True, type=Path, help="checkpoint.pt, or the folder it is in"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -45,7 +45,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder for evaluation.png and evaluation.json (default: that of the checkpoint)",
+        help="folder for evaluation.png and evaluation.json (default: that of the checkpoint; for the model "
+        "that comes with mann_fast, the current folder)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.episodes < 2:
         raise ValueError(f"--episodes must be at least 2 to give confidence intervals, got {args.episodes}")
+    say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
     source = args.data or config.data
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     )
     accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
 
-    out = args.out or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent)
+    beside = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    out = args.out or (Path() if args.checkpoint == PRETRAINED else beside)
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "evaluation.png"
     title = describe(config, source)

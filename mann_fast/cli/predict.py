@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..data import image_files, load_images
 from ..training import load_checkpoint, predict, restore_model
+from ._options import add_checkpoint, say_which_model
 
 EXAMPLE = """\
-example:
-  mann-fast predict --checkpoint runs/omniglot/checkpoint.pt --support examples new1.png new2.png
+examples:
+  mann-fast predict --support examples new1.png new2.png
+  mann-fast predict --checkpoint runs/mine/checkpoint.pt --support examples new1.png
 
 where examples/ holds one folder per class with one or more images of it, such as examples/cat/1.png and
 examples/dog/1.png. The classes need not be among those that the model was trained on.
@@ -30,9 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", required=True, type=Path, help="checkpoint.pt, or the folder it is in"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--support",
         metavar="DIR",
@@ -142,6 +142,7 @@ def example_files(support: Path) -> dict[str, list[Path]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    say_which_model(args.checkpoint)
     prediction = classify(args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed)
     if args.json:
         print(json.dumps(prediction.to_dict(), indent=2))

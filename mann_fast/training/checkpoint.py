@@ -1,15 +1,18 @@
 """Checkpoint files: plain dicts, numbers, strings and tensors, so that ``torch.load(..., weights_only=True)``
-reads them.
+reads them; and the trained model that comes with the package, as safetensors.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ..models import MANN, LSTMClassifier
@@ -18,6 +21,9 @@ from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
 VERSION = 1
+
+# Trained on Omniglot; the file beside it says how, and under which licence it comes.
+PRETRAINED = Path(__file__).parent.parent / "pretrained" / "omniglot.safetensors"
 
 MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
 
@@ -28,8 +34,37 @@ def save_checkpoint(path: str | os.PathLike, content: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint; its "config" comes back as a TrainConfig.
+def save_weights(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write the part of a loaded checkpoint that using the model takes, as safetensors, atomically."""
+    described = {
+        "mann_fast": content["mann_fast"],
+        "config": content["config"].to_dict(),
+        "data": content["data"],
+        "model": {"config": content["model"]["config"]},
+        "step": content["step"],
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(described)}
+    with replacing(path) as temporary:
+        save_file(content["model"]["state"], temporary, metadata)
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """The inverse of `save_weights`, in the form of a checkpoint."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a model of mann_fast, or is damaged") from error
+    content = json.loads(metadata.get("content", "{}"))
+    content.get("model", {}).update(state=state)
+    return {**content, "format": metadata.get("format"), "version": int(metadata.get("version", 0))}
+
+
+def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
+    """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig.
+
+    Without a path: the model that comes with the package, 5-way, trained on Omniglot's background set.
 
     Raises FileNotFoundError where there is no file, and ValueError where it is no checkpoint or of another
     format version.
@@ -41,11 +76,14 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(
             f"there is no checkpoint {path}; `mann-fast train --out DIR` writes DIR/checkpoint.pt"
         )
-    data = io.BytesIO(path.read_bytes())
-    try:
-        content = torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever its readers of zip and pickle run into
-        raise ValueError(f"{path} is not a checkpoint of mann_fast, or is damaged") from error
+    if path.suffix == ".safetensors":
+        content = _read_weights(path)
+    else:
+        data = io.BytesIO(path.read_bytes())
+        try:
+            content = torch.load(data, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever its readers of zip and pickle run into
+            raise ValueError(f"{path} is not a checkpoint of mann_fast, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of mann_fast")
     if content["version"] != VERSION:

@@ -33,9 +33,9 @@ class TrainConfig:
 
     steps: int = 20_000
     batch: int = 16  # episodes per step
-    lr: float = 2e-3  # Adam
+    lr: float = 3e-3  # Adam
     warmup: int = 100  # steps in which the learning rate rises to lr
-    decay: float = 0.3  # share of the steps, at the end, in which it falls to 0
+    decay: float = 1.0  # share of the steps, at the end, in which it falls to 0
     clip: float = 10.0  # largest norm of the gradient
     seed: int = 0
 
