@@ -462,7 +462,7 @@ struct BackwardScan : Thread<T, C, H, RESIDENT> {
           const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean[j]);
           const T of_cosine = of_score * (dots(step)[at] * q);  // times the cosine itself
           const T of_product = T(-0.5) * beta * of_cosine * (q * q);
-          gpu::sync_warp();  // where H is 1 two lanes read what one of them writes
+          if (H == 1) gpu::sync_warp();  // two lanes read what one of them writes
           if (place.owner) {
             per_slot.grads[at] = of_score * beta * q;
             per_slot.of_squares[at] = of_product * own_key[j];
@@ -609,7 +609,6 @@ struct BackwardScan : Thread<T, C, H, RESIDENT> {
     T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
-    gpu::sync_warp();
     this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N);
   }
 

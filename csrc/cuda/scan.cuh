@@ -374,7 +374,7 @@ struct Thread {
           const bool valid = first_slot + own_slot < plan.N && r < plan.R;
           result[j] = valid ? exp(out[r * plan.span + own_slot] - greatest(most, r)) : T(0);
         }
-        gpu::sync_warp();  // where H is 1 two lanes read what one of them writes
+        if (H == 1) gpu::sync_warp();  // two lanes read what one of them writes
 #pragma unroll
         for (int j = 0; j < OWN; ++j)
           if (place.owner) out[(first + place.own_head + j) * plan.span + own_slot] = result[j];
