@@ -272,6 +272,28 @@ def test_evaluate_on_other_data_beside_the_checkpoint(capsys, tmp_path, run_fold
     assert f"picture: {run_folder / 'evaluation.png'}" in printed
 
 
+# show
+
+
+@pytest.mark.parametrize("labels", ["onehot", "string"])
+def test_show_draws_an_episode(capsys, tmp_path, pictures, labels):
+    out, picture = tmp_path / "run", tmp_path / "episode.png"
+    assert call(capsys, "train", "--data", pictures, "--out", out, "--steps", 2, "--labels", labels, *SIZES)[0] == 0
+    status, printed, _ = call(capsys, "show", "--checkpoint", out, "--episode", 7, "--out", picture)
+    assert status == 0
+    assert re.search(rf"\d+ of \d+ right; picture: {re.escape(str(picture))}", printed)
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG" and drawn.width > 500
+
+
+def test_show_needs_a_memory(capsys, tmp_path, pictures):
+    arguments = ["train", "--data", pictures, "--out", tmp_path / "run", "--steps", 1, "--model", "lstm"]
+    assert call(capsys, *arguments, *SIZES)[0] == 0
+    status, _, err = call(capsys, "show", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.png")
+    assert_one_line_error(status, err, "a model with a memory is needed, this is a LSTMClassifier")
+    assert not (tmp_path / "x.png").exists()
+
+
 # predict
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mann_fast.data import Dataset, encode_inputs, generate_glyphs
+from mann_fast import MANN
+from mann_fast.data import Dataset, Episodes, encode_inputs, generate_glyphs
 from mann_fast.training import (
     InstanceAccuracy,
     TrainConfig,
@@ -28,6 +29,7 @@ from mann_fast.training.files import read_json_lines, replacing
 from mann_fast.training.objective import is_right, label_loss, right_by_instance
 from mann_fast.training.plots import ordinal
 from mann_fast.training.prediction import class_log_probabilities
+from mann_fast.training.trace import trace
 
 TINY = {
     "image_size": 7,
@@ -539,3 +541,23 @@ def test_prediction_refuses_more_classes_than_ways(dataset):
             dataset.test.images[:1],
             orders=0,
         )
+
+
+def test_trace_agrees_with_the_whole_episode_at_once():
+    """Step by step the same answers; weights that add up: reads to one per head, writes as many as lrua_write gives."""
+    data = generate_glyphs(6, 4, image_size=8, seed=1)
+    episodes = Episodes(data, ways=3, shots=3, seed=2)
+    episode = episodes.sample(1)
+    torch.manual_seed(0)
+    model = MANN(episodes.input_size, 3, 12, num_slots=10, slot_size=5, num_heads=2).eval()
+    found = trace(model, episode, "onehot")
+    with torch.no_grad():
+        logits = model(episode.inputs)[0][:, 0]
+    torch.testing.assert_close(found.probabilities, logits.softmax(1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.right, logits.argmax(1) == episode.targets[:, 0])
+    assert found.names == ["label 1", "label 2", "label 3"]
+    assert torch.equal(found.classes, episode.targets[:, 0])
+    torch.testing.assert_close(found.read.sum(1), torch.full((9,), 2.0))
+    # A head's write weights are a mean of its last read weights and one slot.
+    torch.testing.assert_close(found.written.sum(1), torch.full((9,), 2.0), rtol=1e-4, atol=1e-4)
+    assert (found.usage[1:] >= 0.95 * found.usage[:-1] - 1e-6).all()

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import demo, doctor, evaluate, predict, train
+from . import demo, doctor, evaluate, predict, show, train
 
-COMMANDS = (train, evaluate, predict, demo, doctor)
+COMMANDS = (train, evaluate, predict, show, demo, doctor)
 
 DESCRIPTION = """\
 Memory-augmented neural networks that learn new classes from a few examples.
@@ -21,6 +21,7 @@ Memory-augmented neural networks that learn new classes from a few examples.
   mann-fast demo                               see it work, in a few minutes
   mann-fast train --data glyphs --out run      train a model
   mann-fast evaluate --checkpoint run          measure it on classes it has never seen
+  mann-fast show --checkpoint run              see what its memory does in one episode
   mann-fast predict --checkpoint run --support examples image.png
                                                use it on classes of your own
 """

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy
 from .files import replacing
+from .trace import Trace
 
 SHOWN = (1, 2, 5, 10)  # instances with a line of their own in the learning curve
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
@@ -142,6 +145,45 @@ def plot_predictions(
             cells[row, column].text(
                 0.5, 0.5, f"{value:.0%}", ha="center", va="center", transform=cells[row, column].transAxes
             )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trace: Trace, title: str) -> None:
+    """One episode step by step: images [T, S, S] with how often their class has come, instance [T]; the probability of each
+    class; weights of writing and reading, and usage, of every slot.
+    """
+    steps, size = images.shape[:2]
+    classes = len(trace.names)
+    figure = _figure(max(7.0, 0.27 * steps + 2), 11.0)
+    rows = figure.subplots(5, 1, sharex=True, height_ratios=(0.6, 0.5 + 0.12 * classes, 2, 2, 2))
+    figure.suptitle(f"{title}: {int(trace.right.sum())} of {steps} right")
+    strip = images.permute(1, 0, 2).reshape(size, steps * size)
+    rows[0].imshow(strip, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1), vmin=0, vmax=1)
+    rows[0].set(yticks=[], ylabel="image")
+    for t in range(steps):
+        rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
+    rows[0].text(-0.7, 1.06, "time its class is seen:", ha="right", fontsize=7)
+    for axes, values, label, colours in (
+        (rows[1], trace.probabilities, "probability", "Greens"),
+        (rows[2], trace.written, "weight written (sum over heads)", "Oranges"),
+        (rows[3], trace.read, "weight read (sum over heads)", "Blues"),
+        (rows[4], trace.usage, "usage", "Purples"),
+    ):
+        drawn = axes.imshow(
+            values.T, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, origin="upper"
+        )
+        figure.colorbar(drawn, ax=axes, label=label, pad=0.01)
+        axes.set(ylabel="memory slot")
+    figure.colorbar(drawn, ax=rows[0], pad=0.01).ax.set_visible(False)  # as wide as the rows below
+    for right, colour, mark in ((True, "black", "o"), (False, "#c0392b", "x")):
+        at = [t for t in range(steps) if bool(trace.right[t]) == right]
+        name = "the image's class, answered right" if right else "the image's class, answered wrong"
+        rows[1].scatter(at, trace.classes[at], marker=mark, s=22, facecolors="none" if right else colour,
+                        edgecolors=colour if right else None, label=name)  # fmt: skip
+    rows[1].set(yticks=range(classes), yticklabels=trace.names, ylabel="")
+    rows[1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
+    rows[4].set(xlabel="step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

@@ -1,0 +1,62 @@
+"""mann-fast show: a picture of one episode: the images as they come, what the model answers, where it writes and reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data import Episodes
+from ..training import load_checkpoint, restore_model
+from ..training.loop import describe
+from ..training.trace import trace
+from ._options import add_checkpoint, load_data, say_which_model
+
+EXAMPLE = """\
+examples:
+  mann-fast show                                               (fetches Omniglot first, 15 MB)
+  mann-fast show --checkpoint runs/glyphs --episode 3 --out third.png
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "show",
+        help="draw what a model's memory does in one episode",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--episode", metavar="SEED", type=int, default=0, help="which episode, a number (default: 0)"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
+        "only its held-out classes are used",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="the picture, PNG or SVG (default: episode-SEED.png)"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training.plots import plot_episode
+
+    say_which_model(args.checkpoint)
+    content = load_checkpoint(args.checkpoint)
+    config = content["config"]
+    source = args.data or config.data
+    dataset = load_data(config, source)
+    episodes = Episodes(
+        dataset.test, ways=config.ways, shots=config.shots, labels=config.labels, seed=args.episode
+    )
+    episode = episodes.sample(1)
+    found = trace(restore_model(content), episode, config.labels)
+    images = episode.inputs[:, 0, : config.image_size**2].unflatten(1, (config.image_size, config.image_size))
+    out = args.out or Path(f"episode-{args.episode}.png")
+    plot_episode(out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}")
+    print(f"{int(found.right.sum())} of {len(found.right)} right; picture: {out}")
+    return 0
