@@ -16,7 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
 
-KERNELS = ["cell", "lrua", "content"]  # the one that takes longest first
+KERNELS = ["cell", "lrua", "ntm", "content"]  # the one that takes longest first
 CUDA_KERNELS = ["lrua_scan", "content", "lrua"]
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {

@@ -10,17 +10,20 @@ namespace baseline {
 extern const ContentKernels content_kernels;
 extern const LruaKernels lrua_kernels;
 extern const CellKernels cell_kernels;
+extern const NtmKernels ntm_kernels;
 }  // namespace baseline
 #ifdef __x86_64__
 namespace avx2 {
 extern const ContentKernels content_kernels;
 extern const LruaKernels lrua_kernels;
 extern const CellKernels cell_kernels;
+extern const NtmKernels ntm_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const ContentKernels content_kernels;
 extern const LruaKernels lrua_kernels;
 extern const CellKernels cell_kernels;
+extern const NtmKernels ntm_kernels;
 }  // namespace avx512
 #endif
 
@@ -41,10 +44,12 @@ bool supported(const char* isa) {
 
 Kernels table([[maybe_unused]] const char* isa) {
 #ifdef __x86_64__
-  if (std::strcmp(isa, "avx512") == 0) return {"avx512", avx512::content_kernels, avx512::lrua_kernels, avx512::cell_kernels};
-  if (std::strcmp(isa, "avx2") == 0) return {"avx2", avx2::content_kernels, avx2::lrua_kernels, avx2::cell_kernels};
+  if (std::strcmp(isa, "avx512") == 0)
+    return {"avx512", avx512::content_kernels, avx512::lrua_kernels, avx512::cell_kernels, avx512::ntm_kernels};
+  if (std::strcmp(isa, "avx2") == 0)
+    return {"avx2", avx2::content_kernels, avx2::lrua_kernels, avx2::cell_kernels, avx2::ntm_kernels};
 #endif
-  return {"baseline", baseline::content_kernels, baseline::lrua_kernels, baseline::cell_kernels};
+  return {"baseline", baseline::content_kernels, baseline::lrua_kernels, baseline::cell_kernels, baseline::ntm_kernels};
 }
 
 }  // namespace

@@ -145,6 +145,32 @@ struct CellBackward {
   void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
 };
 
+// H = R + W heads, those that read first. Anchors [ceil(T / anchor_every) - 1, B, D, padded N]: the memory, slots in lanes, before
+// steps anchor_every, 2 anchor_every, ... anchor_every 0 keeps neither anchors nor history.
+struct NtmScan {
+  int64_t T, B, N, D, R, W, shifts;  // shifts: 2 S + 1
+  Dtype state, input;
+  bool read_first;
+  double eps;
+  int64_t anchor_every;
+  const void *memory, *weights;                           // [B, N, D], [B, H, N]
+  const void *keys, *sharpness, *gates, *shift, *sharpening;  // [T, B, H, D], [T, B, H] twice, [T, B, H, shifts], [T, B, H]
+  const void *erase, *add;                                // [T, B, W, D]
+  void *reads, *out_memory, *out_weights, *history, *anchors;  // [T, B, R, D]; history [T, B, H, N]: weights of every step
+};
+
+struct NtmScanBackward {
+  int64_t T, B, N, D, R, W, shifts;
+  Dtype state, input;
+  bool read_first;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_reads, *grad_memory, *grad_weights;  // each may be null
+  const void *memory, *weights, *keys, *sharpness, *gates, *shift, *sharpening, *erase, *add, *history, *anchors;
+  void *grad_in_memory, *grad_in_weights, *grad_keys, *grad_sharpness, *grad_gates, *grad_shift, *grad_sharpening;
+  void *grad_erase, *grad_add;
+};
+
 // One table per instruction set. Each function returns false where scratch memory could not be had.
 struct ContentKernels {
   bool (*read)(const ContentRead&, const Parallel&);
@@ -164,11 +190,17 @@ struct CellKernels {
   bool (*backward)(const CellBackward&, const Parallel&);
 };
 
+struct NtmKernels {
+  bool (*scan)(const NtmScan&, const Parallel&);
+  bool (*scan_backward)(const NtmScanBackward&, const Parallel&);
+};
+
 struct Kernels {
   const char* isa;
   ContentKernels content;
   LruaKernels lrua;
   CellKernels cell;
+  NtmKernels ntm;
 };
 
 // The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where that names an instruction set which

@@ -167,6 +167,38 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : result;
 }
 
+// log(x) for x > 0, from the least normal number on. Float: exponent and mantissa apart, the polynomial of Cephes' logf on
+// [sqrt(1/2), sqrt(2)), relative error below 1e-7.
+inline Vec<float> log_positive(Vec<float> x) {
+  const IntVec<float> bits = as_int(x) - 0x3f3504f3;  // of sqrt(1/2): what is left of the exponent counts from there
+  const IntVec<float> exponent = bits >> 23;
+  const Vec<float> z = as_float((bits & 0x007fffff) + 0x3f3504f3) - 1.0f, e = __builtin_convertvector(exponent, Vec<float>);
+  Vec<float> p = z * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * z + 1.1676998740e-1f;
+  p = p * z - 1.2420140846e-1f;
+  p = p * z + 1.4249322787e-1f;
+  p = p * z - 1.6668057665e-1f;
+  p = p * z + 2.0000714765e-1f;
+  p = p * z - 2.4999993993e-1f;
+  p = p * z + 3.3333331174e-1f;
+  const Vec<float> tail = p * z * (z * z) - e * 2.12194440e-4f - z * z * 0.5f;
+  return (z + tail) + e * 0.693359375f;
+}
+inline Vec<double> log_positive(Vec<double> x) {
+  for (int lane = 0; lane < width<double>; ++lane) x[lane] = std::log(x[lane]);
+  return x;
+}
+
+// x to a power of at least 0, for x from 0 to 1; 0 to the power 0 is 1. A negative or NaN x gives NaN.
+template <class T>
+inline Vec<T> power(Vec<T> x, T exponent) {
+  if (exponent == T(0)) return splat<T>(1);
+  const T least = std::numeric_limits<T>::min();
+  const Vec<T> result = exp_nonpositive(log_positive(x > least ? x : splat<T>(least)) * exponent);
+  const Vec<T> none = splat<T>(std::numeric_limits<T>::quiet_NaN());
+  return x > T(0) ? result : x == T(0) ? Vec<T>{} : none;
+}
+
 template <class T>
 inline Vec<T> absolute(Vec<T> x) {
   return as_float(as_int(x) & splat_int<T>(std::numeric_limits<Int<T>>::max()));

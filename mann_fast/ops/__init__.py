@@ -5,9 +5,12 @@ from ._backend import backend, backends
 from .cell import cell
 from .content import content_read
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
+from .ntm import NTMHead, NTMState, ntm_address, ntm_scan, ntm_step
 
 __all__ = [
     "LRUAState",
+    "NTMHead",
+    "NTMState",
     "backend",
     "backends",
     "cell",
@@ -16,6 +19,9 @@ __all__ = [
     "lrua_scan",
     "lrua_step",
     "lrua_write",
+    "ntm_address",
+    "ntm_scan",
+    "ntm_step",
 ]
 
 _backend.load()

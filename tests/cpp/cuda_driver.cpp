@@ -37,6 +37,7 @@ const Kernels emulated = {
     {run<ContentRead, cuda::content_read>, run<ContentReadBackward, cuda::content_read_backward>},
     {run<LeastUsed, cuda::least_used>, run<LruaWrite, cuda::lrua_write>, run<LruaWriteBackward, cuda::lrua_write_backward>,
      run<LruaScan, cuda::lrua_scan>, run<LruaScanBackward, cuda::lrua_scan_backward>},
+    {nullptr, nullptr},
     {nullptr, nullptr}};
 
 template <class Run>

@@ -1,0 +1,112 @@
+"""Neural Turing Machine addressing, and its erase-and-add write (Graves et al. 2014, arXiv 1410.5401, eqs. 2-9)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .content import similarity
+
+
+class NTMHead(NamedTuple):
+    """What H heads address a memory with, squashed already; for a scan each with a leading T.
+
+    key [B, H, D]; sharpness [B, H], the factor on the similarity; gate [B, H] in [0, 1], the share of content addressing;
+    shift [B, H, 2S + 1], a distribution over moves by -S to S slots; sharpening [B, H], at least 1.
+    """
+
+    key: Tensor
+    sharpness: Tensor
+    gate: Tensor
+    shift: Tensor
+    sharpening: Tensor
+
+
+class NTMState(NamedTuple):
+    """memory [B, N, D], read_weights [B, R, N], write_weights [B, W, N]: where each head was last."""
+
+    memory: Tensor
+    read_weights: Tensor
+    write_weights: Tensor
+
+    @classmethod
+    def initial(
+        cls,
+        batch: int,
+        num_slots: int,
+        slot_size: int,
+        read_heads: int,
+        write_heads: int,
+        *,
+        value: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> NTMState:
+        """The start of a sequence: every number of the memory is ``value``, every head is at slot 0."""
+        factory = {"dtype": dtype, "device": device}
+        memory = torch.full((batch, num_slots, slot_size), value, **factory)
+        weights = [torch.zeros(batch, heads, num_slots, **factory) for heads in (read_heads, write_heads)]
+        for rows in weights:
+            rows[..., 0] = 1
+        return cls(memory, *weights)
+
+
+def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """See :func:`mann_fast.ops.ntm_address`."""
+    key, sharpness, gate, shift, sharpening = (x.to(memory.dtype) for x in head)
+    by_content = torch.softmax(similarity(memory, key, sharpness, eps), dim=-1)  # eq. 5
+    gate = gate.unsqueeze(2)
+    gated = gate * by_content + (1 - gate) * previous  # eq. 7
+    reach = shift.shape[2] // 2
+    shifted = sum(
+        shift[:, :, j + reach, None] * gated.roll(j, dims=2) for j in range(-reach, reach + 1)
+    )  # eq. 8
+    # The greatest is taken out, which changes nothing but that no power of it underflows.
+    relative = shifted / shifted.detach().amax(2, keepdim=True)
+    powers = relative ** sharpening.unsqueeze(2)  # eq. 9
+    return powers / powers.sum(2, keepdim=True)
+
+
+def ntm_step(
+    state: NTMState,
+    read_head: NTMHead,
+    write_head: NTMHead,
+    erase: Tensor,
+    add: Tensor,
+    *,
+    order: str = "read_first",
+    eps: float = 1e-6,
+) -> tuple[Tensor, NTMState]:
+    """See :func:`mann_fast.ops.ntm_step`."""
+    memory, read_weights, write_weights = state
+    write_weights = ntm_address(memory, write_head, write_weights, eps=eps)
+    wide_erase, wide_add = erase.to(memory.dtype), add.to(memory.dtype)
+    kept = (1 - write_weights.unsqueeze(3) * wide_erase.unsqueeze(2)).prod(1)  # eq. 3
+    written = memory * kept + (write_weights.unsqueeze(3) * wide_add.unsqueeze(2)).sum(1)  # eq. 4
+    addressed = memory if order == "read_first" else written
+    read_weights = ntm_address(addressed, read_head, read_weights, eps=eps)
+    read = (read_weights @ addressed).to(erase.dtype)  # eq. 2
+    return read, NTMState(written, read_weights, write_weights)
+
+
+def ntm_scan(
+    state: NTMState,
+    read_head: NTMHead,
+    write_head: NTMHead,
+    erase: Tensor,
+    add: Tensor,
+    *,
+    order: str = "read_first",
+    eps: float = 1e-6,
+) -> tuple[Tensor, NTMState]:
+    """See :func:`mann_fast.ops.ntm_scan`."""
+    if erase.shape[0] == 0:
+        return read_head.key.clone(), NTMState(*(x.clone() for x in state))
+    reads = []
+    for t in range(erase.shape[0]):
+        heads = (NTMHead(*(x[t] for x in head)) for head in (read_head, write_head))
+        read, state = ntm_step(state, *heads, erase[t], add[t], order=order, eps=eps)
+        reads.append(read)
+    return torch.stack(reads), state

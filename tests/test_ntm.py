@@ -1,0 +1,355 @@
+"""The NTM ops against their reference, and the reference against the equations in plain NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from cases import needs_cpp, worst_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mann_fast
+from mann_fast import ops, reference
+
+ORDERS = ("read_first", "write_first")
+SHAPES = [  # T, B, N, D, R, W, S
+    pytest.param((13, 2, 128, 20, 1, 1, 1), id="paper"),
+    pytest.param((4, 3, 7, 5, 2, 3, 1), id="small-odd"),
+    pytest.param((20, 2, 33, 17, 3, 2, 2), id="several-anchors"),
+    pytest.param((3, 1, 1, 1, 1, 1, 1), id="ones"),
+    pytest.param((3, 2, 5, 3, 2, 0, 1), id="no-write-head"),
+    pytest.param((3, 2, 5, 3, 0, 2, 1), id="no-read-head"),
+    pytest.param((6, 2, 3, 4, 1, 1, 3), id="shift-goes-round"),
+    pytest.param((5, 2, 40, 9, 6, 5, 0), id="no-shift"),
+    pytest.param((0, 2, 4, 3, 1, 1, 1), id="no-steps"),
+    pytest.param((3, 0, 4, 3, 1, 1, 1), id="empty-batch"),
+]
+NAMES = (
+    "memory read_weights write_weights read_key read_sharpness read_gate read_shift read_sharpening "
+    "write_key write_sharpness write_gate write_shift write_sharpening erase add"
+).split()
+
+
+def ntm_inputs(steps, batch, slots, width, reads, writes, reach, dtype=torch.float64):
+    """State, heads, erase and add as a flat list, in the order of NAMES."""
+
+    def normal(*sizes):
+        return torch.randn(sizes, dtype=dtype)
+
+    inputs = [normal(batch, slots, width)]
+    inputs += [torch.softmax(normal(batch, heads, slots), -1) for heads in (reads, writes)]
+    for heads in (reads, writes):
+        sizes = (steps, batch, heads)
+        inputs += [normal(*sizes, width), 5 * normal(*sizes).abs(), torch.sigmoid(normal(*sizes))]
+        inputs += [torch.softmax(normal(*sizes, 2 * reach + 1), -1), 1 + 2 * normal(*sizes).abs()]
+    return [*inputs, torch.sigmoid(normal(steps, batch, writes, width)), normal(steps, batch, writes, width)]
+
+
+def call(function, inputs, **options):
+    """reads, memory, read_weights, write_weights."""
+    state, read_head, write_head = ops.NTMState(*inputs[:3]), inputs[3:8], inputs[8:13]
+    reads, state = function(state, ops.NTMHead(*read_head), ops.NTMHead(*write_head), *inputs[13:], **options)
+    return [reads, *state]
+
+
+def results_and_gradients(function, inputs, dtype, **options):
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    tensors = [x.detach().to(wide if i < 3 else dtype).requires_grad_() for i, x in enumerate(inputs)]
+    results = call(function, tensors, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x.double() * torch.randn(x.shape, generator=generator).double()).sum() for x in results
+    )
+    return results, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+
+
+def compare(actual, expected, tolerance, gradient_tolerance):
+    for i, (x, y) in enumerate(zip(actual[0], expected[0], strict=True)):
+        assert worst_error(x, y, batch_axis=1 if i == 0 else 0) < tolerance, i
+    for name, x, y in zip(NAMES, actual[1], expected[1], strict=True):
+        axis = 0 if name in NAMES[:3] else 1
+        if not torch.allclose(x.double(), y.double(), rtol=0, atol=tolerance):  # some are 0 but for rounding
+            assert worst_error(x, y, batch_axis=axis) < gradient_tolerance, f"gradient of {name}"
+
+
+def numpy_address(memory, key, sharpness, gate, shift, sharpening, previous, eps):
+    """One head, one sample: Graves et al. 2014, eqs. 5 to 9, with the cosine's eps inside the root."""
+    slots, reach = len(memory), len(shift) // 2
+    cosine = np.array([key @ row / np.sqrt((key @ key) * (row @ row) + eps) for row in memory])
+    content = np.exp(sharpness * cosine)
+    content /= content.sum()
+    gated = gate * content + (1 - gate) * previous
+    shifted = np.zeros(slots)
+    for i in range(slots):
+        for j in range(-reach, reach + 1):
+            shifted[i] += shift[j + reach] * gated[(i - j) % slots]
+    sharpened = shifted**sharpening
+    return sharpened / sharpened.sum()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_reference_is_the_equations(order):
+    steps, batch, reads, writes = 50, 2, 2, 2
+    inputs = ntm_inputs(steps, batch, 9, 4, reads, writes, 1)
+    results = call(reference.ntm_scan, inputs, order=order)
+    numbers = [x.numpy() for x in inputs]
+    for b in range(batch):
+        memory, w_read, w_write = (numbers[i][b].copy() for i in range(3))
+        for t in range(steps):
+            read_head, write_head = ([x[t, b] for x in numbers[k : k + 5]] for k in (3, 8))
+
+            def all_heads(head, previous, memory):
+                return np.stack(
+                    [
+                        numpy_address(memory, *(x[h] for x in head), previous[h], 1e-6)
+                        for h in range(len(previous))
+                    ]
+                )
+
+            before = memory
+            w_write = all_heads(write_head, w_write, memory)
+            memory = before.copy()
+            for h in range(writes):
+                memory = memory * (1 - np.outer(w_write[h], numbers[13][t, b, h]))
+            for h in range(writes):
+                memory = memory + np.outer(w_write[h], numbers[14][t, b, h])
+            addressed = before if order == "read_first" else memory
+            w_read = all_heads(read_head, w_read, addressed)
+            np.testing.assert_allclose(results[0][t, b], w_read @ addressed, rtol=1e-9, atol=1e-9)
+        for actual, expected in zip(results[1:], (memory, w_read, w_write), strict=True):
+            np.testing.assert_allclose(actual[b], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_shift_by_one_moves_the_focus_one_slot_up():
+    memory, previous = torch.randn(1, 5, 3), torch.eye(5)[None, 1:2]
+    head = ops.NTMHead(
+        torch.randn(1, 1, 3), torch.ones(1, 1), torch.zeros(1, 1), torch.eye(3)[None, 2:], torch.ones(1, 1)
+    )
+    assert torch.equal(ops.ntm_address(memory, head, previous), torch.eye(5)[None, 2:3])
+
+
+@needs_cpp
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "dtype, tolerance, gradient_tolerance", [(torch.float64, 1e-11, 1e-10), (torch.float32, 2e-5, 5e-4)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scan_matches_reference(shape, dtype, tolerance, gradient_tolerance, order):
+    inputs = [x.to(dtype).double() for x in ntm_inputs(*shape)]
+    actual = results_and_gradients(ops.ntm_scan, inputs, dtype, order=order)
+    expected = results_and_gradients(reference.ntm_scan, inputs, torch.float64, order=order)
+    compare(actual, expected, tolerance, gradient_tolerance)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_plain_pytorch(dtype):
+    inputs = [x.to(dtype if i > 2 else torch.float32).double() for i, x in enumerate(ntm_inputs(6, 2, 33, 9, 2, 1, 1))]
+    exact = results_and_gradients(reference.ntm_scan, inputs, torch.float64)
+    fused = results_and_gradients(ops.ntm_scan, inputs, dtype)
+    plain = results_and_gradients(reference.ntm_scan, inputs, dtype)
+    for part, factor in ((0, 2), (1, 3)):
+        for x, y, z in zip(fused[part], plain[part], exact[part], strict=True):
+            assert x.dtype == y.dtype
+            assert worst_error(x, z) <= factor * worst_error(y, z) + 1e-6
+
+
+@needs_cpp
+@pytest.mark.parametrize("order", ORDERS)
+def test_steps_halves_and_whole_are_the_same_bits(order):
+    inputs = ntm_inputs(21, 3, 40, 8, 2, 1, 1, dtype=torch.float32)
+    whole = call(ops.ntm_scan, inputs, order=order)
+
+    def part(times, state):
+        return [*state, *(x[times] for x in inputs[3:])]
+
+    first = call(ops.ntm_scan, part(slice(0, 13), inputs[:3]), order=order)
+    second = call(ops.ntm_scan, part(slice(13, 21), first[1:]), order=order)
+    assert torch.equal(whole[0], torch.cat([first[0], second[0]]))
+    assert all(map(torch.equal, whole[1:], second[1:]))
+    state, reads = inputs[:3], []
+    for t in range(21):
+        read, *state = call(ops.ntm_step, part(t, state), order=order)
+        reads.append(read)
+    assert torch.equal(whole[0], torch.stack(reads)) and all(map(torch.equal, whole[1:], state))
+
+
+@needs_cpp
+def test_same_bits_on_every_number_of_threads_and_alone():
+    inputs = ntm_inputs(9, 5, 24, 6, 2, 2, 1, dtype=torch.float32)
+    threads, outputs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results, gradients = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
+            outputs.append([*results, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, outputs[0], other)) for other in outputs[1:])
+    alone = call(ops.ntm_scan, [x[3:4] if i < 3 else x[:, 3:4] for i, x in enumerate(inputs)])
+    assert torch.equal(alone[0], outputs[0][0][:, 3:4])
+    assert all(torch.equal(x, y[3:4]) for x, y in zip(alone[1:], outputs[0][1:4], strict=True))
+
+
+@needs_cpp
+def test_address_is_a_step_s_addressing_with_gradients():
+    memory, weights, _, *head = ntm_inputs(1, 3, 17, 5, 2, 2, 1)[:8]
+    head = [x[0] for x in head]
+    tensors = [x.requires_grad_() for x in (memory, weights, *head)]
+
+    def address(function):
+        result = function(tensors[0], ops.NTMHead(*tensors[2:]), tensors[1])
+        return result, torch.autograd.grad(result.square().sum(), tensors)
+
+    actual, expected = address(ops.ntm_address), address(reference.ntm_address)
+    assert worst_error(actual[0], expected[0]) < 1e-12
+    assert all(worst_error(x, y) < 1e-11 for x, y in zip(actual[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("sharpening", [1.0, 1.5, 50.0, 1000.0])
+def test_sharpening_stays_finite(backend, sharpening):
+    """Weights of exactly zero, and powers that underflow."""
+    memory = torch.randn(2, 12, 3)
+    previous = torch.eye(12)[None, :1].expand(2, 1, 12).clone()
+    head = [torch.randn(2, 1, 3), torch.full((2, 1), 30.0), torch.zeros(2, 1)]
+    head += [torch.tensor([0.0, 0.7, 0.3]).expand(2, 1, 3).clone(), torch.full((2, 1), sharpening)]
+    tensors = [x.requires_grad_() for x in (memory, previous, *head)]
+    with mann_fast.backend(backend):
+        weights = ops.ntm_address(memory, ops.NTMHead(*tensors[2:]), previous)
+        gradients = torch.autograd.grad((weights * torch.randn(12)).sum(), tensors)
+    torch.testing.assert_close(weights.sum(2), torch.ones(2, 1))
+    assert all(x.isfinite().all() for x in (weights, *gradients))
+
+
+@needs_cpp
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_shape(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    reads = draw(0, 5)
+    shape = (draw(0, 10), draw(0, 3), draw(1, 40), draw(1, 9), reads, draw(0 if reads else 1, 5), draw(0, 3))
+    torch.manual_seed(draw(0, 1000))
+    inputs, order = ntm_inputs(*shape), data.draw(st.sampled_from(ORDERS))
+    actual = results_and_gradients(ops.ntm_scan, inputs, torch.float64, order=order)
+    compare(actual, results_and_gradients(reference.ntm_scan, inputs, torch.float64, order=order), 1e-8, 1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradcheck(order):
+    inputs = [x.requires_grad_() for x in ntm_inputs(3, 1, 5, 3, 2, 1, 1)]
+    assert torch.autograd.gradcheck(lambda *x: tuple(call(ops.ntm_scan, x, order=order)), inputs)
+
+
+@needs_cpp
+@pytest.mark.parametrize("bad", range(len(NAMES)))
+def test_a_non_finite_value_stays_in_its_sample(bad):
+    inputs = ntm_inputs(5, 3, 12, 4, 2, 1, 1, dtype=torch.float32)
+    clean = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
+    inputs[bad] = inputs[bad].clone()
+    sample = inputs[bad].select(0 if bad < 3 else 1, 1)
+    sample[(0,) * sample.dim()] = float("nan")
+    dirty = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
+    assert not all(x.isfinite().all() for x in dirty[0])
+
+    def others(x, axis):
+        return x.index_select(axis, torch.tensor([0, 2]))
+
+    for i, (x, y) in enumerate(zip(clean[0], dirty[0], strict=True)):
+        assert torch.equal(others(x, int(i == 0)), others(y, int(i == 0)))
+    for i, (x, y) in enumerate(zip(clean[1], dirty[1], strict=True)):
+        assert torch.equal(others(x, int(i > 2)), others(y, int(i > 2))), NAMES[i]
+
+
+@needs_cpp
+@pytest.mark.parametrize("steps, anchor_every", [(7, 3), (7, 0), (0, 3)])
+def test_opcheck(steps, anchor_every):
+    inputs = [x.float() for x in ntm_inputs(steps, 2, 7, 3, 2, 1, 1)]
+    joined = [torch.cat([inputs[3 + i], inputs[8 + i]], 2) for i in range(5)]
+    arguments = [inputs[0], torch.cat(inputs[1:3], 1), *joined, *inputs[13:]]
+    options = (True, 1e-6, anchor_every)
+    torch.library.opcheck(torch.ops.mann_fast.ntm_scan.default, (*arguments, *options))
+    if anchor_every:
+        reads, memory, weights, *kept = torch.ops.mann_fast.ntm_scan(*arguments, *options)
+        backward = (reads, None, weights, *arguments, *kept, *options)
+        torch.library.opcheck(torch.ops.mann_fast.ntm_scan_backward.default, backward)
+
+
+@needs_cpp
+def test_compiles_in_one_graph():
+    torch.compiler.reset()
+    inputs = ntm_inputs(4, 2, 9, 3, 1, 2, 1)
+    compiled = torch.compile(ops.ntm_scan, fullgraph=True)
+    actual = results_and_gradients(compiled, inputs, torch.float64)
+    compare(actual, results_and_gradients(ops.ntm_scan, inputs, torch.float64), 1e-12, 1e-12)
+
+
+@needs_cpp
+def test_second_derivatives_and_forward_mode_are_refused():
+    inputs = ntm_inputs(3, 2, 5, 3, 1, 1, 1)
+    reads = lambda x: call(ops.ntm_scan, [*inputs[:13], x, inputs[14]])[1]  # noqa: E731
+    erase = inputs[13].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(reads(erase).square().sum(), erase, create_graph=True)
+    with pytest.raises(NotImplementedError, match="ntm_scan has no second derivative"):
+        grad.square().sum().backward()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(reads, (inputs[13],), (torch.ones_like(inputs[13]),))
+    loss = lambda x: reads(x).square().sum()  # noqa: E731
+    assert torch.equal(torch.func.grad(loss)(inputs[13]), torch.autograd.grad(loss(erase), erase)[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_results_share_no_storage(backend, steps):
+    inputs = ntm_inputs(steps, 2, 7, 3, 2, 1, 1)
+    with mann_fast.backend(backend):
+        results = call(ops.ntm_scan, inputs)
+    tensors = [x for x in (*inputs, *results) if x.numel()]
+    assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
+
+
+def test_initial_state():
+    state = ops.NTMState.initial(2, 5, 3, 2, 1, dtype=torch.float64)
+    assert torch.equal(state.memory, torch.full((2, 5, 3), 1e-6, dtype=torch.float64))
+    assert torch.equal(state.read_weights, torch.eye(5, dtype=torch.float64)[:1].expand(2, 2, 5))
+    assert state.write_weights.shape == (2, 1, 5)
+    with mann_fast.backend("reference"):
+        ops.ntm_step(state, *wrong_case()[1:])
+
+
+def wrong_case():
+    inputs = [x[0] if i > 2 else x for i, x in enumerate(ntm_inputs(1, 2, 5, 3, 2, 1, 1))]
+    return [ops.NTMState(*inputs[:3]), ops.NTMHead(*inputs[3:8]), ops.NTMHead(*inputs[8:13]), *inputs[13:]]
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value", "error", "message"),
+    [
+        (0, "memory", torch.zeros(2, 5).double(), ValueError, r"state.memory must have shape \[B, N, D\]"),
+        (0, "read_weights", torch.zeros(2, 2, 4).double(), ValueError, r"state.read_weights .* got \[2, 2, 4\]"),
+        (0, "write_weights", torch.zeros(2, 1, 5), TypeError, "state.write_weights must have the dtype of memory"),
+        (1, "key", torch.zeros(2, 2, 4).double(), ValueError, r"read_head.key .* = \[2, 2, 3\], got \[2, 2, 4\]"),
+        (1, "gate", 0.5, TypeError, "read_head.gate must be a tensor, got float"),
+        (2, "shift", torch.zeros(2, 1, 4).double(), ValueError, "write_head.shift must have an odd number"),
+        (2, "shift", torch.zeros(2, 1, 5).double(), ValueError, "as many moves as read_head.shift, 3, got 5"),
+        (2, "sharpening", torch.zeros(2, 2).double(), ValueError, r"write_head.sharpening .* got \[2, 2\]"),
+        (3, None, torch.zeros(2, 2, 3).double(), ValueError, r"erase must have shape .* = \[2, 1, 3\]"),
+        (4, None, torch.zeros(2, 1, 3), TypeError, "add must have the dtype of erase"),
+        (0, None, torch.zeros(2), TypeError, "state must be an NTMState"),
+        (1, None, (), TypeError, "read_head must be an NTMHead"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(place, field, value, error, message):
+    arguments = wrong_case()
+    arguments[place] = value if field is None else arguments[place]._replace(**{field: value})
+    with pytest.raises(error, match=message):
+        ops.ntm_step(*arguments)
+
+
+def test_wrong_options_are_named():
+    for options, error, message in (
+        ({"order": "last"}, ValueError, "order must be one of"),
+        ({"eps": 0}, ValueError, "eps must be positive"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.ntm_step(*wrong_case(), **options)
