@@ -20,8 +20,9 @@ class MANN(nn.Module):
     Args:
         input_size: width of the input: the image and the label of the step before.
         num_classes: how many logits per step.
-        hidden_size, num_slots, slot_size, num_heads, controller, sharpness, write_vector, order, write_target,
-            usage_decay, eps, batch_first, device, dtype: as of :class:`mann_fast.MemoryLayer`.
+        hidden_size, num_slots, slot_size, num_heads, controller, addressing, max_shift, sharpness, write_vector, order,
+            write_target, usage_decay, eps, batch_first, device, dtype: as of :class:`mann_fast.MemoryLayer`; the controller
+            by its name.
 
     Attributes:
         layer: the MemoryLayer.
@@ -42,9 +43,11 @@ class MANN(nn.Module):
         slot_size: int = 40,
         num_heads: int = 4,
         controller: str = "lstm",
+        addressing: str = "lrua",
+        max_shift: int = 1,
         sharpness: str | float | None = "learned",
         write_vector: str = "separate",
-        order: str = "write_first",
+        order: str | None = None,
         write_target: str = "per_head",
         usage_decay: float = 0.95,
         eps: float = 1e-6,
@@ -61,6 +64,8 @@ class MANN(nn.Module):
             "slot_size": slot_size,
             "num_heads": num_heads,
             "controller": controller,
+            "addressing": addressing,
+            "max_shift": max_shift,
             "sharpness": sharpness,
             "write_vector": write_vector,
             "order": order,

@@ -26,6 +26,25 @@ def head_sizes(num_heads: int, slot_size: int, write_vector: str, sharpness: str
     return [vectors, num_heads] + ([num_heads] if sharpness == "learned" else [])
 
 
+def split_heads(
+    values: Tensor, num_heads: int, slot_size: int, write_vector: str, sharpness: str | float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys [B, R, D], write vectors [B, R, D], gate logits [B, R] and sharpness [B, R] (or None) from the heads' values
+    [B, sum of head_sizes]."""
+    vectors, gate, *learned = values.split(head_sizes(num_heads, slot_size, write_vector, sharpness), dim=1)
+    shape = (values.shape[0], 2 if write_vector == "separate" else 1, num_heads, slot_size)
+    # Where a head writes its key, both are views of the one vector.
+    key, vector = torch.tanh(vectors).view(shape).expand(-1, 2, -1, -1).unbind(1)
+    beta = None
+    if isinstance(sharpness, (int, float)):
+        beta = values.new_full(gate.shape, sharpness)
+    elif learned:  # in half precision rounded once
+        beta = torch.add(
+            values.new_full((), SHARPNESS_MIN), F.softplus(learned[0]), alpha=SHARPNESS_SCALE
+        )
+    return key, vector, gate, beta
+
+
 def _lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     admit, keep, candidate, expose = (gates + recurrent).chunk(4, dim=1)
     cell = torch.addcmul(torch.sigmoid(keep) * cell, torch.sigmoid(admit), torch.tanh(candidate))
@@ -65,11 +84,6 @@ def cell(
         memory = LRUAState(memory.memory.clone(), memory.read_weights.clone(), memory.usage.detach().clone())
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
         return output, tuple(x.clone() for x in state), memory
-    sizes = head_sizes(heads, slot_size, write_vector, sharpness)
-    vectors_shape = (batch, 2 if write_vector == "separate" else 1, heads, slot_size)
-    least, beta = gates.new_full((), SHARPNESS_MIN), None
-    if isinstance(sharpness, (int, float)):
-        beta = gates.new_full((batch, heads), sharpness)
     outputs = []
     for now in gates.unbind(0):
         now = torch.addmm(now, reads.flatten(1), reads_weight.t())
@@ -79,19 +93,10 @@ def cell(
             recurrent = torch.addmm(hidden_bias, state[0], hidden_weight.t())
             state = (_lstm if controller == "lstm" else _gru)(now, recurrent, *state)
             hidden = state[0]
-        vectors, gate, *learned = torch.addmm(head_bias, hidden, head_weight.t()).split(sizes, dim=1)
-        # Where a head writes its key, both are views of the one vector.
-        key, vector = torch.tanh(vectors).view(vectors_shape).expand(-1, 2, -1, -1).unbind(1)
-        if learned:
-            beta = torch.add(
-                least, F.softplus(learned[0]), alpha=SHARPNESS_SCALE
-            )  # half precision: rounded once
+        values = torch.addmm(head_bias, hidden, head_weight.t())
         reads, memory = step(
             memory,
-            key,
-            vector,
-            gate,
-            beta,
+            *split_heads(values, heads, slot_size, write_vector, sharpness),
             order=order,
             write_target=write_target,
             usage_decay=usage_decay,

@@ -32,24 +32,14 @@ class Trace(NamedTuple):
 
 @torch.inference_mode()
 def trace(model: MANN, episode: Episode, labels: str) -> Trace:
-    """Run a model over a batch of one episode, a step at a time.
+    """Run a model over a batch of one episode.
 
     Raises ValueError where the model has no memory.
     """
     if not isinstance(model, MANN):
         raise ValueError(f"a model with a memory is needed, this is a {type(model).__name__}")
-    state = model.layer.initial_state(1)
-    logits, written, read, usage = [], [], [], []
-    for x in episode.inputs.split(1):
-        before = state.memory.usage
-        result, state = model(x, state)
-        memory = state.memory
-        logits.append(result[0, 0])
-        read.append(memory.read_weights[0].sum(0))
-        usage.append(memory.usage[0])
-        # Usage decays and counts what was read and written (Santoro et al. 2016, eq. 6), so the rest was written.
-        written.append(memory.usage[0] - model.layer.usage_decay * before[0] - read[-1])
-    rows = torch.stack(logits)
+    output, _, weights = model.layer(episode.inputs, return_weights=True)
+    rows = model.classifier(output)[:, 0]
     targets = episode.targets[:, 0]
     distinct, classes = targets.unique(dim=0, return_inverse=True)
     of_classes = class_log_probabilities(rows, distinct.expand(len(rows), *distinct.shape), labels)
@@ -62,7 +52,7 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
         classes,
         is_right(rows, targets, labels),
         of_classes.exp(),
-        torch.stack(written).clamp_min(0),
-        torch.stack(read),
-        torch.stack(usage),
+        weights.write[:, 0].sum(1),
+        weights.read[:, 0].sum(1),
+        weights.usage[:, 0],
     )
