@@ -18,7 +18,7 @@ TORCH_OTHER ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
-OP_TESTS := $(KERNEL_TESTS) tests/test_cell.py
+OP_TESTS := $(KERNEL_TESTS) tests/test_cell.py tests/test_ntm.py
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check build lint abi isas triton cuda emulate sanitize wheel clean

@@ -353,3 +353,10 @@ def test_wrong_options_are_named():
     ):
         with pytest.raises(error, match=message):
             ops.ntm_step(*wrong_case(), **options)
+
+
+@needs_cpp
+def test_a_backend_without_kernels_is_refused_where_it_is_named(monkeypatch):
+    monkeypatch.setattr(mann_fast.ops._backend, "_triton_unable", lambda device: None)
+    with mann_fast.backend("triton"), pytest.raises(RuntimeError, match="no kernel of backend 'triton'"):
+        ops.ntm_step(*wrong_case())

@@ -166,8 +166,9 @@ def _say_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def serving(device: torch.device) -> str:
-    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
+def serving(device: torch.device, lacking: tuple[str, ...] = ()) -> str:
+    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"; ``lacking`` names
+    those that have no kernel for the op."""
     global _selected
     if _selected is None:
         _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
@@ -186,6 +187,8 @@ def serving(device: torch.device) -> str:
         reason, name = _extension_missing, "cpp"
     else:
         reason, name = f"tensors on {device.type} have no fused kernels in this version", "cpp"
+    if reason is None and name in lacking:
+        reason = f"this op has no kernel of backend {name!r} yet"
     if reason is None:
         return name
     if _selected != "auto":

@@ -10,8 +10,10 @@ from ..reference.ntm import NTMHead, NTMState
 from . import _backend, _checks
 from .lrua import ORDERS
 
+LACKING = ("cuda", "triton")
+
 # H = R + W heads, those that read first. Where anchor_every is 0 nothing is kept for backward, and history and anchors come
-# out empty. C++ only: other backends take the reference.
+# out empty.
 _backend.LIBRARIES["mann_fast"].define(
     "ntm_scan(Tensor memory, Tensor weights, Tensor keys, Tensor sharpness, Tensor gates, Tensor shift, Tensor sharpening, "
     "Tensor erase, Tensor add, bool read_first, float eps, SymInt anchor_every) -> "
@@ -161,16 +163,11 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     batch, _, slot_size = memory.shape
     _check_head("head", head, "B H D", (batch, heads, slot_size), memory)
     _checks.check_eps(eps)
-    if _serving(memory.device) == "reference":
+    if _backend.serving(memory.device, LACKING) == "reference":
         return reference.ntm_address(memory, head, previous, eps=eps)
     nothing = head[0].new_empty(1, batch, 0, slot_size)
     inputs = (*(x.unsqueeze(0) for x in head), nothing, nothing)
     return _fused(memory, previous, inputs, True, eps)[2]
-
-
-def _serving(device: torch.device) -> str:
-    """The kernels are C++: what another backend would serve, the reference does."""
-    return "cpp" if _backend.serving(device) == "cpp" else "reference"
 
 
 def _ntm(state, read_head, write_head, erase, add, leading: str, order: str, eps: float):
@@ -201,7 +198,7 @@ def _ntm(state, read_head, write_head, erase, add, leading: str, order: str, eps
         )
     _checks.check_choice("order", order, ORDERS)
     _checks.check_eps(eps)
-    if _serving(memory.device) == "reference":
+    if _backend.serving(memory.device, LACKING) == "reference":
         function = reference.ntm_scan if leading else reference.ntm_step
         return function(state, read_head, write_head, erase, add, order=order, eps=eps)
     heads_axis = len(steps) + 1
