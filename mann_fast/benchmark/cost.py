@@ -75,3 +75,44 @@ def mann_step_flop(
     products = 3 * ((hidden + reads) * (4 * hidden + outputs) + hidden * (2 * reads + 2 * heads))
     products += 2 * inputs * 4 * hidden
     return 2 * steps * batch * products + lrua_scan_flop(steps, batch, slots, size, heads, backward=True)
+
+
+def ntm_scan_flop(
+    steps: int,
+    batch: int,
+    slots: int,
+    size: int,
+    read_heads: int,
+    write_heads: int,
+    *,
+    backward: bool = False,
+) -> int:
+    """Forward, per slot element and step: dot (R + W), norm (1), read (R) and per write head two for what is kept and one for
+    what is added. With ``backward`` also: the write again (3 W), dot and norm again, the gradients of read (2 R), similarity
+    (2 (R + W) + 1) and write (6 W). What goes over one row of slots (softmax, shift, power) is not counted."""
+    heads = read_heads + write_heads
+    forward = 2 * (heads + 1 + read_heads + 3 * write_heads)
+    back = 2 * (3 * write_heads + heads + 1 + 2 * read_heads + 2 * heads + 1 + 6 * write_heads)
+    return steps * batch * slots * size * (forward + (back if backward else 0))
+
+
+def ntm_scan_bytes(
+    steps: int,
+    batch: int,
+    slots: int,
+    size: int,
+    read_heads: int,
+    write_heads: int,
+    *,
+    backward: bool = False,
+    item: int = 4,
+) -> int:
+    """What must pass where a sample's memory stays on the chip: inputs and reads of every step, the state in and out; with
+    ``backward`` the inputs again with their gradients, and the weights of every step written and read."""
+    heads = read_heads + write_heads
+    per_step = batch * (heads * (size + 6) + 2 * write_heads * size)
+    state = batch * (slots * size + heads * slots)
+    numbers = steps * (per_step + batch * read_heads * size) + 2 * state
+    if backward:
+        numbers += steps * (2 * per_step + batch * read_heads * size + 2 * batch * heads * slots) + 3 * state
+    return item * numbers

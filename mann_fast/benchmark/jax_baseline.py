@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import jax
@@ -66,11 +65,8 @@ def _loss(parameters, x, targets, num_slots, heads):
     return -jnp.take_along_axis(scores, targets[..., None], axis=2).mean()
 
 
-def training_step(
-    model: MANN, x: Tensor, targets: Tensor, expected: tuple[Tensor, ...]
-) -> tuple[Callable[[], object], bool, float]:
-    """A training step (gradients and Adam) to time, whether loss and gradients are those expected, and the seconds of
-    the first call."""
+def training_step(model: MANN, x: Tensor, targets: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A training step (gradients and Adam). The first call returns loss and gradients, to be checked."""
     layer = model.layer
     x, targets = jnp.asarray(x.numpy()), jnp.asarray(targets.numpy())
 
@@ -89,15 +85,11 @@ def training_step(
     parameters = _parameters(model)
     zeros = [jnp.zeros_like(p) for p in parameters]
     state = [(parameters, zeros, zeros, 0.0)]
-    begin = time.perf_counter()
-    loss, gradients, _ = jax.block_until_ready(step(*state[0]))
-    seconds = time.perf_counter() - begin
-    verified = all(
-        torch.allclose(torch.tensor(jax.device_get(a)), b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
-        for a, b in zip((loss, *gradients), expected, strict=True)
-    )
+    calls = [0]
 
     def run():
-        state[0] = jax.block_until_ready(step(*state[0]))[2]
+        loss, gradients, state[0] = jax.block_until_ready(step(*state[0]))
+        calls[0] += 1
+        return tuple(torch.tensor(jax.device_get(g)) for g in (loss, *gradients)) if calls[0] == 1 else ()
 
-    return run, verified, seconds
+    return run

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import demo, doctor, evaluate, predict, show, train
+from . import bench, demo, doctor, evaluate, predict, show, train
 
-COMMANDS = (train, evaluate, predict, show, demo, doctor)
+COMMANDS = (train, evaluate, predict, show, bench, demo, doctor)
 
 DESCRIPTION = """\
 Memory-augmented neural networks that learn new classes from a few examples.
@@ -24,6 +24,7 @@ Memory-augmented neural networks that learn new classes from a few examples.
   mann-fast show --checkpoint run              see what its memory does in one episode
   mann-fast predict --checkpoint run --support examples image.png
                                                use it on classes of your own
+  mann-fast bench                              measure it beside what you would use instead
 """
 
 

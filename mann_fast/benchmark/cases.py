@@ -1,0 +1,314 @@
+"""What is measured: each op at a size, ours beside what people would use instead, with its counted cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops, reference
+from ..models import MANN, LSTMClassifier
+from ..ops import _backend
+from . import baselines, cost
+
+OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan", "ntm_scan", "mann_step")
+DIRECTIONS = ("forward", "forward+backward")
+OURS = "mann_fast"
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T steps, B samples, N slots of D numbers, R heads; H hidden units of a training step. The paper's by default."""
+
+    T: int = 50
+    B: int = 16
+    N: int = 128
+    D: int = 40
+    R: int = 4
+    H: int = 200
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """ "T=50,B=1" and the like; ValueError for another letter or what is no positive number."""
+        known, values = [field.name for field in fields(cls)], {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            name, _, value = part.partition("=")
+            if name not in known or not value.isdigit() or int(value) < 1:
+                raise ValueError(
+                    f"--shape takes positive numbers for {', '.join(known)}, such as T=50,B=1; got {part!r}"
+                )
+            values[name] = int(value)
+        return replace(cls(), **values)
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op in one direction: its contestants by name, what ours must agree with, and its counted cost."""
+
+    op: str
+    direction: str
+    shape: Shape
+    dtype: torch.dtype
+    calls: dict[str, Call]
+    oracle: Call
+    flop: int
+    transferred: int
+
+
+def cases(
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    directions: tuple[str, ...] = DIRECTIONS,
+    *,
+    compiled: bool = False,
+    jax: bool = False,
+) -> Iterator[Case]:
+    """The cases of one op, on new random inputs. With ``compiled`` also torch.compile of the step; with ``jax`` also JAX for
+    mann_step.
+
+    Raises ValueError for an unknown op; ImportError where JAX is asked for and absent.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    more = (jax,) if op == "mann_step" else ()
+    calls, oracle, wanted, flop, transferred = globals()[f"_{op}"](shape, dtype, compiled, *more)
+    for direction in directions:
+        backward = direction != "forward"
+        if op == "mann_step" and not backward or op == "least_used" and backward:
+            continue
+        if op == "mann_step":
+            wrapped, checked = calls, oracle
+        else:
+            wrapped = {name: _wrap(call, wanted, backward) for name, call in calls.items()}
+            checked = _wrap(oracle, wanted, backward)
+        yield Case(op, direction, shape, dtype, wrapped, checked, flop(backward), transferred(backward))
+
+
+def _wrap(call: Call, wanted: list[Tensor], backward: bool) -> Call:
+    if not backward:
+
+        def forward():
+            with torch.no_grad():
+                return call()
+
+        return forward
+
+    def both():
+        output = call()[0]
+        return torch.autograd.grad(output, wanted, noise.to(output.dtype))
+
+    with torch.no_grad():
+        noise = torch.randn(call()[0].shape, generator=torch.Generator().manual_seed(1))
+
+    return both
+
+
+def _lrua_inputs(shape: Shape, dtype: torch.dtype, *leading: int):
+    """A state as in the middle of a sequence, and the inputs of a step or a scan."""
+    wide = dtype if dtype == torch.float64 else torch.float32
+    weights = torch.softmax(torch.randn(shape.B, shape.R, shape.N, dtype=wide), 2)
+    memory, usage = (
+        torch.randn(shape.B, shape.N, shape.D, dtype=wide),
+        torch.rand(shape.B, shape.N, dtype=wide),
+    )
+    heads = (*leading, shape.B, shape.R)
+    inputs = [torch.tanh(torch.randn(*heads, shape.D, dtype=dtype)) for _ in range(2)]
+    inputs += [torch.randn(heads, dtype=dtype), 1 + 10 * torch.rand(heads, dtype=dtype)]
+    return ops.LRUAState(memory, weights, usage), [x.requires_grad_() for x in inputs]
+
+
+def _content_read(shape: Shape, dtype: torch.dtype, compiled: bool):
+    (memory, _, _), (key, _, _, sharpness) = _lrua_inputs(shape, dtype)
+    calls = {
+        OURS: lambda: ops.content_read(memory, key, sharpness),
+        "eager reference": lambda: reference.content_read(memory, key, sharpness),
+    }
+    if dtype in (torch.float32, torch.float64):
+        # On rows of unit norm a cosine is a dot product: attention with the sharpness as its scale, folded into the keys.
+        def attention():
+            rows, unit = F.normalize(memory, dim=2), F.normalize(key, dim=2) * sharpness.unsqueeze(2)
+            return (F.scaled_dot_product_attention(unit, rows, memory, scale=1.0),)
+
+        calls["scaled_dot_product_attention"] = attention
+    if compiled:
+        function = torch.compile(reference.content_read)
+        calls["torch.compile"] = lambda: function(memory, key, sharpness)
+    size = (shape.B, shape.N, shape.D, shape.R)
+    return (
+        calls, calls["eager reference"], [key, sharpness],
+        lambda backward: cost.content_read_flop(*size, backward=backward),
+        lambda backward: cost.content_read_bytes(*size, backward=backward, item=memory.element_size()),
+    )  # fmt: skip
+
+
+def _least_used(shape: Shape, dtype: torch.dtype, compiled: bool):
+    usage = _lrua_inputs(shape, dtype)[0].usage
+    calls = {
+        OURS: lambda: (ops.least_used(usage, shape.R),),
+        "eager reference": lambda: (reference.least_used(usage, shape.R),),
+        "torch.topk": lambda: (torch.topk(usage, shape.R, largest=False).indices,),
+    }
+    passes = shape.B * shape.N * shape.R
+    return (
+        calls,
+        calls["eager reference"],
+        [],
+        lambda backward: passes,
+        lambda backward: 4 * shape.B * shape.N,
+    )
+
+
+def _lrua_write(shape: Shape, dtype: torch.dtype, compiled: bool):
+    state, (_, vector, gate, _) = _lrua_inputs(shape, dtype)
+    calls = {
+        OURS: lambda: ops.lrua_write(*state, vector, gate),
+        "eager reference": lambda: reference.lrua_write(*state, vector, gate),
+    }
+    if compiled:
+        function = torch.compile(reference.lrua_write)
+        calls["torch.compile"] = lambda: function(*state, vector, gate)
+    size = (shape.B, shape.N, shape.D, shape.R)
+    return (
+        calls, calls["eager reference"], [vector, gate],
+        lambda backward: cost.lrua_write_flop(*size, backward=backward),
+        lambda backward: cost.lrua_write_bytes(*size, backward=backward, item=state.memory.element_size()),
+    )  # fmt: skip
+
+
+def _lrua_step(shape: Shape, dtype: torch.dtype, compiled: bool):
+    return _lrua(shape, dtype, compiled, ops.lrua_step, reference.lrua_step, None)
+
+
+def _lrua_scan(shape: Shape, dtype: torch.dtype, compiled: bool):
+    return _lrua(shape, dtype, compiled, ops.lrua_scan, reference.lrua_scan, shape.T)
+
+
+def _lrua(shape: Shape, dtype: torch.dtype, compiled: bool, fused, plain, steps: int | None):
+    state, inputs = _lrua_inputs(shape, dtype, *(() if steps is None else (steps,)))
+    step = baselines.lrua_step_by_products
+
+    def products(one_step):
+        return one_step(state, *inputs)[:1] if steps is None else baselines.scan(one_step, state, *inputs)[:1]
+
+    calls = {OURS: lambda: fused(state, *inputs)[:1], "eager reference": lambda: plain(state, *inputs)[:1]}
+    if dtype in (torch.float32, torch.float64):
+        calls["eager by products"] = lambda: products(step)
+        if compiled:
+            compiled_step = torch.compile(step)
+            calls["torch.compile of the step"] = lambda: products(compiled_step)
+
+    def oracle():
+        """The reference with the slots that the kernel chose: in float32 usages nearly tie within a few steps."""
+        if steps is None or (serving := _backend.serving(state.memory.device)) == "reference":
+            return plain(state, *inputs)[:1]
+        with torch.no_grad():
+            slots = _backend.raw(serving).lrua_scan(*state, *inputs, False, False, 0.95, 1e-6, 8)[4]
+        return plain(state, *inputs, slots=slots)[:1]
+
+    size = (1 if steps is None else steps, shape.B, shape.N, shape.D, shape.R)
+    return (
+        calls, oracle, inputs,
+        lambda backward: cost.lrua_scan_flop(*size, backward=backward),
+        lambda backward: cost.lrua_scan_bytes(*size, backward=backward, item=state.memory.element_size()),
+    )  # fmt: skip
+
+
+def _ntm_scan(shape: Shape, dtype: torch.dtype, compiled: bool):
+    """R read heads and one write head."""
+    wide = dtype if dtype == torch.float64 else torch.float32
+
+    def head(count: int) -> ops.NTMHead:
+        sizes = (shape.T, shape.B, count)
+        normal = lambda *more: torch.randn(*sizes, *more, dtype=dtype)  # noqa: E731
+        shift = torch.softmax(normal(3), 3)
+        return ops.NTMHead(
+            normal(shape.D), 1 + 5 * normal().abs(), normal().sigmoid(), shift, 1 + normal().abs()
+        )
+
+    weights = [torch.softmax(torch.randn(shape.B, heads, shape.N, dtype=wide), 2) for heads in (shape.R, 1)]
+    state = ops.NTMState(torch.randn(shape.B, shape.N, shape.D, dtype=wide), *weights)
+    vectors = torch.randn(2, shape.T, shape.B, 1, shape.D, dtype=dtype)
+    heads, erase, add = (head(shape.R), head(1)), vectors[0].sigmoid(), vectors[1].clone()
+    wanted = [x.requires_grad_() for x in (*heads[0], *heads[1], erase, add)]
+    calls = {
+        OURS: lambda: ops.ntm_scan(state, *heads, erase, add)[:1],
+        "eager reference": lambda: reference.ntm_scan(state, *heads, erase, add)[:1],
+    }
+    if compiled:
+        step = torch.compile(reference.ntm_step)
+
+        def loop():
+            now, reads = state, []
+            for t in range(shape.T):
+                at = (ops.NTMHead(*(x[t] for x in part)) for part in heads)
+                read, now = step(now, *at, erase[t], add[t])
+                reads.append(read)
+            return (torch.stack(reads),)
+
+        calls["torch.compile of the step"] = loop
+    size = (shape.T, shape.B, shape.N, shape.D, shape.R, 1)
+    return (
+        calls, calls["eager reference"], wanted,
+        lambda backward: cost.ntm_scan_flop(*size, backward=backward),
+        lambda backward: cost.ntm_scan_bytes(*size, backward=backward, item=state.memory.element_size()),
+    )  # fmt: skip
+
+
+INPUTS, CLASSES = 405, 5  # 20 x 20 pixels and five labels
+
+
+def _mann_step(shape: Shape, dtype: torch.dtype, compiled: bool, jax: bool):
+    """A whole training step: forward, backward, Adam."""
+    x, targets = torch.rand(shape.T, shape.B, INPUTS), torch.randint(CLASSES, (shape.T, shape.B))
+    sizes = {"num_slots": shape.N, "slot_size": shape.D, "num_heads": shape.R}
+
+    def on_reference(model, x):
+        with _backend.backend("reference"):
+            return model(x)[0]
+
+    functions = {
+        OURS: lambda model, x: model(x)[0],
+        "eager reference": on_reference,
+        "eager by products": baselines.mann_by_steps,
+    }
+    if compiled:
+        step = torch.compile(baselines.cell_step)
+        functions["torch.compile of the step"] = lambda model, x: baselines.mann_by_steps(model, x, step)
+
+    def training_step(function, make):
+        torch.manual_seed(0)  # the same parameters for all
+        model = make()
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+        def run():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(function(model, x).flatten(0, 1), targets.flatten())
+            loss.backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters()]
+            optimizer.step()
+            return (loss.detach(), *gradients)
+
+        return run
+
+    def mann():
+        return MANN(INPUTS, CLASSES, shape.H, **sizes)
+
+    calls = {name: training_step(function, mann) for name, function in functions.items()}
+    if jax:
+        from .jax_baseline import training_step as jax_training_step
+
+        torch.manual_seed(0)
+        calls["JAX jit of lax.scan"] = jax_training_step(mann(), x, targets)
+    calls["nn.LSTM alone"] = training_step(
+        lambda model, x: model(x)[0], lambda: LSTMClassifier(INPUTS, CLASSES, shape.H)
+    )
+    flop = cost.mann_step_flop(shape.T, shape.B, INPUTS, shape.H, CLASSES, shape.N, shape.D, shape.R)
+    return calls, training_step(on_reference, mann), [], lambda backward: flop, lambda backward: 0

@@ -1,0 +1,169 @@
+"""The benchmark harness: what it checks, what it says of two files, and its command line."""
+
+import json
+
+import pytest
+import torch
+
+from mann_fast import cli
+from mann_fast.benchmark import compare, cost, report
+from mann_fast.benchmark.cases import DIRECTIONS, OPS, OURS, Case, Shape, cases
+from mann_fast.benchmark.measure import agrees, measure, saved_bytes
+
+SMALL = "T=3,B=2,N=12,D=5,R=2,H=8"
+QUICK = ["--seconds", "0.01", "--shape", SMALL]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_contestant_agrees_with_the_reference(op):
+    found = [
+        row for case in cases(op, Shape.parse(SMALL), torch.float32) for row in measure(case, seconds=0.01)
+    ]
+    assert {row["direction"] for row in found} <= set(DIRECTIONS)
+    assert all(row["verified"] and row["median_ms"] > 0 for row in found if row["what"] != "torch.topk")
+    ours = [row for row in found if row["what"] == OURS]
+    assert ours and all(row["times_mann_fast"] == 1 and row["share_of_ceiling"] > 0 for row in ours)
+    kept = {row["what"]: row["saved_bytes"] for row in found if row["direction"] == "forward+backward"}
+    assert all(kept[OURS] < count for name, count in kept.items() if name == "eager reference")
+
+
+def test_a_wrong_kernel_is_not_timed():
+    (case,) = cases("lrua_scan", Shape.parse(SMALL), torch.float32, ("forward",))
+    right = case.calls[OURS]
+    wrong = dict(case.calls, wrong=lambda: (right()[0] + 0.5,), nan=lambda: (right()[0] * float("nan"),))
+    rows = measure(Case(**{**vars(case), "calls": wrong}), seconds=0.01)
+    answers = {row["what"]: row for row in rows}
+    for name in ("wrong", "nan"):
+        assert not answers[name]["verified"] and "median_ms" not in answers[name]
+        assert "unverified" in report.cells(answers[name])
+    assert answers[OURS]["verified"]
+
+
+def test_agreement_is_of_every_number():
+    x = torch.randn(50)
+    assert agrees((x,), (x * (1 + 1e-5),), torch.float32)
+    one = x.clone()
+    one[7] += 0.5
+    assert not agrees((one,), (x,), torch.float32) and not agrees((x[:4],), (x,), torch.float32)
+    assert not agrees((torch.tensor([1, 2]),), (torch.tensor([2, 1]),), torch.float32)
+
+
+def test_a_tie_broken_otherwise_in_a_sample_is_no_error_of_a_baseline():
+    x = torch.randn(4, 5, 3)
+    y = x.clone()
+    y[2, 1:3] += 1
+    assert not agrees((y,), (x,), torch.float32) and agrees((y,), (x,), torch.float32, 1)
+    y[:, 3] += 1
+    assert not agrees((y,), (x,), torch.float32, 1)
+
+
+def test_saved_bytes_counts_a_storage_once():
+    x = torch.randn(100, requires_grad=True)
+    y = torch.randn(100)
+    assert saved_bytes(lambda: ((x * y) * y).sum()) == 400
+    assert saved_bytes(lambda: (x * x.detach().clone()).sum()) == 400
+
+
+def row(median, spread=0.01, **changes):
+    fixed = {"op": "lrua_scan", "direction": "forward", "shape": "T=1", "dtype": "float32", "what": OURS}
+    low, high = median * (1 - spread), median * (1 + spread)
+    return {**fixed, "median_ms": median, "quartiles_ms": [low, high], "sgemm_ms": 10.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (row(1.0), "same"),
+        (row(0.7), "faster"),
+        (row(1.4), "slower"),
+        (row(1.1, spread=0.3), "ambiguous"),
+        (row(2.0, sgemm_ms=20.0), "same"),  # the machine was half as fast
+    ],
+)
+def test_comparison_gives_four_verdicts(after, expected):
+    (found,) = compare.compare([row(1.0)], [after, row(9.0, what="another")])
+    assert found["verdict"] == expected and found["ratio"][0] <= found["ratio"][1]
+
+
+def test_command_writes_compares_and_reports(capsys, tmp_path):
+    figures, page = tmp_path / "now.json", tmp_path / "now.html"
+    arguments = ["bench", "--op", "lrua_scan", *QUICK, "--json", str(figures), "--report", str(page)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "mann_fast" in printed and "eager by products" in printed
+    content = json.loads(figures.read_text())
+    assert content["environment"]["torch"] == torch.__version__ and len(content["rows"]) == 6
+    text = page.read_text()
+    assert "lrua_scan" in text and "http" not in text and "src='data:" not in text
+    assert cli.main(["bench", "--compare", str(figures), str(figures)]) == 0
+    assert "slower" not in capsys.readouterr().out
+
+
+def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.bench, "SWEEP", {"B": (1, 2), "N": (4, 8)})
+    page = tmp_path / "sweep.html"
+    arguments = [
+        "bench",
+        "--op",
+        "content_read",
+        *QUICK,
+        "--sweep",
+        "--direction",
+        "forward",
+        "--report",
+        str(page),
+    ]
+    assert cli.main(arguments) == 0
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 1 and "http" not in text
+    assert "N=4 " in text and "N=8 " in text
+    markdown = tmp_path / "one.md"
+    assert cli.main(["bench", "--op", "least_used", *QUICK, "--report", str(markdown)]) == 0
+    assert markdown.read_text().startswith("# Benchmarks of mann_fast")
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "softmax"], "--op must be one of content_read, .* got 'softmax'"),
+        (["--shape", "T=0"], "--shape takes positive numbers for T, B, N, D, R, H, .* got 'T=0'"),
+        (["--shape", "Q=3"], "got 'Q=3'"),
+        (["--seconds", "0"], "--seconds must be above 0, got 0.0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--report", "x.pdf"], "--report must end in .html or .md, got x.pdf"),
+        (
+            ["--op", "mann_step", "--dtype", "float64"],
+            "mann_step is measured in float32, got --dtype float64",
+        ),
+        (["--backend", "opencl"], "backend must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(capsys, arguments, message):
+    import re
+
+    assert cli.main(["bench", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and "Traceback" not in err
+
+
+def test_files_that_are_none_are_named(capsys, tmp_path):
+    bad = tmp_path / "bad.json"
+    bad.write_text("[]")
+    assert cli.main(["bench", "--compare", str(bad), str(bad)]) == 2
+    assert "is not a file of `mann-fast bench --json`" in capsys.readouterr().err
+    bad.write_text(json.dumps({"rows": []}))
+    assert cli.main(["bench", "--compare", str(bad), str(bad)]) == 2
+    assert "no timed row in common" in capsys.readouterr().err
+
+
+def test_flop_are_those_of_the_products():
+    """Counted another way: two per multiply-add of each product that a step of the formulas has."""
+    steps, batch, slots, size, heads = 3, 2, 7, 5, 2
+    products = {"write": heads, "dot": heads, "norm": 1, "read": heads}  # per number of the memory
+    assert cost.lrua_scan_flop(steps, batch, slots, size, heads) == 2 * steps * batch * slots * size * sum(
+        products.values()
+    )
+    assert cost.content_read_flop(batch, slots, size, heads) == 2 * batch * slots * size * (2 * heads + 1)
+    ntm = {"dot": 3, "norm": 1, "read": 2, "kept": 2, "added": 1}
+    assert cost.ntm_scan_flop(1, 1, slots, size, 2, 1) == 2 * slots * size * sum(ntm.values())
