@@ -27,6 +27,7 @@ class Cuda {
   explicit Cuda(const Tensor& like) : like_(like) {}
 #endif
 
+  void probe() { ran(cuda::usable()); }
   void run(const ContentRead& a) { ran(cuda::content_read(a, queue())); }
   void run(const ContentReadBackward& a) { ran(cuda::content_read_backward(a, queue())); }
   void run(const LeastUsed& a) { ran(cuda::least_used(a, queue())); }
@@ -46,7 +47,7 @@ class Cuda {
             },
             this};
   }
-  static void ran(const char* why) { STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel could not be launched: ", why); }
+  static void ran(const char* why) { STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel cannot be launched: ", why); }
 
   const Tensor& like_;
 #ifndef MANN_FAST_EMULATION
@@ -56,10 +57,17 @@ class Cuda {
   std::vector<Tensor> scratch_;
 };
 
+// Raises where the kernels cannot run on the tensor's device.
+Tensor probe(Tensor tensor) {
+  Cuda(tensor).probe();
+  return empty(tensor, {0});
+}
+
 }  // namespace
 }  // namespace mann_fast
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
+  m.impl("probe", TORCH_BOX(&mann_fast::probe));
   m.impl("content_read", TORCH_BOX(&mann_fast::content_read<mann_fast::Cuda>));
   m.impl("content_read_backward", TORCH_BOX(&mann_fast::content_read_backward<mann_fast::Cuda>));
   m.impl("least_used", TORCH_BOX(&mann_fast::least_used<mann_fast::Cuda>));

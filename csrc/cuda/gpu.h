@@ -103,6 +103,16 @@ const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments..
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
+// Null where the driver and the current device can run a kernel of this library, else why not.
+template <class Kernel>
+const char* usable(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // else the next launch would report it
+  return cudaGetErrorString(status);
+}
+
 // Of the current device.
 inline Limits limits() {
   int device = 0, shared = 0, major = 0, processors = 0;

@@ -13,6 +13,9 @@ struct Queue {
   void* owner;
 };
 
+// Null where the kernels can run on the current device, else why not: too old a device or driver.
+const char* usable();
+
 const char* content_read(const ContentRead&, const Queue&);
 const char* content_read_backward(const ContentReadBackward&, const Queue&);
 const char* least_used(const LeastUsed&, const Queue&);

@@ -171,6 +171,8 @@ const char* write_backward(const LruaWriteBackward& a, const Queue& queue) {
 
 }  // namespace
 
+const char* usable() { return gpu::usable(least_used_kernel<float>); }
+
 const char* least_used(const LeastUsed& a, const Queue& queue) {
   return a.state == Dtype::float64 ? choose<double>(a, queue) : choose<float>(a, queue);
 }

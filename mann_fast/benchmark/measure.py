@@ -107,7 +107,8 @@ def measure(case: Case, *, seconds: float = 3.0, timed: bool = True) -> list[dic
         first_calls[name] = time.perf_counter() - begin
         axis = 1 if case.op == "lrua_scan" and name != OURS else None
         verified[name] = name == "nn.LSTM alone" or agrees(actual, expected, case.dtype, axis)
-        memory[name] = saved_bytes(call) if case.direction != "forward" else None
+        of_torch = case.direction != "forward" and not name.startswith("JAX")
+        memory[name] = saved_bytes(call) if of_torch else None
     timings: dict[str, Any] = {}
     limit, ceiling = None, None
     if timed:

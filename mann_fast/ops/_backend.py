@@ -20,6 +20,9 @@ LIBRARIES = {
 }
 
 
+LIBRARIES["mann_fast_cuda"].define("probe(Tensor tensor) -> Tensor")
+
+
 def define(schema: str) -> None:
     """Define a raw op, "name(arguments) -> results", for all kernels."""
     for library in LIBRARIES.values():
@@ -96,8 +99,17 @@ def _load_cuda() -> str | None:
         elif torch.version.cuda is None:
             _cuda_missing = "this torch was built without CUDA"
         else:
-            _cuda_missing = _load_library("CUDA", CUDA_EXTENSION)
+            _cuda_missing = _load_library("CUDA", CUDA_EXTENSION) or _probe_cuda()
     return _cuda_missing
+
+
+def _probe_cuda() -> str | None:
+    """None if driver and current device can run the CUDA kernels, else why not."""
+    try:
+        torch.ops.mann_fast_cuda.probe(torch.empty(0, device="cuda"))
+    except RuntimeError as error:
+        return f"the CUDA kernels cannot run here: {str(error).splitlines()[0]}"
+    return None
 
 
 # For torch.compile, which cannot trace an import: called while tracing, their results constants. This is all that

@@ -401,6 +401,11 @@ const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments..
   return nullptr;
 }
 
+template <class Kernel>
+const char* usable(Kernel) {
+  return nullptr;
+}
+
 inline Limits limits() { return emulation::settings().limits; }
 
 }  // namespace gpu
