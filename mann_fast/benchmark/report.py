@@ -114,7 +114,10 @@ def sweep_picture(rows: Sequence[dict[str, Any]]) -> bytes | None:
                     axes.plot([value for value, _ in points], ideal, color="black", linestyle=":", linewidth=1,
                               label="as the size grows")  # fmt: skip
             axes.set(xscale="log", yscale="log", xlabel=name, title=f"{direction}")
-            axes.grid(alpha=0.25, which="both")
+            sizes = sorted({row["value"] for row in here})
+            axes.set_xticks(sizes, list(map(str, sizes)))
+            axes.set_xticks([], minor=True)
+            axes.grid(alpha=0.25)
         line[0].set_ylabel("ms")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, title=here[0]["op"])
