@@ -93,7 +93,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     setting("--steps", type=int, metavar="N", help=f"training steps (default: {default.steps})")
     setting("--batch", type=int, metavar="N", help=f"episodes per step (default: {default.batch})")
-    setting("--lr", type=float, metavar="X", help=f"learning rate of Adam (default: {default.lr})")
+    setting("--lr", type=float, metavar="X", help=f"learning rate of AdamW (default: {default.lr})")
     setting(
         "--seed",
         type=int,

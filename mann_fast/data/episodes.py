@@ -16,6 +16,8 @@ LETTERS = 5  # a string label is five letters, each one of a to e: 25 numbers, 3
 
 _TURN = math.pi / 16  # the paper's small rotation
 _SHIFT = 0.1  # of the width: the paper's 10 of 105 pixels
+_STRETCH = 0.2  # log of the largest factor of width and height: new alphabets are recognised better (docs/omniglot.md)
+_SLANT = 0.25  # sideways per unit of height
 
 
 class Episode(NamedTuple):
@@ -38,8 +40,8 @@ class Episodes:
 
     An episode has ``ways`` classes drawn at random, ``shots`` different images of each in random order (T =
     ways * shots steps), and labels dealt to the classes at random. ``labels="string"`` deals strings of five
-    letters instead, different within an episode. ``augment=True`` turns and shifts every image a little, anew
-    in each batch. Everything random comes from a generator of its own: the same ``seed`` gives the same
+    letters instead, different within an episode. ``augment=True`` turns, stretches, slants and shifts every image a
+    little, anew in each batch. Everything random comes from a generator of its own: the same ``seed`` gives the same
     episodes, and :meth:`state_dict` continues exactly.
 
     Raises ValueError for options that do not fit, too few classes for ``ways``, or a class with fewer than
@@ -130,12 +132,18 @@ class Episodes:
         return number.unsqueeze(-1) // LETTERS ** torch.arange(LETTERS) % LETTERS
 
     def _augmented(self, pixels: Tensor) -> Tensor:
-        """Every image turned by up to pi/16 and shifted by up to 10% of its width; float32."""
+        """Every image turned by up to pi/16, stretched by up to 1.2, slanted, and shifted by up to 10% of its
+        width; float32."""
         count, size = pixels.shape[0] * pixels.shape[1], self.image_size
-        random = (2 * self._uniform(count, 3) - 1).float()
-        angle, shift = random[:, 0] * _TURN, random[:, 1:] * 2 * _SHIFT  # the picture is 2 wide in grid units
+        random = (2 * self._uniform(count, 6) - 1).float()
+        angle, shift = random[:, 0] * _TURN, random[:, 1:3] * 2 * _SHIFT  # the picture is 2 wide in grid units
         cos, sin = angle.cos(), angle.sin()
-        transform = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1)
+        width, height = (_STRETCH * random[:, 3:5]).exp().unbind(1)
+        slant = _SLANT * random[:, 5]
+        # A turn of what has been stretched and slanted.
+        across = torch.stack([cos * width, cos * slant - sin * height, shift[:, 0]], 1)
+        down = torch.stack([sin * width, sin * slant + cos * height, shift[:, 1]], 1)
+        transform = torch.cat([across, down], 1)
         # One product for all images: affine_grid takes seven times as long as the sampling itself
         grid = (transform.view(-1, 3) @ self._grid).view(count, 2, size, size).permute(0, 2, 3, 1)
         flat = pixels.reshape(count, 1, size, size).float()

@@ -33,10 +33,11 @@ class TrainConfig:
 
     steps: int = 20_000
     batch: int = 16  # episodes per step
-    lr: float = 3e-3  # Adam
+    lr: float = 3e-3  # of AdamW
     warmup: int = 100  # steps in which the learning rate rises to lr
     decay: float = 1.0  # share of the steps, at the end, in which it falls to 0
     clip: float = 10.0  # largest norm of the gradient
+    weight_decay: float = 0.05  # of AdamW
     seed: int = 0
 
     log_every: int = 50  # steps per line of metrics.jsonl
@@ -78,6 +79,7 @@ class TrainConfig:
         _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
         _require(0 <= self.decay <= 1, "decay", "from 0 to 1", self.decay)
         _require(self.clip > 0, "clip", "above 0", self.clip)
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
 
     def learning_rate(self, step: int) -> float:

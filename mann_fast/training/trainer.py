@@ -55,7 +55,9 @@ class Trainer:
         self.monitor = Episodes(dataset.test, **shape, seed=0).sample(MONITOR_EPISODES)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.episodes.input_size, self.episodes.num_outputs)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
         self.step = 0
         self.seconds = 0.0  # spent in steps, over all sessions of the run
         self._start_interval()
@@ -71,7 +73,7 @@ class Trainer:
         return self.episodes.classes.num_classes
 
     def train_step(self) -> StepResult:
-        """Draw a batch of episodes and take one step of Adam; TrainingDiverged where the loss or gradient is
+        """Draw a batch of episodes and take one step of AdamW; TrainingDiverged where the loss or gradient is
         not finite.
         """
         started = time.perf_counter()
