@@ -77,7 +77,7 @@ sanitize: $(VENV)/installed
 wheel: build
 	rm -rf dist
 	MANN_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation
-	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(OP_TESTS)
+	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(OP_TESTS) tests/test_pretrained.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks
