@@ -1,6 +1,7 @@
 """The benchmark harness: what it checks, what it says of two files, and its command line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -137,11 +138,12 @@ def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
             "mann_step is measured in float32, got --dtype float64",
         ),
         (["--backend", "opencl"], "backend must be one of"),
+        (["--backend", "cuda"], "--backend cuda cannot run here: no CUDA device is available"),
     ],
 )
-def test_wrong_arguments_are_named(capsys, arguments, message):
-    import re
-
+def test_wrong_arguments_are_named(capsys, monkeypatch, arguments, message):
+    if "cuda" in arguments:
+        monkeypatch.setattr("mann_fast.backends", lambda: {"cuda": "no CUDA device is available"})
     assert cli.main(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err) and "Traceback" not in err

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from .. import backend
+    from .. import backend, backends
     from ..benchmark.cases import DIRECTIONS, OPS, Shape
     from ..benchmark.measure import environment
     from ..benchmark.report import write_report
@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.report and args.report.suffix not in (".html", ".md"):
         raise ValueError(f"--report must end in .html or .md, got {args.report}")
+    if reason := backends().get(args.backend):
+        raise ValueError(f"--backend {args.backend} cannot run here: {reason}")
     directions = DIRECTIONS
     if args.direction:
         directions = DIRECTIONS[:1] if args.direction == "forward" else DIRECTIONS[1:]
