@@ -122,7 +122,7 @@ def test_equals_a_slow_layer_with_gradients(options, from_state):
         assert (gradient - slow_gradients[name]).abs().max() < 1e-9 * scale, name
 
 
-def numpy_layer(layer, x):
+def numpy_layer(layer, x, beside_norms=None):
     """The layer for one sample x [T, input_size] in NumPy, from the equations, without mann_fast."""
 
     def sigmoid(z):
@@ -165,7 +165,10 @@ def numpy_layer(layer, x):
         for r in range(heads):
             for slot in range(slots):
                 norms = (key[r] @ key[r]) * (addressed[slot] @ addressed[slot])
-                cosine = (key[r] @ addressed[slot]) / np.sqrt(norms + layer.eps)
+                if beside_norms is None:
+                    cosine = (key[r] @ addressed[slot]) / np.sqrt(norms + layer.eps)
+                else:
+                    cosine = (key[r] @ addressed[slot]) / (np.sqrt(norms) + beside_norms)
                 weights[r, slot] = np.exp(sharpness[r] * cosine)
             weights[r] /= weights[r].sum()
         reads = (weights @ memory).reshape(-1)
@@ -185,6 +188,40 @@ def test_equals_the_equations_in_numpy(options):
     for sample in range(3):
         expected = numpy_layer(layer, x[:, sample].numpy())
         assert worst_error(output[:, sample], expected) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("name", "beside_norms", "distance"),
+    [
+        ("santoro2016", None, 1e-9),
+        ("theano-ntm-one-shot", None, 1e-9),
+        ("snowkylin", 1e-8, 1e-3),
+        ("snowkylin-2", 1e-6, 1e-2),
+    ],
+)
+def test_presets_are_the_published_equations(name, beside_norms, distance):
+    """Over 50 steps; to the stated distance where a preset's eps is inside the root and the original's beside the norms."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 6, "num_slots": 20, "slot_size": 5, "num_heads": 3, "dtype": torch.float64}
+    layer = MemoryLayer.preset(name, 4, **sizes)
+    x = torch.randn(50, 1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        output, _ = layer(x)
+    expected = numpy_layer(layer, x[:, 0].numpy(), beside_norms)
+    assert (output[:, 0] - expected).abs().max() < distance
+
+
+def test_presets_take_overrides_and_refuse_other_names():
+    layer = MemoryLayer.preset("graves2014", 9, num_slots=30)
+    assert (layer.addressing, layer.num_slots, layer.hidden_size, layer.slot_size) == ("ntm", 30, 100, 20)
+    torch.manual_seed(0)
+    plain = MemoryLayer(4, 6, sharpness=None, write_target="shared", order="read_first", eps=1e-16)
+    torch.manual_seed(0)
+    layer = MemoryLayer.preset("snowkylin", 4, hidden_size=6)
+    difference = (layer.controller.bias_ih - plain.controller.bias_ih).tolist()
+    assert difference[6:12] == pytest.approx([1.0] * 6, abs=1e-6) and difference[:6] + difference[12:] == [0.0] * 18
+    with pytest.raises(ValueError, match="name must be one of 'santoro2016', .* got 'dnc'"):
+        MemoryLayer.preset("dnc", 4)
 
 
 def test_paper_size_in_float32():

@@ -23,6 +23,17 @@ VECTOR_GAIN = 3.0
 OPTIONS = ("order", "write_target", "usage_decay", "eps")  # of ops.lrua_step
 
 
+# What the paper and its best known implementations compute; docs/variants.md says how far each is from its original.
+PRESETS = {
+    "santoro2016": {"write_vector": "key", "sharpness": None, "write_target": "shared"},
+    "theano-ntm-one-shot": {"sharpness": None},
+    "snowkylin": {"sharpness": None, "write_target": "shared", "order": "read_first", "eps": 1e-16},
+    "snowkylin-2": {"sharpness": None, "write_target": "shared", "eps": 1e-12},
+    "graves2014": {"addressing": "ntm", "hidden_size": 100, "slot_size": 20, "num_heads": 1},
+}
+FORGET_BIAS = {"snowkylin": 1.0, "snowkylin-2": 1.0}  # of the LSTM, above what a new one has
+
+
 class MemoryState(NamedTuple):
     """What a MemoryLayer carries from one call to the next.
 
@@ -234,6 +245,27 @@ class MemoryLayer(nn.Module):
         if output_size is not None:
             self.projection = nn.Linear(hidden_size + reads_size, output_size, **factory)
         self._widen_vectors()
+
+    @classmethod
+    def preset(cls, name: str, input_size: int, **overrides) -> MemoryLayer:
+        """A layer with the options of a published variant; see docs/variants.md.
+
+        Args:
+            name: "santoro2016" (Santoro et al. 2016, as written), "theano-ntm-one-shot", "snowkylin", "snowkylin-2"
+                (implementations of it), or "graves2014" (a Neural Turing Machine with its authors' sizes).
+            input_size: width of the input.
+            overrides: arguments of :class:`MemoryLayer` that take the place of the preset's.
+
+        Raises:
+            ValueError: an unknown name; TypeError, ValueError: as :class:`MemoryLayer`.
+        """
+        _checks.check_choice("name", name, tuple(PRESETS))
+        layer = cls(input_size, **{**PRESETS[name], **overrides})
+        if name in FORGET_BIAS and layer.kind == "lstm":
+            size = layer.hidden_size
+            with torch.no_grad():
+                layer.controller.bias_ih[size : 2 * size] += FORGET_BIAS[name]
+        return layer
 
     def _widen_vectors(self) -> None:
         with torch.no_grad():
