@@ -84,6 +84,22 @@ def test_step_matches_reference(batch, slots, size, heads, options):
         assert worst_error(x, y) < 1e-11
 
 
+@pytest.mark.parametrize("sharpness", [100.0, -100.0])
+@pytest.mark.parametrize("slots, heads", [(40, 3), (shorter(300, 40), 4), (17, 1)])
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(o.values()))
+def test_large_sharpness(options, slots, heads, sharpness):
+    """An exponential of a similarity this large overflows unless the greatest is taken off."""
+    state, inputs = distinct_state(2, slots, 9, heads), scan_inputs(shorter(6, 2), 2, 9, heads)
+    inputs[3] = sharpness * torch.rand_like(inputs[3])
+    inputs = [x.float().double() for x in (*state, *inputs)]
+    actual = run_with_gradients(ops.lrua_scan, inputs, torch.float32, **options)
+    expected = run_with_gradients(reference.lrua_scan, inputs, torch.float64, **options)
+    for i, (x, y) in enumerate(zip(actual[0], expected[0], strict=True)):
+        assert worst_error(x, y, batch_axis=1 if i == 0 else 0) < 1e-4
+    for i, (x, y) in enumerate(zip(actual[1], expected[1], strict=True)):
+        assert worst_error(x, y, batch_axis=1 if i > 1 else 0) < 1e-3
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loses_no_more_than_plain_pytorch(dtype, options):

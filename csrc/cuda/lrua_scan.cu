@@ -216,7 +216,7 @@ struct ForwardScan : Thread<T, C, H, RESIDENT> {
         }
       }
     }
-    if (!bounded) this->soften(small.exchange.greatest, per_slot.read_weights, sums);
+    if (!bounded) this->soften(small.exchange.greatest, per_slot.read_weights, sums + place.warp * plan.heads);
     gpu::sync_warp();
   }
 
@@ -403,7 +403,7 @@ struct BackwardScan : Thread<T, C, H, RESIDENT> {
         }
       }
     }
-    if (!bounded) this->soften(small.exchange.greatest, read_weights(step + 1), sums());
+    if (!bounded) this->soften(small.exchange.greatest, read_weights(step + 1), sums() + place.warp * plan.heads);
   }
 
   // The gradient that reaches this step's read weights, and its mean under them.

@@ -361,7 +361,8 @@ struct Thread {
     }
   }
 
-  // Turns similarities beyond the bound into exponentials, when all blocks have told their greatest.
+  // Turns similarities beyond the bound into exponentials, when all blocks have told their greatest, and tells the warp's
+  // sums.
   __device__ __forceinline__ void soften(T* most, T* out, T* sums) const {
     sync();
     for (int g = 0; g < groups(); ++g) {
