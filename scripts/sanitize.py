@@ -46,7 +46,7 @@ def run(program: Path, sanitizers: str, *arguments: str, quiet: bool = False, **
     if "thread" in sanitizers and shutil.which("setarch"):
         # ThreadSanitizer knows where programs are loaded, which far-reaching address randomisation changes.
         command = ["setarch", platform.machine(), "--addr-no-randomize", *command]
-    environment = {**os.environ, "MANN_FAST_POISON": "1", **environment}
+    environment = {**os.environ, "MANN_FAST_POISON": "1", "TSAN_OPTIONS": "halt_on_error=1", **environment}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if quiet else None, text=True
     )
@@ -83,12 +83,12 @@ def sanitize_cuda(program: Path, sanitizers: str) -> bool:
         say(f"a planted defect ({defect}) is noticed:", status != 0)
     if sanitizers == "thread":
         for kernel in ("content", "write", "scan"):
-            _, output = run(program, sanitizers, kernel)
+            _, output = run(program, sanitizers, kernel, "--few")
             for scope, count in zip(("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True):
                 missed = [
                     number
                     for number in range(int("".join(count)))
-                    if run(program, sanitizers, kernel, f"--omit-{scope}", str(number), quiet=True)[0] == 0
+                    if run(program, sanitizers, kernel, "--few", f"--omit-{scope}", str(number), quiet=True)[0] == 0
                 ]
                 say(f"{kernel}: each of {''.join(count)} barriers of a {scope} is needed, not noticed {missed}:", not missed)
     return clean
