@@ -50,7 +50,7 @@ void compare(const char* name, Run function, const Case& c) {
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
   for (size_t j = 0; j < expected.size(); ++j) {
     const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
-    double greatest = 0.1;  // what is smaller is mostly cancelled or saturated
+    double greatest = 1e-3;
     for (int64_t i = 0; i < expected[j].count; ++i) greatest = std::max(greatest, std::abs(expected[j][i]));
     for (int64_t i = 0; i < expected[j].count; ++i)
       if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * greatest))
