@@ -1,5 +1,6 @@
 // The CPU implementation of the raw ops.
 #include "bindings.h"
+#include "cpu/kernels.h"
 
 namespace mann_fast {
 namespace {
@@ -151,21 +152,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
           grad_reads};
 }
 
+struct NtmShape {
+  int64_t T, B, N, D, H, W, R, shifts;
+  NtmShape(const Tensor& memory, const Tensor& weights, const Tensor& keys, const Tensor& shift, const Tensor& erase)
+      : T(keys.size(0)), B(memory.size(0)), N(memory.size(1)), D(memory.size(2)), H(weights.size(1)), W(erase.size(2)),
+        R(H - W), shifts(shift.size(3)) {
+    STD_TORCH_CHECK(R >= 0 && shifts % 2 == 1, "there are more write heads than heads, or an even number of shifts");
+  }
+  // Makes each contiguous, of the shape that the kernel will index.
+  void check(Tensor& memory, Tensor& weights, Tensor& keys, Tensor& sharpness, Tensor& gates, Tensor& shift,
+             Tensor& sharpening, Tensor& erase, Tensor& add) const {
+    memory = input(memory, {B, N, D});
+    weights = input(weights, {B, H, N});
+    keys = input(keys, {T, B, H, D});
+    for (Tensor* per_head : {&sharpness, &gates, &sharpening}) *per_head = input(*per_head, {T, B, H});
+    shift = input(shift, {T, B, H, shifts});
+    for (Tensor* written : {&erase, &add}) *written = input(*written, {T, B, W, D});
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ntm_scan(Tensor memory, Tensor weights, Tensor keys, Tensor sharpness,
                                                             Tensor gates, Tensor shift, Tensor sharpening, Tensor erase,
                                                             Tensor add, bool read_first, double eps, int64_t anchor_every) {
-  const int64_t T = keys.size(0), B = memory.size(0), N = memory.size(1), D = memory.size(2), H = weights.size(1);
-  const int64_t W = erase.size(2), R = H - W, shifts = shift.size(3);
-  STD_TORCH_CHECK(R >= 0 && shifts % 2 == 1, "there are more write heads than heads, or an even number of shifts");
-  memory = input(memory, {B, N, D});
-  weights = input(weights, {B, H, N});
-  keys = input(keys, {T, B, H, D});
-  sharpness = input(sharpness, {T, B, H});
-  gates = input(gates, {T, B, H});
-  shift = input(shift, {T, B, H, shifts});
-  sharpening = input(sharpening, {T, B, H});
-  erase = input(erase, {T, B, W, D});
-  add = input(add, {T, B, W, D});
+  const NtmShape shape(memory, weights, keys, shift, erase);
+  const auto [T, B, N, D, H, W, R, shifts] =
+      std::tie(shape.T, shape.B, shape.N, shape.D, shape.H, shape.W, shape.R, shape.shifts);
+  shape.check(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add);
   const int64_t anchors_count = anchor_every > 0 && T > 0 ? (T - 1) / anchor_every : 0;
   Tensor reads = empty(keys, {T, B, R, D}), out_memory = empty(memory, {B, N, D}), out_weights = empty(memory, {B, H, N});
   Tensor history = empty(memory, anchor_every > 0 ? Shape{T, B, H, N} : Shape{0});
@@ -183,22 +195,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_weights,
     Tensor memory, Tensor weights, Tensor keys, Tensor sharpness, Tensor gates, Tensor shift, Tensor sharpening,
     Tensor erase, Tensor add, Tensor history, Tensor anchors, bool read_first, double eps, int64_t anchor_every) {
-  const int64_t T = keys.size(0), B = memory.size(0), N = memory.size(1), D = memory.size(2), H = weights.size(1);
-  const int64_t W = erase.size(2), R = H - W, shifts = shift.size(3);
-  STD_TORCH_CHECK(R >= 0 && shifts % 2 == 1, "there are more write heads than heads, or an even number of shifts");
+  const NtmShape shape(memory, weights, keys, shift, erase);
+  const auto [T, B, N, D, H, W, R, shifts] =
+      std::tie(shape.T, shape.B, shape.N, shape.D, shape.H, shape.W, shape.R, shape.shifts);
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
   grad_reads = input(grad_reads, {T, B, R, D});
   grad_memory = input(grad_memory, {B, N, D});
   grad_weights = input(grad_weights, {B, H, N});
-  memory = input(memory, {B, N, D});
-  weights = input(weights, {B, H, N});
-  keys = input(keys, {T, B, H, D});
-  sharpness = input(sharpness, {T, B, H});
-  gates = input(gates, {T, B, H});
-  shift = input(shift, {T, B, H, shifts});
-  sharpening = input(sharpening, {T, B, H});
-  erase = input(erase, {T, B, W, D});
-  add = input(add, {T, B, W, D});
+  shape.check(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add);
   history = input(history, {T, B, H, N});
   anchors = input(anchors, {T > 0 ? (T - 1) / anchor_every : 0, B, D, padded_slots(N)});
   Tensor grad_in_memory = empty(memory, {B, N, D}), grad_in_weights = empty(memory, {B, H, N});

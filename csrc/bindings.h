@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "include/arguments.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

@@ -32,10 +32,11 @@ def build(compiler: Compiler, sanitizers: str) -> tuple[Path, Path]:
     """The two drivers."""
     folder = Path("build") / f"sanitize-{sanitizers.replace(',', '-')}"
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    units = [*compiler.kernel_units(), DRIVER, CUDA_DRIVER, *emulate.kernel_units()]
-    *kernels, driver, cuda_driver, cuda1, cuda2, cuda3 = map(str, compiler.compile(units, folder, flags))
+    parts = compiler.kernel_units(), [DRIVER], [CUDA_DRIVER, *emulate.kernel_units()]
+    built = iter(map(str, compiler.compile([unit for part in parts for unit in part], folder, flags)))
+    kernels, driver, cuda_driver = ([next(built) for _ in part] for part in parts)
     programs = folder / "driver", folder / "cuda_driver"
-    for program, objects in zip(programs, ([driver], [cuda_driver, cuda1, cuda2, cuda3]), strict=True):
+    for program, objects in zip(programs, (driver, cuda_driver), strict=True):
         compiler.run([*flags, "-o", str(program), *objects, *kernels, "-lstdc++", "-lm", "-pthread"])
     return programs
 

@@ -58,7 +58,7 @@ struct Slots : Thread<T, C, H, RESIDENT> {
   Tile<T, C> held;
   __device__ __forceinline__ Slots(const Plan& plan, int part, double eps, const T* memory)
       : Thread<T, C, H, RESIDENT>(plan, part, eps, false), memory(memory) {
-    if (RESIDENT) this->take(memory, 0, 0, held);
+    if (RESIDENT) this->take(memory, this->plan.D, 1, 0, 0, held);
   }
   template <class F>
   __device__ __forceinline__ void with_piece(int k, F f) {
@@ -66,7 +66,7 @@ struct Slots : Thread<T, C, H, RESIDENT> {
       f(held);
     } else {
       Tile<T, C> m;
-      this->take(memory, 0, k, m);
+      this->take(memory, this->plan.D, 1, 0, k, m);
       f(m);
     }
   }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
       slots.load_weights(shared.weights, first, slots.slots(0), own);
       slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<H, C>(m, own, sum); });
       store_warp_sums<H, C>(sum, place.lane, shared.read + (place.warp * plan.heads + first) * plan.columns + slots.first_column(k),
-                            plan.columns, false);
+                            plan.columns);
     }
   gpu::sync();
   for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(most_threads, 1)
     for (int64_t d = place.lane; a.grad_read && d < a.D; d += 32)
       mean += shared.grads[r * plan.columns + d] * load_as<T>(a.read, a.input, (sample * a.R + r) * a.D + d);
     for (int64_t n = place.lane; grad_weights && n < a.N; n += 32) mean += weights[r * a.N + n] * grad_weights[r * a.N + n];
-    for (int mask = 16; mask >= 1; mask /= 2) mean += gpu::shuffle_xor(mean, mask);
+    mean = add_warp<1>(mean);
     if (place.lane == 0) shared.mean[r] = mean;
   }
   gpu::sync();
@@ -193,10 +193,7 @@ __global__ void __launch_bounds__(most_threads, 1)
     for (int k = 0; k < slots.pieces(); ++k) {
       T rows[H][C];
       load_rows<H, C>(shared.keys + first * plan.columns + slots.first_column(k), plan.columns, rows);
-#pragma unroll
-      for (int h = 0; h < H; ++h)
-#pragma unroll
-        for (int c = 0; c < C; ++c) key_squares[h] += rows[h][c] * rows[h][c];
+      add_row_squares<H, C>(rows, key_squares);
       slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, rows, dots); });
       load_rows<H, C>(shared.grads + first * plan.columns + slots.first_column(k), plan.columns, rows);
       slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, rows, grads); });
@@ -209,15 +206,14 @@ __global__ void __launch_bounds__(most_threads, 1)
     for (int j = 0; j < OWN; ++j) {
       const int r = first + place.own_head + j, at = r * plan.span + own_slot;
       const bool valid = r < a.R && slot < a.N;
-      const T beta = shared.beta[r], q = gpu::inverse_root(own_key[j] * squares[0] + slots.eps);
       const T grad = grads[j] + (valid && grad_weights ? grad_weights[r * a.N + slot] : T(0));
       const T of_score = valid ? weights[r * a.N + slot] * (grad - shared.mean[r]) : T(0);
-      of_beta[j] = of_score * (dots[j] * q);
-      const T of_product = T(-0.5) * beta * of_beta[j] * (q * q);
-      of_key[j] = of_product * squares[0];
+      const ScoreGradient<T> of = score_gradient(of_score, dots[j], shared.beta[r], own_key[j], squares[0], slots.eps);
+      of_beta[j] = of.beta;
+      of_key[j] = of.key_square;
       if (place.owner) {
-        shared.weights[at] = of_score * beta * q;
-        shared.of_squares[at] = of_product * own_key[j];
+        shared.weights[at] = of.dot;
+        shared.of_squares[at] = of.slot_square;
       }
     }
     slots.tell_sums(of_beta, first, false, shared.sums + place.warp * plan.heads);
@@ -247,18 +243,11 @@ __global__ void __launch_bounds__(most_threads, 1)
       slots.with_piece(k, [&](const Tile<T, C>& m) {
         add_weighted<H, C>(m, own, sum);
         slots.load_weights(shared.of_squares, first, slots.slots(0), own);
-#pragma unroll
-        for (int s = 0; s < lane_slots; ++s) {
-          T factor = 0;
-#pragma unroll
-          for (int h = 0; h < H; ++h) factor += own[h].at[s];
-#pragma unroll
-          for (int c = 0; c < C; ++c) grad.at[s][c] += 2 * factor * m.at[s][c];
-        }
+        add_by_norm<H, C>(m, own, grad);
       });
-      store_warp_sums<H, C>(sum, place.lane, shared.read + place.warp * plan.heads * plan.columns + corner, plan.columns, false);
+      store_warp_sums<H, C>(sum, place.lane, shared.read + place.warp * plan.heads * plan.columns + corner, plan.columns);
     }
-    slots.give(grad, 0, k, grad_memory);
+    slots.give(grad, a.N, a.D, 1, 0, k, grad_memory);
   }
   gpu::sync();
   for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {

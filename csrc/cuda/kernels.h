@@ -1,7 +1,7 @@
-// The CUDA kernels as the bindings call them. Each returns null, or why it could not be launched. Arguments are those of
-// the CPU kernels (../cpu/kernels.h), with pointers to device memory.
+// The CUDA kernels as the bindings call them. Each returns null, or why it could not be launched. Pointers in their
+// arguments are to device memory.
 #pragma once
-#include "../cpu/kernels.h"
+#include "../include/arguments.h"
 
 namespace mann_fast {
 namespace cuda {

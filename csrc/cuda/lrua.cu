@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(most_threads, 1)
     if (grad_memory)
       for (int64_t d = lane; d < a.D; d += 32)
         sum += grad_memory[corner + n * a.D + d] * load_as<T>(a.write_vector, a.input, (sample * a.R + r) * a.D + d);
-    for (int mask = 16; mask >= 1; mask /= 2) sum += gpu::shuffle_xor(sum, mask);
+    sum = add_warp<1>(sum);
     if (lane == 0) grads[r * span + n] = sum + (grad_weights ? grad_weights[(sample * a.R + r) * a.N + first + n] : T(0));
   }
   gpu::sync();
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(most_threads, 1)
       of_gate += grads[r * span + n] * (static_cast<const T*>(a.read_weights)[at] - target);
       static_cast<T*>(a.grad_read_weights)[at] = gate * grads[r * span + n];
     }
-    for (int mask = 16; mask >= 1; mask /= 2) of_gate += gpu::shuffle_xor(of_gate, mask);
+    of_gate = add_warp<1>(of_gate);
     if (lane == 0) of_gates[(part * a.B + sample) * a.R + r] = of_gate * (gate * keep);
   }
   for (int64_t i = gpu::thread(); i < a.R * a.D; i += gpu::threads()) {

@@ -27,15 +27,16 @@ struct Plan {
   __device__ __host__ int64_t tile_numbers() const { return static_cast<int64_t>(span) * columns; }
 };
 
-// The inputs of a step. Two take turns: one is read while the next comes.
+// The inputs of a step. Two take turns: one is read while the next comes. Keys, write vectors and gradients of reads, [heads,
+// columns] each, lie one after the other.
 template <class T>
 struct Inputs {
   T *keys, *vectors, *grads, *gate, *keep, *beta;
   int* slots;
   __device__ __host__ Inputs(Carver& carver, const Plan& plan, bool backward)
-      : keys(carver.take<T>(plan.heads * plan.columns)), vectors(carver.take<T>(plan.heads * plan.columns)),
-        grads(carver.take<T>(backward ? plan.heads * plan.columns : 0)), gate(carver.take<T>(plan.heads)),
-        keep(carver.take<T>(plan.heads)), beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
+      : keys(carver.take<T>((backward ? 3 : 2) * plan.heads * plan.columns)), vectors(keys + plan.heads * plan.columns),
+        grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), keep(carver.take<T>(plan.heads)),
+        beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
 };
 
 template <class T>
@@ -49,7 +50,7 @@ struct InputTurns {
   __device__ __forceinline__ void clear() const {
     for (size_t i = gpu::thread(); i < 2 * bytes / sizeof(T); i += gpu::threads()) reinterpret_cast<T*>(first)[i] = 0;
   }
-  __device__ __forceinline__ Inputs<T> of(int64_t visit, const Plan& plan, bool backward) const {
+  __device__ __forceinline__ Inputs<T> of(int visit, const Plan& plan, bool backward) const {
     Carver carver(first + visit % 2 * bytes);
     return Inputs<T>(carver, plan, backward);
   }
@@ -81,71 +82,72 @@ struct Exchange {
         chosen(carver.take<int>(plan.warps * plan.heads)) {}
 };
 
-// Where the inputs of all steps come from, for one sample.
-struct Source {
-  const void *keys, *vectors, *grads, *gates, *sharpness;  // grads and sharpness may be null
-  const int64_t* slots;                                    // null where they are yet to be chosen
-  Dtype dtype;
-  int R, D;
-};
+// What only one direction has among its inputs.
+__device__ __forceinline__ const void* grad_reads_of(const LruaScan&) { return nullptr; }
+__device__ __forceinline__ const void* grad_reads_of(const LruaScanBackward& a) { return a.grad_reads; }
+__device__ __forceinline__ const int64_t* slots_of(const LruaScan&) { return nullptr; }
+__device__ __forceinline__ const int64_t* slots_of(const LruaScanBackward& a) { return a.slots; }
 
 // The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
 // in their places, a step later.
-template <class T>
+template <class T, class Arguments>
 class Stream {
  public:
-  __device__ __forceinline__ Stream(const Source& from) : from_(from), count_(from.R * from.D * (from.grads ? 3 : 2) + 3 * from.R) {}
+  __device__ __forceinline__ Stream(const Arguments& a, const Plan& plan) : a_(a), plan_(plan) {}
 
   __device__ __forceinline__ void ask(int64_t row) {
     row_ = row;
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
       const int i = gpu::thread() + j * gpu::threads();
-      asked_[j] = i < count_ ? get(i) : T(0);
+      asked_[j] = i < count() ? get(i) : T(0);
     }
   }
 
-  __device__ __forceinline__ void put(const Inputs<T>& in, int64_t columns) {
+  __device__ __forceinline__ void put(const Inputs<T>& in) {
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
       const int i = gpu::thread() + j * gpu::threads();
-      if (i < count_) put(in, columns, i, asked_[j]);
+      if (i < count()) put(in, i, asked_[j]);
     }
-    for (int i = gpu::thread() + ahead * gpu::threads(); i < count_; i += gpu::threads()) put(in, columns, i, get(i));
+    for (int i = gpu::thread() + ahead * gpu::threads(); i < count(); i += gpu::threads()) put(in, i, get(i));
   }
 
  private:
   static constexpr int ahead = 3;
 
+  // Keys, write vectors and where there are any gradients of reads; then gates, sharpness and slots.
+  __device__ __forceinline__ int vectors() const { return grad_reads_of(a_) ? 3 : 2; }
+  __device__ __forceinline__ int count() const { return plan_.R * (plan_.D * vectors() + 3); }
+
   __device__ __forceinline__ T get(int i) const {
-    const int size = from_.R * from_.D, kind = i / size, vectors = from_.grads ? 3 : 2;
-    if (kind < vectors) {
-      const void* data = kind == 0 ? from_.keys : kind == 1 ? from_.vectors : from_.grads;
-      return load_as<T>(data, from_.dtype, row_ * size + i - kind * size);
+    const int size = plan_.R * plan_.D, kind = i / size;
+    if (kind < vectors()) {
+      const void* data = kind == 0 ? a_.keys : kind == 1 ? a_.write_vectors : grad_reads_of(a_);
+      return load_as<T>(data, a_.input, row_ * size + i - kind * size);
     }
-    const int rest = i - vectors * size, r = rest % from_.R;
-    const int64_t place = row_ * from_.R + r;
-    if (rest < from_.R) return load_as<T>(from_.gates, from_.dtype, place);
-    if (rest < 2 * from_.R) return from_.sharpness ? load_as<T>(from_.sharpness, from_.dtype, place) : T(1);
-    return from_.slots ? static_cast<T>(from_.slots[place]) : T(0);  // exact: a plan has fewer than 2^24 slots
+    const int rest = i - vectors() * size, r = rest % plan_.R;
+    const int64_t place = row_ * plan_.R + r;
+    if (rest < plan_.R) return load_as<T>(a_.gate_logits, a_.input, place);
+    if (rest < 2 * plan_.R) return a_.sharpness ? load_as<T>(a_.sharpness, a_.input, place) : T(1);
+    return slots_of(a_) ? static_cast<T>(slots_of(a_)[place]) : T(0);  // exact: a plan has fewer than 2^24 slots
   }
 
-  __device__ __forceinline__ void put(const Inputs<T>& in, int64_t columns, int i, T value) const {
-    const int size = from_.R * from_.D, kind = i / size, vectors = from_.grads ? 3 : 2;
-    if (kind < vectors) {
-      T* to = kind == 0 ? in.keys : kind == 1 ? in.vectors : in.grads;
+  __device__ __forceinline__ void put(const Inputs<T>& in, int i, T value) const {
+    const int size = plan_.R * plan_.D, kind = i / size;
+    if (kind < vectors()) {
       const int j = i - kind * size;
-      to[j / from_.D * columns + j % from_.D] = value;
+      in.keys[(kind * plan_.heads + j / plan_.D) * plan_.columns + j % plan_.D] = value;
       return;
     }
-    const int rest = i - vectors * size, r = rest % from_.R;
-    if (rest < from_.R) gate_shares(value, in.gate[r], in.keep[r]);
-    else if (rest < 2 * from_.R) in.beta[r] = value;
+    const int rest = i - vectors() * size, r = rest % plan_.R;
+    if (rest < plan_.R) gate_shares(value, in.gate[r], in.keep[r]);
+    else if (rest < 2 * plan_.R) in.beta[r] = value;
     else in.slots[r] = static_cast<int>(value);
   }
 
-  Source from_;
-  int count_;
+  const Arguments& a_;
+  const Plan& plan_;
   int64_t row_ = 0;
   T asked_[ahead];
 };
@@ -202,49 +204,30 @@ struct Thread {
     return most;
   }
 
-  // An element of a memory [N, D] that starts at `memory`, 0 beyond it.
-  __device__ __forceinline__ void take(const T* memory, int g, int k, Tile<T, C>& m) const {
+  // A piece of a memory that starts at `memory`, with so many numbers from a slot to the next and from a column to the next:
+  // [N, D] has D and 1, an anchor [D, ld] has 1 and ld. 0 beyond it.
+  __device__ __forceinline__ void take(const T* memory, int64_t slot_step, int64_t column_step, int g, int k,
+                                       Tile<T, C>& m) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
       const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const int column = first_column(k) + c * column_lanes;
-        m.at[s][c] = slot < plan.N && column < plan.D ? memory[static_cast<int64_t>(slot) * plan.D + column] : T(0);
+        m.at[s][c] = slot < plan.N && column < plan.D ? memory[slot * slot_step + column * column_step] : T(0);
       }
     }
   }
-  __device__ __forceinline__ void give(const Tile<T, C>& m, int g, int k, T* memory) const {
+  // The same way back, for so many slots.
+  __device__ __forceinline__ void give(const Tile<T, C>& m, int64_t count, int64_t slot_step, int64_t column_step, int g,
+                                       int k, T* memory) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
       const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const int column = first_column(k) + c * column_lanes;
-        if (slot < plan.N && column < plan.D) memory[static_cast<int64_t>(slot) * plan.D + column] = m.at[s][c];
-      }
-    }
-  }
-  // The same of an anchor, [D, ld]: a column's slots side by side.
-  __device__ __forceinline__ void take_anchor(const T* anchor, int64_t ld, int g, int k, Tile<T, C>& m) const {
-#pragma unroll
-    for (int s = 0; s < lane_slots; ++s) {
-      const int slot = first_slot + slots(g) + s;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int column = first_column(k) + c * column_lanes;
-        m.at[s][c] = slot < plan.N && column < plan.D ? anchor[column * ld + slot] : T(0);
-      }
-    }
-  }
-  __device__ __forceinline__ void give_anchor(const Tile<T, C>& m, int64_t ld, int g, int k, T* anchor) const {
-#pragma unroll
-    for (int s = 0; s < lane_slots; ++s) {
-      const int slot = first_slot + slots(g) + s;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int column = first_column(k) + c * column_lanes;
-        if (slot < ld && column < plan.D) anchor[column * ld + slot] = m.at[s][c];
+        if (slot < count && column < plan.D) memory[slot * slot_step + column * column_step] = m.at[s][c];
       }
     }
   }
@@ -321,8 +304,8 @@ struct Thread {
   // Similarities of the group's slots, in `out` [heads, span]: their exponentials where they are bounded, and the warp's sums
   // in `sums` [heads]; else as they are, and their maximum in `most`. dots and squares are kept where these are not null.
   template <class Open>
-  __device__ __forceinline__ void compare(const Inputs<T>& in, int g, bool bounded, const Open& open, T* out, T* sums, T* most, T* dots,
-                          T* squares) const {
+  __device__ __forceinline__ void compare(const Inputs<T>& in, int g, bool bounded, const Open& open, T* out, T* sums,
+                                          T* most, T* dots, T* squares) const {
     const int own_slot = own(g);
     const bool there = first_slot + own_slot < plan.N;
     T own_squares[lane_slots] = {};
@@ -335,10 +318,7 @@ struct Thread {
         T keys[H][C];
         load_rows<H, C>(in.keys + first * plan.columns + first_column(k), plan.columns, keys);
         open(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, keys, sum); });
-#pragma unroll
-        for (int h = 0; h < H; ++h)
-#pragma unroll
-          for (int c = 0; c < C; ++c) key_squares[h] += keys[h][c] * keys[h][c];
+        add_row_squares<H, C>(keys, key_squares);
       }
       add_lanes<4, 1, lane_slots * H>(sum, place.lane);
       own_key_squares<H>(place, key_squares, own_key);
@@ -425,7 +405,6 @@ struct Thread {
     }
   }
 };
-
 
 }  // namespace cuda
 }  // namespace mann_fast

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../cpu/kernels.h"
+#include "../include/arguments.h"
 #include "../include/half.h"
 #include "gpu.h"
 
@@ -141,9 +141,11 @@ __device__ __forceinline__ bool has_sums(int lane) {
   else return !(lane & MASK) && has_sums<MASK / 2, LAST, V>(lane);
 }
 
-template <class T>
-__device__ __forceinline__ T add_warp(T value, int first_mask, int last_mask) {
-  for (int mask = first_mask; mask >= last_mask; mask /= 2) value += gpu::shuffle_xor(value, mask);
+// The sum over the lanes that differ in the bits 16, 8, ... LAST.
+template <int LAST, class T>
+__device__ __forceinline__ T add_warp(T value) {
+#pragma unroll
+  for (int mask = 16; mask >= LAST; mask /= 2) value += gpu::shuffle_xor(value, mask);
   return value;
 }
 
@@ -178,9 +180,7 @@ __device__ __forceinline__ void own_key_squares(const Place<H>& p, T* squares, T
 template <int H, class T>
 __device__ __forceinline__ void add_owners(T* own) {
 #pragma unroll
-  for (int j = 0; j < Place<H>::OWN; ++j)
-#pragma unroll
-    for (int mask = 16; mask >= 2; mask /= 2) own[j] += gpu::shuffle_xor(own[j], mask);
+  for (int j = 0; j < Place<H>::OWN; ++j) own[j] = add_warp<2>(own[j]);
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -233,6 +233,15 @@ __device__ __forceinline__ void add_squares(const Tile<T, C>& m, T* squares) {
     for (int c = 0; c < C; ++c) squares[s] += m.at[s][c] * m.at[s][c];
 }
 
+// squares[h] += squares of this lane's columns of row h.
+template <int H, int C, class T>
+__device__ __forceinline__ void add_row_squares(const T (&rows)[H][C], T* squares) {
+#pragma unroll
+  for (int h = 0; h < H; ++h)
+#pragma unroll
+    for (int c = 0; c < C; ++c) squares[h] += rows[h][c] * rows[h][c];
+}
+
 template <int H, int C, class T>
 __device__ __forceinline__ void load_rows(const T* rows, int64_t ld, T (&out)[H][C]) {
 #pragma unroll
@@ -263,17 +272,40 @@ __device__ __forceinline__ void add_weighted(const Tile<T, C>& m, const Four<T> 
       for (int c = 0; c < C; ++c) sums[h * C + c] += weights[h].at[s] * m.at[s][c];
 }
 
+// grad.at[s] += 2 m.at[s] times the sum over heads of of_squares[h][s]: what reaches a slot by its norm.
+template <int H, int C, class T>
+__device__ __forceinline__ void add_by_norm(const Tile<T, C>& m, const Four<T> (&of_squares)[H], Tile<T, C>& grad) {
+#pragma unroll
+  for (int s = 0; s < lane_slots; ++s) {
+    T factor = 0;
+#pragma unroll
+    for (int h = 0; h < H; ++h) factor += of_squares[h].at[s];
+#pragma unroll
+    for (int c = 0; c < C; ++c) grad.at[s][c] += 2 * factor * m.at[s][c];
+  }
+}
+
+// The gradient of one similarity, beta dot / root(key square * slot square + eps), from that of its softmax.
+template <class T>
+struct ScoreGradient {
+  T dot, slot_square, key_square, beta;
+};
+template <class T>
+__device__ __forceinline__ ScoreGradient<T> score_gradient(T of_score, T dot, T beta, T key_square, T slot_square, T eps) {
+  const T q = gpu::inverse_root(key_square * slot_square + eps);
+  const T of_cosine = of_score * (dot * q);  // times the cosine itself: that of beta
+  const T of_product = T(-0.5) * beta * of_cosine * (q * q);
+  return {of_score * beta * q, of_product * key_square, of_product * slot_square, of_cosine};
+}
+
 // Weighted sums over the slots of a warp, from what its lanes have, to [H][ld], this lane's first column on.
 template <int H, int C, class T>
-__device__ __forceinline__ void store_warp_sums(T* sums, int lane, T* to, int64_t ld, bool add) {
+__device__ __forceinline__ void store_warp_sums(T* sums, int lane, T* to, int64_t ld) {
   add_lanes<16, 8, H * C>(sums, lane);
   if (!has_sums<16, 8, H * C>(lane)) return;
   const int first = first_sum<16, 8, H * C>(lane);
 #pragma unroll
-  for (int i = 0; i < sums_kept<16, 8, H * C>(); ++i) {
-    T* place = to + (first + i) / C * ld + (first + i) % C * column_lanes;
-    *place = add ? *place + sums[i] : sums[i];
-  }
+  for (int i = 0; i < sums_kept<16, 8, H * C>(); ++i) to[(first + i) / C * ld + (first + i) % C * column_lanes] = sums[i];
 }
 
 }  // namespace cuda

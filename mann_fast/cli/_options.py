@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..data import Dataset, load_dataset
+from ..data import Dataset, Episodes, load_dataset
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
 
@@ -20,6 +20,21 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="checkpoint.pt of a training run, or the folder it is in (default: the model that comes with "
         "mann_fast, trained to tell 2 to 5 drawn characters apart)",
     )
+
+
+def add_heldout_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
+        "only its held-out classes are used",
+    )
+
+
+def heldout_episodes(config: TrainConfig, source: str, seed: int) -> Episodes:
+    """Episodes of the configured kind from the held-out classes of a dataset."""
+    classes = load_data(config, source).test
+    return Episodes(classes, ways=config.ways, shots=config.shots, labels=config.labels, seed=seed)
 
 
 def say_which_model(checkpoint: Path) -> None:

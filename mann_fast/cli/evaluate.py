@@ -6,12 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from ..data import Episodes
 from ..training import evaluate, load_checkpoint, restore_model
 from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
 from ..training.loop import describe
-from ._options import add_checkpoint, load_data, say_which_model
+from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
 EXAMPLE = """\
 examples:
@@ -31,12 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_checkpoint(parser)
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
-        "only its held-out classes are used",
-    )
+    add_heldout_data(parser)
     parser.add_argument(
         "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
     )
@@ -63,11 +57,8 @@ def run(args: argparse.Namespace) -> int:
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
     source = args.data or config.data
-    dataset = load_data(config, source)
-    model = restore_model(content)
-    episodes = Episodes(
-        dataset.test, ways=config.ways, shots=config.shots, labels=config.labels, seed=args.seed
-    )
+    episodes = heldout_episodes(config, source, args.seed)
+    classes, model = episodes.classes.num_classes, restore_model(content)
     accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
 
     beside = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
@@ -80,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": str(args.checkpoint),
         "step": content["step"],
         "data": source,
-        "heldout_classes": dataset.test.num_classes,
+        "heldout_classes": classes,
         "seed": args.seed,
         "heldout_accuracy": accuracy.to_dict(),
         "chance": config.chance,
@@ -93,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ._report import print_accuracy
 
-    classes = f"{dataset.test.num_classes} held-out classes, {args.episodes:,} episodes"
-    print_accuracy(accuracy, config, f"{title}, step {content['step']}: {classes}")
+    measured = f"{classes} held-out classes, {args.episodes:,} episodes"
+    print_accuracy(accuracy, config, f"{title}, step {content['step']}: {measured}")
     print(f"picture: {picture}")
     return 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data import Episodes
 from ..training import load_checkpoint, restore_model
 from ..training.loop import describe
 from ..training.trace import trace
-from ._options import add_checkpoint, load_data, say_which_model
+from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
 EXAMPLE = """\
 examples:
@@ -30,12 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--episode", metavar="SEED", type=int, default=0, help="which episode, a number (default: 0)"
     )
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
-        "only its held-out classes are used",
-    )
+    add_heldout_data(parser)
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="the picture, PNG or SVG (default: episode-SEED.png)"
     )
@@ -49,11 +43,7 @@ def run(args: argparse.Namespace) -> int:
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
     source = args.data or config.data
-    dataset = load_data(config, source)
-    episodes = Episodes(
-        dataset.test, ways=config.ways, shots=config.shots, labels=config.labels, seed=args.episode
-    )
-    episode = episodes.sample(1)
+    episode = heldout_episodes(config, source, args.episode).sample(1)
     found = trace(restore_model(content), episode, config.labels)
     images = episode.inputs[:, 0, : config.image_size**2].unflatten(1, (config.image_size, config.image_size))
     out = args.out or Path(f"episode-{args.episode}.png")

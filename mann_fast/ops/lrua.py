@@ -65,7 +65,7 @@ def _steps(keys: Tensor) -> int:
 
 
 def _anchors_shape(steps: int, memory: Tensor, heads: int, anchor_every: int) -> tuple[int, ...]:
-    """[anchors, B, D + R, N padded to a multiple of 16]; the padding is slot_padding in csrc/cpu/kernels.h."""
+    """[anchors, B, D + R, N padded to a multiple of 16]; the padding is slot_padding in csrc/include/arguments.h."""
     batch, num_slots, slot_size = memory.shape
     count = torch.sym_max(steps - 1, 0) // anchor_every
     return count, batch, slot_size + heads, (num_slots + 15) // 16 * 16

@@ -1,0 +1,169 @@
+// What the kernels take, those for the processor and those for CUDA: pointers and sizes, nothing of torch. All arrays are
+// contiguous. The state (memory, weights, usage) is float or double; keys, write vectors, gates, sharpness and reads may be half
+// precision beside float.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace mann_fast {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// Slots are laid out in lanes; rows of N slots are padded to a multiple of this on every instruction set.
+constexpr int64_t slot_padding = 16;
+constexpr int64_t padded_slots(int64_t num_slots) { return (num_slots + slot_padding - 1) / slot_padding * slot_padding; }
+
+struct ContentRead {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  double eps;
+  const void *memory, *key, *sharpness;  // [B, N, D], [B, R, D], [B, R] or null
+  void *read, *weights;                  // [B, R, D], [B, R, N]
+};
+
+struct ContentReadBackward {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  double eps;
+  const void *grad_read, *grad_weights;  // either may be null
+  const void *memory, *key, *sharpness, *read, *weights;
+  void *grad_memory, *grad_key, *grad_sharpness;  // grad_sharpness is null where sharpness is
+};
+
+struct LeastUsed {
+  int64_t B, N, n;
+  Dtype state;
+  const void* usage;  // [B, N]
+  int64_t* slots;     // [B, n]
+};
+
+struct LruaWrite {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  bool shared_target;
+  const void *memory, *read_weights, *usage, *write_vector, *gate_logit;
+  void *out_memory, *write_weights;
+  int64_t* slots;  // [B, R]
+};
+
+struct LruaWriteBackward {
+  int64_t B, N, D, R;
+  Dtype state, input;
+  bool shared_target;
+  const void *grad_memory, *grad_write_weights;  // either may be null
+  const void *read_weights, *write_vector, *gate_logit;
+  const int64_t* slots;
+  void *grad_in_memory, *grad_read_weights, *grad_write_vector, *grad_gate_logit;
+};
+
+// Anchors [ceil(T / anchor_every) - 1, B, D + R, padded N]: the memory, slots in lanes, and the read weights as they were
+// before steps anchor_every, 2 anchor_every, ... anchor_every 0 keeps neither anchors nor slots.
+struct LruaScan {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool read_first, shared_target;
+  double usage_decay, eps;
+  int64_t anchor_every;
+  const void *memory, *read_weights, *usage;
+  const void *keys, *write_vectors, *gate_logits, *sharpness;  // [T, B, R, D], [T, B, R]; sharpness may be null
+  void *reads, *out_memory, *out_read_weights, *out_usage;
+  int64_t* slots;  // [T, B, R]
+  void* anchors;
+};
+
+struct LruaScanBackward {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool read_first, shared_target;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_reads, *grad_memory, *grad_read_weights;  // each may be null
+  const void *memory, *read_weights, *keys, *write_vectors, *gate_logits, *sharpness;
+  const int64_t* slots;
+  const void* anchors;
+  void *grad_in_memory, *grad_in_read_weights, *grad_keys, *grad_write_vectors, *grad_gate_logits, *grad_sharpness;
+};
+
+enum class Controller { lstm, gru, feedforward };
+
+// Numbers per hidden unit: gates, and what is kept of them for backward.
+constexpr int64_t gates_per_unit(Controller c) { return c == Controller::lstm ? 4 : c == Controller::gru ? 3 : 1; }
+constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforward ? 1 : 4; }
+
+// The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: admit, keep, candidate, expose), 3 H (GRU: reset,
+// update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
+// [R], and sharpness [R] where learned: then the factor on the similarity is sharpness + sharpness_scale softplus(of it),
+// else sharpness. anchor_every 0 keeps nothing for backward.
+struct Cell {
+  int64_t T, B, H, N, D, R;
+  Dtype dtype;  // float32 or float64, of everything
+  Controller controller;
+  bool separate_vector, learned_sharpness;
+  double sharpness, sharpness_scale;
+  bool read_first, shared_target;
+  double usage_decay, eps;
+  int64_t anchor_every;
+  const void *gates, *hidden, *cell;  // hidden: null in a feed-forward controller; cell: null but in an LSTM
+  const void *memory, *read_weights, *usage, *reads;
+  const void *hidden_weight, *hidden_bias;  // [G, H], [G]; null in a feed-forward controller
+  const void* reads_weight;                 // [G, R D], rows reads_weight_ld apart
+  int64_t reads_weight_ld;
+  const void *head_weight, *head_bias;  // [heads, H], [heads]
+  void *output, *out_cell, *out_memory, *out_read_weights, *out_usage;  // output [T, B, K]: hidden states and reads
+  // Kept for backward: [T, B, 4 H] (feed-forward: H) after the nonlinearities; [T, B, H] the cell, or the GRU's hidden
+  // state; [T, B, heads] head values, keys and write vectors after their nonlinearity.
+  void *kept_gates, *kept_states, *kept_heads;
+  int64_t* slots;
+  void* anchors;  // slots and anchors as in LruaScan
+};
+
+struct CellBackward {
+  int64_t T, B, H, N, D, R;
+  Dtype dtype;
+  Controller controller;
+  bool separate_vector, learned_sharpness;
+  double sharpness, sharpness_scale;
+  bool read_first, shared_target;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_output, *grad_cell, *grad_memory, *grad_read_weights;  // each may be null
+  const void *hidden, *cell, *memory, *read_weights;
+  const void *hidden_weight, *reads_weight;
+  int64_t reads_weight_ld;
+  const void* head_weight;
+  const void *kept_gates, *kept_states, *kept_heads;
+  const int64_t* slots;
+  const void* anchors;
+  // Before the nonlinearities. The GRU's candidate has the hidden state's part inside a product, so that its gradient
+  // differs from the input's: all of them again in grad_hidden_gates, which is null for the others.
+  void *grad_gates, *grad_hidden_gates, *grad_heads;
+  void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
+};
+
+// H = R + W heads, those that read first. Anchors [ceil(T / anchor_every) - 1, B, D, padded N]: the memory, slots in lanes, before
+// steps anchor_every, 2 anchor_every, ... anchor_every 0 keeps neither anchors nor history.
+struct NtmScan {
+  int64_t T, B, N, D, R, W, shifts;  // shifts: 2 S + 1
+  Dtype state, input;
+  bool read_first;
+  double eps;
+  int64_t anchor_every;
+  const void *memory, *weights;                           // [B, N, D], [B, H, N]
+  const void *keys, *sharpness, *gates, *shift, *sharpening;  // [T, B, H, D], [T, B, H] twice, [T, B, H, shifts], [T, B, H]
+  const void *erase, *add;                                // [T, B, W, D]
+  void *reads, *out_memory, *out_weights, *history, *anchors;  // [T, B, R, D]; history [T, B, H, N]: weights of every step
+};
+
+struct NtmScanBackward {
+  int64_t T, B, N, D, R, W, shifts;
+  Dtype state, input;
+  bool read_first;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_reads, *grad_memory, *grad_weights;  // each may be null
+  const void *memory, *weights, *keys, *sharpness, *gates, *shift, *sharpening, *erase, *add, *history, *anchors;
+  void *grad_in_memory, *grad_in_weights, *grad_keys, *grad_sharpness, *grad_gates, *grad_shift, *grad_sharpening;
+  void *grad_erase, *grad_add;
+};
+
+}  // namespace mann_fast
