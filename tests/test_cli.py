@@ -278,7 +278,10 @@ def test_evaluate_on_other_data_beside_the_checkpoint(capsys, tmp_path, run_fold
 @pytest.mark.parametrize("labels", ["onehot", "string"])
 def test_show_draws_an_episode(capsys, tmp_path, pictures, labels):
     out, picture = tmp_path / "run", tmp_path / "episode.png"
-    assert call(capsys, "train", "--data", pictures, "--out", out, "--steps", 2, "--labels", labels, *SIZES)[0] == 0
+    assert (
+        call(capsys, "train", "--data", pictures, "--out", out, "--steps", 2, "--labels", labels, *SIZES)[0]
+        == 0
+    )
     status, printed, _ = call(capsys, "show", "--checkpoint", out, "--episode", 7, "--out", picture)
     assert status == 0
     assert re.search(rf"\d+ of \d+ right; picture: {re.escape(str(picture))}", printed)

@@ -29,9 +29,7 @@ def run(function, tensors, dtype=None):
     tensors = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     outputs = function(*tensors)
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x.double() * fixed_noise(x, generator).bfloat16().double()).sum() for x in outputs
-    )
+    loss = sum((x.double() * fixed_noise(x, generator).bfloat16().double()).sum() for x in outputs)
     return [*outputs, *torch.autograd.grad(loss, [t for t in tensors if t is not None])]
 
 

@@ -167,7 +167,9 @@ def test_augmentation_moves_images_a_little_and_anew_each_time():
     images = images.reshape(-1, size, size)
     assert len(torch.unique(images, dim=0)) == len(images)
     mass = images.sum((1, 2))
-    ink = (mass / 27).log()  # width and height each by a factor of up to exp(0.2), and no ink is lost beyond that
+    ink = (
+        mass / 27
+    ).log()  # width and height each by a factor of up to exp(0.2), and no ink is lost beyond that
     assert ink.abs().max() < 0.45 and ink.std() > 0.1
     place = torch.arange(size) - 10.0
     down, across = (images.sum(2) @ place) / mass, (images.sum(1) @ place) / mass

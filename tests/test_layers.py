@@ -219,7 +219,10 @@ def test_presets_take_overrides_and_refuse_other_names():
     torch.manual_seed(0)
     layer = MemoryLayer.preset("snowkylin", 4, hidden_size=6)
     difference = (layer.controller.bias_ih - plain.controller.bias_ih).tolist()
-    assert difference[6:12] == pytest.approx([1.0] * 6, abs=1e-6) and difference[:6] + difference[12:] == [0.0] * 18
+    assert (
+        difference[6:12] == pytest.approx([1.0] * 6, abs=1e-6)
+        and difference[:6] + difference[12:] == [0.0] * 18
+    )
     with pytest.raises(ValueError, match="name must be one of 'santoro2016', .* got 'dnc'"):
         MemoryLayer.preset("dnc", 4)
 

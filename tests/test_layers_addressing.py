@@ -10,7 +10,9 @@ import mann_fast
 from mann_fast import MANN, MemoryLayer, ops
 
 SIZES = {"num_slots": 7, "slot_size": 3, "num_heads": 2}
-KINDS = [{"addressing": name, "order": order} for name in ("ntm", "content") for order in (None, "write_first")]
+KINDS = [
+    {"addressing": name, "order": order} for name in ("ntm", "content") for order in (None, "write_first")
+]
 
 
 def make_layer(**options):
@@ -46,7 +48,9 @@ def numpy_layer(layer, x):
             key, sharpness = np.tanh(take(heads * size)).reshape(heads, size), 1 + softplus(take(heads))
             if layer.addressing == "ntm":
                 gate, shift = sigmoid(take(heads)), np.exp(take(heads * moves).reshape(heads, moves))
-                of_kind.append((key, sharpness, gate, shift / shift.sum(1, keepdims=True), 1 + softplus(take(heads))))
+                of_kind.append(
+                    (key, sharpness, gate, shift / shift.sum(1, keepdims=True), 1 + softplus(take(heads)))
+                )
             else:
                 of_kind.append((key, sharpness, np.ones(heads), np.ones((heads, 1)), np.ones(heads)))
         erase = sigmoid(take(heads * size)).reshape(heads, size)
@@ -55,7 +59,9 @@ def numpy_layer(layer, x):
 
         def address(kind, memory, of_kind=of_kind):
             rows = []
-            for key, sharpness, gate, shift, sharpening, before in zip(*of_kind[kind], weights[kind], strict=True):
+            for key, sharpness, gate, shift, sharpening, before in zip(
+                *of_kind[kind], weights[kind], strict=True
+            ):
                 cosine = memory @ key / np.sqrt((key @ key) * (memory * memory).sum(1) + layer.eps)
                 content = np.exp(sharpness * cosine)
                 gated = gate * content / content.sum() + (1 - gate) * before
@@ -147,13 +153,18 @@ def test_a_controller_of_one_s_own(addressing):
     layer = make_layer(controller=Own(4 + 6, 5), addressing=addressing)
     x = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
     output, state = layer(x)
-    assert output.shape == (5, 2, 11) and torch.equal(state.controller[0], torch.full((2, 1, 2), 5.0).double())
+    assert output.shape == (5, 2, 11) and torch.equal(
+        state.controller[0], torch.full((2, 1, 2), 5.0).double()
+    )
     first, carried = layer(x[:2])
     second, _ = layer(x[2:], carried)
     torch.testing.assert_close(torch.cat([first, second]), output)
     assert torch.autograd.gradcheck(lambda x: layer(x)[0], x)
     assert carried.reset(torch.tensor([True, False])).controller[0][:, 0, 0].tolist() == [0, 2]
-    assert "layers" in dict(layer.controller.named_children()) and "controller=" not in repr(layer).split("\n")[0]
+    assert (
+        "layers" in dict(layer.controller.named_children())
+        and "controller=" not in repr(layer).split("\n")[0]
+    )
 
 
 def test_a_wrong_controller_is_named():

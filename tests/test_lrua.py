@@ -22,6 +22,7 @@ from mann_fast import ops, reference
 
 pytestmark = needs_kernels
 
+
 def scan_case(name, *sizes, interpreted=None):
     return pytest.param(*shorter(sizes, interpreted or sizes), id=name)
 
@@ -51,9 +52,7 @@ def compare(actual, expected, tolerance, gradient_tolerance):
 @pytest.mark.parametrize("sharpness", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("steps, batch, slots, size, heads", SCANS)
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), *shorter([(torch.float64, 1e-11)], [])]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), *shorter([(torch.float64, 1e-11)], [])])
 def test_scan_matches_reference(steps, batch, slots, size, heads, options, sharpness, dtype, tolerance):
     inputs = [
         *distinct_state(batch, slots, size, heads),
@@ -131,9 +130,7 @@ def test_half_precision_loses_no_more_than_plain_pytorch(dtype, options):
 
 def chosen_slots(state, inputs, order="write_first", write_target="per_head"):
     """The slots that the kernel itself chose, which its raw op keeps for backward."""
-    raw = RAW_OPS.lrua_scan(
-        *state, *inputs, order == "read_first", write_target == "shared", 0.95, 1e-6, 8
-    )
+    raw = RAW_OPS.lrua_scan(*state, *inputs, order == "read_first", write_target == "shared", 0.95, 1e-6, 8)
     return raw[4]
 
 
@@ -213,10 +210,7 @@ def test_write_matches_reference(batch, slots, size, heads, write_target, dtype,
         tensors = [x.detach().to(wanted).requires_grad_(i != 2) for i, x in enumerate((*state, vector, gate))]
         outputs = function(*tensors, write_target=write_target)
         generator = torch.Generator().manual_seed(1)
-        loss = sum(
-            (x.double() * fixed_noise(x, generator).bfloat16().double()).sum()
-            for x in outputs
-        )
+        loss = sum((x.double() * fixed_noise(x, generator).bfloat16().double()).sum() for x in outputs)
         del tensors[2]
         return [*outputs, *torch.autograd.grad(loss, tensors)]
 

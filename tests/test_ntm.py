@@ -56,9 +56,7 @@ def results_and_gradients(function, inputs, dtype, **options):
     tensors = [x.detach().to(wide if i < 3 else dtype).requires_grad_() for i, x in enumerate(inputs)]
     results = call(function, tensors, **options)
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x.double() * torch.randn(x.shape, generator=generator).double()).sum() for x in results
-    )
+    loss = sum((x.double() * torch.randn(x.shape, generator=generator).double()).sum() for x in results)
     return results, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
 
 
@@ -67,7 +65,9 @@ def compare(actual, expected, tolerance, gradient_tolerance):
         assert worst_error(x, y, batch_axis=1 if i == 0 else 0) < tolerance, i
     for name, x, y in zip(NAMES, actual[1], expected[1], strict=True):
         axis = 0 if name in NAMES[:3] else 1
-        if y.numel() and y.abs().max() < 1e-13:  # 0 but for rounding, as of a single slot's or a single move's
+        if (
+            y.numel() and y.abs().max() < 1e-13
+        ):  # 0 but for rounding, as of a single slot's or a single move's
             assert x.abs().max() < gradient_tolerance, f"gradient of {name}"
         else:
             assert worst_error(x, y, batch_axis=axis) < gradient_tolerance, f"gradient of {name}"
@@ -145,7 +145,10 @@ def test_scan_matches_reference(shape, dtype, tolerance, gradient_tolerance, ord
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_plain_pytorch(dtype):
-    inputs = [x.to(dtype if i > 2 else torch.float32).double() for i, x in enumerate(ntm_inputs(6, 2, 33, 9, 2, 1, 1))]
+    inputs = [
+        x.to(dtype if i > 2 else torch.float32).double()
+        for i, x in enumerate(ntm_inputs(6, 2, 33, 9, 2, 1, 1))
+    ]
     exact = results_and_gradients(reference.ntm_scan, inputs, torch.float64)
     fused = results_and_gradients(ops.ntm_scan, inputs, dtype)
     plain = results_and_gradients(reference.ntm_scan, inputs, dtype)

@@ -37,7 +37,9 @@ def test_build_record_agrees_with_what_is_there():
     info = json.loads((PACKAGE / "_build_info.json").read_text())
     of_cuda = {"cuda", "cuda_reason", "architectures"}
     assert set(info) == {"extension", "reason", "torch", "compiler", "isas"} | of_cuda
-    assert (info["cuda"] is not None) == (PACKAGE / "_C_cuda.abi3.so").exists() == (info["cuda_reason"] is None)
+    assert (
+        (info["cuda"] is not None) == (PACKAGE / "_C_cuda.abi3.so").exists() == (info["cuda_reason"] is None)
+    )
     assert bool(info["architectures"]) == (info["cuda"] is not None)
     assert info["extension"] == (PACKAGE / "_C.abi3.so").exists()
     if info["extension"]:

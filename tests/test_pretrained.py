@@ -25,7 +25,9 @@ def test_it_is_small_and_says_where_it_comes_from():
 def test_it_tells_invented_characters_apart():
     """Glyphs are no Omniglot characters: chance is 1 in 5."""
     content = load_checkpoint()
-    episodes = Episodes(generate_glyphs(40, 10, image_size=content["config"].image_size), ways=5, shots=10, seed=1)
+    episodes = Episodes(
+        generate_glyphs(40, 10, image_size=content["config"].image_size), ways=5, shots=10, seed=1
+    )
     accuracy = evaluate(restore_model(content), episodes, 100, labels="onehot", shots=10)
     assert accuracy.mean[1] > 0.6 and accuracy.mean[9] > 0.75
 

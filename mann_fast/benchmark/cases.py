@@ -17,6 +17,8 @@ from . import baselines, cost
 OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan", "ntm_scan", "mann_step")
 DIRECTIONS = ("forward", "forward+backward")
 OURS = "mann_fast"
+EAGER = "eager reference"
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -56,10 +58,16 @@ class Case:
     direction: str
     shape: Shape
     dtype: torch.dtype
+    device: torch.device
     calls: dict[str, Call]
     oracle: Call
     flop: int
     transferred: int
+
+
+def has(op: str, direction: str) -> bool:
+    """Whether an op has this direction: slots have no gradient, and a training step is whole."""
+    return {"least_used": DIRECTIONS[0], "mann_step": DIRECTIONS[1]}.get(op, direction) == direction
 
 
 def cases(
@@ -68,28 +76,50 @@ def cases(
     dtype: torch.dtype,
     directions: tuple[str, ...] = DIRECTIONS,
     *,
-    compiled: bool = False,
+    device: str | torch.device = "cpu",
+    modes: tuple[str, ...] = (),
     jax: bool = False,
 ) -> Iterator[Case]:
-    """The cases of one op, on new random inputs. With ``compiled`` also torch.compile of the step; with ``jax`` also JAX for
-    mann_step.
+    """The cases of one op, on new random inputs on the device. Also torch.compile in each of the modes, of the step where there
+    are several; with ``jax`` also JAX for mann_step.
 
     Raises ValueError for an unknown op; ImportError where JAX is asked for and absent.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     more = (jax,) if op == "mann_step" else ()
-    calls, oracle, wanted, flop, transferred = globals()[f"_{op}"](shape, dtype, compiled, *more)
+    if modes:
+        torch.compiler.reset()  # its limit of recompilations holds for all shapes that came before
+    with torch.device(device):
+        calls, oracle, wanted, flop, transferred = globals()[f"_{op}"](shape, dtype, modes, *more)
     for direction in directions:
         backward = direction != "forward"
-        if op == "mann_step" and not backward or op == "least_used" and backward:
+        if not has(op, direction):
             continue
         if op == "mann_step":
             wrapped, checked = calls, oracle
         else:
             wrapped = {name: _wrap(call, wanted, backward) for name, call in calls.items()}
             checked = _wrap(oracle, wanted, backward)
-        yield Case(op, direction, shape, dtype, wrapped, checked, flop(backward), transferred(backward))
+        where = torch.device(device)
+        yield Case(
+            op, direction, shape, dtype, where, wrapped, checked, flop(backward), transferred(backward)
+        )
+
+
+def _compiled(function, modes: tuple[str, ...], use, name: str = "torch.compile") -> dict[str, Callable]:
+    """A contestant for each mode: what ``use`` makes of the compiled function."""
+
+    def contestant(mode: str) -> Callable:
+        step = torch.compile(function, mode=mode)
+
+        def call(*arguments):
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs of reduce-overhead may reuse the last call's memory
+            return use(step, *arguments)
+
+        return call
+
+    return {name if mode == "default" else f"{name} ({mode})": contestant(mode) for mode in modes}
 
 
 def _wrap(call: Call, wanted: list[Tensor], backward: bool) -> Call:
@@ -106,7 +136,9 @@ def _wrap(call: Call, wanted: list[Tensor], backward: bool) -> Call:
         return torch.autograd.grad(output, wanted, noise.to(output.dtype))
 
     with torch.no_grad():
-        noise = torch.randn(call()[0].shape, generator=torch.Generator().manual_seed(1))
+        output = call()[0]
+    generator = torch.Generator(output.device).manual_seed(1)  # the same for all contestants
+    noise = torch.randn(output.shape, generator=generator, device=output.device)
 
     return both
 
@@ -125,11 +157,11 @@ def _lrua_inputs(shape: Shape, dtype: torch.dtype, *leading: int):
     return ops.LRUAState(memory, weights, usage), [x.requires_grad_() for x in inputs]
 
 
-def _content_read(shape: Shape, dtype: torch.dtype, compiled: bool):
+def _content_read(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
     (memory, _, _), (key, _, _, sharpness) = _lrua_inputs(shape, dtype)
     calls = {
         OURS: lambda: ops.content_read(memory, key, sharpness),
-        "eager reference": lambda: reference.content_read(memory, key, sharpness),
+        EAGER: lambda: reference.content_read(memory, key, sharpness),
     }
     if dtype in (torch.float32, torch.float64):
         # On rows of unit norm a cosine is a dot product: attention with the sharpness as its scale, folded into the keys.
@@ -138,72 +170,66 @@ def _content_read(shape: Shape, dtype: torch.dtype, compiled: bool):
             return (F.scaled_dot_product_attention(unit, rows, memory, scale=1.0),)
 
         calls["scaled_dot_product_attention"] = attention
-    if compiled:
-        function = torch.compile(reference.content_read)
-        calls["torch.compile"] = lambda: function(memory, key, sharpness)
+    calls |= _compiled(reference.content_read, modes, lambda function: function(memory, key, sharpness))
     size = (shape.B, shape.N, shape.D, shape.R)
     return (
-        calls, calls["eager reference"], [key, sharpness],
+        calls, calls[EAGER], [key, sharpness],
         lambda backward: cost.content_read_flop(*size, backward=backward),
         lambda backward: cost.content_read_bytes(*size, backward=backward, item=memory.element_size()),
     )  # fmt: skip
 
 
-def _least_used(shape: Shape, dtype: torch.dtype, compiled: bool):
+def _least_used(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
     usage = _lrua_inputs(shape, dtype)[0].usage
     calls = {
         OURS: lambda: (ops.least_used(usage, shape.R),),
-        "eager reference": lambda: (reference.least_used(usage, shape.R),),
+        EAGER: lambda: (reference.least_used(usage, shape.R),),
         "torch.topk": lambda: (torch.topk(usage, shape.R, largest=False).indices,),
     }
     passes = shape.B * shape.N * shape.R
     return (
         calls,
-        calls["eager reference"],
+        calls[EAGER],
         [],
         lambda backward: passes,
         lambda backward: 4 * shape.B * shape.N,
     )
 
 
-def _lrua_write(shape: Shape, dtype: torch.dtype, compiled: bool):
+def _lrua_write(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
     state, (_, vector, gate, _) = _lrua_inputs(shape, dtype)
     calls = {
         OURS: lambda: ops.lrua_write(*state, vector, gate),
-        "eager reference": lambda: reference.lrua_write(*state, vector, gate),
+        EAGER: lambda: reference.lrua_write(*state, vector, gate),
     }
-    if compiled:
-        function = torch.compile(reference.lrua_write)
-        calls["torch.compile"] = lambda: function(*state, vector, gate)
+    calls |= _compiled(reference.lrua_write, modes, lambda function: function(*state, vector, gate))
     size = (shape.B, shape.N, shape.D, shape.R)
     return (
-        calls, calls["eager reference"], [vector, gate],
+        calls, calls[EAGER], [vector, gate],
         lambda backward: cost.lrua_write_flop(*size, backward=backward),
         lambda backward: cost.lrua_write_bytes(*size, backward=backward, item=state.memory.element_size()),
     )  # fmt: skip
 
 
-def _lrua_step(shape: Shape, dtype: torch.dtype, compiled: bool):
-    return _lrua(shape, dtype, compiled, ops.lrua_step, reference.lrua_step, None)
+def _lrua_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    return _lrua(shape, dtype, modes, ops.lrua_step, reference.lrua_step, None)
 
 
-def _lrua_scan(shape: Shape, dtype: torch.dtype, compiled: bool):
-    return _lrua(shape, dtype, compiled, ops.lrua_scan, reference.lrua_scan, shape.T)
+def _lrua_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    return _lrua(shape, dtype, modes, ops.lrua_scan, reference.lrua_scan, shape.T)
 
 
-def _lrua(shape: Shape, dtype: torch.dtype, compiled: bool, fused, plain, steps: int | None):
+def _lrua(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], fused, plain, steps: int | None):
     state, inputs = _lrua_inputs(shape, dtype, *(() if steps is None else (steps,)))
     step = baselines.lrua_step_by_products
 
     def products(one_step):
         return one_step(state, *inputs)[:1] if steps is None else baselines.scan(one_step, state, *inputs)[:1]
 
-    calls = {OURS: lambda: fused(state, *inputs)[:1], "eager reference": lambda: plain(state, *inputs)[:1]}
+    calls = {OURS: lambda: fused(state, *inputs)[:1], EAGER: lambda: plain(state, *inputs)[:1]}
     if dtype in (torch.float32, torch.float64):
         calls["eager by products"] = lambda: products(step)
-        if compiled:
-            compiled_step = torch.compile(step)
-            calls["torch.compile of the step"] = lambda: products(compiled_step)
+        calls |= _compiled(step, modes, products, "torch.compile of the step")
 
     def oracle():
         """The reference with the slots that the kernel chose: in float32 usages nearly tie within a few steps."""
@@ -221,7 +247,7 @@ def _lrua(shape: Shape, dtype: torch.dtype, compiled: bool, fused, plain, steps:
     )  # fmt: skip
 
 
-def _ntm_scan(shape: Shape, dtype: torch.dtype, compiled: bool):
+def _ntm_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
     """R read heads and one write head."""
     wide = dtype if dtype == torch.float64 else torch.float32
 
@@ -240,23 +266,21 @@ def _ntm_scan(shape: Shape, dtype: torch.dtype, compiled: bool):
     wanted = [x.requires_grad_() for x in (*heads[0], *heads[1], erase, add)]
     calls = {
         OURS: lambda: ops.ntm_scan(state, *heads, erase, add)[:1],
-        "eager reference": lambda: reference.ntm_scan(state, *heads, erase, add)[:1],
+        EAGER: lambda: reference.ntm_scan(state, *heads, erase, add)[:1],
     }
-    if compiled:
-        step = torch.compile(reference.ntm_step)
 
-        def loop():
-            now, reads = state, []
-            for t in range(shape.T):
-                at = (ops.NTMHead(*(x[t] for x in part)) for part in heads)
-                read, now = step(now, *at, erase[t], add[t])
-                reads.append(read)
-            return (torch.stack(reads),)
+    def loop(step):
+        now, reads = state, []
+        for t in range(shape.T):
+            at = (ops.NTMHead(*(x[t] for x in part)) for part in heads)
+            read, now = step(now, *at, erase[t], add[t])
+            reads.append(read)
+        return (torch.stack(reads),)
 
-        calls["torch.compile of the step"] = loop
+    calls |= _compiled(reference.ntm_step, modes, loop, "torch.compile of the step")
     size = (shape.T, shape.B, shape.N, shape.D, shape.R, 1)
     return (
-        calls, calls["eager reference"], wanted,
+        calls, calls[EAGER], wanted,
         lambda backward: cost.ntm_scan_flop(*size, backward=backward),
         lambda backward: cost.ntm_scan_bytes(*size, backward=backward, item=state.memory.element_size()),
     )  # fmt: skip
@@ -265,7 +289,7 @@ def _ntm_scan(shape: Shape, dtype: torch.dtype, compiled: bool):
 INPUTS, CLASSES = 405, 5  # 20 x 20 pixels and five labels
 
 
-def _mann_step(shape: Shape, dtype: torch.dtype, compiled: bool, jax: bool):
+def _mann_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], jax: bool):
     """A whole training step: forward, backward, Adam."""
     x, targets = torch.rand(shape.T, shape.B, INPUTS), torch.randint(CLASSES, (shape.T, shape.B))
     sizes = {"num_slots": shape.N, "slot_size": shape.D, "num_heads": shape.R}
@@ -276,12 +300,15 @@ def _mann_step(shape: Shape, dtype: torch.dtype, compiled: bool, jax: bool):
 
     functions = {
         OURS: lambda model, x: model(x)[0],
-        "eager reference": on_reference,
+        EAGER: on_reference,
         "eager by products": baselines.mann_by_steps,
     }
-    if compiled:
-        step = torch.compile(baselines.cell_step)
-        functions["torch.compile of the step"] = lambda model, x: baselines.mann_by_steps(model, x, step)
+    functions |= _compiled(
+        baselines.cell_step,
+        modes,
+        lambda step, model, x: baselines.mann_by_steps(model, x, step),
+        "torch.compile of the step",
+    )
 
     def training_step(function, make):
         torch.manual_seed(0)  # the same parameters for all

@@ -7,7 +7,7 @@ from typing import Any
 VERDICTS = ("same", "faster", "slower", "ambiguous")
 MARGIN = 0.05  # less than this is the same
 
-KEY = ("op", "direction", "shape", "dtype", "what")
+KEY = ("op", "direction", "shape", "dtype", "threads", "what")
 
 
 def verdict(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, float, float]:

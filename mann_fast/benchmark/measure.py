@@ -16,10 +16,14 @@ from torch import Tensor
 
 from .. import __version__
 from . import ceilings
-from .cases import OURS, Call, Case
-from .timer import interleave
+from .cases import EAGER, OURS, Call, Case
+from .memory import peak_bytes, saved_bytes
+from .timer import Timing, interleave
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+STEP_TOLERANCE = (
+    1e-2  # of a training step, whose gradients are sums over all samples, those with a tie included
+)
 
 
 def environment() -> dict[str, Any]:
@@ -60,7 +64,7 @@ def _commit() -> str | None:
 def agrees(
     actual: tuple[Tensor, ...],
     expected: tuple[Tensor, ...],
-    dtype: torch.dtype,
+    tolerance: float,
     most_of_axis: int | None = None,
 ) -> bool:
     """Whether every tensor is within a tolerance of the greatest number of what is expected; a contestant may give fewer.
@@ -75,7 +79,7 @@ def agrees(
             if not torch.equal(x, y):
                 return False
             continue
-        wrong = (x.double() - y.double()).abs() > TOLERANCE[dtype] * y.double().abs().max()
+        wrong = (x.double() - y.double()).abs() > tolerance * y.double().abs().max()
         if most_of_axis is not None:
             wrong = wrong.movedim(most_of_axis, 0).flatten(1).any(1).double().mean() >= 0.5
         if bool(wrong.any()):
@@ -83,60 +87,93 @@ def agrees(
     return True
 
 
-def saved_bytes(call: Call) -> int:
-    """Bytes of the tensors that autograd keeps between forward and backward of a call, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        call()
-    return sum(storages.values())
-
-
-def measure(case: Case, *, seconds: float = 3.0, timed: bool = True) -> list[dict[str, Any]]:
-    """A row for each contestant. One whose result is wrong is "unverified" and not timed; with ``timed`` False none is."""
-    expected = case.oracle()
-    verified, first_calls, memory = {}, {}, {}
-    for name, call in case.calls.items():
+def verify(case: Case) -> dict[str, dict[str, Any]]:
+    """Of each contestant whether its result is right, and how long its first call took. Ours must agree with the oracle, what
+    people would use instead with the eager reference; one that fails has a note."""
+    tolerance = STEP_TOLERANCE if case.op == "mann_step" else TOLERANCE[case.dtype]
+    axis = 1 if case.op == "lrua_scan" else None
+    found: dict[str, dict[str, Any]] = {name: {"verified": False} for name in case.calls}
+    eager: tuple[Tensor, ...] = ()
+    for name in sorted(case.calls, key=lambda name: name != EAGER):
         begin = time.perf_counter()
-        actual = call()
-        first_calls[name] = time.perf_counter() - begin
-        axis = 1 if case.op == "lrua_scan" and name != OURS else None
-        verified[name] = name == "nn.LSTM alone" or agrees(actual, expected, case.dtype, axis)
-        of_torch = case.direction != "forward" and not name.startswith("JAX")
-        memory[name] = saved_bytes(call) if of_torch else None
-    timings: dict[str, Any] = {}
-    limit, ceiling = None, None
-    if timed:
-        sgemm, sgemm_flop = ceilings.sgemm()
-        copy, copy_bytes = ceilings.copy()
-        contestants: dict[str, Callable] = {name: call for name, call in case.calls.items() if verified[name]}
-        timings = interleave({**contestants, "sgemm": sgemm, "copy": copy}, seconds=seconds)
-        least = {
-            "sgemm": case.flop * timings["sgemm"].median / sgemm_flop,
-            "copy": case.transferred * timings["copy"].median / copy_bytes,
-        }
-        ceiling = max(least, key=least.__getitem__)
-        limit = least[ceiling]
-    rows = []
-    for name in case.calls:
-        row = {
-            "op": case.op,
-            "direction": case.direction,
-            "shape": str(case.shape),
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "what": name,
-            "verified": verified[name],
-            "first_call_s": first_calls[name],
-            "saved_bytes": memory[name],
-        }
-        if name in timings:
+        try:
+            actual = case.calls[name]()
+        except RuntimeError as error:  # such as one of torch.compile, or of a GPU whose memory is full
+            found[name]["note"] = _first_line(error)
+            continue
+        found[name]["first_call_s"] = time.perf_counter() - begin
+        if name == EAGER:
+            eager = actual
+        if name == OURS:
+            found[name]["verified"] = agrees(actual, case.oracle(), tolerance)
+        else:
+            found[name]["verified"] = name == "nn.LSTM alone" or agrees(actual, eager, tolerance, axis)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def captured(call: Call) -> Callable[[], object]:
+    """The replay of a CUDA graph of a call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _time(
+    case: Case, contestants: dict[str, Callable[[], object]], seconds: float
+) -> tuple[dict[str, Timing], str, float]:
+    """Timings, with those of the ceilings; which ceiling binds; and the seconds that it allows."""
+    sgemm, sgemm_flop = ceilings.sgemm(case.device)
+    copy, copy_bytes = ceilings.copy(case.device)
+    finish = torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
+    timings = interleave({**contestants, "sgemm": sgemm, "copy": copy}, seconds=seconds, finish=finish)
+    least = {
+        "sgemm": case.flop * timings["sgemm"].median / sgemm_flop,
+        "copy": case.transferred * timings["copy"].median / copy_bytes,
+    }
+    ceiling = max(least, key=least.__getitem__)
+    return timings, ceiling, least[ceiling]
+
+
+def measure(
+    case: Case, *, seconds: float = 3.0, timed: bool = True, smaller: Case | None = None
+) -> list[dict[str, Any]]:
+    """A row for each contestant. One whose result is wrong is "unverified" and not timed; with ``timed`` False none is.
+
+    smaller: the same with fewer samples, checked in its place where the reference of the whole would not fit.
+    """
+    found = verify(smaller or case)
+    contestants: dict[str, Callable[[], object]] = {}
+    for name, call in case.calls.items():
+        if not found[name]["verified"]:
+            continue
+        try:
+            if not name.startswith("JAX"):
+                if case.direction != "forward":
+                    found[name]["saved_bytes"] = saved_bytes(call)
+                found[name]["peak_bytes"] = peak_bytes(call, case.device)
+            contestants[name] = call
+            if case.device.type == "cuda" and name in (OURS, EAGER):
+                graph = f"{name}, CUDA graph"
+                found[graph] = {"verified": True}
+                contestants[graph] = captured(call)
+        except RuntimeError as error:
+            found[graph if name in contestants else name]["note"] = _first_line(error)
+    if timed and contestants:
+        timings, ceiling, limit = _time(case, contestants, seconds)
+        for name in contestants:
             t = timings[name]
-            row |= {
+            found[name] |= {
                 "median_ms": 1e3 * t.median,
                 "quartiles_ms": [1e3 * t.low, 1e3 * t.high],
                 "rounds": t.rounds,
@@ -145,5 +182,11 @@ def measure(case: Case, *, seconds: float = 3.0, timed: bool = True) -> list[dic
                 "ceiling": ceiling,
                 "share_of_ceiling": None if name == "nn.LSTM alone" else limit / t.median,
             }
-        rows.append(row)
-    return rows
+    identity = {
+        "op": case.op,
+        "direction": case.direction,
+        "shape": str(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    return [{**identity, "what": name, **row} for name, row in found.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 EXAMPLE = """\
 examples:
-  mann-fast bench                                             (every op at the paper's size, about 2 minutes)
+  mann-fast bench                                             (every op at the paper's size, about a minute)
   mann-fast bench --op lrua_scan --shape T=50,B=1             (one op, about 10 seconds)
   mann-fast bench --op mann_step --compile --json now.json --report now.html
-  mann-fast bench --op lrua_scan --sweep --report sweep.html  (how the time grows with B, T, N, D and R)
+  mann-fast bench --op lrua_scan --sweep --report sweep.html  (how the time grows with B, T, N, D, R and threads)
   mann-fast bench --compare before.json now.json
+  mann-fast bench --op lrua_scan --base HEAD~1                (beside the kernels of another commit, in a git checkout)
 
 Contestants run in turn, in random order, round by round: ratios within one run hold, absolute times of a shared machine
 mean little. A result is checked against the reference before it is timed.
@@ -28,6 +30,8 @@ SWEEP = {
     "N": (32, 128, 512, 2048),
     "D": (8, 40, 160),
     "R": (1, 2, 4, 8),
+    "threads": (1, 2, 4, 8, 16, 32, 64),  # as far as there are cores
+    "dtype": ("float64", "bfloat16", "float16"),  # beside --dtype
 }
 
 
@@ -61,10 +65,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting("--backend", default="auto", metavar="NAME", help="of mann_fast (default: auto)")
     setting("--direction", choices=("forward", "both"), help="only forward, or only forward+backward")
     setting("--threads", type=int, metavar="N", help="of PyTorch (default: as it is)")
+    setting("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
     setting(
         "--compile",
-        action="store_true",
-        help="also torch.compile of a step, which compiles for half a minute",
+        nargs="?",
+        const="default",
+        default="",
+        metavar="MODE,..",
+        help="also torch.compile of a step, which compiles for half a minute, in these modes: default (if none is "
+        "named), reduce-overhead, max-autotune",
     )
     setting(
         "--jax",
@@ -75,6 +84,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--seconds", type=float, default=3.0, metavar="S", help="for the rounds of each case (default: 3)"
     )
     setting("--sweep", action="store_true", help="vary each size, one at a time, from --shape")
+    setting(
+        "--base",
+        metavar="REF",
+        help="instead, beside the kernels of another commit, built under build/base of this git checkout",
+    )
+    setting(
+        "--instructions",
+        action="store_true",
+        help="instead, count instructions per call with valgrind's callgrind, a minute for each op and direction",
+    )
     setting("--json", type=Path, metavar="FILE", help="write the figures to a file, for --compare")
     setting("--report", type=Path, metavar="FILE", help="write one page with everything in it: .html or .md")
     setting(
@@ -99,74 +118,157 @@ def run(args: argparse.Namespace) -> int:
     from ..benchmark.report import write_report
     from ..training.files import write_json
 
+    check(args)
     shape, names = Shape.parse(args.shape), args.op or OPS
     for name in names:
         if name not in OPS:
             raise ValueError(f"--op must be one of {', '.join(OPS)}, got {name!r}")
-    if args.seconds <= 0:
-        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    if args.report and args.report.suffix not in (".html", ".md"):
-        raise ValueError(f"--report must end in .html or .md, got {args.report}")
     if reason := backends().get(args.backend):
         raise ValueError(f"--backend {args.backend} cannot run here: {reason}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda cannot be had: no CUDA device is available")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     directions = DIRECTIONS
     if args.direction:
         directions = DIRECTIONS[:1] if args.direction == "forward" else DIRECTIONS[1:]
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    with backend(args.backend):
-        for name in names:
-            for point, where in points(shape, args.sweep):
-                rows += [{**row, **where} for row in measure_op(name, point, directions, args)]
+    if args.instructions:
+        return count_instructions(names, shape, directions, args)
+    if args.base:
+        rows = rows_beside_base(names, shape, directions, args)
+    else:
+        rows = []
+        with backend(args.backend):
+            for name in names:
+                for point, dtype, threads, where in points(shape, args):
+                    torch.set_num_threads(threads)
+                    rows += [{**row, **where} for row in measure_op(name, point, dtype, directions, args)]
     report = {"environment": environment(), "rows": rows}
-    wide = Console(width=max(Console().width, 132))
+    wide = Console(width=max(Console().width, 150))
     for table in tables(rows):
         wide.print(table)
+    for row in rows:
+        if "verdict" in row:
+            low, high = row["ratio"]
+            print(
+                f"{row['op']} {row['direction']}: {row['verdict']} ({low:.2f} to {high:.2f} of the time at {args.base})"
+            )
     print(json.dumps(report["environment"]))
     if args.json:
         write_json(args.json, report)
     if args.report:
         write_report(args.report, report)
         print(f"report: {args.report}")
-    return 0 if all(row["verified"] for row in rows if row["what"] == "mann_fast") else 1
+    wrong = any(not row["verified"] for row in rows if row["what"] == "mann_fast")
+    return 1 if wrong or any(row.get("verdict") == "slower" for row in rows) else 0
 
 
-def points(shape, sweep: bool):
-    """The shapes to measure, each with what is varied."""
-    if not sweep:
-        yield shape, {}
+def check(args: argparse.Namespace) -> None:
+    """ValueError for what the parser lets through."""
+    from ..benchmark.cases import MODES
+
+    if args.seconds <= 0:
+        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if args.report and args.report.suffix not in (".html", ".md"):
+        raise ValueError(f"--report must end in .html or .md, got {args.report}")
+    args.compile = tuple(filter(None, args.compile.split(",")))
+    for mode in args.compile:
+        if mode not in MODES:
+            raise ValueError(f"--compile takes {', '.join(MODES)}, got {mode!r}")
+    instead = [name for name in ("base", "instructions", "sweep") if getattr(args, name)]
+    if len(instead) > 1:
+        raise ValueError(f"--{instead[0]} and --{instead[1]} cannot be had in one run")
+
+
+def points(shape, args: argparse.Namespace):
+    """What to measure: a shape, a dtype, a number of threads, and what is varied."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if not args.sweep:
+        yield shape, args.dtype, threads, {}
         return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for axis, values in SWEEP.items():
         for value in values:
-            if axis != "R" or value <= shape.N:
-                yield replace(shape, **{axis: value}), {"axis": axis, "value": value}
+            where = {"axis": axis, "value": value}
+            if axis == "threads":
+                if value <= cores and args.device == "cpu":
+                    yield shape, args.dtype, value, where
+            elif axis == "dtype":
+                if value != args.dtype:
+                    yield shape, value, threads, where
+            elif axis != "R" or value <= shape.N:
+                yield replace(shape, **{axis: value}), args.dtype, threads, where
 
 
 def measure_op(
-    name: str, shape, directions: tuple[str, ...], args: argparse.Namespace
+    name: str, shape, dtype: str, directions: tuple[str, ...], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     import torch
 
     from ..benchmark.cases import cases
     from ..benchmark.measure import measure
 
-    dtype = getattr(torch, args.dtype)
-    if name == "mann_step" and dtype != torch.float32:
-        raise ValueError(f"mann_step is measured in float32, got --dtype {args.dtype}")
-    interpreted = args.backend == "triton" and not torch.cuda.is_available()  # its times say nothing
+    if name == "mann_step" and dtype != "float32":
+        if args.sweep:
+            return []
+        raise ValueError(f"mann_step is measured in float32, got --dtype {dtype}")
+    interpreted = args.backend == "triton" and args.device == "cpu"  # its times say nothing
     rows = []
-    jax = args.jax and name == "mann_step"
+    jax = args.jax and name == "mann_step" and args.device == "cpu"
     if jax and importlib.util.find_spec("jax") is None:
         print("JAX is left out: the package jax is not installed", file=sys.stderr)
         jax = False
-    for case in cases(name, shape, dtype, directions, compiled=args.compile, jax=jax):
-        print(f"{name} {case.direction}, {shape} ...", file=sys.stderr)
+    for case in cases(
+        name, shape, getattr(torch, dtype), directions, device=args.device, modes=args.compile, jax=jax
+    ):
+        print(f"{name} {case.direction}, {shape} {dtype} ...", file=sys.stderr)
         rows += measure(case, seconds=args.seconds, timed=not interpreted)
     return rows
+
+
+def rows_beside_base(
+    names, shape, directions: tuple[str, ...], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    import torch
+
+    from ..benchmark.base import build, measure_beside
+    from ..benchmark.cases import has
+
+    tree, rows = build(args.base), []
+    for name in names:
+        for direction in directions:
+            if not has(name, direction):
+                continue
+            print(f"{name} {direction}, {shape} ...", file=sys.stderr)
+            request = {
+                "op": name, "direction": direction, "shape": str(shape), "dtype": args.dtype, "device": args.device,
+                "backend": args.backend, "threads": torch.get_num_threads(),
+            }  # fmt: skip
+            rows += measure_beside(tree, args.base, request, seconds=args.seconds)
+    return rows
+
+
+def count_instructions(names, shape, directions: tuple[str, ...], args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from ..benchmark.cases import has
+    from ..benchmark.instructions import count
+    from ._report import print_table
+
+    table = Table("op", "direction", "instructions per call, one thread", title=f"{shape}, {args.dtype}")
+    for name in names:
+        for direction in directions:
+            if has(name, direction):
+                print(f"{name} {direction} under callgrind ...", file=sys.stderr)
+                counted = count(name, direction, shape, args.dtype, args.backend)
+                table.add_row(name, direction, f"{counted:,}")
+    print_table(table)
+    return 0
 
 
 def tables(rows: list[dict[str, Any]]):
@@ -175,11 +277,13 @@ def tables(rows: list[dict[str, Any]]):
     from ..benchmark.report import COLUMNS, cells, titles
 
     for title, group in titles(rows):
+        shown = [cells(row) for row in group]
+        filled = [at for at in range(len(COLUMNS)) if any(line[at] for line in shown)]
         table = Table(title=title)
-        for name in COLUMNS:
-            table.add_column(name, no_wrap=name in ("op", "what"))
-        for row in group:
-            table.add_row(*cells(row))
+        for at in filled:
+            table.add_column(COLUMNS[at], no_wrap=COLUMNS[at] in ("op", "direction", "what"))
+        for line in shown:
+            table.add_row(*(line[at] for at in filled))
         yield table
 
 

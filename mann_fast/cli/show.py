@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     found = trace(restore_model(content), episode, config.labels)
     images = episode.inputs[:, 0, : config.image_size**2].unflatten(1, (config.image_size, config.image_size))
     out = args.out or Path(f"episode-{args.episode}.png")
-    plot_episode(out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}")
+    plot_episode(
+        out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"
+    )
     print(f"{int(found.right.sum())} of {len(found.right)} right; picture: {out}")
     return 0

@@ -136,7 +136,10 @@ class Episodes:
         width; float32."""
         count, size = pixels.shape[0] * pixels.shape[1], self.image_size
         random = (2 * self._uniform(count, 6) - 1).float()
-        angle, shift = random[:, 0] * _TURN, random[:, 1:3] * 2 * _SHIFT  # the picture is 2 wide in grid units
+        angle, shift = (
+            random[:, 0] * _TURN,
+            random[:, 1:3] * 2 * _SHIFT,
+        )  # the picture is 2 wide in grid units
         cos, sin = angle.cos(), angle.sin()
         width, height = (_STRETCH * random[:, 3:5]).exp().unbind(1)
         slant = _SLANT * random[:, 5]

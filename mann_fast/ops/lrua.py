@@ -128,7 +128,9 @@ def _(
     )
 
 
-REPLAY_NUMBERS = (227 * 1024 - 16 * 1024) // 4  # in the shared memory of a multiprocessor, beside everything else
+REPLAY_NUMBERS = (
+    227 * 1024 - 16 * 1024
+) // 4  # in the shared memory of a multiprocessor, beside everything else
 
 
 def anchor_interval(num_slots: int, slot_size: int, num_heads: int, backend: str = "cpp") -> int:

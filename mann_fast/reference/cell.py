@@ -39,9 +39,7 @@ def split_heads(
     if isinstance(sharpness, (int, float)):
         beta = values.new_full(gate.shape, sharpness)
     elif learned:  # in half precision rounded once
-        beta = torch.add(
-            values.new_full((), SHARPNESS_MIN), F.softplus(learned[0]), alpha=SHARPNESS_SCALE
-        )
+        beta = torch.add(values.new_full((), SHARPNESS_MIN), F.softplus(learned[0]), alpha=SHARPNESS_SCALE)
     return key, vector, gate, beta
 
 
