@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from ..training import InstanceAccuracy, TrainConfig
+from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
+from ..training.config import RunConfig
 from ..training.plots import ordinal, shown_instances
+from ..training.sequence_plots import unit
+from ..training.sequences import SequenceStep
 from ..training.trainer import StepResult
 
 SMOOTHING = 0.95  # of the averages in the progress bar
@@ -19,15 +23,15 @@ QUIET_SECONDS = 30  # between progress lines where the output is no terminal
 
 
 class TrainingProgress:
-    """Loss, accuracy by instance and time left: a bar on a terminal, a line now and then elsewhere. Goes to
+    """Loss, accuracy by instance or error, and time left: a bar on a terminal, a line now and then elsewhere. Goes to
     stderr.
     """
 
-    def __init__(self, config: TrainConfig, step: int):
+    def __init__(self, config: RunConfig, step: int):
         self.config = config
         self.console = Console(stderr=True)
         self.loss: float | None = None
-        self.accuracy: Sequence[float] = ()
+        self.values: Sequence[float] = ()
         self.first_step, self.started = step, time.monotonic()
         self.next_line = self.started + QUIET_SECONDS
         self.progress = Progress(
@@ -50,14 +54,14 @@ class TrainingProgress:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def update(self, result: StepResult) -> None:
-        values = result.accuracy.tolist()
+    def update(self, result: StepResult | SequenceStep) -> None:
+        values = [result.error] if isinstance(result, SequenceStep) else result.accuracy.tolist()
         if self.loss is None:
-            self.loss, self.accuracy = result.loss, values
+            self.loss, self.values = result.loss, values
         # A plain mean over the first steps, then an exponential one.
         weight = max(1 - SMOOTHING, 1 / (result.step - self.first_step))
         self.loss += weight * (result.loss - self.loss)
-        self.accuracy = [old + weight * (new - old) for old, new in zip(self.accuracy, values, strict=True)]
+        self.values = [old + weight * (new - old) for old, new in zip(self.values, values, strict=True)]
         if self.console.is_terminal:
             self.progress.update(self.task, completed=result.step, numbers=self._numbers())
         elif time.monotonic() >= self.next_line or result.step == self.config.steps:
@@ -68,9 +72,9 @@ class TrainingProgress:
             )
 
     def _numbers(self) -> str:
-        shown = " ".join(
-            f"{ordinal(k)} {self.accuracy[k - 1]:.0%}" for k in shown_instances(self.config.shots)
-        )
+        if isinstance(self.config, SequenceConfig):
+            return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}"
+        shown = " ".join(f"{ordinal(k)} {self.values[k - 1]:.0%}" for k in shown_instances(self.config.shots))
         return f"loss {self.loss:.3f} {shown}"
 
     def _left(self, step: int) -> str:
@@ -98,6 +102,28 @@ def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) 
     print(title)
     print_table(table)
     print(explain_first(config))
+
+
+def print_errors(results: Sequence[dict[str, Any]], config: SequenceConfig, title: str) -> None:
+    """Errors of every size, as a table on stdout; where the best possible answers are known, at some of the answers."""
+    print(title)
+    table = Table()
+    if results[0]["ideal"] is None:
+        for name in ("size", unit(config), "95% interval", "without an error", "a guess"):
+            table.add_column(name, justify="left" if name == "size" else "right")
+        for result in results:
+            interval = f"{result['low']:.3f} to {result['high']:.3f}"
+            figures = f"{result['mean']:.3f}", interval, f"{result['solved']:.0%}", f"{result['guess']:.1f}"
+            table.add_row(result["name"], *figures)
+    else:
+        (result,) = results
+        for name in ("point", unit(config), "the Gaussian process itself", "a guess"):
+            table.add_column(name, justify="right")
+        for k in (1, 2, 5, 10, 20, 50, 100, 200):
+            if k <= result["answers"]:
+                values = (result["by_answer"][k - 1], result["ideal"][k - 1], result["guess"])
+                table.add_row(ordinal(k), *(f"{value:.3f}" for value in values))
+    print_table(table)
 
 
 def print_table(table: Table) -> None:

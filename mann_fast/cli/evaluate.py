@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from ..training import evaluate, load_checkpoint, restore_model
+from ..training import SequenceConfig, evaluate, load_checkpoint, restore_model
 from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
 from ..training.loop import describe
+from ..training.sequences import measure
 from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
 EXAMPLE = """\
@@ -56,15 +58,14 @@ def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
+    if isinstance(config, SequenceConfig):
+        return evaluate_task(args, content)
     source = args.data or config.data
     episodes = heldout_episodes(config, source, args.seed)
     classes, model = episodes.classes.num_classes, restore_model(content)
     accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
 
-    beside = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    out = args.out or (Path() if args.checkpoint == PRETRAINED else beside)
-    out.mkdir(parents=True, exist_ok=True)
-    picture = out / "evaluation.png"
+    picture = out_folder(args) / "evaluation.png"
     title = describe(config, source)
     plot_accuracy(picture, accuracy, config.chance, title)
     result = {
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "chance": config.chance,
         "picture": str(picture),
     }
-    write_json(out / "evaluation.json", result)
+    write_json(picture.with_suffix(".json"), result)
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
@@ -86,5 +87,41 @@ def run(args: argparse.Namespace) -> int:
 
     measured = f"{classes} held-out classes, {args.episodes:,} episodes"
     print_accuracy(accuracy, config, f"{title}, step {content['step']}: {measured}")
+    print(f"picture: {picture}")
+    return 0
+
+
+def out_folder(args: argparse.Namespace) -> Path:
+    """Where the results go, made if it does not exist."""
+    beside = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    out = args.out or (Path() if args.checkpoint == PRETRAINED else beside)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def evaluate_task(args: argparse.Namespace, content: dict[str, Any]) -> int:
+    """The same for a model of a sequence task."""
+    from ..training.sequence_plots import plot_answers
+    from ._report import print_errors
+
+    config = content["config"]
+    if args.data:
+        raise ValueError(f"--data does not belong to a model of the task {config.task}")
+    results = measure(restore_model(content), config, args.episodes, seed=args.seed)
+    picture = out_folder(args) / "evaluation.png"
+    plot_answers(picture, results, config, describe(config))
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "step": content["step"],
+        "seed": args.seed,
+        "results": [found._asdict() for found in results],
+        "picture": str(picture),
+    }
+    write_json(picture.with_suffix(".json"), result)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    title = f"{describe(config)}, step {content['step']}: {args.episodes:,} new sequences of each size"
+    print_errors(result["results"], config, title)
     print(f"picture: {picture}")
     return 0

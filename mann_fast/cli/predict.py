@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import image_files, load_images
-from ..training import load_checkpoint, predict, restore_model
+from ..training import SequenceConfig, load_checkpoint, predict, restore_model
 from ._options import add_checkpoint, say_which_model
 
 EXAMPLE = """\
@@ -89,6 +89,8 @@ def classify(
     read.
     """
     content = load_checkpoint(checkpoint)
+    if isinstance(content["config"], SequenceConfig):
+        raise ValueError(f"{checkpoint} is a model of the task {content['config'].task}, not of images")
     groups = example_files(support)
     files = [file for group in groups.values() for file in group]
     for image in images:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from ..training import load_checkpoint, restore_model
+from ..training import SequenceConfig, load_checkpoint, restore_model
 from ..training.loop import describe
+from ..training.sequences import trace_sequence
 from ..training.trace import trace
 from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
@@ -14,6 +16,7 @@ EXAMPLE = """\
 examples:
   mann-fast show                                               (fetches Omniglot first, 15 MB)
   mann-fast show --checkpoint runs/glyphs --episode 3 --out third.png
+  mann-fast show --checkpoint runs/copy --length 60            (a model of a sequence task)
 """
 
 
@@ -31,6 +34,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add_heldout_data(parser)
     parser.add_argument(
+        "--length", metavar="N", type=int, help="of a sequence task (default: the longest of training)"
+    )
+    parser.add_argument(
         "--out", metavar="FILE", type=Path, help="the picture, PNG or SVG (default: episode-SEED.png)"
     )
     return parser
@@ -42,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
+    if isinstance(config, SequenceConfig):
+        return show_sequence(args, content)
+    if args.length is not None:
+        raise ValueError("--length belongs to a model of a sequence task")
     source = args.data or config.data
     episode = heldout_episodes(config, source, args.episode).sample(1)
     found = trace(restore_model(content), episode, config.labels)
@@ -51,4 +61,21 @@ def run(args: argparse.Namespace) -> int:
         out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"
     )
     print(f"{int(found.right.sum())} of {len(found.right)} right; picture: {out}")
+    return 0
+
+
+def show_sequence(args: argparse.Namespace, content: dict[str, Any]) -> int:
+    """The same for a model of a sequence task."""
+    from ..training.sequence_plots import plot_sequence, unit
+
+    config = content["config"]
+    if args.data:
+        raise ValueError(f"--data does not belong to a model of the task {config.task}")
+    least = SequenceConfig.of_task(config.task).least
+    if args.length is not None and args.length < least:
+        raise ValueError(f"--length must be at least {least}, got {args.length}")
+    found = trace_sequence(restore_model(content), config, args.episode, args.length)
+    out = args.out or Path(f"episode-{args.episode}.png")
+    plot_sequence(out, found, f"{describe(config)}: sequence {args.episode}")
+    print(f"{unit(config)}: {found.error:.3f}; picture: {out}")
     return 0

@@ -1,4 +1,4 @@
-"""mann-fast train: train a model on episodes, and measure it on classes that it has never seen."""
+"""mann-fast train: train a model on episodes of images, and measure it on classes that it has never seen; or on sequences."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.sequences import TASKS
+from ..layers._ntm import ADDRESSINGS
+from ..ops.cell import CONTROLLERS
 from ..training import (
     InstanceAccuracy,
     Interrupted,
+    SequenceConfig,
     TrainConfig,
     load_checkpoint,
     resume_run,
     start_run,
     summarise,
+    summarise_task,
 )
 from ..training import train as train_loop
-from ..training.config import LABELS, MODELS
+from ..training.config import LABELS, MODELS, RunConfig
 from ..training.loop import CHECKPOINT, describe, require_no_run
 from ._options import load_data
 from ._signals import StopSignals
@@ -28,10 +33,14 @@ examples:
   mann-fast train --data glyphs --out runs/glyphs --steps 2000
   mann-fast train --data omniglot --out runs/omniglot          (fetches Omniglot first, 15 MB)
   mann-fast train --data my_images --out runs/mine --ways 2    (one folder of images per class)
+  mann-fast train --task copy --out runs/copy                  (a Neural Turing Machine learns to copy, in minutes)
   mann-fast train --out runs/omniglot --resume                 (goes on after Ctrl-C)
 
-DIR then holds checkpoint.pt, metrics.jsonl, curve.png and summary.json. See docs/cli.md.
+DIR then holds checkpoint.pt, metrics.jsonl, curve.png and summary.json, of a sequence task also answers.png and memory.png.
+See docs/cli.md and docs/tasks.md.
 """
+
+ONE_SHOT = "one-shot"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -46,10 +55,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     # No defaults here: what is left out comes from the checkpoint on --resume, else from TrainConfig.
     setting = parser.add_argument
     setting(
+        "--task",
+        choices=(ONE_SHOT, *TASKS),
+        help=f"classes of images from a few examples, or a sequence task (default: {ONE_SHOT})",
+    )
+    setting(
         "--data",
         metavar="DATA",
         help="glyphs (built in), omniglot (fetched once), or a folder: Omniglot's, or one with a "
-        "sub-folder of images per class; needed except with --resume",
+        "sub-folder of images per class; needed except with --resume or a sequence task",
     )
     setting(
         "--out",
@@ -81,7 +95,23 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help=f"pixels; images are resized to N x N (default: {default.image_size})",
     )
     setting(
-        "--hidden-size", type=int, metavar="N", help=f"units of the LSTM (default: {default.hidden_size})"
+        "--length",
+        type=int,
+        metavar="N",
+        help="of a sequence task, the longest of training: vectors to copy, items to recall, points of a function "
+        f"(default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
+    )
+    setting(
+        "--addressing",
+        choices=ADDRESSINGS,
+        help="of the memory, in a sequence task (default: ntm; for regression, lrua)",
+    )
+    setting("--controller", choices=tuple(CONTROLLERS), help="of a sequence task (default: lstm)")
+    setting(
+        "--hidden-size",
+        type=int,
+        metavar="N",
+        help=f"units of the controller (default: {default.hidden_size})",
     )
     setting("--slots", type=int, metavar="N", help=f"rows of the memory (default: {default.slots})")
     setting("--slot-size", type=int, metavar="N", help=f"numbers per row (default: {default.slot_size})")
@@ -89,7 +119,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--heads",
         type=int,
         metavar="N",
-        help=f"heads that read and write the memory (default: {default.heads})",
+        help=f"heads that read and write the memory (default: {default.heads}); a sequence task has sizes of its own, "
+        "see docs/tasks.md",
     )
     setting("--steps", type=int, metavar="N", help=f"training steps (default: {default.steps})")
     setting("--batch", type=int, metavar="N", help=f"episodes per step (default: {default.batch})")
@@ -112,7 +143,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--require-learning",
         action="store_true",
-        help="exit with status 1 if the 2nd image of a class is not recognised better than by guessing",
+        help="exit with status 1 if the 2nd image of a class is not recognised better than by guessing, or a sequence task "
+        "has half the errors of a guess",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the summary as JSON, and nothing else, to stdout"
@@ -121,16 +153,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    given = {
-        name: getattr(args, name) for name in TrainConfig().to_dict() if getattr(args, name, None) is not None
-    }
-    if args.resume:
-        before = load_checkpoint(args.out / CHECKPOINT)["config"].to_dict()
-        config = TrainConfig.from_dict({**before, **given})
-    elif "data" not in given:
-        raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
-    else:
-        config = TrainConfig(**given)
+    config = configured(args)
     status, summary = train_and_report(config, args.out, resume=args.resume, quiet=args.json)
     if summary is None:
         return status
@@ -139,8 +162,34 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary["learned"] or not args.require_learning else 1
 
 
+def configured(args: argparse.Namespace) -> RunConfig:
+    """The settings of the command line, for what is left out those of the run to go on with, else the task's own.
+
+    Raises ValueError for an option that the task does not have.
+    """
+    before = load_checkpoint(args.out / CHECKPOINT)["config"] if args.resume else None
+    task = args.task or getattr(before, "task", ONE_SHOT)
+    kind = TrainConfig if task == ONE_SHOT else SequenceConfig
+    if before is not None and task != getattr(before, "task", ONE_SHOT):
+        raise ValueError(f"the run in {args.out} is not one of --task {task}; leave the option out")
+    every = {**TrainConfig().to_dict(), **SequenceConfig().to_dict()}
+    given = {name: getattr(args, name) for name in every if getattr(args, name, None) is not None}
+    if kind is TrainConfig:
+        given.pop("task", None)
+    for name in given:
+        if name not in kind().to_dict():
+            raise ValueError(f"--{name.replace('_', '-')} does not belong to --task {task}")
+    if before is not None:
+        return kind.from_dict({**before.to_dict(), **given})
+    if kind is SequenceConfig:
+        return SequenceConfig.of_task(**given)
+    if "data" not in given:
+        raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
+    return TrainConfig(**given)
+
+
 def train_and_report(
-    config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+    config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
 ) -> tuple[int, dict[str, Any] | None]:
     """Train with progress on stderr and, unless `quiet`, a table on stdout; the exit status, and the summary
     if it finished.
@@ -149,22 +198,29 @@ def train_and_report(
 
     if not (resume or overwrite):
         require_no_run(out)  # before the data are loaded, which can take a while
-    dataset = load_data(config)
+    of_images = isinstance(config, TrainConfig)
+    dataset = load_data(config) if of_images else None
     trainer = (
         resume_run(config, dataset, out) if resume else start_run(config, dataset, out, overwrite=overwrite)
     )
     with StopSignals() as stop:
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        classes = ""
+        if of_images:
+            classes = f"{trainer.num_classes} classes to train on, {dataset.test.num_classes} held out, "
         print(
-            f"{describe(config)}: "
-            f"{trainer.num_classes} classes to train on, {dataset.test.num_classes} held out, "
-            f"{parameters:,} parameters" + (f", from step {trainer.step}" if resume else ""),
+            f"{describe(config)}: {classes}{parameters:,} parameters"
+            + (f", from step {trainer.step}" if resume else ""),
             file=sys.stderr,
         )
         with TrainingProgress(config, trainer.step) as progress:
             finished = train_loop(trainer, out, stop=stop, on_step=progress.update)
         try:
-            summary = summarise(trainer, dataset, out, stop=stop) if finished else None
+            summary = None
+            if finished and of_images:
+                summary = summarise(trainer, dataset, out, stop=stop)
+            elif finished:
+                summary = summarise_task(trainer, out, stop=stop)
         except Interrupted:
             summary = None
         if summary is None:
@@ -177,24 +233,35 @@ def train_and_report(
     if not quiet:
         print_summary(config, summary)
     if not summary["learned"]:
-        accuracy = summary["heldout_accuracy"]["mean"][1]
         print(
-            "mann-fast: warning: learning did not start: the 2nd image of a class is right "
-            f"{accuracy:.1%} of the time, where {1 / config.ways:.0%} is guessing; "
+            f"mann-fast: warning: learning did not start: {unlearned(config, summary)}; "
             "give it more --steps, or another --lr or --seed",
             file=sys.stderr,
         )
     return 0, summary
 
 
-def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
-    from ._report import duration, print_accuracy
+def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:
+    """The figure that is no better than a guess."""
+    if isinstance(config, SequenceConfig):
+        return "a sequence of the longest length of training has more than half the errors of a guess"
+    accuracy = summary["heldout_accuracy"]["mean"][1]
+    return f"the 2nd image of a class is right {accuracy:.1%} of the time, where {1 / config.ways:.0%} is guessing"
 
-    accuracy = InstanceAccuracy(**summary["heldout_accuracy"])
-    title = (
-        f"{describe(config)}: {summary['heldout_classes']} held-out classes, {accuracy.episodes:,} episodes"
-    )
-    print_accuracy(accuracy, config, title)
+
+def print_summary(config: RunConfig, summary: dict[str, Any]) -> None:
+    from ._report import duration, print_accuracy, print_errors
+
+    if isinstance(config, SequenceConfig):
+        print_errors(
+            summary["results"],
+            config,
+            f"{describe(config)}: {config.eval_episodes:,} new sequences of each size",
+        )
+    else:
+        accuracy = InstanceAccuracy(**summary["heldout_accuracy"])
+        classes = f"{summary['heldout_classes']} held-out classes, {accuracy.episodes:,} episodes"
+        print_accuracy(accuracy, config, f"{describe(config)}: {classes}")
     print(f"{summary['step']} steps in {duration(summary['training_seconds'])}")
     for name, path in summary["files"].items():
         print(f"{name + ':':12}{path}")

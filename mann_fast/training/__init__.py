@@ -1,15 +1,19 @@
-"""Training, evaluation and use of classifiers on episodes."""
+"""Training, evaluation and use of classifiers on episodes, and training on sequence tasks."""
 
 from .checkpoint import load_checkpoint, restore_model
-from .config import TrainConfig
+from .config import SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
-from .loop import has_learned, resume_run, start_run, summarise, train
+from .loop import has_learned, resume_run, start_run, summarise, summarise_task, train
 from .prediction import predict
-from .trainer import Trainer, TrainingDiverged
+from .run import TrainingDiverged
+from .sequences import SequenceTrainer
+from .trainer import Trainer
 
 __all__ = [
     "InstanceAccuracy",
     "Interrupted",
+    "SequenceConfig",
+    "SequenceTrainer",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",
@@ -21,5 +25,6 @@ __all__ = [
     "resume_run",
     "start_run",
     "summarise",
+    "summarise_task",
     "train",
 ]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..models import MANN, LSTMClassifier
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig, config_from_dict
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -62,7 +62,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
-    """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig.
+    """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig or SequenceConfig.
 
     Without a path: the model that comes with the package, 5-way, trained on Omniglot's background set.
 
@@ -91,13 +91,17 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
             f"{path} has checkpoint format {content['version']}, this mann_fast {VERSION}: "
             f"use the version of mann_fast that wrote it ({content.get('mann_fast')})"
         )
-    return {**content, "config": TrainConfig.from_dict(content["config"])}
+    return {**content, "config": config_from_dict(content["config"])}
 
 
-def build_model(config: TrainConfig, input_size: int, num_outputs: int) -> nn.Module:
+def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
         return LSTMClassifier(input_size, num_outputs, config.hidden_size)
+    if isinstance(config, TrainConfig):
+        options = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
+    else:
+        options = {"addressing": config.addressing, "controller": config.controller}
     return MANN(
         input_size,
         num_outputs,
@@ -105,7 +109,7 @@ def build_model(config: TrainConfig, input_size: int, num_outputs: int) -> nn.Mo
         num_slots=config.slots,
         slot_size=config.slot_size,
         num_heads=config.heads,
-        write_target="shared",  # takes off in fewer steps than "per_head": docs/omniglot.md
+        **options,
     )
 
 

@@ -6,24 +6,20 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..data.sequences import TASKS
+from ..layers._ntm import ADDRESSINGS
+from ..ops.cell import CONTROLLERS
+
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides what a run computes; a checkpoint holds it whole.
+class RunConfig:
+    """What every run has. A checkpoint holds the settings whole.
 
     Raises TypeError and ValueError for a setting of the wrong type or out of range.
     """
-
-    data: str = "glyphs"  # "glyphs", "omniglot" or the path of a folder
-    image_size: int = 20  # images are resized to image_size x image_size pixels
-
-    ways: int = 5  # classes per episode
-    shots: int = 10  # images of each class per episode
-    labels: str = "onehot"  # or "string": five letters per class, as in the paper
-    augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
 
     model: str = "mann"  # or "lstm", the baseline without memory
     hidden_size: int = 200
@@ -32,7 +28,7 @@ class TrainConfig:
     heads: int = 4
 
     steps: int = 20_000
-    batch: int = 16  # episodes per step
+    batch: int = 16  # episodes or sequences per step
     lr: float = 3e-3  # of AdamW
     warmup: int = 100  # steps in which the learning rate rises to lr
     decay: float = 1.0  # share of the steps, at the end, in which it falls to 0
@@ -53,7 +49,6 @@ class TrainConfig:
             elif type(value) is not expected:
                 raise TypeError(f"{field.name} must be of type {expected.__name__}, got {value!r}")
         for name in (
-            "image_size",
             "hidden_size",
             "slots",
             "slot_size",
@@ -64,17 +59,9 @@ class TrainConfig:
             "checkpoint_every",
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.ways >= 2, "ways", "at least 2", self.ways)
-        _require(
-            self.shots >= 2,
-            "shots",
-            "at least 2 (the first image of a class can only be guessed)",
-            self.shots,
-        )
         _require(self.eval_episodes >= 2, "eval_episodes", "at least 2", self.eval_episodes)
         _require(self.heads <= self.slots, "heads", f"at most slots = {self.slots}", self.heads)
         _require(self.model in MODELS, "model", f"one of {', '.join(MODELS)}", self.model)
-        _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0", self.lr)
         _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
         _require(0 <= self.decay <= 1, "decay", "from 0 to 1", self.decay)
@@ -92,6 +79,42 @@ class TrainConfig:
         fall = (self.steps - step) / falling if falling else 1.0
         return self.lr * min(1.0, rise, fall)
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`; ValueError where settings are missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if differing := names ^ set(values):
+            raise ValueError(f"settings of another version of mann_fast: {', '.join(sorted(differing))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Of a run on episodes of images."""
+
+    data: str = "glyphs"  # "glyphs", "omniglot" or the path of a folder
+    image_size: int = 20  # images are resized to image_size x image_size pixels
+
+    ways: int = 5  # classes per episode
+    shots: int = 10  # images of each class per episode
+    labels: str = "onehot"  # or "string": five letters per class, as in the paper
+    augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
+        _require(self.ways >= 2, "ways", "at least 2", self.ways)
+        _require(
+            self.shots >= 2,
+            "shots",
+            "at least 2 (the first image of a class can only be guessed)",
+            self.shots,
+        )
+        _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
+
     @property
     def chance(self) -> float:
         """The share of right answers of a blind guess: of one label of `ways`, or of five letters of five."""
@@ -107,16 +130,63 @@ class TrainConfig:
         """
         return 1 / self.ways + (1 - 1 / self.ways) / 4
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class SequenceConfig(RunConfig):
+    """Of a run on a task of `mann_fast.data.sequences`; `of_task` gives each its own defaults."""
+
+    task: str = "copy"
+    length: int = 20  # the longest of training, in the task's own unit
+    addressing: str = "ntm"
+    controller: str = "lstm"
+
+    hidden_size: int = 100
+    slot_size: int = 20
+    heads: int = 1
+    steps: int = 3000
+    lr: float = 1e-3
+    decay: float = 0.5
+    weight_decay: float = 0.0
+    eval_episodes: int = 200  # of each size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.task in TASKS, "task", f"one of {', '.join(TASKS)}", self.task)
+        _require(self.length >= self.least, "length", f"at least {self.least}", self.length)
+        choices = (("addressing", ADDRESSINGS), ("controller", tuple(CONTROLLERS)))
+        for name, known in choices:
+            value = getattr(self, name)
+            _require(value in known, name, f"one of {', '.join(known)}", value)
+
+    @property
+    def least(self) -> int:
+        """The shortest length of a sequence."""
+        return 2 if self.task == "recall" else 1
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`; ValueError where settings are missing or unknown."""
-        names = {field.name for field in fields(cls)}
-        if differing := names ^ set(values):
-            raise ValueError(f"settings of another version of mann_fast: {', '.join(sorted(differing))}")
-        return cls(**values)
+    def of_task(cls, task: str, **changes: Any) -> SequenceConfig:
+        return cls(task=task, **{**TASK_DEFAULTS.get(task, {}), **changes})
+
+
+# Sizes of Graves et al. 2014 (table 1) for their tasks, of Santoro et al. 2016 for regression.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "copy": {},
+    "repeat-copy": {"length": 10, "steps": 10_000},
+    "recall": {"length": 6, "steps": 4000},
+    "regression": {
+        "length": 50,
+        "steps": 10_000,
+        "addressing": "lrua",
+        "hidden_size": 200,
+        "slot_size": 40,
+        "heads": 4,
+    },
+}
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig | SequenceConfig:
+    """The settings of a checkpoint."""
+    return (SequenceConfig if "task" in values else TrainConfig).from_dict(values)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

@@ -12,13 +12,17 @@ import torch
 
 from ..data import Dataset, Episodes
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .config import RunConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .files import read_json_lines, replacing, write_json
 from .plots import plot_learning_curve
-from .trainer import StepResult, Trainer, TrainingDiverged
+from .run import Run, TrainingDiverged
+from .sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
+from .sequences import SequenceStep, SequenceTrainer, has_learned_task, measure, task_of, trace_sequence
+from .trainer import StepResult, Trainer
 
 CHECKPOINT, METRICS, CURVE, SUMMARY = "checkpoint.pt", "metrics.jsonl", "curve.png", "summary.json"
+ANSWERS, MEMORY = "answers.png", "memory.png"  # of a sequence task
 
 # What may change when a run is resumed: how long it goes on, how fast, and how it is reported.
 CHANGEABLE = ("data", "steps", "lr", "warmup", "decay", "log_every", "checkpoint_every", "eval_episodes")
@@ -32,23 +36,29 @@ def require_no_run(out: str | os.PathLike) -> None:
         )
 
 
+def make_trainer(config: RunConfig, dataset: Dataset | None) -> Trainer | SequenceTrainer:
+    return SequenceTrainer(config) if isinstance(config, SequenceConfig) else Trainer(config, dataset)
+
+
 def start_run(
-    config: TrainConfig, dataset: Dataset, out: str | os.PathLike, *, overwrite: bool = False
-) -> Trainer:
-    """A new run in folder `out`; FileExistsError where it holds one already, unless that is to be
-    overwritten.
+    config: RunConfig, dataset: Dataset | None, out: str | os.PathLike, *, overwrite: bool = False
+) -> Trainer | SequenceTrainer:
+    """A new run in folder `out`, of a SequenceConfig without a dataset; FileExistsError where it holds one already, unless that
+    is to be overwritten.
     """
     out = Path(out)
     if not overwrite:
         require_no_run(out)
-    trainer = Trainer(config, dataset)
+    trainer = make_trainer(config, dataset)
     out.mkdir(parents=True, exist_ok=True)
-    for name in (CHECKPOINT, METRICS, CURVE, SUMMARY):
+    for name in (CHECKPOINT, METRICS, CURVE, SUMMARY, ANSWERS, MEMORY):
         (out / name).unlink(missing_ok=True)
     return trainer
 
 
-def resume_run(config: TrainConfig, dataset: Dataset, out: str | os.PathLike) -> Trainer:
+def resume_run(
+    config: RunConfig, dataset: Dataset | None, out: str | os.PathLike
+) -> Trainer | SequenceTrainer:
     """The run in folder `out` where its checkpoint left it; lines of metrics.jsonl written after the
     checkpoint are cut off.
 
@@ -59,7 +69,7 @@ def resume_run(config: TrainConfig, dataset: Dataset, out: str | os.PathLike) ->
     state = load_checkpoint(out / CHECKPOINT)
     before, now = state["config"].to_dict(), config.to_dict()
     for name in before:
-        if name not in CHANGEABLE and before[name] != now[name]:
+        if name not in CHANGEABLE and before[name] != now.get(name):
             raise ValueError(
                 f"the run in {out} was started with {name} = {before[name]!r} and cannot continue with "
                 f"{now[name]!r}; leave the option out, or start a new run with another --out"
@@ -69,7 +79,7 @@ def resume_run(config: TrainConfig, dataset: Dataset, out: str | os.PathLike) ->
             f"the run in {out} is at step {state['step']} already; "
             f"steps must be at least that, got {config.steps}"
         )
-    trainer = Trainer(config, dataset)
+    trainer = make_trainer(config, dataset)
     trainer.load_state_dict(state)
     if (out / METRICS).exists():
         kept = [record for record in read_json_lines(out / METRICS) if record["step"] <= trainer.step]
@@ -79,11 +89,11 @@ def resume_run(config: TrainConfig, dataset: Dataset, out: str | os.PathLike) ->
 
 
 def train(
-    trainer: Trainer,
+    trainer: Run,
     out: str | os.PathLike,
     *,
     stop: Callable[[], bool] = lambda: False,
-    on_step: Callable[[StepResult], None] = lambda result: None,
+    on_step: Callable[[StepResult | SequenceStep], None] = lambda result: None,
 ) -> bool:
     """Train up to ``config.steps``; False where `stop`, asked before every step, said yes first.
 
@@ -115,14 +125,20 @@ def train(
     return finished
 
 
-def draw_curve(trainer: Trainer, out: Path) -> None:
+def draw_curve(trainer: Run, out: Path) -> None:
     """curve.png from metrics.jsonl; nothing before the first line is written."""
+    config = trainer.config
     if records := read_json_lines(out / METRICS):
-        plot_learning_curve(out / CURVE, records, trainer.config, describe(trainer.config))
+        plot = plot_sequence_curve if isinstance(config, SequenceConfig) else plot_learning_curve
+        plot(out / CURVE, records, config, describe(config))
 
 
-def describe(config: TrainConfig, source: str | None = None) -> str:
+def describe(config: RunConfig, source: str | None = None) -> str:
     """A run in a few words, for titles; `source` if it is measured on other data than it was trained on."""
+    if isinstance(config, SequenceConfig):
+        memory = f" ({config.addressing}, {config.controller})" if config.model == "mann" else ""
+        task = task_of(config)
+        return f"{config.model.upper()}{memory} on {config.task}, up to {task.name(*task.longest)}"
     source = source or config.data
     data = source if source in ("glyphs", "omniglot") else Path(source).resolve().name
     labels = ", string labels" if config.labels == "string" else ""
@@ -142,21 +158,49 @@ def summarise(
     accuracy = evaluate(
         trainer.model, episodes, config.eval_episodes, labels=config.labels, shots=config.shots, stop=stop
     )
+    return _write_summary(
+        trainer,
+        out,
+        {
+            "train_classes": trainer.num_classes,
+            "heldout_classes": dataset.test.num_classes,
+            "heldout_accuracy": accuracy.to_dict(),
+            "chance": config.chance,
+            "learned": has_learned(accuracy, config),
+        },
+    )
+
+
+def summarise_task(
+    trainer: SequenceTrainer, out: str | os.PathLike, *, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """Measure on sequences of every size, draw the errors and what the memory does with one sequence, write summary.json and
+    return its content; Interrupted where `stop` said yes.
+    """
+    out, config = Path(out), trainer.config
+    results = measure(trainer.model, config, config.eval_episodes, seed=config.seed, stop=stop)
+    title = describe(config)
+    plot_answers(out / ANSWERS, results, config, title)
+    plot_sequence(out / MEMORY, trace_sequence(trainer.model, config, seed=0), title)
+    found = {
+        "results": [result._asdict() for result in results],
+        "learned": has_learned_task(results, config),
+    }
+    return _write_summary(trainer, out, found, answers=ANSWERS, memory=MEMORY)
+
+
+def _write_summary(
+    trainer: Run, out: str | os.PathLike, found: dict[str, Any], **pictures: str
+) -> dict[str, Any]:
+    files = {"checkpoint": CHECKPOINT, "metrics": METRICS, "curve": CURVE, **pictures}
     summary = {
-        "config": config.to_dict(),
+        "config": trainer.config.to_dict(),
         "step": trainer.step,
         "training_seconds": round(trainer.seconds, 3),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "train_classes": trainer.num_classes,
-        "heldout_classes": dataset.test.num_classes,
-        "heldout_accuracy": accuracy.to_dict(),
-        "chance": config.chance,
-        "learned": has_learned(accuracy, config),
-        "files": {
-            name: str(Path(out) / file)
-            for name, file in (("checkpoint", CHECKPOINT), ("metrics", METRICS), ("curve", CURVE))
-        },
+        **found,
+        "files": {name: str(Path(out) / file) for name, file in files.items()},
     }
     write_json(Path(out) / SUMMARY, summary)
     return summary
@@ -178,5 +222,6 @@ __all__ = [
     "resume_run",
     "start_run",
     "summarise",
+    "summarise_task",
     "train",
 ]

@@ -1,31 +1,24 @@
-"""One training run: model, optimiser and stream of episodes, one step at a time, with a state that resumes
-bit for bit.
-"""
+"""A training run on episodes of images."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ..data import Dataset, Episodes
 from .checkpoint import build_model
 from .config import TrainConfig
 from .evaluation import episode_accuracy
 from .objective import is_right, label_loss, right_by_instance
+from .run import Run
 
 MONITOR_EPISODES = 64  # held-out episodes behind each point of the learning curve; always the same ones
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the parameters are still those of the step before."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class StepResult:
     accuracy: Tensor
 
 
-class Trainer:
+class Trainer(Run):
     """Trains one model on the training classes of a dataset.
 
     Makes its model from torch's global generator, which it seeds with ``config.seed``. Raises ValueError
@@ -45,7 +38,6 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset):
-        self.config = config
         self.fingerprint = fingerprint(dataset)
         self.drawn = is_drawn(dataset)
         # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
@@ -54,12 +46,7 @@ class Trainer:
         self.episodes = Episodes(classes, **shape, augment=config.augment, seed=config.seed)
         self.monitor = Episodes(dataset.test, **shape, seed=0).sample(MONITOR_EPISODES)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.episodes.input_size, self.episodes.num_outputs)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.step = 0
-        self.seconds = 0.0  # spent in steps, over all sessions of the run
+        super().__init__(config, build_model(config, self.episodes.input_size, self.episodes.num_outputs))
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -78,32 +65,19 @@ class Trainer:
         """
         started = time.perf_counter()
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate(self.step)
         self.model.train()
         episode = self.episodes.sample(config.batch)
-        self.optimizer.zero_grad(set_to_none=True)
         logits, _ = self.model(episode.inputs)
-        loss = label_loss(logits, episode.targets, config.labels)
-        loss.backward()
-        norm = clip_grad_norm_(self.model.parameters(), config.clip)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise TrainingDiverged(
-                f"training diverged at step {self.step + 1}: "
-                f"the loss is {loss.item():g}, the gradient's norm {norm.item():g}"
-            )
-        self.optimizer.step()
-        self.step += 1
-
+        loss = self.descend(label_loss(logits, episode.targets, config.labels))
         right = right_by_instance(
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
         )
         accuracy = right.mean(0) / config.ways
-        self._interval_loss += loss.item()
+        self._interval_loss += loss
         self._interval_accuracy += accuracy
         self._interval_steps += 1
         self.seconds += time.perf_counter() - started
-        return StepResult(self.step, loss.item(), accuracy)
+        return StepResult(self.step, loss, accuracy)
 
     def metrics(self) -> dict[str, Any]:
         """Averages over the steps since the last call, and the accuracy on held-out classes now: a line of
@@ -123,19 +97,10 @@ class Trainer:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint: all that the next step depends on, and what rebuilds the model."""
-        from .. import __version__
-
         return {
-            "mann_fast": __version__,
-            "config": self.config.to_dict(),
+            **super().state_dict(),
             "data": {"drawn": self.drawn, "fingerprint": self.fingerprint},
-            "model": {"config": self.model.config, "state": self.model.state_dict()},
-            "optimizer": self.optimizer.state_dict(),
             "episodes": self.episodes.state_dict(),
-            "rng": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
             "interval": {
                 "loss": self._interval_loss,
                 "accuracy": self._interval_accuracy,
@@ -152,18 +117,8 @@ class Trainer:
                 f"the images of --data {self.config.data} are not those that the checkpoint was trained on; "
                 "give the same data, or start a new run with another --out"
             )
-        if state["model"]["config"] != self.model.config:
-            raise ValueError(
-                f"the checkpoint's model was made with {state['model']['config']}, "
-                f"this version of mann_fast makes {self.model.config}; "
-                f"go on with the version that wrote it ({state['mann_fast']})"
-            )
-        self.model.load_state_dict(state["model"]["state"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self.episodes.load_state_dict(state["episodes"])
-        torch.set_rng_state(state["rng"])
-        self.step = state["step"]
-        self.seconds = state["seconds"]
         self._interval_loss = state["interval"]["loss"]
         self._interval_accuracy = state["interval"]["accuracy"].clone()
         self._interval_steps = state["interval"]["steps"]

@@ -1,0 +1,225 @@
+"""Sequence tasks for a memory: copy, repeat copy and associative recall (Graves et al. 2014, arXiv 1410.5401, sections 4.1 to
+4.3), and regression on functions drawn from a Gaussian process (Santoro et al. 2016, arXiv 1605.06065, section 4.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+
+class Sequences(NamedTuple):
+    """A batch: inputs [T, B, I], targets [T, B, O], and answered bool [T], the steps at which an answer is wanted.
+
+    ideal: of regression, [T, B], the squared error of the best possible prediction: that of the Gaussian process itself; else
+    None.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    answered: Tensor
+    ideal: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """1 to ``length`` random vectors of 8 bits, then a mark; the answer is the vectors in the same order.
+
+    Inputs are the bits, a mark at the start and one at the end.
+    """
+
+    length: int = 20
+    bits = 8
+    input_size = bits + 2
+    output_size = bits
+    binary = True
+
+    def draw(self, generator: Generator) -> tuple[int]:
+        """The size of a batch of training."""
+        return (_randint(1, self.length, generator),)
+
+    @property
+    def longest(self) -> tuple[int]:
+        """The largest size of training."""
+        return (self.length,)
+
+    @property
+    def tests(self) -> list[tuple[int]]:
+        """Sizes to measure: within training, and beyond it."""
+        return [(max(1, self.length * share // 10),) for share in (5, 10, 15, 25, 50)]
+
+    @staticmethod
+    def name(length: int) -> str:
+        return f"{length} vector{_plural(length)}"
+
+    def sample(self, batch: int, generator: Generator, length: int) -> Sequences:
+        bits = _bits(length, batch, self.bits, generator)
+        inputs = torch.zeros(2 * length + 2, batch, self.input_size)
+        inputs[0, :, self.bits] = 1
+        inputs[1 : length + 1, :, : self.bits] = bits
+        inputs[length + 1, :, self.bits + 1] = 1
+        return _answer(inputs, bits)
+
+
+@dataclass(frozen=True)
+class RepeatCopy:
+    """1 to ``length`` random vectors of 8 bits, then how often to repeat them, 1 to ``length`` times; the answer is that many
+    copies, and a mark at their end.
+
+    Inputs are the bits, a mark at the start, and the number as a share of ``length``.
+    """
+
+    length: int = 10
+    bits = 8
+    input_size = bits + 2
+    output_size = bits + 1
+    binary = True
+
+    def draw(self, generator: Generator) -> tuple[int, int]:
+        return _randint(1, self.length, generator), _randint(1, self.length, generator)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        return self.length, self.length
+
+    @property
+    def tests(self) -> list[tuple[int, int]]:
+        half, whole = max(1, self.length // 2), self.length
+        return [(half, half), (whole, whole), (2 * whole, whole), (whole, 2 * whole)]
+
+    @staticmethod
+    def name(length: int, repeats: int) -> str:
+        return f"{length} vector{_plural(length)}, {repeats} time{_plural(repeats)}"
+
+    def sample(self, batch: int, generator: Generator, length: int, repeats: int) -> Sequences:
+        bits = _bits(length, batch, self.bits, generator)
+        inputs = torch.zeros(length + 2 + length * repeats + 1, batch, self.input_size)
+        inputs[0, :, self.bits] = 1
+        inputs[1 : length + 1, :, : self.bits] = bits
+        inputs[length + 1, :, self.bits + 1] = repeats / self.length
+        answer = torch.zeros(length * repeats + 1, batch, self.output_size)
+        answer[:-1, :, : self.bits] = bits.repeat(repeats, 1, 1)
+        answer[-1, :, self.bits] = 1
+        return _answer(inputs, answer)
+
+
+@dataclass(frozen=True)
+class AssociativeRecall:
+    """2 to ``length`` items of three random vectors of 6 bits, then one of them again; the answer is the item that came after
+    it.
+
+    Inputs are the bits, a mark before each item, and a mark before and after the item that is asked for.
+    """
+
+    length: int = 6
+    bits = 6
+    vectors = 3
+    input_size = bits + 2
+    output_size = bits
+    binary = True
+
+    def draw(self, generator: Generator) -> tuple[int]:
+        return (_randint(2, self.length, generator),)
+
+    @property
+    def longest(self) -> tuple[int]:
+        return (self.length,)
+
+    @property
+    def tests(self) -> list[tuple[int]]:
+        return [(max(2, self.length * share // 6),) for share in (2, 4, 6, 9, 12, 18)]
+
+    @staticmethod
+    def name(items: int) -> str:
+        return f"{items} items"
+
+    def sample(self, batch: int, generator: Generator, items: int) -> Sequences:
+        bits = torch.randint(2, (items, self.vectors, batch, self.bits), generator=generator).float()
+        asked = torch.randint(items - 1, (batch,), generator=generator)
+        size = self.vectors + 1
+        inputs = torch.zeros((items + 1) * size + 1 + self.vectors, batch, self.input_size)
+        shown = inputs[: items * size].view(items, size, batch, self.input_size)
+        shown[:, 0, :, self.bits] = 1
+        shown[:, 1:, :, : self.bits] = bits
+        query = inputs[items * size : (items + 1) * size + 1]
+        query[[0, -1], :, self.bits + 1] = 1
+        query[1:-1, :, : self.bits] = _chosen(bits, asked)
+        return _answer(inputs, _chosen(bits, asked + 1))
+
+
+@dataclass(frozen=True)
+class Regression:
+    """``length`` points of a function drawn from a Gaussian process, in random order; the answer at every step is the value of
+    the function there, from the points before it.
+
+    The process has mean 0 and covariance exp(-(x - x')^2 / (2 * 0.3^2)) on [-1, 1], and its values are seen with a noise of
+    standard deviation 0.05. Inputs are the point and the value at the point before.
+    """
+
+    length: int = 50
+    input_size = 2
+    output_size = 1
+    binary = False
+    length_scale = 0.3
+    noise = 0.05
+
+    def draw(self, generator: Generator) -> tuple[int]:
+        return (self.length,)
+
+    @property
+    def longest(self) -> tuple[int]:
+        return (self.length,)
+
+    @property
+    def tests(self) -> list[tuple[int]]:
+        return [(self.length,)]
+
+    @staticmethod
+    def name(length: int) -> str:
+        return f"{length} point{_plural(length)}"
+
+    def sample(self, batch: int, generator: Generator, length: int) -> Sequences:
+        x = 2 * torch.rand(batch, length, 1, generator=generator, dtype=torch.float64) - 1
+        covariance = torch.exp(-((x - x.mT) ** 2) / (2 * self.length_scale**2))
+        covariance += self.noise**2 * torch.eye(length, dtype=torch.float64)
+        root = torch.linalg.cholesky(covariance)
+        z = torch.randn(batch, length, 1, generator=generator, dtype=torch.float64)
+        values = root @ z
+        # y = L z: given the values before it, y_t has mean y_t - L_tt z_t (Rasmussen and Williams 2006, appendix A.2).
+        ideal = (root.diagonal(dim1=1, dim2=2).unsqueeze(2) * z).square()
+        before = torch.cat([torch.zeros(batch, 1, 1), values[:, :-1].float()], dim=1)
+        inputs = torch.cat([x.float(), before], dim=2).transpose(0, 1)
+        answered = torch.ones(length, dtype=torch.bool)
+        return Sequences(inputs, values.float().transpose(0, 1), answered, ideal.float().squeeze(2).T)
+
+
+TASKS = {"copy": Copy, "repeat-copy": RepeatCopy, "recall": AssociativeRecall, "regression": Regression}
+
+
+def _plural(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _randint(low: int, high: int, generator: Generator) -> int:
+    return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+
+def _bits(length: int, batch: int, bits: int, generator: Generator) -> Tensor:
+    return torch.randint(2, (length, batch, bits), generator=generator).float()
+
+
+def _chosen(bits: Tensor, item: Tensor) -> Tensor:
+    """[vectors, B, bits] of the items [B] out of [items, vectors, B, bits]."""
+    return bits[item, :, torch.arange(len(item))].transpose(0, 1)
+
+
+def _answer(inputs: Tensor, answer: Tensor) -> Sequences:
+    """The answer at the last steps, at which the input is 0."""
+    targets = inputs.new_zeros(inputs.shape[0], *answer.shape[1:])
+    targets[-len(answer) :] = answer
+    answered = torch.zeros(inputs.shape[0], dtype=torch.bool)
+    answered[-len(answer) :] = True
+    return Sequences(inputs, targets, answered)

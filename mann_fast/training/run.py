@@ -1,0 +1,76 @@
+"""What every training run does: one step of AdamW at a time, with a state that resumes bit for bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from .config import RunConfig
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became infinite or NaN; the parameters are still those of the step before."""
+
+
+class Run:
+    """A model and its optimiser. ``step`` counts the steps that were taken; ``seconds`` is the time spent in them, over all
+    sessions of the run.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module):
+        self.config = config
+        self.model = model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+        self.seconds = 0.0
+
+    def descend(self, loss: Tensor) -> float:
+        """One step of AdamW, and the loss as a number; TrainingDiverged where it or its gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_grad_norm_(self.model.parameters(), self.config.clip)
+        value = loss.item()
+        if not math.isfinite(value) or not math.isfinite(norm.item()):
+            raise TrainingDiverged(
+                f"training diverged at step {self.step + 1}: "
+                f"the loss is {value:g}, the gradient's norm {norm.item():g}"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint: all that the next step depends on, and what rebuilds the model."""
+        from .. import __version__
+
+        return {
+            "mann_fast": __version__,
+            "config": self.config.to_dict(),
+            "model": {"config": self.model.config, "state": self.model.state_dict()},
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; ValueError where the kind of model is not the same."""
+        if state["model"]["config"] != self.model.config:
+            raise ValueError(
+                f"the checkpoint's model was made with {state['model']['config']}, "
+                f"this version of mann_fast makes {self.model.config}; "
+                f"go on with the version that wrote it ({state['mann_fast']})"
+            )
+        self.model.load_state_dict(state["model"]["state"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
