@@ -412,6 +412,58 @@ def test_reset_of_an_unbatched_state(options):
         assert all(torch.equal(a, b) for a, b in zip(tensors(reset), tensors(expected), strict=True))
 
 
+@pytest.mark.parametrize("addressing", ["lrua", "ntm", "content"])
+def test_a_learned_start_begins_as_the_constant_one_and_gets_a_gradient(addressing):
+    sizes = {"num_slots": 6, "slot_size": 5, "num_heads": 2, "addressing": addressing, "dtype": torch.float64}
+    torch.manual_seed(0)
+    constant = MemoryLayer(4, 7, **sizes)
+    torch.manual_seed(0)
+    layer = MemoryLayer(4, 7, **sizes, memory_start="learned")
+    assert set(layer.state_dict()) - set(constant.state_dict()) == {"start"} and layer.start.shape == (6, 5)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    assert torch.allclose(layer(x)[0], constant(x)[0], rtol=0, atol=1e-12)
+    assert "memory_start='learned'" in repr(layer) and "memory_start" not in repr(constant)
+
+    layer.start.data.normal_()
+    loss = layer(x)[0].square().sum()
+    (gradient,) = torch.autograd.grad(loss, layer.start)
+    direction = torch.randn_like(gradient)
+    around = []
+    for sign in (1, -1):
+        layer.start.data += sign * 1e-6 * direction
+        around.append(layer(x)[0].square().sum().item())
+        layer.start.data -= sign * 1e-6 * direction
+    assert (gradient * direction).sum().item() == pytest.approx((around[0] - around[1]) / 2e-6, rel=1e-5)
+    start = layer.initial_state(1)
+    assert torch.equal(start.memory.memory[0], layer.start)
+
+    _, state = layer(x)
+    back = state.reset(torch.tensor([False, True, False]), start)
+    assert torch.equal(back.memory.memory[1], layer.start) and torch.equal(back.reads[2], state.reads[2])
+    with pytest.raises(
+        ValueError, match=r"start must be of one sample, its reads of shape \[1, 2, 5\], got \[3, 2, 5\]"
+    ):
+        state.reset(torch.tensor([False, True, False]), layer.initial_state(3))
+    layer.reset_parameters()
+    assert torch.equal(layer.start, constant.initial_state(1).memory.memory[0])
+    with pytest.raises(ValueError, match="memory_start must be one of 'constant', 'learned', got 'random'"):
+        MemoryLayer(4, memory_start="random")
+
+
+def test_a_learned_start_in_half_precision_and_autocast():
+    layer = MemoryLayer(
+        4, 7, num_slots=6, slot_size=5, num_heads=2, memory_start="learned", dtype=torch.bfloat16
+    )
+    output, state = layer(torch.randn(3, 2, 4, dtype=torch.bfloat16))
+    output.float().sum().backward()
+    assert state.memory.memory.dtype == torch.float32 and layer.start.grad.dtype == torch.bfloat16
+    layer = MemoryLayer(4, 7, num_slots=6, slot_size=5, num_heads=2, memory_start="learned")
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = layer(torch.randn(3, 2, 4))
+    output.float().sum().backward()
+    assert layer.start.grad.dtype == torch.float32 and layer.start.grad.abs().sum() > 0
+
+
 def test_reset_refuses_other_masks():
     state = make_layer().initial_state(3)
     with pytest.raises(TypeError, match="mask must be a bool tensor, got list"):

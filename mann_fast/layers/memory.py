@@ -21,6 +21,7 @@ from . import _ntm
 VECTOR_GAIN = 3.0
 
 OPTIONS = ("order", "write_target", "usage_decay", "eps")  # of ops.lrua_step
+MEMORY_STARTS = ("constant", "learned")
 
 
 # What the paper and its best known implementations compute; docs/variants.md says how far each is from its original.
@@ -67,16 +68,19 @@ class MemoryState(NamedTuple):
         memory = type(self.memory)(*(x.to(reads.device, dtype) for x in self.memory))
         return MemoryState(tuple(x.to(*args, **kwargs) for x in self.controller), memory, reads)
 
-    def reset(self, mask: Tensor) -> MemoryState:
+    def reset(self, mask: Tensor, start: MemoryState | None = None) -> MemoryState:
         """Take the samples where ``mask`` is True back to the start of a sequence, and leave the others.
 
-        Differentiable; no gradient passes a reset.
+        Differentiable; no gradient passes a reset to what was before it.
 
         Args:
             mask: bool [B], on the device of the state; of shape [] for an unbatched state.
+            start: the state to start from, of one sample: ``layer.initial_state(1)`` of a layer whose memory_start is
+                "learned"; by default the constant one.
 
         Raises:
-            TypeError, ValueError: not a bool tensor of that shape; RuntimeError: on another device.
+            TypeError, ValueError: not a bool tensor of that shape, a start of more samples or other sizes; RuntimeError: on
+                another device.
         """
         batch, reads = self.reads.shape[:-2], self.reads
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -90,9 +94,16 @@ class MemoryState(NamedTuple):
         def choose(now: Tensor, start: Tensor) -> Tensor:
             return torch.where(mask.view(*mask.shape, *(1,) * (now.dim() - mask.dim())), start[0], now)
 
-        memory, one = self.memory, reads.new_zeros(1, *reads.shape[-2:])
-        controller = tuple(torch.zeros_like(x[:1] if batch else x.unsqueeze(0)) for x in self.controller)
-        return self._map(choose, _initial_state(one, memory.memory.shape[-2], controller, type(memory)))
+        if start is None:
+            memory, one = self.memory, reads.new_zeros(1, *reads.shape[-2:])
+            controller = tuple(torch.zeros_like(x[:1] if batch else x.unsqueeze(0)) for x in self.controller)
+            start = _initial_state(one, memory.memory.shape[-2], controller, type(memory))
+        elif start.reads.shape != (1, *reads.shape[-2:]):
+            expected = [1, *reads.shape[-2:]]
+            raise ValueError(
+                f"start must be of one sample, its reads of shape {expected}, got {list(start.reads.shape)}"
+            )
+        return self._map(choose, start)
 
 
 def _memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -156,6 +167,8 @@ class MemoryLayer(nn.Module):
             its key, as in the paper).
         order, write_target, usage_decay, eps: see :func:`mann_fast.ops.lrua_step`. order None: "write_first" with "lrua",
             "read_first" with the others, as in their papers.
+        memory_start: "constant" (1e-6, as in Collier and Beel 2018, arXiv 1807.08518) or "learned": a parameter, which
+            starts there.
         output_size: None for hidden_size + num_heads * slot_size (hidden state, then the reads head by head),
             or the width of a linear projection of these.
         batch_first: input and output are [B, T, ...] instead of [T, B, ...]. The state is not affected.
@@ -166,6 +179,7 @@ class MemoryLayer(nn.Module):
         heads: ``nn.Linear`` to keys (R D), write vectors (R D), gates (R) and sharpness (R), in this order,
             without those that the options leave out. With "ntm", for the read heads and then for the write heads: keys (R D),
             sharpness (R), gates (R), shifts (R (2S + 1)), sharpening (R); then erase (R D) and add (R D).
+        start: the learned start of the memory, a parameter [N, D], or None.
         projection: ``nn.Linear`` to output_size, or None.
         output_size: the width of the output, an int.
 
@@ -190,6 +204,7 @@ class MemoryLayer(nn.Module):
         write_target: str = "per_head",
         usage_decay: float = 0.95,
         eps: float = 1e-6,
+        memory_start: str = "constant",
         output_size: int | None = None,
         batch_first: bool = False,
         device: torch.device | str | None = None,
@@ -214,6 +229,7 @@ class MemoryLayer(nn.Module):
         check_sharpness(sharpness)
         _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
         _check_options(order, write_target, usage_decay, eps)
+        _checks.check_choice("memory_start", memory_start, MEMORY_STARTS)
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first must be a bool, got {type(batch_first).__name__}")
         if dtype is not None and dtype not in _checks.STATE_DTYPES + _checks.HALF_DTYPES:
@@ -225,7 +241,7 @@ class MemoryLayer(nn.Module):
         self.addressing, self.max_shift = addressing, max_shift
         self.sharpness, self.write_vector = sharpness, write_vector
         self.order, self.write_target, self.usage_decay, self.eps = order, write_target, usage_decay, eps
-        self.batch_first = batch_first
+        self.memory_start, self.batch_first = memory_start, batch_first
 
         reads_size = num_heads * slot_size
         if addressing == "lrua":
@@ -244,7 +260,10 @@ class MemoryLayer(nn.Module):
         self.projection = None
         if output_size is not None:
             self.projection = nn.Linear(hidden_size + reads_size, output_size, **factory)
-        self._widen_vectors()
+        learned = memory_start == "learned"
+        start = nn.Parameter(torch.empty(num_slots, slot_size, **factory)) if learned else None
+        self.register_parameter("start", start)
+        self._adjust_parameters()
 
     @classmethod
     def preset(cls, name: str, input_size: int, **overrides) -> MemoryLayer:
@@ -267,22 +286,26 @@ class MemoryLayer(nn.Module):
                 layer.controller.bias_ih[size : 2 * size] += FORGET_BIAS[name]
         return layer
 
-    def _widen_vectors(self) -> None:
+    def _adjust_parameters(self) -> None:
         with torch.no_grad():
             self.heads.weight[: self._vectors_size] *= VECTOR_GAIN
+            if self.start is not None:
+                reads = self.start.new_zeros(1, self.num_heads, self.slot_size)
+                constant = _initial_state(reads, self.num_slots, (), self._memory_kind)
+                self.start.copy_(constant.memory.memory[0])
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as for a new layer; a controller of your own by its own ``reset_parameters``."""
         for module in self.children():
             module.reset_parameters()
-        self._widen_vectors()
+        self._adjust_parameters()
 
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self, name)}" for name in ("num_slots", "slot_size", "num_heads")]
         defaults = MemoryLayer.__init__.__kwdefaults__
         defaults = {**defaults, "order": "write_first" if self.addressing == "lrua" else "read_first"}
         for name in (
-            "controller", "addressing", "max_shift", "sharpness", "write_vector", *OPTIONS, "batch_first",
+            "controller", "addressing", "max_shift", "sharpness", "write_vector", *OPTIONS, "memory_start", "batch_first",
         ):  # fmt: skip
             value = getattr(self, "kind" if name == "controller" else name)
             if value != defaults[name] and value != "module":
@@ -294,7 +317,11 @@ class MemoryLayer(nn.Module):
         reads = self.heads.weight.new_zeros(batch, self.num_heads, self.slot_size)
         names = () if self.kind == "module" else CONTROLLERS[self.kind][1]
         controller = tuple(reads.new_zeros(batch, self.hidden_size) for _ in names)
-        return _initial_state(reads, self.num_slots, controller, self._memory_kind)
+        state = _initial_state(reads, self.num_slots, controller, self._memory_kind)
+        if self.start is None:
+            return state
+        memory = self.start.to(state.memory.memory.dtype).repeat(batch, 1, 1)
+        return state._replace(memory=state.memory._replace(memory=memory))
 
     @property
     def _memory_kind(self) -> type[ops.LRUAState] | type[ops.NTMState]:

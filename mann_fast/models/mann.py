@@ -21,8 +21,8 @@ class MANN(nn.Module):
         input_size: width of the input: the image and the label of the step before.
         num_classes: how many logits per step.
         hidden_size, num_slots, slot_size, num_heads, controller, addressing, max_shift, sharpness, write_vector, order,
-            write_target, usage_decay, eps, batch_first, device, dtype: as of :class:`mann_fast.MemoryLayer`; the controller
-            by its name.
+            write_target, usage_decay, eps, memory_start, batch_first, device, dtype: as of
+            :class:`mann_fast.MemoryLayer`; the controller by its name.
 
     Attributes:
         layer: the MemoryLayer.
@@ -51,6 +51,7 @@ class MANN(nn.Module):
         write_target: str = "per_head",
         usage_decay: float = 0.95,
         eps: float = 1e-6,
+        memory_start: str = "constant",
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,6 +73,7 @@ class MANN(nn.Module):
             "write_target": write_target,
             "usage_decay": usage_decay,
             "eps": eps,
+            "memory_start": memory_start,
             "batch_first": batch_first,
         }
         self.config = {"num_classes": num_classes, **options}
