@@ -56,7 +56,7 @@ isas: build
 
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
 triton: build
-	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) tests/test_ntm.py
 	$(BIN)/python scripts/triton_aot.py
 
 # The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from . import content, lrua
+from . import content, lrua, ntm
 
 
 def register(library: torch.library.Library) -> None:
     """Implement the raw ops of ``library`` for CUDA tensors, and for CPU tensors, which only the interpreter can take."""
-    for module in (content, lrua):
+    for module in (content, lrua, ntm):
         for name in module.RAW:
             for device in ("CUDA", "CPU"):
                 library.impl(name, getattr(module, name), device)
 
 
-__all__ = ["content", "lrua", "register"]
+__all__ = ["content", "lrua", "ntm", "register"]

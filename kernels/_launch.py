@@ -8,19 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops._triton_sizes import power_of_two
+
 # Forward must give equal slots equal bits. Which products a compiler fuses with sums is its own affair, and it might fuse
 # for one slot and not for another; so it fuses none, and what is worth it is written out (tl.fma). Backward promises no
 # such thing. One stage: a step reads what the step before stored, so nothing may be fetched ahead.
 FORWARD = {"enable_fp_fusion": False, "num_stages": 1}
 BACKWARD = {"enable_fp_fusion": True, "num_stages": 1}
 
-# Numbers that a program may hold in registers at once as one block [heads, slots, width], and as a whole memory.
-TILE_NUMBERS = 8192
-RESIDENT_NUMBERS = 16384
-
-
-def power_of_two(number: int) -> int:
-    return triton.next_power_of_2(number)
+TILE_NUMBERS = 8192  # that a program may hold in registers at once as one block [heads, slots, width]
 
 
 def tile_slots(num_slots: int, slot_size: int, num_heads: int) -> int:

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._triton_sizes import RESIDENT_NUMBERS, fits_one_program, pieces, resident_numbers
 from ..ops.lrua import _anchors_shape, _steps
 from . import content
-from ._launch import BACKWARD, FORWARD, RESIDENT_NUMBERS, contiguous, launch, power_of_two, split, tile_slots
+from ._launch import BACKWARD, FORWARD, contiguous, launch, power_of_two, split, tile_slots
 from ._tuning import num_warps
 
 RAW = ("least_used", "lrua_write", "lrua_write_backward", "lrua_scan", "lrua_scan_backward")
@@ -518,23 +519,6 @@ def _scan_backward_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
     _store_memory(grad_in_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
-
-
-def pieces(slot_size: int) -> tuple[int, int]:
-    """The width of a slot as two powers of two. Where one is enough the second is 1, all of it padding."""
-    first = 1 << (slot_size.bit_length() - 1)
-    return first, power_of_two(max(slot_size - first, 1))
-
-
-def resident_numbers(num_slots: int, slot_size: int) -> int:
-    """Numbers that one program holds of a memory."""
-    first, second = pieces(slot_size)
-    return power_of_two(num_slots) * (first if slot_size == first else first + second)
-
-
-def fits_one_program(num_slots: int, slot_size: int) -> bool:
-    """Whether a program holds a whole memory in registers; else a scan is a loop of steps."""
-    return resident_numbers(num_slots, slot_size) <= RESIDENT_NUMBERS
 
 
 def _resident(kernel: str, device: torch.device, num_slots: int, slot_size: int, heads: int) -> dict[str, int]:

@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mann_fast import kernels
-from mann_fast.kernels import content, lrua
+from mann_fast.kernels import content, lrua, ntm
+from mann_fast.ops import ntm as ntm_ops
 from mann_fast.ops.lrua import anchor_interval
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
@@ -91,7 +92,7 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
     def empty(*sizes, dtype=torch.float64 if dtype == torch.float64 else torch.float32):
         return torch.empty(sizes, device="meta", dtype=dtype)
 
-    content.launch = lrua.launch = note
+    content.launch = lrua.launch = ntm.launch = note
     memory, weights, usage = empty(2, slots, size), empty(2, heads, slots), empty(2, slots)
     key, gate = empty(2, heads, size, dtype=dtype), empty(2, heads, dtype=dtype)
     read, out = kernels.content.content_read(memory, key, gate, 1e-6)
@@ -122,6 +123,19 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
                 False,
                 1e-6,
                 every,
+            )
+        writes, moves = 1, 3
+        of_heads, shares = (20, 2, heads + writes), empty(20, 2, heads + writes, dtype=dtype)
+        inputs = (
+            empty(*of_heads, size, dtype=dtype), shares, shares, empty(*of_heads, moves, dtype=dtype), shares,
+            *[empty(20, 2, writes, size, dtype=dtype)] * 2,
+        )  # fmt: skip
+        weights = empty(2, heads + writes, slots)
+        every = ntm_ops.anchor_interval(slots, size, heads + writes)
+        for read_first in (False, True) if shape == PAPER else (True,):
+            reads, memory, weights, *kept = ntm.ntm_scan(memory, weights, *inputs, read_first, 1e-6, every)
+            ntm.ntm_scan_backward(
+                reads, memory, weights, memory, weights, *inputs, *kept, read_first, 1e-6, every
             )
     return list(found.values())
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import needs_cpp, worst_error
+from cases import BACKEND, INTERPRETED, RAW_OPS, needs_cpp, shorter, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,15 +11,20 @@ import mann_fast
 from mann_fast import ops, reference
 
 ORDERS = ("read_first", "write_first")
+reason = mann_fast.backends()[BACKEND] or (
+    "CUDA C++ has no kernel for these ops yet" if BACKEND == "cuda" else None
+)
+needs_ntm = pytest.mark.skipif(reason is not None, reason=f"{BACKEND}: {reason}")
+
 SHAPES = [  # T, B, N, D, R, W, S
-    pytest.param((13, 2, 128, 20, 1, 1, 1), id="paper"),
-    pytest.param((4, 3, 7, 5, 2, 3, 1), id="small-odd"),
-    pytest.param((20, 2, 33, 17, 3, 2, 2), id="several-anchors"),
+    pytest.param(shorter((13, 2, 128, 20, 1, 1, 1), (2, 2, 128, 20, 1, 1, 1)), id="paper"),
+    pytest.param(shorter((4, 3, 7, 5, 2, 3, 1), (2, 2, 7, 5, 2, 3, 1)), id="small-odd"),
+    pytest.param(shorter((20, 2, 33, 17, 3, 2, 2), (10, 1, 20, 9, 3, 2, 2)), id="several-anchors"),
     pytest.param((3, 1, 1, 1, 1, 1, 1), id="ones"),
     pytest.param((3, 2, 5, 3, 2, 0, 1), id="no-write-head"),
     pytest.param((3, 2, 5, 3, 0, 2, 1), id="no-read-head"),
     pytest.param((6, 2, 3, 4, 1, 1, 3), id="shift-goes-round"),
-    pytest.param((5, 2, 40, 9, 6, 5, 0), id="no-shift"),
+    pytest.param(shorter((5, 2, 40, 9, 6, 5, 0), (2, 1, 40, 9, 6, 5, 0)), id="no-shift"),
     pytest.param((0, 2, 4, 3, 1, 1, 1), id="no-steps"),
     pytest.param((3, 0, 4, 3, 1, 1, 1), id="empty-batch"),
 ]
@@ -92,8 +97,8 @@ def numpy_address(memory, key, sharpness, gate, shift, sharpening, previous, eps
 def test_reference_is_the_equations(order):
     steps, batch, reads, writes = 50, 2, 2, 2
     inputs = ntm_inputs(steps, batch, 9, 4, reads, writes, 1)
-    results = call(reference.ntm_scan, inputs, order=order)
-    numbers = [x.numpy() for x in inputs]
+    results = [x.cpu() for x in call(reference.ntm_scan, inputs, order=order)]
+    numbers = [x.cpu().numpy() for x in inputs]
     for b in range(batch):
         memory, w_read, w_write = (numbers[i][b].copy() for i in range(3))
         for t in range(steps):
@@ -129,7 +134,7 @@ def test_shift_by_one_moves_the_focus_one_slot_up():
     assert torch.equal(ops.ntm_address(memory, head, previous), torch.eye(5)[None, 2:3])
 
 
-@needs_cpp
+@needs_ntm
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     "dtype, tolerance, gradient_tolerance", [(torch.float64, 1e-11, 1e-10), (torch.float32, 2e-5, 5e-4)]
@@ -142,9 +147,10 @@ def test_scan_matches_reference(shape, dtype, tolerance, gradient_tolerance, ord
     compare(actual, expected, tolerance, gradient_tolerance)
 
 
-@needs_cpp
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@needs_ntm
+@pytest.mark.parametrize("dtype", shorter([torch.bfloat16, torch.float16], [torch.float16]))
 def test_half_precision_is_as_good_as_plain_pytorch(dtype):
+    """Triton's interpreter cuts a bfloat16's bits off where a GPU rounds, so it is left out there."""
     inputs = [
         x.to(dtype if i > 2 else torch.float32).double()
         for i, x in enumerate(ntm_inputs(6, 2, 33, 9, 2, 1, 1))
@@ -158,32 +164,33 @@ def test_half_precision_is_as_good_as_plain_pytorch(dtype):
             assert worst_error(x, z) <= factor * worst_error(y, z) + 1e-6
 
 
-@needs_cpp
+@needs_ntm
 @pytest.mark.parametrize("order", ORDERS)
 def test_steps_halves_and_whole_are_the_same_bits(order):
-    inputs = ntm_inputs(21, 3, 40, 8, 2, 1, 1, dtype=torch.float32)
+    steps, half = shorter((21, 13), (5, 3))
+    inputs = ntm_inputs(steps, 3, 40, 8, 2, 1, 1, dtype=torch.float32)
     whole = call(ops.ntm_scan, inputs, order=order)
 
     def part(times, state):
         return [*state, *(x[times] for x in inputs[3:])]
 
-    first = call(ops.ntm_scan, part(slice(0, 13), inputs[:3]), order=order)
-    second = call(ops.ntm_scan, part(slice(13, 21), first[1:]), order=order)
+    first = call(ops.ntm_scan, part(slice(0, half), inputs[:3]), order=order)
+    second = call(ops.ntm_scan, part(slice(half, steps), first[1:]), order=order)
     assert torch.equal(whole[0], torch.cat([first[0], second[0]]))
     assert all(map(torch.equal, whole[1:], second[1:]))
     state, reads = inputs[:3], []
-    for t in range(21):
+    for t in range(steps):
         read, *state = call(ops.ntm_step, part(t, state), order=order)
         reads.append(read)
     assert torch.equal(whole[0], torch.stack(reads)) and all(map(torch.equal, whole[1:], state))
 
 
-@needs_cpp
+@needs_ntm
 def test_same_bits_on_every_number_of_threads_and_alone():
-    inputs = ntm_inputs(9, 5, 24, 6, 2, 2, 1, dtype=torch.float32)
+    inputs = ntm_inputs(shorter(9, 2), 5, 24, 6, 2, 2, 1, dtype=torch.float32)
     threads, outputs = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in shorter((1, 2, 3), (1, 2)):
             torch.set_num_threads(count)
             results, gradients = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
             outputs.append([*results, *gradients])
@@ -195,7 +202,7 @@ def test_same_bits_on_every_number_of_threads_and_alone():
     assert all(torch.equal(x, y[3:4]) for x, y in zip(alone[1:], outputs[0][1:4], strict=True))
 
 
-@needs_cpp
+@needs_ntm
 def test_address_is_a_step_s_addressing_with_gradients():
     memory, weights, _, *head = ntm_inputs(1, 3, 17, 5, 2, 2, 1)[:8]
     head = [x[0] for x in head]
@@ -226,30 +233,41 @@ def test_sharpening_stays_finite(backend, sharpening):
     assert all(x.isfinite().all() for x in (weights, *gradients))
 
 
-@needs_cpp
-@settings(deadline=None, max_examples=40)
+@needs_ntm
+@settings(deadline=None, max_examples=10 if INTERPRETED else 40)
 @given(st.data())
 def test_any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     reads = draw(0, 5)
-    shape = (draw(0, 10), draw(0, 3), draw(1, 40), draw(1, 9), reads, draw(0 if reads else 1, 5), draw(0, 3))
+    shape = (
+        draw(0, shorter(10, 3)),
+        draw(0, shorter(3, 2)),
+        draw(1, 40),
+        draw(1, 9),
+        reads,
+        draw(0 if reads else 1, 5),
+        draw(0, 3),
+    )
     torch.manual_seed(draw(0, 1000))
     inputs, order = ntm_inputs(*shape), data.draw(st.sampled_from(ORDERS))
     actual = results_and_gradients(ops.ntm_scan, inputs, torch.float64, order=order)
     compare(actual, results_and_gradients(reference.ntm_scan, inputs, torch.float64, order=order), 1e-8, 1e-6)
 
 
-@needs_cpp
+@needs_ntm
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradcheck(order):
-    inputs = [x.requires_grad_() for x in ntm_inputs(3, 1, 5, 3, 2, 1, 1)]
+    inputs = [x.requires_grad_() for x in ntm_inputs(*shorter((3, 1, 5, 3, 2, 1, 1), (2, 1, 3, 2, 1, 1, 1)))]
     assert torch.autograd.gradcheck(lambda *x: tuple(call(ops.ntm_scan, x, order=order)), inputs)
 
 
-@needs_cpp
+@needs_ntm
+@pytest.mark.filterwarnings(
+    "ignore:All-NaN slice:RuntimeWarning"
+)  # of NumPy, in which Triton's interpreter computes
 @pytest.mark.parametrize("bad", range(len(NAMES)))
 def test_a_non_finite_value_stays_in_its_sample(bad):
-    inputs = ntm_inputs(5, 3, 12, 4, 2, 1, 1, dtype=torch.float32)
+    inputs = ntm_inputs(shorter(5, 2), 3, 12, 4, 2, 1, 1, dtype=torch.float32)
     clean = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
     inputs[bad] = inputs[bad].clone()
     sample = inputs[bad].select(0 if bad < 3 else 1, 1)
@@ -266,18 +284,18 @@ def test_a_non_finite_value_stays_in_its_sample(bad):
         assert torch.equal(others(x, int(i > 2)), others(y, int(i > 2))), NAMES[i]
 
 
-@needs_cpp
+@needs_ntm
 @pytest.mark.parametrize("steps, anchor_every", [(7, 3), (7, 0), (0, 3)])
 def test_opcheck(steps, anchor_every):
     inputs = [x.float() for x in ntm_inputs(steps, 2, 7, 3, 2, 1, 1)]
     joined = [torch.cat([inputs[3 + i], inputs[8 + i]], 2) for i in range(5)]
     arguments = [inputs[0], torch.cat(inputs[1:3], 1), *joined, *inputs[13:]]
     options = (True, 1e-6, anchor_every)
-    torch.library.opcheck(torch.ops.mann_fast.ntm_scan.default, (*arguments, *options))
+    torch.library.opcheck(RAW_OPS.ntm_scan.default, (*arguments, *options))
     if anchor_every:
-        reads, memory, weights, *kept = torch.ops.mann_fast.ntm_scan(*arguments, *options)
+        reads, memory, weights, *kept = RAW_OPS.ntm_scan(*arguments, *options)
         backward = (reads, None, weights, *arguments, *kept, *options)
-        torch.library.opcheck(torch.ops.mann_fast.ntm_scan_backward.default, backward)
+        torch.library.opcheck(RAW_OPS.ntm_scan_backward.default, backward)
 
 
 @needs_cpp
@@ -289,7 +307,7 @@ def test_compiles_in_one_graph():
     compare(actual, results_and_gradients(ops.ntm_scan, inputs, torch.float64), 1e-12, 1e-12)
 
 
-@needs_cpp
+@needs_ntm
 def test_second_derivatives_and_forward_mode_are_refused():
     inputs = ntm_inputs(3, 2, 5, 3, 1, 1, 1)
     reads = lambda x: call(ops.ntm_scan, [*inputs[:13], x, inputs[14]])[1]  # noqa: E731
@@ -362,6 +380,12 @@ def test_wrong_options_are_named():
 
 @needs_cpp
 def test_a_backend_without_kernels_is_refused_where_it_is_named(monkeypatch):
+    monkeypatch.setattr(mann_fast.ops._backend, "_cuda_unable", lambda device: None)
     monkeypatch.setattr(mann_fast.ops._backend, "_triton_unable", lambda device: None)
-    with mann_fast.backend("triton"), pytest.raises(RuntimeError, match="no kernel of backend 'triton'"):
+    with mann_fast.backend("cuda"), pytest.raises(RuntimeError, match="no kernel of backend 'cuda' yet"):
         ops.ntm_step(*wrong_case())
+    large = torch.zeros(1, 257, 64)
+    head = ops.NTMHead(*(x[0] for x in ntm_inputs(1, 1, 257, 64, 1, 0, 1, dtype=torch.float32)[3:8]))
+    message = "no kernel of backend 'triton' for a memory of 32768 numbers with padding, more than the 16384"
+    with mann_fast.backend("triton"), pytest.raises(RuntimeError, match=message):
+        ops.ntm_address(large, head, torch.zeros(1, 1, 257))

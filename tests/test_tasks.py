@@ -31,7 +31,7 @@ def random():
 
 
 def test_copy_shows_the_vectors_and_asks_for_them_in_the_same_order():
-    inputs, targets, answered, ideal = Copy().sample(4, random(), 3)
+    inputs, targets, answered, ideal = Copy(20).sample(4, random(), 3)
     assert inputs.shape == (8, 4, 10) and targets.shape == (8, 4, 8) and ideal is None
     assert answered.tolist() == [False] * 5 + [True] * 3
     assert torch.equal(targets[answered], inputs[1:4, :, :8]) and set(targets.unique().tolist()) == {0, 1}
@@ -42,7 +42,7 @@ def test_copy_shows_the_vectors_and_asks_for_them_in_the_same_order():
 
 
 def test_repeat_copy_asks_as_often_as_it_says_and_for_an_end():
-    inputs, targets, answered, _ = RepeatCopy().sample(4, random(), 2, 3)
+    inputs, targets, answered, _ = RepeatCopy(10).sample(4, random(), 2, 3)
     assert inputs.shape == (2 + 2 + 7, 4, 10) and answered.sum() == 7
     answer = targets[answered]
     for repeat in range(3):
@@ -52,7 +52,7 @@ def test_repeat_copy_asks_as_often_as_it_says_and_for_an_end():
 
 
 def test_recall_asks_for_the_item_after_the_one_that_is_shown_again():
-    inputs, targets, answered, _ = AssociativeRecall().sample(20, random(), 4)
+    inputs, targets, answered, _ = AssociativeRecall(6).sample(20, random(), 4)
     items = inputs[: 4 * 4].view(4, 4, 20, 8)
     assert (items[:, 0, :, 6] == 1).all() and items[:, 1:, :, 6:].sum() == 0
     query = inputs[17:20, :, :6]
@@ -103,7 +103,7 @@ def test_sizes_of_training_are_drawn_from_the_whole_range(name):
 
 
 def test_errors_count_wrong_bits_of_answers_alone():
-    sequences = Copy().sample(2, random(), 3)
+    sequences = Copy(20).sample(2, random(), 3)
     right = 20 * (sequences.targets - 0.5)
     right[~sequences.answered] = 99
     assert errors(right, sequences, True).tolist() == [[0, 0]] * 3

@@ -31,7 +31,7 @@ class Copy:
     Inputs are the bits, a mark at the start and one at the end.
     """
 
-    length: int = 20
+    length: int
     bits = 8
     input_size = bits + 2
     output_size = bits
@@ -72,7 +72,7 @@ class RepeatCopy:
     Inputs are the bits, a mark at the start, and the number as a share of ``length``.
     """
 
-    length: int = 10
+    length: int
     bits = 8
     input_size = bits + 2
     output_size = bits + 1
@@ -114,7 +114,7 @@ class AssociativeRecall:
     Inputs are the bits, a mark before each item, and a mark before and after the item that is asked for.
     """
 
-    length: int = 6
+    length: int
     bits = 6
     vectors = 3
     input_size = bits + 2
@@ -159,7 +159,7 @@ class Regression:
     standard deviation 0.05. Inputs are the point and the value at the point before.
     """
 
-    length: int = 50
+    length: int
     input_size = 2
     output_size = 1
     binary = False

@@ -178,34 +178,36 @@ def _say_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def serving(device: torch.device, lacking: tuple[str, ...] = ()) -> str:
-    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"; ``lacking`` names
-    those that have no kernel for the op."""
+def _cpp_unable(device: torch.device) -> str | None:
+    if device.type in ("cpu", "meta"):
+        return _extension_missing
+    return f"tensors on {device.type} have no fused kernels in this version"
+
+
+def serving(device: torch.device, lacking: Callable[[str], str | None] = lambda name: None) -> str:
+    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"; ``lacking`` of a
+    backend's name says why it has no kernel for the call, else None."""
     global _selected
     if _selected is None:
         _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
     if _selected == "reference":
         return "reference"
-    if _selected in ("cuda", "triton"):
-        name = _selected
-        reason = _cuda_unable(device) if name == "cuda" else _triton_unable(device)
-    elif _selected == "auto" and device.type == "cuda":
-        name, reason = "cuda", _cuda_unable(device)
-        if reason is not None and (without_triton := _triton_unable(device)) is None:
-            name, reason = "triton", None
-        elif reason is not None:
-            reason = f"{reason}; {without_triton}"
-    elif device.type in ("cpu", "meta"):
-        reason, name = _extension_missing, "cpp"
-    else:
-        reason, name = f"tensors on {device.type} have no fused kernels in this version", "cpp"
-    if reason is None and name in lacking:
-        reason = f"this op has no kernel of backend {name!r} yet"
-    if reason is None:
-        return name
     if _selected != "auto":
-        raise RuntimeError(f"backend {_selected!r} cannot serve this call: {reason}")
-    _say_once(f"mann_fast runs on its plain-PyTorch reference: {reason}")
+        names = (_selected,)
+    elif device.type == "cuda":
+        names = ("cuda", "triton")
+    else:
+        names = ("cpp",)
+    reasons = []
+    for name in names:
+        unable = _cuda_unable if name == "cuda" else _triton_unable if name == "triton" else _cpp_unable
+        reason = unable(device) or lacking(name)
+        if reason is None:
+            return name
+        reasons.append(reason)
+    if _selected != "auto":
+        raise RuntimeError(f"backend {_selected!r} cannot serve this call: {reasons[0]}")
+    _say_once(f"mann_fast runs on its plain-PyTorch reference: {'; '.join(reasons)}")
     return "reference"
 
 

@@ -8,18 +8,17 @@ from torch import Tensor
 from .. import reference
 from ..reference.ntm import NTMHead, NTMState
 from . import _backend, _checks
+from ._triton_sizes import RESIDENT_NUMBERS, fits_one_program, resident_numbers
 from .lrua import ORDERS
-
-LACKING = ("cuda", "triton")
 
 # H = R + W heads, those that read first. Where anchor_every is 0 nothing is kept for backward, and history and anchors come
 # out empty.
-_backend.LIBRARIES["mann_fast"].define(
+_backend.define(
     "ntm_scan(Tensor memory, Tensor weights, Tensor keys, Tensor sharpness, Tensor gates, Tensor shift, Tensor sharpening, "
     "Tensor erase, Tensor add, bool read_first, float eps, SymInt anchor_every) -> "
     "(Tensor reads, Tensor memory, Tensor weights, Tensor history, Tensor anchors)"
 )
-_backend.LIBRARIES["mann_fast"].define(
+_backend.define(
     "ntm_scan_backward(Tensor? grad_reads, Tensor? grad_memory, Tensor? grad_weights, Tensor memory, Tensor weights, "
     "Tensor keys, Tensor sharpness, Tensor gates, Tensor shift, Tensor sharpening, Tensor erase, Tensor add, Tensor history, "
     "Tensor anchors, bool read_first, float eps, SymInt anchor_every) -> (Tensor grad_memory, Tensor grad_weights, "
@@ -28,7 +27,7 @@ _backend.LIBRARIES["mann_fast"].define(
 )
 
 
-@torch.library.register_fake("mann_fast::ntm_scan")
+@_backend.fake("ntm_scan")
 def _(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add, read_first, eps, anchor_every):
     steps, batch, heads, slot_size = keys.shape
     num_slots = memory.shape[1]
@@ -46,7 +45,7 @@ def _(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add, re
     )
 
 
-@torch.library.register_fake("mann_fast::ntm_scan_backward")
+@_backend.fake("ntm_scan_backward")
 def _(grad_reads, grad_memory, grad_weights, memory, weights, *rest):
     inputs = rest[:7]
     return (
@@ -64,43 +63,26 @@ def anchor_interval(num_slots: int, slot_size: int, heads: int) -> int:
 
 class _NTMScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        memory, weights, keys, sharpness, gates, shift, sharpening, erase, add, read_first, eps, anchor_every
-    ):
-        return torch.ops.mann_fast.ntm_scan.default(
-            memory,
-            weights,
-            keys,
-            sharpness,
-            gates,
-            shift,
-            sharpening,
-            erase,
-            add,
-            read_first,
-            eps,
-            anchor_every,
-        )
+    def forward(serving, *inputs_and_options):
+        return _backend.raw(serving).ntm_scan.default(*inputs_and_options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.read_first, ctx.eps, ctx.anchor_every = inputs[9:]
+        ctx.serving, ctx.options = inputs[0], inputs[10:]
         history, anchors = output[3:]
-        ctx.save_for_backward(*inputs[:9], history, anchors)
+        ctx.save_for_backward(*inputs[1:10], history, anchors)
         ctx.mark_non_differentiable(history, anchors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_reads, grad_memory, grad_weights, *_):
         if grad_reads is None and grad_memory is None and grad_weights is None:
-            return (None,) * 12
+            return (None,) * 13
         saved = ctx.saved_tensors
         outer = (grad_reads, grad_memory, grad_weights)
-        grads = torch.ops.mann_fast.ntm_scan_backward.default(
-            *outer, *saved, ctx.read_first, ctx.eps, ctx.anchor_every
-        )
+        grads = _backend.raw(ctx.serving).ntm_scan_backward.default(*outer, *saved, *ctx.options)
         grads = _checks.refuse_second_derivative("ntm_scan", grads, *outer, *saved[:9])
-        return *grads, None, None, None
+        return None, *grads, None, None, None
 
 
 def _check_head(name: str, head: object, axes: str, sizes: tuple[int, ...], memory: Tensor) -> None:
@@ -128,13 +110,33 @@ def _check_weights(name: str, weights: object, axes: str, memory: Tensor) -> int
     return weights.shape[1]
 
 
-def _fused(memory: Tensor, weights: Tensor, inputs: tuple[Tensor, ...], read_first: bool, eps: float):
+def _serving(memory: Tensor) -> str:
+    """The backend for a memory of this size and device."""
+
+    def lacking(name: str) -> str | None:
+        if name == "cuda":
+            return "this op has no kernel of backend 'cuda' yet"
+        num_slots, slot_size = map(int, memory.shape[1:])
+        if name == "triton" and not fits_one_program(num_slots, slot_size):
+            numbers = resident_numbers(num_slots, slot_size)
+            return (
+                f"this op has no kernel of backend 'triton' for a memory of {numbers} numbers with padding, more than "
+                f"the {RESIDENT_NUMBERS} that a program can hold"
+            )
+        return None
+
+    return _backend.serving(memory.device, lacking)
+
+
+def _fused(
+    serving: str, memory: Tensor, weights: Tensor, inputs: tuple[Tensor, ...], read_first: bool, eps: float
+):
     """reads, memory and weights of a scan with the inputs of all heads, by the kernel."""
     arguments = (memory, weights, *inputs, read_first, float(eps))
     if _checks.records_gradient(memory, weights, *inputs):
         every = anchor_interval(*memory.shape[1:], weights.shape[1])
-        return _checks.apply(_NTMScan, *arguments, every)[:3]
-    return torch.ops.mann_fast.ntm_scan.default(*arguments, 0)[:3]
+        return _checks.apply(_NTMScan, serving, *arguments, every)[:3]
+    return _backend.raw(serving).ntm_scan.default(*arguments, 0)[:3]
 
 
 def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -163,11 +165,12 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     batch, _, slot_size = memory.shape
     _check_head("head", head, "B H D", (batch, heads, slot_size), memory)
     _checks.check_eps(eps)
-    if _backend.serving(memory.device, LACKING) == "reference":
+    serving = _serving(memory)
+    if serving == "reference":
         return reference.ntm_address(memory, head, previous, eps=eps)
     nothing = head[0].new_empty(1, batch, 0, slot_size)
     inputs = (*(x.unsqueeze(0) for x in head), nothing, nothing)
-    return _fused(memory, previous, inputs, True, eps)[2]
+    return _fused(serving, memory, previous, inputs, True, eps)[2]
 
 
 def _ntm(state, read_head, write_head, erase, add, leading: str, order: str, eps: float):
@@ -198,7 +201,8 @@ def _ntm(state, read_head, write_head, erase, add, leading: str, order: str, eps
         )
     _checks.check_choice("order", order, ORDERS)
     _checks.check_eps(eps)
-    if _backend.serving(memory.device, LACKING) == "reference":
+    serving = _serving(memory)
+    if serving == "reference":
         function = reference.ntm_scan if leading else reference.ntm_step
         return function(state, read_head, write_head, erase, add, order=order, eps=eps)
     heads_axis = len(steps) + 1
@@ -209,7 +213,7 @@ def _ntm(state, read_head, write_head, erase, add, leading: str, order: str, eps
     if not leading:
         inputs = [x.unsqueeze(0) for x in inputs]
     weights = torch.cat([read_weights, write_weights], dim=1)
-    reads, memory, weights = _fused(memory, weights, tuple(inputs), order == "read_first", eps)
+    reads, memory, weights = _fused(serving, memory, weights, tuple(inputs), order == "read_first", eps)
     # Copies: no two tensors of a state share their storage.
     parts = (x.clone() for x in weights.split([read_heads, write_heads], dim=1))
     return reads if leading else reads.squeeze(0), NTMState(memory, *parts)

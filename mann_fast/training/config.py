@@ -171,7 +171,7 @@ class SequenceConfig(RunConfig):
 # Sizes of Graves et al. 2014 (table 1) for their tasks, of Santoro et al. 2016 for regression.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {},
-    "repeat-copy": {"length": 10, "steps": 10_000},
+    "repeat-copy": {"length": 5, "steps": 10_000, "lr": 3e-3},
     "recall": {"length": 6, "steps": 4000},
     "regression": {
         "length": 50,
