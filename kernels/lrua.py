@@ -537,8 +537,10 @@ def explain(op: str, num_slots: int, slot_size: int, heads: int) -> str:
     numbers = resident_numbers(num_slots, slot_size)
     if op == "least_used":
         return f"one launch; from {SORT_FROM} slots on a sort"
-    if op in ("lrua_scan", "lrua_step") and fits_one_program(num_slots, slot_size):
-        steps = "all steps" if op == "lrua_scan" else "the step"
+    if op == "ntm_scan" and not fits_one_program(num_slots, slot_size):
+        return f"no kernel: the memory is {numbers} numbers with padding, more than {RESIDENT_NUMBERS}; the reference"
+    if op in ("lrua_scan", "lrua_step", "ntm_scan") and fits_one_program(num_slots, slot_size):
+        steps = "the step" if op == "lrua_step" else "all steps"
         return (
             f"one launch per direction for {steps}, a program per sample: its memory is {numbers} numbers with padding, "
             f"of {RESIDENT_NUMBERS} that a program can hold in registers"

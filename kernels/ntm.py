@@ -230,8 +230,9 @@ def _read_backward(
     for r in range(0, R):
         h1, h2 = _load_vector(grad_reads + r * D, d1, d2, D, a1.dtype)
         w = tl.load(weights + r * N + n, mask=valid, other=0.0)
-        grad_w = tl.load(grad_weights + r * N + n, mask=valid, other=0.0)
-        tl.store(grad_weights + r * N + n, grad_w + _dot(h1, h2, a1, a2), mask=valid)
+        grad_w = tl.load(grad_weights + r * N + n, mask=valid, other=0.0) + _dot(h1, h2, a1, a2)
+        tl.debug_barrier()  # another thread may store what this one has loaded
+        tl.store(grad_weights + r * N + n, grad_w, mask=valid)
         g1 += w[:, None] * h1[None, :]
         g2 += w[:, None] * h2[None, :]
     return g1, g2
@@ -259,6 +260,7 @@ def _write_backward(
         v1, v2 = _load_vector(add + w * D, d1, d2, D, g1.dtype)
         grad_w = tl.load(grad_weights + w * N + n, mask=valid, other=0.0)
         grad_w += _dot(v1, v2, g1, g2) - _dot(e1, e2, erased1, erased2)
+        tl.debug_barrier()  # as in _read_backward
         tl.store(grad_weights + w * N + n, grad_w, mask=valid)
     kept1, kept2 = tl.zeros_like(g1) + 1.0, tl.zeros_like(g2) + 1.0
     for w in range(0, W):

@@ -496,6 +496,8 @@ def test_doctor_explains(capsys):
     status, printed, _ = call(capsys, "doctor", "--explain", "lrua_scan", "128", "40", "4")
     assert status == 0
     assert [line.split()[0] for line in printed.splitlines()] == ["cpp", "reference", "cuda", "triton"]
+    for op in ("least_used", "ntm_scan"):
+        assert call(capsys, "doctor", "--explain", op, "10", "4", "20")[0] == 0
     assert "20 KiB" in printed
     for arguments, message in (
         (["lrua_scan", "1", "2", "x"], "--explain takes an op and three numbers, got lrua_scan 1 2 x"),

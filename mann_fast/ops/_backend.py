@@ -146,7 +146,7 @@ def _check_name(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Use one backend for the ops called inside the ``with`` block.
 
-    name: ``"auto"`` (the fastest that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
+    name: ``"auto"`` (the first that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
     ``"cuda"`` (CUDA C++ kernels, CUDA tensors), ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under
     TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call
     raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference. Backward
@@ -211,7 +211,7 @@ def serving(device: torch.device, lacking: Callable[[str], str | None] = lambda 
     return "reference"
 
 
-OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan")
+OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan", "ntm_scan")
 
 
 def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str, str]:
@@ -224,23 +224,35 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
     for name, size in (("N", num_slots), ("D", slot_size), ("R", num_heads)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if op not in ("content_read", "least_used") and num_heads > num_slots:
+    if op.startswith("lrua") and num_heads > num_slots:
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
     held = f"a sample's memory, {4 * num_slots * slot_size / 1024:.0f} KiB in float32, is held in cache"
     work = {
         "lrua_scan": f"{held} through all steps",
+        "ntm_scan": f"{held} through all steps",
         "lrua_step": held,
         "least_used": "a pass over the usage per slot taken",
     }
     answers = {
-        "cpp": f"one call: {work.get(op, 'a pass over the memory in tiles')}; samples over threads, and the slots of a sample "
-        "where samples are fewer and it is worth it",
-        "reference": "PyTorch operations" + (", a loop over the steps" if op == "lrua_scan" else ""),
+        "cpp": f"one call: {work.get(op, 'a pass over the memory in tiles')}; samples over threads"
+        + (
+            ""
+            if op == "ntm_scan"
+            else ", and the slots of a sample where samples are fewer and it is worth it"
+        ),
+        "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
     }
-    where = "in registers or shared memory" if 4 * num_slots * slot_size <= 1 << 20 else "in device memory"
+    # As plan.cuh lays a block out: 8 warps of 16 slots each, of up to 64 numbers; clusters have up to 8 blocks.
+    if slot_size <= 64 and num_slots <= 128:
+        where = "in the registers of a block"
+    elif slot_size <= 64 and num_slots <= 1024:
+        where = "in the registers of a cluster of blocks on sm_90 and newer, else in shared or device memory"
+    else:
+        where = "in shared memory where the blocks of a cluster have room, else in device memory"
     answers["cuda"] = _load_cuda() or {
-        "lrua_scan": f"one launch: a block, or a cluster of blocks, per sample; the memory {where} through all steps",
-        "lrua_step": f"one launch: a block, or a cluster of blocks, per sample; the memory {where}",
+        "lrua_scan": f"one launch for all steps, a block or a cluster of blocks per sample; float32 memories lie {where}",
+        "lrua_step": f"one launch, a block or a cluster of blocks per sample; float32 memories lie {where}",
+        "ntm_scan": "no kernel yet: Triton, or the reference",
         "least_used": "one launch: each slot counts those before it",
     }.get(op, "a block for some slots of a sample, a second launch where a sample has several")
     reason = _load_triton()
