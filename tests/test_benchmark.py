@@ -233,6 +233,10 @@ def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
             "mann_step is measured in float32, got --dtype float64",
         ),
         (["--compile", "fast"], "--compile takes default, reduce-overhead, max-autotune, got 'fast'"),
+        (
+            ["--instructions", "--device", "cuda"],
+            "--instructions counts those of a processor, got --device cuda",
+        ),
         (["--base", "HEAD", "--sweep"], "--base and --sweep cannot be had in one run"),
         (["--device", "cuda"], "--device cuda cannot be had: no CUDA device is available"),
         (["--backend", "opencl"], "backend must be one of"),

@@ -70,7 +70,6 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), str(tree), json.dumps(request)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )  # fmt: skip
         self.tree = tree
 

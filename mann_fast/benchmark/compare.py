@@ -30,10 +30,10 @@ def verdict(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, float, 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A verdict for every row that both have and that was timed in both; ValueError where there is none."""
-    known = {tuple(row[name] for name in KEY): row for row in before if "median_ms" in row}
+    known = {tuple(row.get(name) for name in KEY): row for row in before if "median_ms" in row}
     found = []
     for row in after:
-        key = tuple(row[name] for name in KEY)
+        key = tuple(row.get(name) for name in KEY)
         if key in known and "median_ms" in row:
             answer, low, high = verdict(known[key], row)
             found.append({**dict(zip(KEY, key, strict=True)), "verdict": answer, "ratio": [low, high]})

@@ -119,10 +119,8 @@ def run(args: argparse.Namespace) -> int:
     from ..training.files import write_json
 
     check(args)
-    shape, names = Shape.parse(args.shape), args.op or OPS
-    for name in names:
-        if name not in OPS:
-            raise ValueError(f"--op must be one of {', '.join(OPS)}, got {name!r}")
+    shape = Shape.parse(args.shape)
+    names = args.op or [name for name in OPS if name != "mann_step" or args.dtype == "float32"]
     if reason := backends().get(args.backend):
         raise ValueError(f"--backend {args.backend} cannot run here: {reason}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -166,8 +164,13 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError for what the parser lets through."""
-    from ..benchmark.cases import MODES
+    from ..benchmark.cases import MODES, OPS
 
+    for name in args.op or ():
+        if name not in OPS:
+            raise ValueError(f"--op must be one of {', '.join(OPS)}, got {name!r}")
+        if name == "mann_step" and args.dtype != "float32":
+            raise ValueError(f"mann_step is measured in float32, got --dtype {args.dtype}")
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be above 0, got {args.seconds}")
     if args.threads is not None and args.threads < 1:
@@ -181,6 +184,8 @@ def check(args: argparse.Namespace) -> None:
     instead = [name for name in ("base", "instructions", "sweep") if getattr(args, name)]
     if len(instead) > 1:
         raise ValueError(f"--{instead[0]} and --{instead[1]} cannot be had in one run")
+    if args.instructions and args.device != "cpu":
+        raise ValueError(f"--instructions counts those of a processor, got --device {args.device}")
 
 
 def points(shape, args: argparse.Namespace):
@@ -214,9 +219,7 @@ def measure_op(
     from ..benchmark.measure import measure
 
     if name == "mann_step" and dtype != "float32":
-        if args.sweep:
-            return []
-        raise ValueError(f"mann_step is measured in float32, got --dtype {dtype}")
+        return []
     interpreted = args.backend == "triton" and args.device == "cpu"  # its times say nothing
     rows = []
     jax = args.jax and name == "mann_step" and args.device == "cpu"
