@@ -94,7 +94,10 @@ def test_sizes_of_training_are_drawn_from_the_whole_range(name):
     if name != "regression":
         assert {size[0] for size in drawn} == set(range(2 if name == "recall" else 1, 5))
         assert max(max(size) for size in task.tests) >= 8
-    assert len({task.name(*size) for size in task.tests}) == len(set(task.tests))
+    shortest = TASKS[name](length=2)
+    assert shortest.longest in shortest.tests
+    for tests in (task.tests, shortest.tests):
+        assert len({task.name(*size) for size in tests}) == len(tests)
     again = [task.sample(2, random(), *size).inputs for size in task.tests]
     assert all(
         torch.equal(a, task.sample(2, random(), *size).inputs)

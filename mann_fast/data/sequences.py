@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Copy:
     @property
     def tests(self) -> list[tuple[int]]:
         """Sizes to measure: within training, and beyond it."""
-        return [(max(1, self.length * share // 10),) for share in (5, 10, 15, 25, 50)]
+        return _distinct((max(1, self.length * share // 10),) for share in (5, 10, 15, 25, 50))
 
     @staticmethod
     def name(length: int) -> str:
@@ -88,7 +89,7 @@ class RepeatCopy:
     @property
     def tests(self) -> list[tuple[int, int]]:
         half, whole = max(1, self.length // 2), self.length
-        return [(half, half), (whole, whole), (2 * whole, whole), (whole, 2 * whole)]
+        return _distinct([(half, half), (whole, whole), (2 * whole, whole), (whole, 2 * whole)])
 
     @staticmethod
     def name(length: int, repeats: int) -> str:
@@ -130,7 +131,7 @@ class AssociativeRecall:
 
     @property
     def tests(self) -> list[tuple[int]]:
-        return [(max(2, self.length * share // 6),) for share in (2, 4, 6, 9, 12, 18)]
+        return _distinct((max(2, self.length * share // 6),) for share in (2, 4, 6, 9, 12, 18))
 
     @staticmethod
     def name(items: int) -> str:
@@ -197,6 +198,11 @@ class Regression:
 
 
 TASKS = {"copy": Copy, "repeat-copy": RepeatCopy, "recall": AssociativeRecall, "regression": Regression}
+
+
+def _distinct(sizes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Each once: short sequences have few sizes."""
+    return list(dict.fromkeys(sizes))
 
 
 def _plural(count: int) -> str:
