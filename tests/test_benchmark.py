@@ -49,6 +49,7 @@ def test_agreement_is_of_every_number():
     one = x.clone()
     one[7] += 0.1
     assert not agrees((one,), (x,), 1e-3) and not agrees((x[:4],), (x,), 1e-3)
+    assert not agrees((x,), (), 1e-3)
     assert not agrees((torch.tensor([1, 2]),), (torch.tensor([2, 1]),), 1e-3)
 
 
