@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,11 @@ def run(args: argparse.Namespace) -> int:
         "chance": config.chance,
         "picture": str(picture),
     }
-    write_json(picture.with_suffix(".json"), result)
-    if args.json:
-        print(json.dumps(result, indent=2))
-        return 0
-
     from ._report import print_accuracy
 
     measured = f"{classes} held-out classes, {args.episodes:,} episodes"
-    print_accuracy(accuracy, config, f"{title}, step {content['step']}: {measured}")
-    print(f"picture: {picture}")
-    return 0
+    heading = f"{title}, step {content['step']}: {measured}"
+    return report(args, result, lambda: print_accuracy(accuracy, config, heading))
 
 
 def out_folder(args: argparse.Namespace) -> Path:
@@ -117,11 +112,17 @@ def evaluate_task(args: argparse.Namespace, content: dict[str, Any]) -> int:
         "results": [found._asdict() for found in results],
         "picture": str(picture),
     }
+    heading = f"{describe(config)}, step {content['step']}: {args.episodes:,} new sequences of each size"
+    return report(args, result, lambda: print_errors(result["results"], config, heading))
+
+
+def report(args: argparse.Namespace, result: dict[str, Any], print_table: Callable[[], None]) -> int:
+    """The result as a file beside its picture, and on stdout as JSON or as a table."""
+    picture = Path(result["picture"])
     write_json(picture.with_suffix(".json"), result)
     if args.json:
         print(json.dumps(result, indent=2))
-        return 0
-    title = f"{describe(config)}, step {content['step']}: {args.episodes:,} new sequences of each size"
-    print_errors(result["results"], config, title)
-    print(f"picture: {picture}")
+    else:
+        print_table()
+        print(f"picture: {picture}")
     return 0

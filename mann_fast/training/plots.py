@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from .config import TrainConfig
 from .evaluation import InstanceAccuracy
 from .files import replacing
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SHOWN = (1, 2, 5, 10)  # instances with a line of their own in the learning curve
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
@@ -50,22 +53,22 @@ def plot_learning_curve(
     )
     top.set(title=f"{title}: accuracy on held-out classes", ylabel="right answers (%)", ylim=(0, 101))
     top.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
-    bottom.plot(
-        steps,
-        [record["loss"] for record in records],
-        color="#444444",
-        marker=_marker(steps),
-        label="training loss",
-    )
+    plot_loss(bottom, records, "loss (nats per image)")
     highest = max(record["loss"] for record in records)
-    bottom.set(
-        xlabel="training step", ylabel="loss (nats per image)", ylim=(0, 1.08 * highest), xlim=(0, None)
-    )
-    bottom.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    bottom.set(ylim=(0, 1.08 * highest))
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None:
+    """Training loss over steps, the lower part of a learning curve."""
+    steps = [record["step"] for record in records]
+    losses = [record["loss"] for record in records]
+    axes.plot(steps, losses, color="#444444", marker=_marker(steps), label="training loss")
+    axes.set(xlabel="training step", ylabel=label, xlim=(0, None))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
 
 
 def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: float, title: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import SequenceConfig
 from .files import replacing
-from .plots import _figure, _marker
+from .plots import _figure, _marker, plot_loss
 from .sequences import SequenceTrace, SizeResult, task_of
 
 
@@ -29,16 +29,8 @@ def plot_sequence_curve(
         top.plot(steps, values, label=name, marker=_marker(steps))
     top.set(title=f"{title}: new sequences", ylabel=unit(config), ylim=(0, None))
     top.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
-    bottom.plot(
-        steps,
-        [record["loss"] for record in records],
-        color="#444444",
-        marker=_marker(steps),
-        label="training loss",
-    )
-    loss = "loss (nats per bit)" if task_of(config).binary else "squared error"
-    bottom.set(xlabel="training step", ylabel=loss, yscale="log", xlim=(0, None))
-    bottom.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    plot_loss(bottom, records, "loss (nats per bit)" if task_of(config).binary else "squared error")
+    bottom.set(yscale="log")
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
     with replacing(path) as temporary:
