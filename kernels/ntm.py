@@ -3,7 +3,7 @@
 One launch per direction: a program takes one sample through all steps and keeps its memory in registers, in two pieces as in
 lrua.py. What a head has per slot goes through scratch rows where it is shifted, since a shift takes it from one thread to
 another. An erase cannot be undone, so backward never divides: it replays the writes, whose weights are kept, from a memory
-saved every so many steps, and goes back through the replayed memories.
+saved every so many steps, and goes back through the replayed memories. No GPU has run it yet: docs/triton.md.
 """
 
 from __future__ import annotations

@@ -389,3 +389,16 @@ def test_a_backend_without_kernels_is_refused_where_it_is_named(monkeypatch):
     message = "no kernel of backend 'triton' for a memory of 32768 numbers with padding, more than the 16384"
     with mann_fast.backend("triton"), pytest.raises(RuntimeError, match=message):
         ops.ntm_address(large, head, torch.zeros(1, 1, 257))
+
+
+def test_a_gpu_takes_triton_where_cuda_has_no_kernel_and_the_reference_where_neither_has(monkeypatch):
+    backend = mann_fast.ops._backend
+    for name in ("_cuda_unable", "_triton_unable"):
+        monkeypatch.setattr(backend, name, lambda device: None)
+    monkeypatch.setattr(backend, "_said", set())
+    gpu = torch.device("cuda")
+    with mann_fast.backend("auto"):
+        assert backend.serving(gpu) == "cuda"
+        assert backend.serving(gpu, {"cuda": "none yet"}.get) == "triton"
+        with pytest.warns(RuntimeWarning, match="reference: none yet; too large"):
+            assert backend.serving(gpu, {"cuda": "none yet", "triton": "too large"}.get) == "reference"

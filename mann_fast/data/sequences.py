@@ -1,5 +1,5 @@
 """Sequence tasks for a memory: copy, repeat copy and associative recall (Graves et al. 2014, arXiv 1410.5401, sections 4.1 to
-4.3), and regression on functions drawn from a Gaussian process (Santoro et al. 2016, arXiv 1605.06065, section 4.2).
+4.3), and regression on functions drawn from a Gaussian process (Santoro et al. 2016, arXiv 1605.06065).
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ from . import _backend, _checks
 from .lrua import _anchors_shape, _check_options, _check_state, anchor_interval, lrua_step
 
 WRITE_VECTORS = ("separate", "key")
-NUMBERS = {
-    name: number for number, name in enumerate(CONTROLLERS)
-}  # of Controller in csrc/include/arguments.h
+# Of Controller in csrc/include/arguments.h.
+NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 
 # controller: its number in NUMBERS. Sharpness is learned where the heads have values for it: then the factor on the
 # similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Where anchor_every is 0 nothing is kept for

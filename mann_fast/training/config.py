@@ -168,7 +168,7 @@ class SequenceConfig(RunConfig):
         return cls(task=task, **{**TASK_DEFAULTS.get(task, {}), **changes})
 
 
-# Sizes of Graves et al. 2014 (table 1) for their tasks, of Santoro et al. 2016 for regression.
+# Sizes of Graves et al. 2014 for their tasks, of Santoro et al. 2016 for regression; steps and learning rates: docs/tasks.md.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {},
     "repeat-copy": {"length": 5, "steps": 10_000, "lr": 3e-3},
