@@ -183,7 +183,7 @@ def test_base_builds_a_commit_once_or_leaves_nothing(tmp_path, monkeypatch, caps
     assert tree.name == git("rev-parse", "HEAD~1") and (tree / "built").exists()
     (tree / "built").unlink()
     assert base.build("HEAD~1") == tree and not (tree / "built").exists()
-    with pytest.raises(ValueError, match="rev-parse"):
+    with pytest.raises(ValueError, match="--base must be a commit of .*, got 'no-such-branch'"):
         base.build("no-such-branch")
     capsys.readouterr()
 
@@ -233,6 +233,7 @@ def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
             ["--op", "mann_step", "--dtype", "float64"],
             "mann_step is measured in float32, got --dtype float64",
         ),
+        (["--op", "least_used", "--direction", "both"], "least_used cannot be measured in the direction"),
         (["--compile", "fast"], "--compile takes default, reduce-overhead, max-autotune, got 'fast'"),
         (
             ["--instructions", "--device", "cuda"],

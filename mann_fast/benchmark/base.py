@@ -39,7 +39,10 @@ def build(ref: str) -> Path:
     """
     if not (ROOT / ".git").exists():
         raise ValueError(f"--base needs mann_fast to run from a git checkout, and {ROOT} is none")
-    commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    try:
+        commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    except ValueError:
+        raise ValueError(f"--base must be a commit of {ROOT}, got {ref!r}") from None
     tree = ROOT / "build" / "base" / commit
     if tree.exists():
         return tree

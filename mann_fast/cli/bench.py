@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .. import backend, backends
-    from ..benchmark.cases import DIRECTIONS, OPS, Shape
+    from ..benchmark.cases import DIRECTIONS, OPS, Shape, has
     from ..benchmark.measure import environment
     from ..benchmark.report import write_report
     from ..training.files import write_json
@@ -132,6 +132,10 @@ def run(args: argparse.Namespace) -> int:
     directions = DIRECTIONS
     if args.direction:
         directions = DIRECTIONS[:1] if args.direction == "forward" else DIRECTIONS[1:]
+    if not any(has(name, direction) for name in names for direction in directions):
+        raise ValueError(
+            f"{', '.join(names)} cannot be measured in the direction that --direction {args.direction} asks for"
+        )
     torch.manual_seed(0)
     if args.instructions:
         return count_instructions(names, shape, directions, args)
