@@ -66,7 +66,7 @@ cuda: build
 # The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread.
 emulate: build
 	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
-	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(KERNEL_TESTS)
+	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(KERNEL_TESTS) tests/test_ntm.py
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/installed

@@ -35,6 +35,8 @@ class Cuda {
   void run(const LruaWriteBackward& a) { ran(cuda::lrua_write_backward(a, queue())); }
   void run(const LruaScan& a) { ran(cuda::lrua_scan(a, queue())); }
   void run(const LruaScanBackward& a) { ran(cuda::lrua_scan_backward(a, queue())); }
+  void run(const NtmScan& a) { ran(cuda::ntm_scan(a, queue())); }
+  void run(const NtmScanBackward& a) { ran(cuda::ntm_scan_backward(a, queue())); }
 
  private:
   cuda::Queue queue() {
@@ -75,4 +77,6 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
   m.impl("lrua_write_backward", TORCH_BOX(&mann_fast::lrua_write_backward<mann_fast::Cuda>));
   m.impl("lrua_scan", TORCH_BOX(&mann_fast::lrua_scan<mann_fast::Cuda>));
   m.impl("lrua_scan_backward", TORCH_BOX(&mann_fast::lrua_scan_backward<mann_fast::Cuda>));
+  m.impl("ntm_scan", TORCH_BOX(&mann_fast::ntm_scan<mann_fast::Cuda>));
+  m.impl("ntm_scan_backward", TORCH_BOX(&mann_fast::ntm_scan_backward<mann_fast::Cuda>));
 }

@@ -21,15 +21,6 @@ struct Shared {
         beta(carver.take<T>(plan.heads)), mean(carver.take<T>(plan.heads)), weights(carver.take<T>(plan.heads * plan.span)),
         of_squares(carver.take<T>(backward ? plan.heads * plan.span : 0)), most(carver.take<T>(plan.warps * plan.heads)),
         sums(carver.take<T>(plan.warps * plan.heads)), read(carver.take<T>(plan.warps * plan.heads * plan.columns)) {}
-  // As a step's inputs, of which a comparison needs these two.
-  __device__ __forceinline__ Inputs<T> inputs() const {
-    Carver nothing(nullptr);
-    Plan empty{};
-    Inputs<T> in(nothing, empty, false);
-    in.keys = keys;
-    in.beta = beta;
-    return in;
-  }
 };
 
 template <class T>
@@ -57,7 +48,7 @@ struct Slots : Thread<T, C, H, RESIDENT> {
   const T* memory;
   Tile<T, C> held;
   __device__ __forceinline__ Slots(const Plan& plan, int part, double eps, const T* memory)
-      : Thread<T, C, H, RESIDENT>(plan, part, eps, false), memory(memory) {
+      : Thread<T, C, H, RESIDENT>(plan, part, eps), memory(memory) {
     if (RESIDENT) this->take(memory, this->plan.D, 1, 0, 0, held);
   }
   template <class F>
@@ -87,11 +78,11 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
   T* sums = shared.sums + place.warp * plan.heads;
   T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N;
   gpu::sync();
-  slots.compare(shared.inputs(), 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, sums, most,
+  slots.compare(shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, sums, most,
                 static_cast<T*>(nullptr), static_cast<T*>(nullptr));
   gpu::sync_warp();
   if (parts > 1) slots.give_rows(shared.weights, a.N, weights);
-  slots.soften(shared.most, shared.weights, sums);
+  slots.soften(0, plan.heads, shared.most, shared.weights, sums);
   gpu::sync_warp();
   for (int k = 0; k < slots.pieces(); ++k)
     for (int first = 0; first < plan.heads; first += H) {

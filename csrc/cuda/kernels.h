@@ -23,6 +23,8 @@ const char* lrua_write(const LruaWrite&, const Queue&);
 const char* lrua_write_backward(const LruaWriteBackward&, const Queue&);
 const char* lrua_scan(const LruaScan&, const Queue&);
 const char* lrua_scan_backward(const LruaScanBackward&, const Queue&);
+const char* ntm_scan(const NtmScan&, const Queue&);
+const char* ntm_scan_backward(const NtmScanBackward&, const Queue&);
 
 }  // namespace cuda
 }  // namespace mann_fast

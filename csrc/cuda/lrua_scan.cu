@@ -4,7 +4,7 @@
 // the least used of the warp; the next step's inputs put in their places | meet |. Two meetings a step; similarities beyond a
 // bound cost one more.
 #include "kernels.h"
-#include "plan.cuh"
+#include "lrua_scan.cuh"
 
 namespace mann_fast {
 namespace cuda {
@@ -12,8 +12,9 @@ namespace {
 
 template <class T>
 struct Forward {
+  static int heads_at_once(const Plan& plan) { return lrua_heads_at_once(plan); }
   struct Small {
-    InputTurns<T> in;
+    InputTurns<Inputs<T>> in;
     Exchange<T> exchange;
     __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, false), exchange(carver, plan, false) {}
   };
@@ -32,8 +33,8 @@ struct Forward {
 };
 
 template <class T, int C, int H, bool RESIDENT>
-struct ForwardScan : Thread<T, C, H, RESIDENT> {
-  using Base = Thread<T, C, H, RESIDENT>;
+struct ForwardScan : LruaThread<T, C, H, RESIDENT> {
+  using Base = LruaThread<T, C, H, RESIDENT>;
   using Bits = typename Order<T>::Bits;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScan& a;
@@ -149,7 +150,7 @@ struct ForwardScan : Thread<T, C, H, RESIDENT> {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g) {
       const auto compare = [&] {
-        this->compare(in, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
+        this->compare(in, 0, plan.heads, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
                       sums + place.warp * plan.heads, small.exchange.greatest + place.warp * plan.heads,
                       static_cast<T*>(nullptr), static_cast<T*>(nullptr));
       };
@@ -163,7 +164,7 @@ struct ForwardScan : Thread<T, C, H, RESIDENT> {
         }
       }
     }
-    if (!bounded) this->soften(small.exchange.greatest, per_slot.read_weights, sums + place.warp * plan.heads);
+    if (!bounded) this->soften(0, plan.heads, small.exchange.greatest, per_slot.read_weights, sums + place.warp * plan.heads);
     gpu::sync_warp();
   }
 
@@ -254,15 +255,13 @@ __global__ void __launch_bounds__(most_threads, 1) forward_kernel(const __grid_c
 template <class T>
 const char* scan(const LruaScan& a, const Queue& queue) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
-  const Plan plan = plan_scan<Forward<T>, T>(a.B, a.N, a.D, a.R, 0, gpu::limits());
+  const Plan plan = plan_scan<Forward<T>, T>(sizes_of(a), a.B, 0, gpu::limits());
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
-  return with_kernel(plan, a.state, [&](auto t, auto c, auto h, auto resident) -> const char* {
-    if constexpr (std::is_same_v<decltype(t), T>)
-      return gpu::launch(forward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                         {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan,
-                         static_cast<unsigned char*>(scratch));
-    return "no kernel for this dtype";
+  return with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
+    return gpu::launch(forward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan,
+                       static_cast<unsigned char*>(scratch));
   });
 }
 

@@ -3,7 +3,7 @@
 // Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one meeting a step; then goes back
 // through them with two. Similarities beyond a bound cost the replay one more.
 #include "kernels.h"
-#include "plan.cuh"
+#include "lrua_scan.cuh"
 
 namespace mann_fast {
 namespace cuda {
@@ -11,8 +11,9 @@ namespace {
 
 template <class T>
 struct Backward {
+  static int heads_at_once(const Plan& plan) { return lrua_heads_at_once(plan); }
   struct Small {
-    InputTurns<T> in;
+    InputTurns<Inputs<T>> in;
     Exchange<T> exchange;
     __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, true), exchange(carver, plan, true) {}
   };
@@ -35,8 +36,8 @@ struct Backward {
 };
 
 template <class T, int C, int H, bool RESIDENT>
-struct BackwardScan : Thread<T, C, H, RESIDENT> {
-  using Base = Thread<T, C, H, RESIDENT>;
+struct BackwardScan : LruaThread<T, C, H, RESIDENT> {
+  using Base = LruaThread<T, C, H, RESIDENT>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScanBackward& a;
   const int64_t sample;
@@ -121,7 +122,7 @@ struct BackwardScan : Thread<T, C, H, RESIDENT> {
             load_tile(addressed, this->piece(g, k), m);
             f(m);
           };
-          this->compare(in, g, bounded, open, read_weights(step + 1), sums() + place.warp * plan.heads,
+          this->compare(in, 0, plan.heads, g, bounded, open, read_weights(step + 1), sums() + place.warp * plan.heads,
                         small.exchange.greatest + place.warp * plan.heads, dots(step), squares(step));
         } else {
           for (int k = 0; k < this->pieces(); ++k) {
@@ -133,7 +134,7 @@ struct BackwardScan : Thread<T, C, H, RESIDENT> {
         }
       }
     }
-    if (!bounded) this->soften(small.exchange.greatest, read_weights(step + 1), sums() + place.warp * plan.heads);
+    if (!bounded) this->soften(0, plan.heads, small.exchange.greatest, read_weights(step + 1), sums() + place.warp * plan.heads);
   }
 
   // The gradient that reaches this step's read weights, and its mean under them.
@@ -381,15 +382,13 @@ template <class T>
 const char* scan_backward(const LruaScanBackward& a, const Queue& queue) {
   const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
-  const Plan plan = plan_scan<Backward<T>, T>(a.B, a.N, a.D, a.R, every, gpu::limits());
+  const Plan plan = plan_scan<Backward<T>, T>(sizes_of(a), a.B, every, gpu::limits());
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
-  return with_kernel(plan, a.state, [&](auto t, auto c, auto h, auto resident) -> const char* {
-    if constexpr (std::is_same_v<decltype(t), T>)
-      return gpu::launch(backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                         {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every,
-                         static_cast<unsigned char*>(scratch));
-    return "no kernel for this dtype";
+  return with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
+    return gpu::launch(backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every,
+                       static_cast<unsigned char*>(scratch));
   });
 }
 

@@ -32,37 +32,33 @@ void place(Plan& plan, int64_t every, const gpu::Limits& limits) {
 
 // ---- which kernel ---------------------------------------------------------------------------------------------------
 
-// Calls f with types and sizes of the kernel that a plan asks for.
-template <class F>
-const char* with_kernel(const Plan& plan, Dtype state, F f) {
+// Calls f with the columns of a tile that a plan asks for, and whether it stays in registers.
+template <class T, class F>
+const char* with_tile(const Plan& plan, F f) {
   const std::integral_constant<int, 4> four;
-  if (state == Dtype::float64) return f(double(), four, four, std::false_type());
-  if (!plan.resident) return f(float(), std::integral_constant<int, 8>(), four, std::false_type());
-  const auto in_registers = [&](auto c) {
-    if (plan.heads_at_once == 1) return f(float(), c, std::integral_constant<int, 1>(), std::true_type());
-    return f(float(), c, four, std::true_type());
-  };
-  switch (plan.piece_columns) {
-    case 2: return in_registers(std::integral_constant<int, 2>());
-    case 4: return in_registers(four);
-    case 5: return in_registers(std::integral_constant<int, 5>());
-    default: return in_registers(std::integral_constant<int, 8>());
-  }
+  const std::integral_constant<int, 8> eight;
+  if constexpr (sizeof(T) == 8) return f(four, std::false_type());
+  else if (!plan.resident) return f(eight, std::false_type());
+  else
+    switch (plan.piece_columns) {
+      case 2: return f(std::integral_constant<int, 2>(), std::true_type());
+      case 4: return f(four, std::true_type());
+      case 5: return f(std::integral_constant<int, 5>(), std::true_type());
+      default: return f(eight, std::true_type());
+    }
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Completes a plan that has the sizes.
 template <class Side, class T>
-Plan plan_scan(int64_t B, int64_t N, int64_t D, int64_t R, int64_t every, const gpu::Limits& limits) {
-  Plan plan{};
-  plan.N = static_cast<int>(N);
-  plan.D = static_cast<int>(D);
-  plan.R = static_cast<int>(R);
+Plan plan_scan(Plan plan, int64_t B, int64_t every, const gpu::Limits& limits) {
+  const int64_t N = plan.N, D = plan.D, R = plan.R;
   const int64_t groups = ceil_div(N, warp_slots), lane_columns = ceil_div(D, column_lanes);
   const int most_warps = most_threads / 32;
   const auto lay_out = [&](int cluster) {
     plan.cluster = cluster;
-    plan.heads_at_once = plan.resident && R == 1 ? 1 : 4;
+    plan.heads_at_once = Side::heads_at_once(plan);
     plan.heads = static_cast<int>(ceil_div(R, plan.heads_at_once)) * plan.heads_at_once;
     plan.warps = static_cast<int>(groups < most_warps ? groups : most_warps);
     plan.groups = static_cast<int>(ceil_div(groups, static_cast<int64_t>(plan.warps) * cluster));

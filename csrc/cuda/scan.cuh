@@ -1,4 +1,4 @@
-// A scan's parts that its two directions share: where everything lies, inputs on their way, and the step up to the softmax.
+// A scan's parts that both kinds of memory share: where everything lies, and the step up to the softmax.
 //
 // A block, or a cluster of blocks, takes one sample through all steps. Slots are divided among the warps of all its blocks.
 // What is kept per slot (weights, usage) and the memory itself lie as near as there is room: a small memory in registers,
@@ -13,7 +13,8 @@ namespace cuda {
 
 // How a scan is laid out over a block.
 struct Plan {
-  int N, D, R;
+  int N, D, R;        // R: all heads
+  int reads, shifts;  // of ntm_scan only: heads that read, which come first; moves
   bool resident;      // the memory is in registers: one group of 16 slots a warp, one piece of columns
   int piece_columns;  // C: columns of a lane in a piece
   int heads_at_once;  // H
@@ -27,20 +28,10 @@ struct Plan {
   __device__ __host__ int64_t tile_numbers() const { return static_cast<int64_t>(span) * columns; }
 };
 
-// The inputs of a step. Two take turns: one is read while the next comes. Keys, write vectors and gradients of reads, [heads,
-// columns] each, lie one after the other.
-template <class T>
-struct Inputs {
-  T *keys, *vectors, *grads, *gate, *keep, *beta;
-  int* slots;
-  __device__ __host__ Inputs(Carver& carver, const Plan& plan, bool backward)
-      : keys(carver.take<T>((backward ? 3 : 2) * plan.heads * plan.columns)), vectors(keys + plan.heads * plan.columns),
-        grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), keep(carver.take<T>(plan.heads)),
-        beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
-};
-
-template <class T>
+// The inputs of a step. Two take turns: one is read while the next comes.
+template <class Inputs>
 struct InputTurns {
+  using Number = typename Inputs::Number;
   unsigned char* first;
   size_t bytes;
   __device__ __host__ InputTurns(Carver& carver, const Plan& plan, bool backward) : bytes(size(plan, backward)) {
@@ -48,108 +39,19 @@ struct InputTurns {
   }
   // Padded heads and columns are 0 in every step; what a step brings takes its place after this.
   __device__ __forceinline__ void clear() const {
-    for (size_t i = gpu::thread(); i < 2 * bytes / sizeof(T); i += gpu::threads()) reinterpret_cast<T*>(first)[i] = 0;
+    for (size_t i = gpu::thread(); i < 2 * bytes / sizeof(Number); i += gpu::threads()) reinterpret_cast<Number*>(first)[i] = 0;
   }
-  __device__ __forceinline__ Inputs<T> of(int visit, const Plan& plan, bool backward) const {
+  __device__ __forceinline__ Inputs of(int visit, const Plan& plan, bool backward) const {
     Carver carver(first + visit % 2 * bytes);
-    return Inputs<T>(carver, plan, backward);
+    return Inputs(carver, plan, backward);
   }
 
  private:
   __device__ __host__ static size_t size(const Plan& plan, bool backward) {
     Carver carver(nullptr);
-    Inputs<T>(carver, plan, backward);
+    Inputs(carver, plan, backward);
     return carver.used;
   }
-};
-
-// What the warps tell each other.
-template <class T>
-struct Exchange {
-  using Bits = typename Order<T>::Bits;
-  T *sums, *greatest;     // [2, warps, heads] and [warps, heads]
-  T *reads, *of_vectors;  // [warps, heads, columns]: reads, or gradients of keys; gradients of write vectors
-  T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
-  Bits* orders;           // [warps, heads]: the least used of each warp
-  int *candidates, *chosen;
-  __device__ __host__ Exchange(Carver& carver, const Plan& plan, bool backward)
-      : sums(carver.take<T>(2 * plan.warps * plan.heads)), greatest(carver.take<T>(plan.warps * plan.heads)),
-        reads(carver.take<T>(plan.warps * plan.heads * plan.columns)),
-        of_vectors(carver.take<T>(backward ? plan.warps * plan.heads * plan.columns : 0)),
-        scalars(carver.take<T>(backward ? 3 * plan.warps * plan.heads : 0)),
-        orders(carver.take<Bits>(backward ? 0 : plan.warps * plan.heads)),
-        candidates(carver.take<int>(backward ? 0 : plan.warps * plan.heads)),
-        chosen(carver.take<int>(plan.warps * plan.heads)) {}
-};
-
-// What only one direction has among its inputs.
-__device__ __forceinline__ const void* grad_reads_of(const LruaScan&) { return nullptr; }
-__device__ __forceinline__ const void* grad_reads_of(const LruaScanBackward& a) { return a.grad_reads; }
-__device__ __forceinline__ const int64_t* slots_of(const LruaScan&) { return nullptr; }
-__device__ __forceinline__ const int64_t* slots_of(const LruaScanBackward& a) { return a.slots; }
-
-// The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
-// in their places, a step later.
-template <class T, class Arguments>
-class Stream {
- public:
-  __device__ __forceinline__ Stream(const Arguments& a, const Plan& plan) : a_(a), plan_(plan) {}
-
-  __device__ __forceinline__ void ask(int64_t row) {
-    row_ = row;
-#pragma unroll
-    for (int j = 0; j < ahead; ++j) {
-      const int i = gpu::thread() + j * gpu::threads();
-      asked_[j] = i < count() ? get(i) : T(0);
-    }
-  }
-
-  __device__ __forceinline__ void put(const Inputs<T>& in) {
-#pragma unroll
-    for (int j = 0; j < ahead; ++j) {
-      const int i = gpu::thread() + j * gpu::threads();
-      if (i < count()) put(in, i, asked_[j]);
-    }
-    for (int i = gpu::thread() + ahead * gpu::threads(); i < count(); i += gpu::threads()) put(in, i, get(i));
-  }
-
- private:
-  static constexpr int ahead = 3;
-
-  // Keys, write vectors and where there are any gradients of reads; then gates, sharpness and slots.
-  __device__ __forceinline__ int vectors() const { return grad_reads_of(a_) ? 3 : 2; }
-  __device__ __forceinline__ int count() const { return plan_.R * (plan_.D * vectors() + 3); }
-
-  __device__ __forceinline__ T get(int i) const {
-    const int size = plan_.R * plan_.D, kind = i / size;
-    if (kind < vectors()) {
-      const void* data = kind == 0 ? a_.keys : kind == 1 ? a_.write_vectors : grad_reads_of(a_);
-      return load_as<T>(data, a_.input, row_ * size + i - kind * size);
-    }
-    const int rest = i - vectors() * size, r = rest % plan_.R;
-    const int64_t place = row_ * plan_.R + r;
-    if (rest < plan_.R) return load_as<T>(a_.gate_logits, a_.input, place);
-    if (rest < 2 * plan_.R) return a_.sharpness ? load_as<T>(a_.sharpness, a_.input, place) : T(1);
-    return slots_of(a_) ? static_cast<T>(slots_of(a_)[place]) : T(0);  // exact: a plan has fewer than 2^24 slots
-  }
-
-  __device__ __forceinline__ void put(const Inputs<T>& in, int i, T value) const {
-    const int size = plan_.R * plan_.D, kind = i / size;
-    if (kind < vectors()) {
-      const int j = i - kind * size;
-      in.keys[(kind * plan_.heads + j / plan_.D) * plan_.columns + j % plan_.D] = value;
-      return;
-    }
-    const int rest = i - vectors() * size, r = rest % plan_.R;
-    if (rest < plan_.R) gate_shares(value, in.gate[r], in.keep[r]);
-    else if (rest < 2 * plan_.R) in.beta[r] = value;
-    else in.slots[r] = static_cast<int>(value);
-  }
-
-  const Arguments& a_;
-  const Plan& plan_;
-  int64_t row_ = 0;
-  T asked_[ahead];
 };
 
 // A scan as one thread sees it.
@@ -161,10 +63,9 @@ struct Thread {
   int rank;            // of the block in its sample
   int first_slot;      // of the block
   T eps;
-  bool shared_target;
 
-  __device__ __forceinline__ Thread(const Plan& plan, int rank, double eps, bool shared_target)
-      : plan(plan), rank(rank), first_slot(rank * plan.span), eps(static_cast<T>(eps)), shared_target(shared_target) {}
+  __device__ __forceinline__ Thread(const Plan& plan, int rank, double eps)
+      : plan(plan), rank(rank), first_slot(rank * plan.span), eps(static_cast<T>(eps)) {}
 
   // Known when compiled where the memory is in registers.
   __device__ __forceinline__ int groups() const { return RESIDENT ? 1 : plan.groups; }
@@ -256,63 +157,23 @@ struct Thread {
     return all;
   }
 
-  // Write weights [heads, span] of the warp's slots; own lanes only.
-  __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights, T* write_weights) const {
-    for (int g = 0; g < groups(); ++g) {
-      const int own_slot = own(g);
-      for (int first = 0; first < plan.heads; first += H) {
-#pragma unroll
-        for (int j = 0; j < OWN; ++j) {
-          const int r = first + place.own_head + j;
-          T weight = 0;
-          if (r < plan.R) weight = in.gate[r] * read_weights[r * plan.span + own_slot];
-          if (r < plan.R && is_target(chosen, r, first_slot + own_slot)) weight += in.keep[r];
-          if (place.owner) write_weights[r * plan.span + own_slot] = weight;
-        }
-      }
-    }
-  }
-  __device__ __forceinline__ bool is_target(const int* chosen, int r, int slot) const {
-    if (!shared_target) return chosen[r] == slot;
-    bool any = false;
-    for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot;
-    return any;
-  }
-
   __device__ __forceinline__ void load_weights(const T* rows, int first, int slot, Four<T> (&out)[H]) const {
 #pragma unroll
     for (int h = 0; h < H; ++h) out[h] = load_four(rows + (first + h) * plan.span + slot);
   }
 
-  // Erases the least used slot and adds what the heads write.
-  __device__ __forceinline__ void write(const Inputs<T>& in, int erased, const T* write_weights, int g, int k, Tile<T, C>& m) const {
-#pragma unroll
-    for (int s = 0; s < lane_slots; ++s)
-      if (first_slot + slots(g) + s == erased) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) m.at[s][c] = 0;
-      }
-    for (int first = 0; first < plan.heads; first += H) {
-      Four<T> weights[H];
-      T rows[H][C];
-      load_weights(write_weights, first, slots(g), weights);
-      load_rows<H, C>(in.vectors + first * plan.columns + first_column(k), plan.columns, rows);
-      add_products<H, C>(weights, rows, m);
-    }
-  }
-
-  // Similarities of the group's slots, in `out` [heads, span]: their exponentials where they are bounded, and the warp's sums
+  // Similarities of the group's slots to the keys of heads [first_head, last_head), in `out` [heads, span]: their exponentials where they are bounded, and the warp's sums
   // in `sums` [heads]; else as they are, and their maximum in `most`. dots and squares are kept where these are not null.
-  template <class Open>
-  __device__ __forceinline__ void compare(const Inputs<T>& in, int g, bool bounded, const Open& open, T* out, T* sums,
-                                          T* most, T* dots, T* squares) const {
+  template <class Inputs, class Open>
+  __device__ __forceinline__ void compare(const Inputs& in, int first_head, int last_head, int g, bool bounded, const Open& open,
+                                          T* out, T* sums, T* most, T* dots, T* squares) const {
     const int own_slot = own(g);
     const bool there = first_slot + own_slot < plan.N;
     T own_squares[lane_slots] = {};
     for (int k = 0; k < pieces(); ++k) open(k, [&](const Tile<T, C>& m) { add_squares<C>(m, own_squares); });
     add_lanes<4, 1, lane_slots>(own_squares, place.lane);
     if (squares && place.owner && place.own_head == 0) squares[own_slot] = own_squares[0];
-    for (int first = 0; first < plan.heads; first += H) {
+    for (int first = first_head; first < last_head; first += H) {
       T sum[lane_slots * H] = {}, key_squares[H] = {}, own_key[OWN];
       for (int k = 0; k < pieces(); ++k) {
         T keys[H][C];
@@ -343,11 +204,11 @@ struct Thread {
 
   // Turns similarities beyond the bound into exponentials, when all blocks have told their greatest, and tells the warp's
   // sums.
-  __device__ __forceinline__ void soften(T* most, T* out, T* sums) const {
+  __device__ __forceinline__ void soften(int first_head, int last_head, T* most, T* out, T* sums) const {
     sync();
     for (int g = 0; g < groups(); ++g) {
       const int own_slot = own(g);
-      for (int first = 0; first < plan.heads; first += H) {
+      for (int first = first_head; first < last_head; first += H) {
         T result[OWN];
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {

@@ -252,7 +252,7 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
     answers["cuda"] = _load_cuda() or {
         "lrua_scan": f"one launch for all steps, a block or a cluster of blocks per sample; float32 memories lie {where}",
         "lrua_step": f"one launch, a block or a cluster of blocks per sample; float32 memories lie {where}",
-        "ntm_scan": "no kernel yet: Triton, or the reference",
+        "ntm_scan": f"one launch for all steps, a block or a cluster of blocks per sample; float32 memories lie {where}",
         "least_used": "one launch: each slot counts those before it",
     }.get(op, "a block for some slots of a sample, a second launch where a sample has several")
     reason = _load_triton()

@@ -114,8 +114,6 @@ def _serving(memory: Tensor) -> str:
     """The backend for a memory of this size and device."""
 
     def lacking(name: str) -> str | None:
-        if name == "cuda":
-            return "this op has no kernel of backend 'cuda' yet"
         num_slots, slot_size = map(int, memory.shape[1:])
         if name == "triton" and not fits_one_program(num_slots, slot_size):
             numbers = resident_numbers(num_slots, slot_size)

@@ -1,7 +1,7 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | ntm] [--seed N] [--few]    --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "driver.h"
@@ -39,7 +39,7 @@ const Kernels emulated = {
     {run<LeastUsed, cuda::least_used>, run<LruaWrite, cuda::lrua_write>, run<LruaWriteBackward, cuda::lrua_write_backward>,
      run<LruaScan, cuda::lrua_scan>, run<LruaScanBackward, cuda::lrua_scan_backward>},
     {nullptr, nullptr},
-    {nullptr, nullptr}};
+    {run<NtmScan, cuda::ntm_scan>, run<NtmScanBackward, cuda::ntm_scan_backward>}};
 
 template <class Run>
 void compare(const char* name, Run function, const Case& c) {
@@ -130,6 +130,7 @@ int main(int count, char** arguments) {
       if (only.empty() || only == "content") compare("content", content, c);
       if (only.empty() || only == "write") compare("write", write, c);
       if (only.empty() || only == "scan") compare("scan", scan, c);
+      if (only.empty() || only == "ntm") compare("ntm", ntm, c);
       ++cases;
     }
   }

@@ -1,0 +1,234 @@
+// ntm_scan forward (a step is a scan of one, an address a step without write heads): one launch for all steps.
+//
+// Heads that address one memory: compare, tell the sums of exponentials | meet | shift, tell the greatest of the warp and the sum of
+// the powers relative to it | meet | weights; read; erase and add. Read first, all heads do so at once: two meetings a step. Write
+// first, those that write and then those that read: four. Similarities beyond a bound cost one more.
+#include "kernels.h"
+#include "ntm_scan.cuh"
+
+namespace mann_fast {
+namespace cuda {
+namespace {
+
+template <class T>
+struct Forward {
+  static int heads_at_once(const Plan&) { return 1; }
+  struct Small {
+    InputTurns<NtmInputs<T>> in;
+    T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights, until this step's those before
+    T *sums, *greatest, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and their powers
+    T* reads;                            // [warps, reading heads, columns]
+    __device__ __host__ Small(Carver& carver, const Plan& plan)
+        : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)), weights(carver.take<T>(plan.heads * plan.span)),
+          sums(carver.take<T>(plan.warps * plan.heads)), greatest(carver.take<T>(plan.warps * plan.heads)),
+          most(carver.take<T>(plan.warps * plan.heads)), powers(carver.take<T>(plan.warps * plan.heads)),
+          reads(carver.take<T>(plan.warps * plan.reads * plan.columns)) {}
+  };
+  struct Slots {
+    T* shifted;  // [heads, span]: shifted weights, then their powers
+    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t) : shifted(carver.take<T>(plan.heads * plan.span)) {}
+  };
+  struct Tiles {
+    T* memory;
+    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t)
+        : memory(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
+  };
+};
+
+template <class T, int C, bool RESIDENT>
+struct ForwardScan : NtmThread<T, C, RESIDENT> {
+  using Base = NtmThread<T, C, RESIDENT>;
+  using Base::place, Base::plan, Base::first_slot, Base::rank;
+  const NtmScan& a;
+  const int64_t sample;
+  typename Forward<T>::Small small;
+  typename Forward<T>::Slots per_slot;
+  typename Forward<T>::Tiles tiles;
+  Tile<T, C> held;
+  NtmStream<T, NtmScan> stream;
+
+  __device__ __forceinline__ ForwardScan(const NtmScan& a, const Plan& plan, Places places)
+      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
+        small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, 0),
+        tiles(places.of(plan.near_tiles), plan, 0), stream(a, plan) {}
+
+  __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const { return small.in.of(static_cast<int>(step % 2), plan, false); }
+
+  // Calls f with a piece of the memory, and keeps what f made of it where it is to be kept.
+  template <bool KEEP, class F>
+  __device__ __forceinline__ void with_piece(int g, int k, F f) {
+    if constexpr (RESIDENT) {
+      f(held);
+    } else {
+      Tile<T, C> m;
+      load_tile(tiles.memory, this->piece(g, k), m);
+      f(m);
+      if (KEEP) store_tile(tiles.memory, this->piece(g, k), m);
+    }
+  }
+
+  __device__ __forceinline__ void begin() {
+    const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
+    this->take_rows(static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
+  }
+
+  __device__ __forceinline__ void keep_memory(int64_t t) {
+    const int64_t ld = mann_fast::padded_slots(plan.N);
+    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * a.D * ld;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k)
+        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
+  }
+
+  // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's inputs
+  // are put in their places, between the two meetings.
+  __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool puts) {
+    const bool bounded = this->bounded(in.beta);
+    for (int g = 0; g < this->groups(); ++g)
+      this->compare(in, first, last, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, small.content,
+                    small.sums + place.warp * plan.heads, small.greatest + place.warp * plan.heads, static_cast<T*>(nullptr),
+                    static_cast<T*>(nullptr));
+    if (!bounded) this->soften(first, last, small.greatest, small.content, small.sums + place.warp * plan.heads);
+    this->sync();
+    this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
+                [&](int h, bool there, bool speaks, T most) { raise(in, h, there, speaks, most); });
+    if (puts && t > 0) give_reads(t - 1);
+    if (puts && t + 1 < a.T) stream.put(inputs(t + 1));
+    this->sync();
+    weigh(in, first, last);
+    gpu::sync_warp();
+  }
+
+  // Powers of a head's shifted weights, relative to the greatest of the warp, so that none underflows that counts.
+  __device__ __forceinline__ void raise(const NtmInputs<T>& in, int h, bool there, bool speaks, T most) {
+    T sum = 0;
+    for (int g = 0; g < this->groups(); ++g) {
+      const int slot = this->half_slot(g);
+      T raised = 0;
+      if (there && first_slot + slot < plan.N) {
+        const T shifted = per_slot.shifted[h * plan.span + slot];
+        raised = power(most > T(0) ? shifted / most : shifted, in.gamma[h]);
+      }
+      if (there) per_slot.shifted[h * plan.span + slot] = raised;
+      sum += raised;
+    }
+    sum = add_half(sum);
+    if (speaks) {
+      this->tell(small.most, h, most);
+      this->tell(small.powers, h, sum);
+    }
+  }
+
+  // Weights from the powers, now that the greatest of all warps is known.
+  __device__ __forceinline__ void weigh(const NtmInputs<T>& in, int first, int last) {
+    this->with_heads(first, last, [&](int h, bool there, bool) {
+      const T greatest = this->greatest_told(small.most, h), gamma = in.gamma[h];
+      T total = 0;
+      for (int w = place.lane % warp_slots; w < plan.warps * plan.cluster; w += warp_slots)
+        total += this->told(small.powers, w, h) * power(this->told(small.most, w, h) / greatest, gamma);
+      total = add_half(total);
+      const T scale = power(small.most[place.warp * plan.heads + h] / greatest, gamma) / total;
+      for (int g = 0; g < this->groups(); ++g) {
+        const int at = h * plan.span + this->half_slot(g);
+        if (there) small.weights[at] = per_slot.shifted[at] * scale;
+      }
+    });
+  }
+
+  // The warp's part of the reads.
+  __device__ __forceinline__ void read() {
+    T* to = small.reads + place.warp * plan.reads * plan.columns;
+    for (int k = 0; k < this->pieces(); ++k)
+      for (int r = 0; r < plan.reads; ++r) {
+        T sum[C] = {};
+        for (int g = 0; g < this->groups(); ++g) {
+          Four<T> weights[1];
+          this->load_weights(small.weights, r, this->slots(g), weights);
+          with_piece<false>(g, k, [&](Tile<T, C>& m) { add_weighted<1, C>(m, weights, sum); });
+        }
+        store_warp_sums<1, C>(sum, place.lane, to + r * plan.columns + this->first_column(k), plan.columns);
+      }
+  }
+
+  __device__ __forceinline__ void write(const NtmInputs<T>& in) {
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k)
+        with_piece<true>(g, k, [&](Tile<T, C>& m) { Base::write(in, small.weights, g, k, m); });
+  }
+
+  __device__ __forceinline__ void give_reads(int64_t t) {
+    const int count = plan.reads * plan.D;
+    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
+      const T read = this->total(small.reads, j / plan.D * plan.columns + j % plan.D, plan.reads * plan.columns);
+      store_as(a.reads, a.input, (t * a.B + sample) * count + j, read);
+    }
+  }
+
+  __device__ __forceinline__ void end() {
+    T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+    this->give_rows(small.weights, plan.N, static_cast<T*>(a.out_weights) + sample * plan.R * a.N);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (a.T > 0) stream.ask(sample);
+    begin();
+    small.in.clear();  // padded columns are 0 in every step
+    gpu::sync();
+    if (a.T > 0) stream.put(inputs(0));
+    this->sync();
+    const int reads = plan.reads, heads = plan.R;
+    for (int64_t t = 0; t < a.T; ++t) {
+      const NtmInputs<T> in = inputs(t);
+      if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
+      if (a.anchor_every > 0 && t > 0 && t % a.anchor_every == 0) keep_memory(t);
+      if (a.read_first) {
+        address(in, 0, heads, t, true);
+        read();
+        write(in);
+      } else {
+        if (reads < heads) address(in, reads, heads, t, reads == 0);
+        write(in);
+        if (reads > 0) address(in, 0, reads, t, true);
+        read();
+      }
+      if (a.anchor_every > 0)
+        this->give_rows(small.weights, plan.N, static_cast<T*>(a.history) + (t * a.B + sample) * plan.R * a.N);
+    }
+    this->sync();
+    if (a.T > 0) give_reads(a.T - 1);
+    end();
+    if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
+  }
+};
+
+template <class T, int C, bool RESIDENT>
+__global__ void __launch_bounds__(most_threads, 1) ntm_forward_kernel(const __grid_constant__ NtmScan a,
+                                                                      const __grid_constant__ Plan plan, unsigned char* scratch) {
+  ForwardScan<T, C, RESIDENT>(a, plan, Places(plan, scratch)).run();
+}
+
+template <class T>
+const char* scan(const NtmScan& a, const Queue& queue) {
+  if (const char* why = ntm_too_large(a)) return why;
+  const Plan plan = plan_scan<Forward<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
+  const int64_t blocks = a.B * plan.cluster;
+  void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
+  return with_tile<T>(plan, [&](auto c, auto resident) {
+    return gpu::launch(ntm_forward_kernel<T, decltype(c)::value, decltype(resident)::value>,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan,
+                       static_cast<unsigned char*>(scratch));
+  });
+}
+
+}  // namespace
+
+const char* ntm_scan(const NtmScan& a, const Queue& queue) {
+  return a.state == Dtype::float64 ? scan<double>(a, queue) : scan<float>(a, queue);
+}
+
+}  // namespace cuda
+}  // namespace mann_fast

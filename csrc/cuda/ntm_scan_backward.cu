@@ -1,0 +1,519 @@
+// ntm_scan backward: one launch for all steps.
+//
+// Takes `anchor_every` steps at a time: replays their writes from the anchor, whose weights are kept, so that no warp needs another;
+// then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the sums of
+// exponentials | meet | shift; tell the greatest | meet | back through sharpening; tell gradients of the shift | meet | back
+// through shift, gate, softmax and similarity. Read first, all heads do so at once: three meetings a step. Write first, those that
+// read and then those that write: six. An erase is never undone by a division.
+#include "kernels.h"
+#include "ntm_scan.cuh"
+
+namespace mann_fast {
+namespace cuda {
+namespace {
+
+// A head's sums over slots: gradients of sharpness, gate, sharpening; the softmax's mean gradient; gradient of the key's square,
+// which is the warp's own; then those of the shift.
+enum Scalar { of_beta, of_gate, of_gamma, mean_of_content, of_key_square, of_shift };
+
+template <class T>
+struct Backward {
+  static int heads_at_once(const Plan&) { return 1; }
+  struct Small {
+    InputTurns<NtmInputs<T>> in;
+    T *content, *previous, *of_shifted;  // [heads, span], which all warps see; weights of the step before; gradient of the shifted
+    T *sums, *greatest, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the greatest weight
+    T *of_keys, *of_erase, *of_add;             // [warps, heads or writing heads, columns]
+    T* scalars;                                 // [warps, heads, of_shift + shifts]
+    __device__ __host__ Small(Carver& carver, const Plan& plan)
+        : in(carver, plan, true), content(carver.take<T>(plan.heads * plan.span)), previous(carver.take<T>(plan.heads * plan.span)),
+          of_shifted(carver.take<T>(plan.heads * plan.span)), sums(carver.take<T>(plan.warps * plan.heads)),
+          greatest(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
+          means(carver.take<T>(plan.warps * plan.heads)), peaks(carver.take<T>(plan.warps * plan.heads)),
+          of_keys(carver.take<T>(plan.warps * plan.heads * plan.columns)),
+          of_erase(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
+          of_add(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
+          scalars(carver.take<T>(plan.warps * plan.heads * (of_shift + plan.shifts))) {}
+  };
+  struct Slots {
+    T *now, *later;  // [heads, span]: weights of the step, and their gradients
+    // [heads, span], the last [span]. of_dots: content weights, for the sums of their exponentials may be the next step's by
+    // the time that they are needed; then gradients of the dot products.
+    T *dots, *shifted, *of_dots, *of_squares, *squares;
+    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t)
+        : now(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
+          dots(carver.take<T>(plan.heads * plan.span)), shifted(carver.take<T>(plan.heads * plan.span)),
+          of_dots(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(plan.heads * plan.span)),
+          squares(carver.take<T>(plan.span)) {}
+  };
+  struct Tiles {
+    T *memories, *grad;  // before each step and after the last
+    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t every)
+        : memories(carver.take<T>((every + 1) * plan.tile_numbers())),
+          grad(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
+  };
+};
+
+template <class T, int C, bool RESIDENT>
+struct BackwardScan : NtmThread<T, C, RESIDENT> {
+  using Base = NtmThread<T, C, RESIDENT>;
+  using Base::place, Base::plan, Base::first_slot, Base::rank;
+  const NtmScanBackward& a;
+  const int64_t sample;
+  const int every;
+  typename Backward<T>::Small small;
+  typename Backward<T>::Slots per_slot;
+  typename Backward<T>::Tiles tiles;
+  Tile<T, C> held;  // the gradient of the memory
+  NtmStream<T, NtmScanBackward> stream;
+  int visits = 0;  // steps gone through, in either direction
+  int64_t written_row = -1, addressed_row = -1;  // what the warps have told of a step's writes and heads, and nobody has given yet
+  int first_told = 0, last_told = 0;
+
+  __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const Plan& plan, int every, Places places)
+      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster), every(every),
+        small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, every),
+        tiles(places.of(plan.near_tiles), plan, every), stream(a, plan) {}
+
+  __device__ __forceinline__ NtmInputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
+  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
+  __device__ __forceinline__ const T* history(int64_t row) const { return static_cast<const T*>(a.history) + row * plan.R * a.N; }
+  __device__ __forceinline__ T* scalars(int h) const {
+    return small.scalars + (place.warp * plan.heads + h) * (of_shift + plan.shifts);
+  }
+  __device__ __forceinline__ T total_scalar(int h, int which) const {
+    return this->total(small.scalars, h * (of_shift + plan.shifts) + which, plan.heads * (of_shift + plan.shifts));
+  }
+
+  template <bool KEEP, class F>
+  __device__ __forceinline__ void with_grad(int g, int k, F f) {
+    if constexpr (RESIDENT) {
+      f(held);
+    } else {
+      Tile<T, C> m;
+      load_tile(tiles.grad, this->piece(g, k), m);
+      f(m);
+      if (KEEP) store_tile(tiles.grad, this->piece(g, k), m);
+    }
+  }
+
+  __device__ __forceinline__ void begin() {
+    const T* grad = a.grad_memory ? static_cast<const T*>(a.grad_memory) + sample * a.N * a.D : nullptr;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k)
+        with_grad<true>(g, k, [&](Tile<T, C>& m) {
+          if (grad) this->take(grad, a.D, 1, g, k, m);
+          else m = Tile<T, C>{};
+        });
+    if (a.grad_weights) {
+      this->take_rows(static_cast<const T*>(a.grad_weights) + sample * plan.R * a.N, plan.N, per_slot.later);
+    } else {
+      for (int g = 0; g < this->groups(); ++g)
+        for (int i = place.lane; i < plan.heads * warp_slots; i += 32)
+          per_slot.later[i / warp_slots * plan.span + this->group(g) + i % warp_slots] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void begin_replay(int64_t first) {
+    const int64_t ld = mann_fast::padded_slots(plan.N);
+    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * a.D * ld;
+    const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) {
+        Tile<T, C> m;
+        if (first > 0) this->take(anchor, 1, ld, g, k, m);
+        else this->take(start, a.D, 1, g, k, m);
+        store_tile(memory(0), this->piece(g, k), m);
+      }
+  }
+
+  // A step's write again, from the memory before it to the one after it.
+  __device__ __forceinline__ void replay(const NtmInputs<T>& in, int64_t row, int step) {
+    this->take_rows(history(row), plan.N, per_slot.now);
+    gpu::sync_warp();
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) {
+        Tile<T, C> m;
+        load_tile(memory(step), this->piece(g, k), m);
+        this->write(in, per_slot.now, g, k, m);
+        store_tile(memory(step + 1), this->piece(g, k), m);
+      }
+  }
+
+  // Weights of the step and of the one before; both are asked for before either is waited for.
+  __device__ __forceinline__ void take_weights(int64_t t) {
+    const int64_t row = t * a.B + sample;
+    const T* now = history(row);
+    const T* before = t > 0 ? history(row - a.B) : static_cast<const T*>(a.weights) + sample * plan.R * a.N;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int i = place.lane; i < plan.heads * warp_slots; i += 32) {
+        const int h = i / warp_slots, slot = this->group(g) + i % warp_slots;
+        const bool there = first_slot + slot < plan.N;
+        const int64_t from = static_cast<int64_t>(h) * plan.N + first_slot + slot;
+        const T weight = there ? now[from] : T(0), previous = there ? before[from] : T(0);
+        per_slot.now[h * plan.span + slot] = weight;
+        small.previous[h * plan.span + slot] = previous;
+      }
+    gpu::sync_warp();
+  }
+
+  // What reaches a memory, and the weights it was read by, from the reads.
+  __device__ __forceinline__ void through_read(const NtmInputs<T>& in, const T* addressed) {
+    if (a.grad_reads == nullptr) return;
+    for (int r = 0; r < plan.reads; ++r)
+      for (int g = 0; g < this->groups(); ++g) {
+        T sum[lane_slots] = {};
+        Four<T> weights[1];
+        this->load_weights(per_slot.now, r, this->slots(g), weights);
+        for (int k = 0; k < this->pieces(); ++k) {
+          T rows[1][C];
+          load_rows<1, C>(in.grads + r * plan.columns + this->first_column(k), plan.columns, rows);
+          Tile<T, C> m;
+          load_tile(addressed, this->piece(g, k), m);
+          add_dots<1, C>(m, rows, sum);
+          with_grad<true>(g, k, [&](Tile<T, C>& grad) { add_products<1, C>(weights, rows, grad); });
+        }
+        add_lanes<4, 1, lane_slots>(sum, place.lane);
+        if (place.owner) per_slot.later[r * plan.span + this->own(g)] += sum[0];
+      }
+  }
+
+  // Back through the write: from the gradient of the memory after it to that of the memory before it.
+  __device__ __forceinline__ void through_write(const NtmInputs<T>& in, const T* before, int64_t row) {
+    const int writes = plan.R - plan.reads;
+    for (int w = 0; w < writes; ++w)
+      for (int k = 0; k < this->pieces(); ++k) {
+        const int corner = w * plan.columns + this->first_column(k);
+        T of_erase[C] = {}, of_add[C] = {}, erase[1][C], add[1][C];
+        load_rows<1, C>(in.erase + corner, plan.columns, erase);
+        load_rows<1, C>(in.add + corner, plan.columns, add);
+        for (int g = 0; g < this->groups(); ++g) {
+          // The gradient times what was there when this head's erase is taken out.
+          Tile<T, C> erased;
+          load_tile(before, this->piece(g, k), erased);
+          for (int v = 0; v < writes; ++v) {
+            if (v == w) continue;
+            Four<T> weight[1];
+            T other[1][C];
+            this->load_weights(per_slot.now, plan.reads + v, this->slots(g), weight);
+            load_rows<1, C>(in.erase + v * plan.columns + this->first_column(k), plan.columns, other);
+            this->keep_of(weight[0], other[0], erased);
+          }
+          Four<T> weight[1];
+          this->load_weights(per_slot.now, plan.reads + w, this->slots(g), weight);
+          T sum[lane_slots] = {};
+          with_grad<false>(g, k, [&](Tile<T, C>& grad) {
+#pragma unroll
+            for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+              for (int c = 0; c < C; ++c) erased.at[s][c] *= -grad.at[s][c];
+            add_weighted<1, C>(erased, weight, of_erase);
+            add_weighted<1, C>(grad, weight, of_add);
+            add_dots<1, C>(erased, erase, sum);
+            add_dots<1, C>(grad, add, sum);
+          });
+          add_lanes<4, 1, lane_slots>(sum, place.lane);
+          if (place.owner) per_slot.later[(plan.reads + w) * plan.span + this->own(g)] += sum[0];
+        }
+        const int of_warp = place.warp * writes * plan.columns + corner;
+        store_warp_sums<1, C>(of_erase, place.lane, small.of_erase + of_warp, plan.columns);
+        store_warp_sums<1, C>(of_add, place.lane, small.of_add + of_warp, plan.columns);
+      }
+    for (int w = 0; w < writes; ++w)
+      for (int g = 0; g < this->groups(); ++g)
+        for (int k = 0; k < this->pieces(); ++k) {
+          Four<T> weight[1];
+          T erase[1][C];
+          this->load_weights(per_slot.now, plan.reads + w, this->slots(g), weight);
+          load_rows<1, C>(in.erase + w * plan.columns + this->first_column(k), plan.columns, erase);
+          with_grad<true>(g, k, [&](Tile<T, C>& grad) { this->keep_of(weight[0], erase[0], grad); });
+        }
+    written_row = row;
+  }
+
+  // The warp's part of each head's mean gradient under its weights, and its greatest weight.
+  __device__ __forceinline__ void tell_means(int first, int last) {
+    gpu::sync_warp();
+    this->with_heads(first, last, [&](int h, bool, bool speaks) {
+      T mean = 0, peak = 0;
+      for (int g = 0; g < this->groups(); ++g) {
+        const int at = h * plan.span + this->half_slot(g);
+        mean += per_slot.now[at] * per_slot.later[at];
+        peak = per_slot.now[at] > peak ? per_slot.now[at] : peak;
+      }
+      mean = add_half(mean);
+      peak = greatest_half(peak);
+      if (!speaks) return;
+      this->tell(small.means, h, mean);
+      this->tell(small.peaks, h, peak);
+    });
+  }
+
+  // weight = u^gamma over its sum, with u the shifted weights in their greatest. A weight over its u^gamma is the same for all
+  // slots, the greatest weight, for there u is 1.
+  __device__ __forceinline__ void through_sharpening(const NtmInputs<T>& in, int first, int last) {
+    this->with_heads(first, last, [&](int h, bool there, bool speaks) {
+      const T greatest = this->greatest_told(small.most, h), peak = this->greatest_told(small.peaks, h);
+      const T mean = this->total(small.means, h, plan.heads), gamma = in.gamma[h], scale = gamma * peak / greatest;
+      const T gate = in.gate[h], keep = T(1) - gate, content_scale = this->content_scale(small.sums, h);
+      T gradient_of_gamma = 0;
+      for (int g = 0; g < this->groups(); ++g) {
+        const int slot = this->half_slot(g), at = h * plan.span + slot;
+        T of = 0;
+        if (there && first_slot + slot < plan.N) {
+          const T u = per_slot.shifted[at] / greatest, centred = per_slot.later[at] - mean;
+          gradient_of_gamma += per_slot.now[at] * centred * log(u > T(0) ? u : T(1));
+          of = power(u, gamma - T(1)) * centred * scale;
+        }
+        if (there) {
+          small.of_shifted[at] = of;
+          per_slot.of_dots[at] = content_scale * small.content[at];
+        }
+      }
+      gradient_of_gamma = add_half(gradient_of_gamma);
+      T gradient_of_gate = 0, mean_content = 0;
+      int by = this->first_origin();
+      for (int j = 0; j < plan.shifts; ++j, by = this->next_origin(by)) {
+        const T share = in.shift[h * plan.shifts + j];
+        T of_share = 0;
+        for (int g = 0; g < this->groups(); ++g) {
+          const int slot = this->half_slot(g);
+          if (!there || first_slot + slot >= plan.N) continue;
+          const int from = this->round(first_slot + slot, by);
+          const T of = small.of_shifted[h * plan.span + slot];
+          const T content = content_scale * this->at(small.content, h, from), previous = this->at(small.previous, h, from);
+          of_share += of * (gate * content + keep * previous);
+          gradient_of_gate += share * of * (content - previous);
+          mean_content += share * of * content;
+        }
+        of_share = add_half(of_share);
+        if (speaks) scalars(h)[of_shift + j] = of_share;
+      }
+      gradient_of_gate = add_half(gradient_of_gate);
+      mean_content = add_half(mean_content);
+      if (!speaks) return;
+      scalars(h)[of_gamma] = gradient_of_gamma;
+      scalars(h)[of_gate] = gradient_of_gate;
+      scalars(h)[mean_of_content] = gate * mean_content;
+    });
+  }
+
+  // |key|^2, in all lanes.
+  __device__ __forceinline__ T key_square(const NtmInputs<T>& in, int h) const {
+    T square[1] = {};
+    for (int k = 0; k < this->pieces(); ++k) {
+      T keys[1][C];
+      load_rows<1, C>(in.keys + h * plan.columns + this->first_column(k), plan.columns, keys);
+      add_row_squares<1, C>(keys, square);
+    }
+    add_lanes<4, 1, 1>(square, place.lane);
+    return square[0];
+  }
+
+  // To the weights of the step before, and through softmax and score to the dot products and squares.
+  __device__ __forceinline__ void through_shift(const NtmInputs<T>& in, int first, int last) {
+    this->with_heads(first, last, [&](int h, bool there, bool speaks) {
+      const T gate = in.gate[h], mean = total_scalar(h, mean_of_content);
+      const T other = key_square(in, gpu::shuffle(h, 16)), mine = key_square(in, gpu::shuffle(h, 0));
+      const T square = place.lane < warp_slots ? mine : other;
+      T gradient_of_beta = 0, gradient_of_key = 0;
+      for (int g = 0; g < this->groups(); ++g) {
+        const int slot = this->half_slot(g), at = h * plan.span + slot;
+        if (!there) continue;
+        T of_gated = 0;
+        ScoreGradient<T> of{};
+        if (first_slot + slot < plan.N) {
+          int by = this->first_target();
+          for (int j = 0; j < plan.shifts; ++j, by = this->next_target(by))
+            of_gated += in.shift[h * plan.shifts + j] * this->at(small.of_shifted, h, this->round(first_slot + slot, by));
+          const T of_score = per_slot.of_dots[at] * (of_gated * gate - mean);
+          of = score_gradient(of_score, per_slot.dots[at], in.beta[h], square, per_slot.squares[slot], this->eps);
+        }
+        per_slot.later[at] = of_gated * (T(1) - gate);
+        per_slot.of_dots[at] = of.dot;
+        per_slot.of_squares[at] = of.slot_square;
+        gradient_of_beta += of.beta;
+        gradient_of_key += of.key_square;
+      }
+      gradient_of_beta = add_half(gradient_of_beta);
+      gradient_of_key = add_half(gradient_of_key);
+      if (!speaks) return;
+      scalars(h)[of_beta] = gradient_of_beta;
+      scalars(h)[of_key_square] = gradient_of_key;
+    });
+    gpu::sync_warp();
+  }
+
+  // The memory's gradient from similarities, and the warp's part of those of the keys.
+  __device__ __forceinline__ void through_similarity(const NtmInputs<T>& in, int first, int last, const T* addressed) {
+    Four<T> weights[1];
+    for (int h = first; h < last; ++h)
+      for (int k = 0; k < this->pieces(); ++k) {
+        const int corner = h * plan.columns + this->first_column(k);
+        T keys[1][C], sum[C] = {};
+        load_rows<1, C>(in.keys + corner, plan.columns, keys);
+        for (int g = 0; g < this->groups(); ++g) {
+          Tile<T, C> m;
+          load_tile(addressed, this->piece(g, k), m);
+          this->load_weights(per_slot.of_dots, h, this->slots(g), weights);
+          add_weighted<1, C>(m, weights, sum);
+          with_grad<true>(g, k, [&](Tile<T, C>& grad) {
+            add_products<1, C>(weights, keys, grad);
+            this->load_weights(per_slot.of_squares, h, this->slots(g), weights);
+            add_by_norm<1, C>(m, weights, grad);
+          });
+        }
+        // What comes by the key's own square, to one of the lanes that are added up.
+#pragma unroll
+        for (int c = 0; c < C; ++c) sum[c] += place.group == 0 ? 2 * scalars(h)[of_key_square] * keys[0][c] : T(0);
+        store_warp_sums<1, C>(sum, place.lane, small.of_keys + place.warp * plan.heads * plan.columns + corner, plan.columns);
+      }
+  }
+
+  // Back through the addressing of heads [first, last) on a memory; later becomes the gradient of the weights of the step before.
+  __device__ __forceinline__ void through_address(const NtmInputs<T>& in, int first, int last, const T* addressed, int64_t row,
+                                                  bool puts) {
+    const auto open = [&](int g) {
+      return [this, addressed, g](int k, auto f) {
+        Tile<T, C> m;
+        load_tile(addressed, this->piece(g, k), m);
+        f(m);
+      };
+    };
+    const bool bounded = this->bounded(in.beta);
+    for (int g = 0; g < this->groups(); ++g)
+      this->compare(in, first, last, g, bounded, open(g), small.content, small.sums + place.warp * plan.heads,
+                    small.greatest + place.warp * plan.heads, per_slot.dots, per_slot.squares);
+    if (!bounded) this->soften(first, last, small.greatest, small.content, small.sums + place.warp * plan.heads);
+    tell_means(first, last);
+    this->sync();
+    give_told();
+    this->shift(in, first, last, small.content, small.previous, small.sums, per_slot.shifted,
+                [&](int h, bool, bool speaks, T most) {
+                  if (speaks) this->tell(small.most, h, most);
+                });
+    this->sync();
+    through_sharpening(in, first, last);
+    if (puts) stream.put(inputs(visits + 1));
+    this->sync();
+    through_shift(in, first, last);
+    through_similarity(in, first, last, addressed);
+    addressed_row = row;
+    first_told = first;
+    last_told = last;
+  }
+
+  // Adds up what all warps had told before they met.
+  __device__ __forceinline__ void give_told() {
+    const int writes = plan.R - plan.reads, start = rank * gpu::threads() + gpu::thread(), stride = plan.cluster * gpu::threads();
+    if (written_row >= 0)
+      for (int j = start; j < 2 * writes * plan.D; j += stride) {
+        const int i = j % (writes * plan.D), at = i / plan.D * plan.columns + i % plan.D, ld = writes * plan.columns;
+        if (i == j) store_as(a.grad_erase, a.input, written_row * writes * plan.D + i, this->total(small.of_erase, at, ld));
+        else store_as(a.grad_add, a.input, written_row * writes * plan.D + i, this->total(small.of_add, at, ld));
+      }
+    if (addressed_row >= 0) {
+      const int each = plan.D + 3 + plan.shifts;
+      for (int j = start; j < (last_told - first_told) * each; j += stride) {
+        const int h = first_told + j / each, i = j % each;
+        const int64_t head = addressed_row * plan.R + h;
+        if (i < plan.D)
+          store_as(a.grad_keys, a.input, head * plan.D + i,
+                   this->total(small.of_keys, h * plan.columns + i, plan.heads * plan.columns));
+        else if (i == plan.D) store_as(a.grad_sharpness, a.input, head, total_scalar(h, of_beta));
+        else if (i == plan.D + 1) store_as(a.grad_gates, a.input, head, total_scalar(h, of_gate));
+        else if (i == plan.D + 2) store_as(a.grad_sharpening, a.input, head, total_scalar(h, of_gamma));
+        else
+          store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3, total_scalar(h, of_shift + i - plan.D - 3));
+      }
+    }
+    written_row = addressed_row = -1;
+  }
+
+  __device__ __forceinline__ void back(const NtmInputs<T>& in, int64_t t, int step) {
+    const int64_t row = t * a.B + sample;
+    const int reads = plan.reads, heads = plan.R;
+    take_weights(t);
+    if (a.read_first) {
+      through_write(in, memory(step), row);
+      through_read(in, memory(step));
+      through_address(in, 0, heads, memory(step), row, true);
+    } else {
+      if (reads > 0) {
+        through_read(in, memory(step + 1));
+        through_address(in, 0, reads, memory(step + 1), row, reads == heads);
+      }
+      through_write(in, memory(step), row);
+      if (reads < heads) through_address(in, reads, heads, memory(step), row, true);
+    }
+  }
+
+  __device__ __forceinline__ void end() {
+    T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
+    for (int g = 0; g < this->groups(); ++g)
+      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+    this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_weights) + sample * plan.R * a.N);
+  }
+
+  __device__ __forceinline__ void run() {
+    const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
+    if (a.T > 0) stream.ask(last_first * a.B + sample);
+    begin();
+    small.in.clear();
+    gpu::sync();
+    if (a.T > 0) stream.put(inputs(0));
+    for (int64_t first = last_first; first >= 0; first -= every) {
+      const int count = a.T - first < every ? static_cast<int>(a.T - first) : every;
+      begin_replay(first);
+      gpu::sync();  // the inputs of the step before are not needed any more, and those of the first are there
+      for (int step = 0; step < (a.read_first ? count - 1 : count); ++step) {
+        stream.ask((first + (step + 1 < count ? step + 1 : step)) * a.B + sample);
+        replay(inputs(visits), (first + step) * a.B + sample, step);
+        stream.put(inputs(visits + 1));
+        gpu::sync();
+        ++visits;
+      }
+      for (int step = count - 1; step >= 0; --step) {
+        // Going on with the steps before it begins with a replay.
+        const int64_t next = step > 0 ? first + step - 1 : first - every;
+        stream.ask((next >= 0 ? next : 0) * a.B + sample);
+        back(inputs(visits), first + step, step);
+        ++visits;
+      }
+    }
+    this->sync();
+    give_told();
+    end();
+    if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
+  }
+};
+
+template <class T, int C, bool RESIDENT>
+__global__ void __launch_bounds__(most_threads, 1) ntm_backward_kernel(const __grid_constant__ NtmScanBackward a,
+                                                                       const __grid_constant__ Plan plan, int every,
+                                                                       unsigned char* scratch) {
+  BackwardScan<T, C, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
+}
+
+template <class T>
+const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
+  const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
+  if (const char* why = ntm_too_large(a)) return why;
+  const Plan plan = plan_scan<Backward<T>, T>(ntm_sizes_of(a), a.B, every, gpu::limits());
+  const int64_t blocks = a.B * plan.cluster;
+  void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
+  return with_tile<T>(plan, [&](auto c, auto resident) {
+    return gpu::launch(ntm_backward_kernel<T, decltype(c)::value, decltype(resident)::value>,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every,
+                       static_cast<unsigned char*>(scratch));
+  });
+}
+
+}  // namespace
+
+const char* ntm_scan_backward(const NtmScanBackward& a, const Queue& queue) {
+  return a.state == Dtype::float64 ? scan_backward<double>(a, queue) : scan_backward<float>(a, queue);
+}
+
+}  // namespace cuda
+}  // namespace mann_fast
