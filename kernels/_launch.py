@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops._triton_sizes import power_of_two
+from ._sizes import power_of_two
 
 # Forward must give equal slots equal bits. Which products a compiler fuses with sums is its own affair, and it might fuse
 # for one slot and not for another; so it fuses none, and what is worth it is written out (tl.fma). Backward promises no

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._triton_sizes import RESIDENT_NUMBERS, fits_one_program, pieces, resident_numbers
 from ..ops.lrua import _anchors_shape, _steps
 from . import content
-from ._launch import BACKWARD, FORWARD, contiguous, launch, power_of_two, split, tile_slots
+from ._launch import BACKWARD, FORWARD, contiguous, launch, split, tile_slots
+from ._sizes import RESIDENT_NUMBERS, fits_one_program, pieces, power_of_two, resident_numbers
 from ._tuning import num_warps
 
 RAW = ("least_used", "lrua_write", "lrua_write_backward", "lrua_scan", "lrua_scan_backward")
@@ -537,8 +537,6 @@ def explain(op: str, num_slots: int, slot_size: int, heads: int) -> str:
     numbers = resident_numbers(num_slots, slot_size)
     if op == "least_used":
         return f"one launch; from {SORT_FROM} slots on a sort"
-    if op == "ntm_scan" and not fits_one_program(num_slots, slot_size):
-        return f"no kernel: the memory is {numbers} numbers with padding, more than {RESIDENT_NUMBERS}; the reference"
     if op in ("lrua_scan", "lrua_step", "ntm_scan") and fits_one_program(num_slots, slot_size):
         steps = "the step" if op == "lrua_step" else "all steps"
         return (
@@ -547,10 +545,11 @@ def explain(op: str, num_slots: int, slot_size: int, heads: int) -> str:
         )
     tile = tile_slots(num_slots, slot_size, heads)
     split = f"tiles of {tile} slots, split over programs where there are few samples, whose results a second launch combines"
-    if op in ("lrua_scan", "lrua_step"):
-        loop = "a loop of steps, each" if op == "lrua_scan" else "a step of"
+    if op in ("lrua_scan", "lrua_step", "ntm_scan"):
+        loop = "a step of" if op == "lrua_step" else "a loop of steps, each"
+        parts = "content_read and PyTorch operations" if op == "ntm_scan" else "least_used, lrua_write and content_read"
         return (
-            f"{loop} least_used, lrua_write and content_read: the memory is {numbers} numbers with padding, more than the "
+            f"{loop} {parts}: the memory is {numbers} numbers with padding, more than the "
             f"{RESIDENT_NUMBERS} that a program can hold in registers; {split}"
         )
     return f"one pass over the memory in {split}"

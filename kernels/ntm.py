@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import ntm_steps
 from ._launch import BACKWARD, FORWARD, contiguous, launch
+from ._sizes import fits_one_program
 from .lrua import (
     _dot,
     _load_memory,
@@ -385,6 +387,10 @@ def ntm_scan(
     padded = (num_slots + 15) // 16 * 16
     anchors = new((max(steps - 1, 0) // anchor_every, batch, slot_size, padded) if keeps else (0,))
     reads = keys.new_empty(steps, batch, heads - writes, slot_size)
+    if not fits_one_program(num_slots, slot_size):
+        inputs = (keys, *rest)
+        end = ntm_steps.scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anchor_every)
+        return reads, *end, history, anchors
     out_memory, out_weights = torch.empty_like(memory), torch.empty_like(weights)
     scratch = weights.new_empty(batch, 3, heads, num_slots)
     launch(
@@ -416,13 +422,18 @@ def ntm_scan_backward(
 ) -> tuple[Tensor, ...]:
     given = contiguous(grad_reads, grad_memory, grad_weights)
     inputs = contiguous(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add)
+    history, anchors = contiguous(history, anchors)
     (steps, batch, heads, slot_size), num_slots, writes = keys.shape, memory.shape[1], erase.shape[2]
     grads = [torch.empty_like(x) for x in inputs]
     every = max(min(anchor_every, steps), 1)
+    if not fits_one_program(num_slots, slot_size):
+        memory, weights, *rest = inputs
+        options = (history, anchors, read_first, eps, every, grads[2:])
+        return *ntm_steps.scan_backward(given, memory, weights, rest, *options), *grads[2:]
     memories = memory.new_empty(batch, every, num_slots, slot_size)
     scratch = weights.new_empty(batch, 2, heads, num_slots)
     launch(
-        _ntm_scan_backward_kernel, (batch,), *given, *inputs, *contiguous(history, anchors), *grads, memories, scratch, steps,
+        _ntm_scan_backward_kernel, (batch,), *given, *inputs, history, anchors, *grads, memories, scratch, steps,
         batch, every, **_resident("ntm_scan_backward", memory.device, num_slots, slot_size, heads - writes), W=writes,
         MOVES=shift.shape[3], READ_FIRST=read_first, EPS=eps, OF_READS=grad_reads is not None,
         OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_weights is not None, options=BACKWARD,

@@ -25,6 +25,7 @@ SHAPES = [  # T, B, N, D, R, W, S
     pytest.param(shorter((5, 2, 40, 9, 6, 5, 0), (2, 1, 40, 9, 6, 5, 0)), id="no-shift"),
     pytest.param((0, 2, 4, 3, 1, 1, 1), id="no-steps"),
     pytest.param((3, 0, 4, 3, 1, 1, 1), id="empty-batch"),
+    pytest.param(shorter((11, 2, 300, 64, 2, 2, 1), (9, 1, 300, 64, 2, 2, 1)), id="too-large-for-a-triton-program"),
 ]
 NAMES = (
     "memory read_weights write_weights read_key read_sharpness read_gate read_shift read_sharpening "
@@ -143,6 +144,18 @@ def test_scan_matches_reference(shape, dtype, tolerance, gradient_tolerance, ord
     actual = results_and_gradients(ops.ntm_scan, inputs, dtype, order=order)
     expected = results_and_gradients(reference.ntm_scan, inputs, torch.float64, order=order)
     compare(actual, expected, tolerance, gradient_tolerance)
+
+
+@needs_ntm
+@pytest.mark.skipif(BACKEND != "triton", reason="only Triton has a loop of steps beside a scan")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(5, 2, 7, 5, 2, 3, 1), (3, 2, 5, 3, 2, 0, 1), (9, 1, 5, 3, 0, 2, 2)])
+def test_a_loop_of_steps_matches_reference(monkeypatch, shape, order):
+    monkeypatch.setattr("mann_fast.kernels._sizes.RESIDENT_NUMBERS", 0)
+    inputs = ntm_inputs(*shape)
+    actual = results_and_gradients(ops.ntm_scan, inputs, torch.float64, order=order)
+    expected = results_and_gradients(reference.ntm_scan, inputs, torch.float64, order=order)
+    compare(actual, expected, 1e-11, 1e-10)
 
 
 @needs_ntm
@@ -374,26 +387,3 @@ def test_wrong_options_are_named():
     ):
         with pytest.raises(error, match=message):
             ops.ntm_step(*wrong_case(), **options)
-
-
-@needs_cpp
-def test_a_backend_without_kernels_is_refused_where_it_is_named(monkeypatch):
-    monkeypatch.setattr(mann_fast.ops._backend, "_triton_unable", lambda device: None)
-    large = torch.zeros(1, 257, 64)
-    head = ops.NTMHead(*(x[0] for x in ntm_inputs(1, 1, 257, 64, 1, 0, 1, dtype=torch.float32)[3:8]))
-    message = "no kernel of backend 'triton' for a memory of 32768 numbers with padding, more than the 16384"
-    with mann_fast.backend("triton"), pytest.raises(RuntimeError, match=message):
-        ops.ntm_address(large, head, torch.zeros(1, 1, 257))
-
-
-def test_a_gpu_takes_triton_where_cuda_has_no_kernel_and_the_reference_where_neither_has(monkeypatch):
-    backend = mann_fast.ops._backend
-    for name in ("_cuda_unable", "_triton_unable"):
-        monkeypatch.setattr(backend, name, lambda device: None)
-    monkeypatch.setattr(backend, "_said", set())
-    gpu = torch.device("cuda")
-    with mann_fast.backend("auto"):
-        assert backend.serving(gpu) == "cuda"
-        assert backend.serving(gpu, {"cuda": "none yet"}.get) == "triton"
-        with pytest.warns(RuntimeWarning, match="reference: none yet; too large"):
-            assert backend.serving(gpu, {"cuda": "none yet", "triton": "too large"}.get) == "reference"

@@ -229,6 +229,20 @@ def test_non_contiguous_and_expanded_inputs(backend):
         assert torch.equal(x, y) if backend == "auto" else torch.allclose(x, y)
 
 
+def test_a_gpu_takes_triton_where_cuda_cannot_and_the_reference_where_neither_can(monkeypatch):
+    backend, gpu = mann_fast.ops._backend, torch.device("cuda")
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_cuda_unable", lambda device: None)
+    monkeypatch.setattr(backend, "_triton_unable", lambda device: None)
+    with mann_fast.backend("auto"):
+        assert backend.serving(gpu) == "cuda"
+        monkeypatch.setattr(backend, "_cuda_unable", lambda device: "not built")
+        assert backend.serving(gpu) == "triton"
+        monkeypatch.setattr(backend, "_triton_unable", lambda device: "not installed")
+        with pytest.warns(RuntimeWarning, match="reference: not built; not installed"):
+            assert backend.serving(gpu) == "reference"
+
+
 def test_backend_selection():
     with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'cuda9'"):
         with mann_fast.backend("cuda9"):

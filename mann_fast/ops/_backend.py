@@ -184,9 +184,8 @@ def _cpp_unable(device: torch.device) -> str | None:
     return f"tensors on {device.type} have no fused kernels in this version"
 
 
-def serving(device: torch.device, lacking: Callable[[str], str | None] = lambda name: None) -> str:
-    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"; ``lacking`` of a
-    backend's name says why it has no kernel for the call, else None."""
+def serving(device: torch.device) -> str:
+    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
     global _selected
     if _selected is None:
         _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
@@ -201,7 +200,7 @@ def serving(device: torch.device, lacking: Callable[[str], str | None] = lambda 
     reasons = []
     for name in names:
         unable = _cuda_unable if name == "cuda" else _triton_unable if name == "triton" else _cpp_unable
-        reason = unable(device) or lacking(name)
+        reason = unable(device)
         if reason is None:
             return name
         reasons.append(reason)

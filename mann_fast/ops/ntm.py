@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import reference
 from ..reference.ntm import NTMHead, NTMState
 from . import _backend, _checks
-from ._triton_sizes import RESIDENT_NUMBERS, fits_one_program, resident_numbers
 from .lrua import ORDERS
 
 # H = R + W heads, those that read first. Where anchor_every is 0 nothing is kept for backward, and history and anchors come
@@ -110,22 +109,6 @@ def _check_weights(name: str, weights: object, axes: str, memory: Tensor) -> int
     return weights.shape[1]
 
 
-def _serving(memory: Tensor) -> str:
-    """The backend for a memory of this size and device."""
-
-    def lacking(name: str) -> str | None:
-        num_slots, slot_size = map(int, memory.shape[1:])
-        if name == "triton" and not fits_one_program(num_slots, slot_size):
-            numbers = resident_numbers(num_slots, slot_size)
-            return (
-                f"this op has no kernel of backend 'triton' for a memory of {numbers} numbers with padding, more than "
-                f"the {RESIDENT_NUMBERS} that a program can hold"
-            )
-        return None
-
-    return _backend.serving(memory.device, lacking)
-
-
 def _fused(
     serving: str, memory: Tensor, weights: Tensor, inputs: tuple[Tensor, ...], read_first: bool, eps: float
 ):
@@ -163,7 +146,7 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     batch, _, slot_size = memory.shape
     _check_head("head", head, "B H D", (batch, heads, slot_size), memory)
     _checks.check_eps(eps)
-    serving = _serving(memory)
+    serving = _backend.serving(memory.device)
     if serving == "reference":
         return reference.ntm_address(memory, head, previous, eps=eps)
     nothing = head[0].new_empty(1, batch, 0, slot_size)
@@ -199,7 +182,7 @@ def _ntm(state, read_head, write_head, erase, add, leading: str, order: str, eps
         )
     _checks.check_choice("order", order, ORDERS)
     _checks.check_eps(eps)
-    serving = _serving(memory)
+    serving = _backend.serving(memory.device)
     if serving == "reference":
         function = reference.ntm_scan if leading else reference.ntm_step
         return function(state, read_head, write_head, erase, add, order=order, eps=eps)

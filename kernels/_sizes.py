@@ -1,4 +1,4 @@
-"""What a Triton program can hold of a memory: plain numbers, so that ops can ask without importing Triton."""
+"""What a Triton program can hold of a memory."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def resident_numbers(num_slots: int, slot_size: int) -> int:
 
 
 def fits_one_program(num_slots: int, slot_size: int) -> bool:
-    """Whether a program holds a whole memory in registers; else lrua_scan is a loop of steps, and ntm_scan is not to be had."""
+    """Whether a program holds a whole memory in registers; else a scan is a loop of steps."""
     return resident_numbers(num_slots, slot_size) <= RESIDENT_NUMBERS
