@@ -54,10 +54,11 @@ struct CellShape {
     G = gates_per_unit(controller) * H;
     kept = kept_per_unit(controller) * H;
   }
-  void check(bool separate_vector, bool learned_sharpness, Dtype dtype, bool hidden, bool cell) const {
+  void check(bool separate_vector, bool learned_sharpness, Dtype dtype, bool bfloat16, bool hidden, bool cell) const {
     STD_TORCH_CHECK(heads == (separate_vector ? 2 : 1) * R * D + (learned_sharpness ? 2 : 1) * R,
                     "head_weight has not as many rows as the heads have values");
-    STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "cell takes float32 and float64 only");
+    STD_TORCH_CHECK(dtype == Dtype::float32 || (dtype == Dtype::float64 && !bfloat16),
+                    "cell takes float32 and float64 only, and rounds to bfloat16 beside float32 only");
     STD_TORCH_CHECK(hidden == (controller != Controller::feedforward) && cell == (controller == Controller::lstm),
                     "the state is not that of this controller");
   }
@@ -68,10 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor usage, Tensor reads, std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_bias,
     Tensor reads_weight, Tensor head_weight, Tensor head_bias, int64_t controller, bool separate_vector,
     bool learned_sharpness, double sharpness, double sharpness_scale, bool read_first, bool shared_target,
-    double usage_decay, double eps, int64_t anchor_every) {
+    double usage_decay, double eps, bool bfloat16, int64_t anchor_every) {
   const CellShape shape(gates.size(0), memory, read_weights, head_weight, controller);
   const auto [T, B, H, N, D, R, K, G, kept, heads, kind] = shape;
-  shape.check(separate_vector, learned_sharpness, dtype_of(gates), hidden.has_value(), cell.has_value());
+  shape.check(separate_vector, learned_sharpness, dtype_of(gates), bfloat16, hidden.has_value(), cell.has_value());
   STD_TORCH_CHECK(hidden.has_value() == hidden_weight.has_value() && hidden.has_value() == hidden_bias.has_value(),
                   "hidden, hidden_weight and hidden_bias go together");
   gates = input(gates, {T, B, G});
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const int64_t anchors_count = keeps && T > 0 ? (T - 1) / anchor_every : 0;
   Tensor anchors = empty(gates, keeps ? Shape{anchors_count, B, D + R, padded_slots(N)} : Shape{0});
   ran(available_kernels().cell.forward(
-      {T, B, H, N, D, R, dtype_of(gates), kind, separate_vector, learned_sharpness, sharpness, sharpness_scale, read_first,
+      {T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale, read_first,
        shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden), data(cell), data(memory),
        data(read_weights), data(usage), data(reads), data(hidden_weight), data(hidden_bias), data(reads_weight),
        reads_weight.stride(0), data(head_weight), data(head_bias), output.mutable_data_ptr(), out_cell.mutable_data_ptr(),
@@ -113,11 +114,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
     Tensor read_weights, std::optional<Tensor> hidden_weight, Tensor reads_weight, Tensor head_weight, Tensor kept_gates,
     Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, int64_t controller, bool separate_vector,
     bool learned_sharpness, double sharpness, double sharpness_scale, bool read_first, bool shared_target, double eps,
-    int64_t anchor_every) {
+    bool bfloat16, int64_t anchor_every) {
   const CellShape shape(kept_gates.size(0), memory, read_weights, head_weight, controller);
   const auto [T, B, H, N, D, R, K, G, kept, heads, kind] = shape;
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
-  shape.check(separate_vector, learned_sharpness, dtype_of(memory), hidden.has_value(), cell.has_value());
+  shape.check(separate_vector, learned_sharpness, dtype_of(memory), bfloat16, hidden.has_value(), cell.has_value());
   STD_TORCH_CHECK(hidden.has_value() == hidden_weight.has_value(), "hidden and hidden_weight go together");
   grad_output = input(grad_output, {T, B, K});
   grad_cell = cell ? input(grad_cell, {B, H}) : std::nullopt;
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
   Tensor grad_in_cell = empty(memory, cell ? Shape{B, H} : Shape{0}), grad_in_memory = empty(memory, {B, N, D});
   Tensor grad_in_read_weights = empty(memory, {B, R, N}), grad_reads = empty(memory, {B, R, D});
   ran(available_kernels().cell.backward(
-      {T, B, H, N, D, R, dtype_of(memory), kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
+      {T, B, H, N, D, R, dtype_of(memory), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
        read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_cell), data(grad_memory),
        data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights), data(hidden_weight),
        data(reads_weight), reads_weight.stride(0), data(head_weight), data(kept_gates), data(kept_states),

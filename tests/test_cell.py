@@ -80,7 +80,7 @@ def loss_of(results):
 
 
 def results_and_gradients(function, inputs, dtype, only=None, **options):
-    tensors = [None if x is None else x.detach().to(dtype) for x in inputs]
+    tensors = [None if x is None else x.detach().to(dtype or x.dtype, copy=True) for x in inputs]
     wanted = {
         name: x.requires_grad_()
         for i, (name, x) in enumerate(zip(NAMES, tensors, strict=True))
@@ -301,14 +301,14 @@ def test_results_share_no_storage(steps, controller):
 def test_opcheck(controller, steps, anchor_every):
     inputs = [x if x is None else x.float() for x in cell_inputs(steps, 2, 5, 6, 3, 2, controller=controller)]
     options = (list(CONTROLLERS).index(controller), True, True, 1.0, 10.0, False, False)
-    arguments = (*inputs, *options, 0.95, 1e-6, anchor_every)
+    arguments = (*inputs, *options, 0.95, 1e-6, False, anchor_every)
     torch.library.opcheck(torch.ops.mann_fast.cell.default, arguments)
     if anchor_every:
         output, *results = torch.ops.mann_fast.cell(*arguments)
         named = dict(zip(NAMES, inputs, strict=True))
         saved = [named[name] for name in ("hidden", "cell", "memory", "read_weights", "hidden_weight")]
         saved += [named["reads_weight"], named["head_weight"], *results[4:]]
-        arguments = (output, None, None, named["read_weights"], *saved, *options, 1e-6, anchor_every)
+        arguments = (output, None, None, named["read_weights"], *saved, *options, 1e-6, False, anchor_every)
         torch.library.opcheck(torch.ops.mann_fast.cell_backward.default, arguments)
 
 
@@ -343,16 +343,27 @@ def test_second_derivatives_and_forward_mode_are_refused():
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_takes_fused_steps(dtype, controller):
-    inputs = cell_inputs(4, 2, 9, 12, 5, 2, controller=controller)
-    inputs = [
-        x if x is None else x.to(torch.float32 if name in ("memory", "read_weights", "usage") else dtype)
+@pytest.mark.parametrize("shape", [(6, 9, 50, 33, 17, 2), (3, 2, 7, 9, 5, 3)])
+def test_half_precision_is_as_good_as_plain_pytorch(shape, dtype, controller):
+    """Odd sizes, so that the last pair of a product has one factor only. Rounding hardly ever changes which slot is least used
+    here: the slots' usage is far apart."""
+    inputs = cell_inputs(*shape, controller=controller)
+    state = ("memory", "read_weights", "usage")
+    rounded = [
+        None if x is None else x.to(torch.float32 if name in state else dtype)
         for name, x in zip(NAMES, inputs, strict=True)
     ]
-    actual, expected = (call(f, inputs, controller=controller) for f in (ops.cell, reference.cell))
-    for name, y in expected.items():
-        assert actual[name].dtype == y.dtype
-        assert worst_error(actual[name], y, batch_axis=1 if name == "output" else 0) < 0.02, name
+    exact_inputs = [None if x is None else x.double() for x in rounded]
+    exact = results_and_gradients(reference.cell, exact_inputs, None, controller=controller)
+    fused = results_and_gradients(ops.cell, rounded, None, controller=controller)
+    plain = results_and_gradients(reference.cell, rounded, None, controller=controller)
+    for part, factor in ((0, 2), (1, 3)):
+        for name, y in plain[part].items():
+            assert fused[part][name].dtype == y.dtype
+            error, bound = (
+                worst_error(x.flatten()[None], exact[part][name].flatten()[None]) for x in (fused[part][name], y)
+            )
+            assert error <= factor * bound + 1e-6, name
 
 
 WRONG = [

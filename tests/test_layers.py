@@ -262,7 +262,8 @@ def test_gradcheck(options):
 @pytest.mark.parametrize("options", CONTROLLERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_state_carries_over_a_cut(dtype, options):
-    layer = make_layer(dtype=dtype, **options)
+    """A cut rounds a bfloat16 state, so there are enough slots for no choice among them to hang on the last bit."""
+    layer = make_layer(dtype=dtype, **options, **({"num_slots": 40} if dtype == torch.bfloat16 else {}))
     x = torch.randn(7, 2, 4, dtype=dtype)
     start = random_state(layer, 2, dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
@@ -496,10 +497,18 @@ def test_half_precision_with_a_float32_memory(dtype):
     assert [part.dtype for part in tensors(state)] == [dtype] * 2 + [torch.float32] * 3 + [dtype]
     output.float().sum().backward()
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in half.parameters())
-    # No worse than twice what plain PyTorch loses, which keeps nothing in float32 but the memory.
-    exact, _ = layer(x)
-    plain, _ = slow_layer(half, x.to(dtype), half.initial_state(2))
-    assert worst_error(output, exact, 1) <= 2 * worst_error(plain, exact, 1) + 1e-3
+    # No worse than what plain PyTorch loses, which keeps nothing in float32 but the memory. In the median of several layers:
+    # in either, rounding may decide which of two slots is the less used.
+    errors = []
+    for seed in range(9):
+        torch.manual_seed(seed)
+        layer = make_layer(dtype=torch.float32, hidden_size=16, output_size=5)
+        half, x = copy.deepcopy(layer).to(dtype), torch.randn(6, 2, 4)
+        exact = layer(x)[0]
+        plain = slow_layer(half, x.to(dtype), half.initial_state(2))[0]
+        errors.append([worst_error(y, exact, 1) for y in (half(x.to(dtype))[0], plain)])
+    fused, plain = torch.tensor(errors).median(0).values.tolist()
+    assert fused <= 1.2 * plain
     assert half.half()(x.half())[0].dtype == torch.float16
 
 

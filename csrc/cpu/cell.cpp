@@ -77,18 +77,38 @@ bool run_blocks(const Arguments& a, const Parallel& parallel, double work, Block
   return true;
 }
 
+// The weights, packed: of_hidden is not there in a feed-forward controller. In backward they are the transposes.
+template <class T>
+struct Weights {
+  Packed<T> of_hidden, of_reads, head;
+  bool bfloat16;
+  void round(const Parallel& parallel) const {
+    if constexpr (sizeof(T) == 4)
+      for (const Packed<T>* weight : {&of_hidden, &of_reads, &head})
+        if (bfloat16) round_packed(parallel, *weight);
+  }
+  // out = a times one of them, for the rows of a block.
+  void times(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, T* out, int64_t ldo, [[maybe_unused]] T* room) const {
+    if constexpr (sizeof(T) == 4)
+      if (bfloat16) return rounded_product(a, lda, rows, weight, out, ldo, room);
+    product<T>(a, lda, rows, weight, out, ldo);
+  }
+};
+
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 template <class T>
 struct CellBlock {  // of one block; rows side by side
   int64_t gates_ld, heads_ld;
   T *round, *cell, *of_reads, *of_hidden, *heads;  // [K]: hidden state and reads; [H]; parts of the gates [G]; head values
+  T* room;                                         // for rounded products
   ScanScratch<T>* samples;
   CellBlock(Arena& arena, const Cell& a, const Sizes<T, Cell>& n)
       : gates_ld(padded<T>(n.G + width<T>)),  // a gate's last vector reaches into what comes after it
         heads_ld(padded<T>(n.heads)), round(arena.take<T>(block_rows * n.K)), cell(arena.take<T>(block_rows * a.H)),
         of_reads(arena.take<T>(block_rows * gates_ld)), of_hidden(arena.take<T>(block_rows * gates_ld)),
-        heads(arena.take<T>(block_rows * heads_ld)), samples(arena.take<ScanScratch<T>>(block_rows)) {
+        heads(arena.take<T>(block_rows * heads_ld)), room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.K) : 0)),
+        samples(arena.take<ScanScratch<T>>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
       const ScanScratch<T> sample(arena, n.scan);
       if (samples != nullptr) samples[m] = sample;
@@ -159,11 +179,6 @@ void feedforward(const GateParts<T>& gate, T* hidden, T* kept) {
   }
 }
 
-// The weights, packed: of_hidden is not there in a feed-forward controller.
-template <class T>
-struct Weights {
-  Packed<T> of_hidden, of_reads, head;
-};
 
 template <class T>
 void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Weights<T>& weights, Range samples, CellBlock<T>& s) {
@@ -180,8 +195,8 @@ void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Weights<T>& weight
   }
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t first = t * a.B + samples.lo;
-    product<T>(s.round + H, n.K, rows, weights.of_reads, s.of_reads, s.gates_ld);
-    if (a.hidden) product<T>(s.round, n.K, rows, weights.of_hidden, s.of_hidden, s.gates_ld);
+    weights.times(s.round + H, n.K, rows, weights.of_reads, s.of_reads, s.gates_ld, s.room);
+    if (a.hidden) weights.times(s.round, n.K, rows, weights.of_hidden, s.of_hidden, s.gates_ld, s.room);
     for (int64_t m = 0; m < rows; ++m) {
       const GateParts<T> gate = {H, static_cast<const T*>(a.gates) + (first + m) * n.G, s.of_reads + m * s.gates_ld,
                                  s.of_hidden + m * s.gates_ld, static_cast<const T*>(a.hidden_bias)};
@@ -194,7 +209,7 @@ void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Weights<T>& weight
         case Controller::feedforward: feedforward(gate, hidden, kept); break;
       }
     }
-    product<T>(s.round, n.K, rows, weights.head, s.heads, s.heads_ld);
+    weights.times(s.round, n.K, rows, weights.head, s.heads, s.heads_ld, s.room);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t row = first + m;
       T* raw = s.heads + m * s.heads_ld;
@@ -227,7 +242,7 @@ template <class T>
 bool cell(const Cell& a, const Parallel& parallel) {
   const Sizes<T, Cell> n(a);
   const auto layout = [&](Arena& arena) {
-    return Weights<T>{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, n.heads}};
+    return Weights<T>{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, n.heads}, a.bfloat16};
   };
   Arena size;
   layout(size);
@@ -238,6 +253,7 @@ bool cell(const Cell& a, const Parallel& parallel) {
   if (a.hidden) pack_transposed(parallel, weights.of_hidden, static_cast<const T*>(a.hidden_weight), a.H);
   pack_transposed(parallel, weights.of_reads, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
   pack_transposed(parallel, weights.head, static_cast<const T*>(a.head_weight), a.H);
+  weights.round(parallel);
   const double step = static_cast<double>(n.K * n.G + a.H * n.heads + a.N * a.D * (3 * a.R + 1));
   return run_blocks<T>(
       a, parallel, static_cast<double>(a.T * a.B) * step, [&](Arena& arena) { return CellBlock<T>(arena, a, n); },
@@ -252,11 +268,14 @@ struct CellBackwardBlock {
   // Of the hidden state and reads [K]; of the hidden state through the heads [H]; of the cell, or what of the hidden state's
   // gradient passes a GRU by [H].
   T *grad_round, *grad_hidden, *grad_state;
+  T* room;  // for rounded products
   ScanBackwardScratch<T>* samples;
   CellBackwardBlock(Arena& arena, const CellBackward& a, const Sizes<T, CellBackward>& n, int64_t steps)
       : round_ld(a.H + padded<T>(n.RD) + width<T>), hidden_ld(padded<T>(a.H)),
         grad_round(arena.take<T>(block_rows * round_ld)), grad_hidden(arena.take<T>(block_rows * hidden_ld)),
-        grad_state(arena.take<T>(block_rows * a.H)), samples(arena.take<ScanBackwardScratch<T>>(block_rows)) {
+        grad_state(arena.take<T>(block_rows * a.H)),
+        room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.G > n.heads ? n.G : n.heads) : 0)),
+        samples(arena.take<ScanBackwardScratch<T>>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
       const ScanBackwardScratch<T> sample(arena, n.scan, steps);
       if (samples != nullptr) samples[m] = sample;
@@ -381,7 +400,7 @@ void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n,
         step_backward(n.scan, a.slots + row * R, step, static_cast<const T*>(round + H), alone, memory);
         head_gradient(a, n, values, memory, static_cast<T*>(a.grad_heads) + row * n.heads);
       }
-      product<T>(row_of(a.grad_heads, first, n.heads), n.heads, rows, weights.head, s.grad_hidden, s.hidden_ld);
+      weights.times(row_of(a.grad_heads, first, n.heads), n.heads, rows, weights.head, s.grad_hidden, s.hidden_ld, s.room);
       for (int64_t m = 0; m < rows; ++m) {
         const int64_t row = first + m;
         const T* kept = row_of(a.kept_gates, row, n.kept);
@@ -402,11 +421,11 @@ void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n,
       }
       // The padding of the first product's columns is overwritten by the second.
       if (a.hidden)
-        product<T>(row_of(a.grad_hidden_gates ? a.grad_hidden_gates : a.grad_gates, first, n.G), n.G, rows,
-                   weights.of_hidden, s.grad_round, s.round_ld);
+        weights.times(row_of(a.grad_hidden_gates ? a.grad_hidden_gates : a.grad_gates, first, n.G), n.G, rows,
+                      weights.of_hidden, s.grad_round, s.round_ld, s.room);
       else
         for (int64_t m = 0; m < rows; ++m) std::memset(s.grad_round + m * s.round_ld, 0, H * sizeof(T));
-      product<T>(row_of(a.grad_gates, first, n.G), n.G, rows, weights.of_reads, s.grad_round + H, s.round_ld);
+      weights.times(row_of(a.grad_gates, first, n.G), n.G, rows, weights.of_reads, s.grad_round + H, s.round_ld, s.room);
     }
   }
   for (int64_t m = 0; m < rows; ++m) {
@@ -429,7 +448,7 @@ template <class T>
 bool cell_backward(const CellBackward& a, const Parallel& parallel) {
   const Sizes<T, CellBackward> n(a);
   const auto layout = [&](Arena& arena) {
-    return Weights<T>{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, n.heads, a.H}};
+    return Weights<T>{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, n.heads, a.H}, a.bfloat16};
   };
   Arena size;
   layout(size);
@@ -440,6 +459,7 @@ bool cell_backward(const CellBackward& a, const Parallel& parallel) {
   if (a.hidden) pack(parallel, weights.of_hidden, static_cast<const T*>(a.hidden_weight), a.H);
   pack(parallel, weights.of_reads, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
   pack(parallel, weights.head, static_cast<const T*>(a.head_weight), a.H);
+  weights.round(parallel);
   const int64_t steps = a.T < a.anchor_every ? a.T : a.anchor_every;
   const double step = static_cast<double>(n.K * n.G + a.H * n.heads + a.N * a.D * (8 * a.R + 2));
   return run_blocks<T>(

@@ -2,6 +2,11 @@
 // weight matrix that stays the same for all steps. The matrix is packed once, into panels as wide as the registers allow,
 // each stored in the order in which it is read; every number of a panel serves up to `block_rows` rows.
 #pragma once
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "../include/half.h"
 #include "blocks.h"
 
 namespace mann_fast {
@@ -113,6 +118,108 @@ void product(const T* a, int64_t lda, int64_t rows, const Packed<T>& b, T* out, 
     case 7: return product_rows<T, 7>(a, lda, b, out, ldo);
     default: return product_rows<T, 8>(a, lda, b, out, ldo);
   }
+}
+
+// ---- rounded to bfloat16, sums in float -------------------------------------------------------------------------------
+//
+// AVX512-BF16 multiplies two pairs of bfloat16 a lane and adds both products: twice the rate of float. So two rows of a packed
+// matrix share one, the first in the low half of each lane. Other processors multiply the same rounded numbers as floats.
+
+#ifdef __AVX512F__
+inline bool has_pair_products() {
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+
+template <int ROWS, int VECTORS>
+__attribute__((target("avx512bf16"))) inline void pair_product_panel(const uint16_t* a, int64_t lda, int64_t pairs,
+                                                                     const float* panel, float* out, int64_t ldo) {
+  __m512 sum[ROWS][VECTORS];
+  for (int m = 0; m < ROWS; ++m)
+    for (int j = 0; j < VECTORS; ++j) sum[m][j] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k, panel += VECTORS * 16) {
+    __m512i weight[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) weight[j] = _mm512_loadu_si512(panel + j * 16);
+    for (int m = 0; m < ROWS; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, a + m * lda + 2 * k, sizeof pair);
+      const __m512i both = _mm512_set1_epi32(pair);
+      for (int j = 0; j < VECTORS; ++j) sum[m][j] = _mm512_dpbf16_ps(sum[m][j], (__m512bh)weight[j], (__m512bh)both);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int j = 0; j < VECTORS; ++j) _mm512_storeu_ps(out + m * ldo + j * 16, sum[m][j]);
+}
+
+template <int ROWS>
+inline void pair_product_rows(const uint16_t* a, int64_t lda, const Packed<float>& b, float* out, int64_t ldo) {
+  const int64_t pairs = (b.depth + 1) / 2;
+  for (int64_t p = 0; p < b.panels(); ++p) {
+    float* to = out + b.panel_start(p);
+    switch (b.panel_width(p) / 16) {
+      case 1: pair_product_panel<ROWS, 1>(a, lda, pairs, b.panel(p), to, ldo); break;
+      case 2: pair_product_panel<ROWS, 2>(a, lda, pairs, b.panel(p), to, ldo); break;
+      default: pair_product_panel<ROWS, 3>(a, lda, pairs, b.panel(p), to, ldo);
+    }
+  }
+}
+#else
+constexpr bool has_pair_products() { return false; }
+#endif
+
+// Rounds a packed matrix to bfloat16, in its place.
+inline void round_packed(const Parallel& parallel, const Packed<float>& packed) {
+  const int64_t tasks =
+      worthwhile_tasks(parallel, packed.panels(), static_cast<double>(packed.depth) * static_cast<double>(packed.columns));
+  parallel_run(parallel, tasks, [&](int64_t task) {
+    const Range panels = part_of(packed.panels(), tasks, task);
+    for (int64_t p = panels.lo; p < panels.hi; ++p) {
+      const int64_t wide = packed.panel_width(p);
+      float* panel = packed.panel(p);
+      if (!has_pair_products()) {
+        for (int64_t i = 0; i < packed.depth * wide; ++i) panel[i] = from_bfloat16(to_bfloat16(panel[i]));
+        continue;
+      }
+      uint32_t row[panel_vectors * width<float>];
+      for (int64_t k = 0; k < packed.depth; k += 2) {
+        const float *first = panel + k * wide, *second = first + wide;
+        for (int64_t j = 0; j < wide; ++j) row[j] = to_bfloat16(first[j]);
+        if (k + 1 < packed.depth)
+          for (int64_t j = 0; j < wide; ++j) row[j] |= static_cast<uint32_t>(to_bfloat16(second[j])) << 16;
+        std::memcpy(panel + k / 2 * wide, row, wide * sizeof(float));  // of what has been read already
+      }
+    }
+  });
+}
+
+// The room that a rounded product of so many numbers a row needs.
+constexpr int64_t rounded_numbers(int64_t depth) { return block_rows * (depth + 1); }
+
+// As product, of a matrix that round_packed has rounded; a is rounded into `room`.
+inline void rounded_product(const float* a, int64_t lda, int64_t rows, const Packed<float>& b, float* out, int64_t ldo, float* room) {
+#ifdef __AVX512F__
+  if (has_pair_products()) {
+    const int64_t ld = (b.depth + 1) / 2 * 2;
+    uint16_t* halves = reinterpret_cast<uint16_t*>(room);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t k = 0; k < b.depth; ++k) halves[m * ld + k] = to_bfloat16(a[m * lda + k]);
+      if (b.depth < ld) halves[m * ld + b.depth] = 0;
+    }
+    switch (rows) {
+      case 1: return pair_product_rows<1>(halves, ld, b, out, ldo);
+      case 2: return pair_product_rows<2>(halves, ld, b, out, ldo);
+      case 3: return pair_product_rows<3>(halves, ld, b, out, ldo);
+      case 4: return pair_product_rows<4>(halves, ld, b, out, ldo);
+      case 5: return pair_product_rows<5>(halves, ld, b, out, ldo);
+      case 6: return pair_product_rows<6>(halves, ld, b, out, ldo);
+      case 7: return pair_product_rows<7>(halves, ld, b, out, ldo);
+      default: return pair_product_rows<8>(halves, ld, b, out, ldo);
+    }
+  }
+#endif
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < b.depth; ++k) room[m * b.depth + k] = from_bfloat16(to_bfloat16(a[m * lda + k]));
+  product<float>(room, b.depth, rows, b, out, ldo);
 }
 
 }  // namespace

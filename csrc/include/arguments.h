@@ -96,7 +96,8 @@ constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforw
 // else sharpness. anchor_every 0 keeps nothing for backward.
 struct Cell {
   int64_t T, B, H, N, D, R;
-  Dtype dtype;  // float32 or float64, of everything
+  Dtype dtype;    // float32 or float64, of everything
+  bool bfloat16;  // float32 only: what the products of each step take is rounded to it
   Controller controller;
   bool separate_vector, learned_sharpness;
   double sharpness, sharpness_scale;
@@ -120,6 +121,7 @@ struct Cell {
 struct CellBackward {
   int64_t T, B, H, N, D, R;
   Dtype dtype;
+  bool bfloat16;
   Controller controller;
   bool separate_vector, learned_sharpness;
   double sharpness, sharpness_scale;

@@ -18,6 +18,7 @@ OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan", "nt
 DIRECTIONS = ("forward", "forward+backward")
 OURS = "mann_fast"
 EAGER = "eager reference"
+AUTOCAST = "mann_fast, autocast to bfloat16"
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -328,6 +329,12 @@ def _mann_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], jax: bo
     def mann():
         return MANN(INPUTS, CLASSES, shape.H, **sizes)
 
+    def rounded(model, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return model(x)[0].float()
+
+    if dtype == torch.float32:
+        functions[AUTOCAST] = rounded
     calls = {name: training_step(function, mann) for name, function in functions.items()}
     if jax:
         from .jax_baseline import training_step as jax_training_step

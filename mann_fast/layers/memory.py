@@ -339,7 +339,7 @@ class MemoryLayer(nn.Module):
             x: [T, B, input_size], [B, T, input_size] with batch_first, or [T, input_size] unbatched; of the
                 parameters' dtype and device. T and B may be 0.
             state: what an earlier call returned, or None for the start of a sequence. A state carried over
-                two halves of a sequence gives the output of the whole.
+                two halves of a sequence gives the output of the whole; in half precision it is rounded where it is cut.
             return_weights: also return where the heads were at every step; slower, one step after the other.
 
         Returns:

@@ -18,13 +18,14 @@ WRITE_VECTORS = ("separate", "key")
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 
 # controller: its number in NUMBERS. Sharpness is learned where the heads have values for it: then the factor on the
-# similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Where anchor_every is 0 nothing is kept for
+# similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Everything is float32 or float64; with bfloat16 what
+# the products of each step take is rounded to it. Where anchor_every is 0 nothing is kept for
 # backward, and what is kept comes out empty; so does what this controller does not have.
 _backend.LIBRARIES["mann_fast"].define(
     "cell(Tensor gates, Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor reads, "
     "Tensor? hidden_weight, Tensor? hidden_bias, Tensor reads_weight, Tensor head_weight, Tensor head_bias, "
     "int controller, bool separate_vector, bool learned_sharpness, float sharpness, float sharpness_scale, "
-    "bool read_first, bool shared_target, float usage_decay, float eps, SymInt anchor_every) -> "
+    "bool read_first, bool shared_target, float usage_decay, float eps, bool bfloat16, SymInt anchor_every) -> "
     "(Tensor output, Tensor cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor kept_gates, "
     "Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors)"
 )
@@ -33,7 +34,7 @@ _backend.LIBRARIES["mann_fast"].define(
     "Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor? hidden_weight, Tensor reads_weight, "
     "Tensor head_weight, Tensor kept_gates, Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, "
     "int controller, bool separate_vector, bool learned_sharpness, float sharpness, float sharpness_scale, "
-    "bool read_first, bool shared_target, float eps, SymInt anchor_every) -> "
+    "bool read_first, bool shared_target, float eps, bool bfloat16, SymInt anchor_every) -> "
     "(Tensor grad_gates, Tensor grad_hidden_gates, Tensor grad_heads, Tensor grad_hidden, Tensor grad_cell, "
     "Tensor grad_memory, Tensor grad_read_weights, Tensor grad_reads)"
 )
@@ -120,9 +121,10 @@ class _Cell(torch.autograd.Function):
         _, hidden, cell, memory, read_weights, _, reads, hidden_weight, _, reads_weight, head_weight, _ = (
             inputs[:12]
         )
-        *ctx.options, _, eps, anchor_every = inputs[12:]
-        ctx.options += [eps, anchor_every]
+        *ctx.options, _, eps, bfloat16, anchor_every = inputs[12:]
+        ctx.options += [eps, bfloat16, anchor_every]
         output, out_cell, _, _, usage, *kept = outputs
+        ctx.products = torch.bfloat16 if bfloat16 else output.dtype
         ctx.mark_non_differentiable(*([out_cell] if cell is None else []), usage, *kept)
         ctx.save_for_backward(
             reads, output, hidden, cell, memory, read_weights, hidden_weight, reads_weight, head_weight, *kept
@@ -144,17 +146,22 @@ class _Cell(torch.autograd.Function):
         if grad_hidden_gates.dim() == 1:
             grad_hidden_gates = grad_gates
         weights = [None] * 5
+        if ctx.needs_input_grad[8]:
+            weights[1] = grad_hidden_gates.sum((0, 1))
+        if ctx.needs_input_grad[11]:
+            weights[4] = grad_heads.sum((0, 1))
         with torch.autocast(output.device.type, enabled=False):  # backward may be called inside the caller's
+            met = output.to(ctx.products)
+            of_gates = grad_gates.to(ctx.products)
+            of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(ctx.products)
             if ctx.needs_input_grad[7]:
-                weights[0] = _weight_gradient(grad_hidden_gates, hidden, output[:-1, :, :size])
-            if ctx.needs_input_grad[8]:
-                weights[1] = grad_hidden_gates.sum((0, 1))
+                weights[0] = _weight_gradient(of_hidden, hidden.to(ctx.products), met[:-1, :, :size])
             if ctx.needs_input_grad[9]:
-                weights[2] = _weight_gradient(grad_gates, reads.flatten(1), output[:-1, :, size:])
+                weights[2] = _weight_gradient(of_gates, reads.flatten(1).to(ctx.products), met[:-1, :, size:])
             if ctx.needs_input_grad[10]:
-                weights[3] = torch.mm(grad_heads.flatten(0, 1).t(), output[..., :size].flatten(0, 1))
-            if ctx.needs_input_grad[11]:
-                weights[4] = grad_heads.sum((0, 1))
+                of_heads = grad_heads.to(ctx.products)
+                weights[3] = torch.mm(of_heads.flatten(0, 1).t(), met[..., :size].flatten(0, 1))
+        weights = [x if x is None else x.to(output.dtype) for x in weights]
         state = (None if hidden is None else grad_hidden, None if cell is None else grad_cell)
         return grad_gates, *state, *grad_memory, None, grad_reads, *weights, *others
 
@@ -183,7 +190,9 @@ def cell(
     At every step the controller takes ``gates[t] + reads @ reads_weight.T``, and beside it ``hidden @ hidden_weight.T +
     hidden_bias``; one linear layer on its new hidden state gives key, write vector, gate and sharpness of each head, in this
     order; key and write vector go through tanh; then comes :func:`lrua_step`. In C++ on the CPU it is one call per
-    direction for all steps; elsewhere, and in half precision, a loop of steps.
+    direction for all steps; elsewhere a loop of steps. In half precision that call computes in float32 and rounds at its
+    ends; in bfloat16 it also rounds what the products of each step take, which a processor with AVX512-BF16 has at twice
+    the rate.
 
     The controller is an LSTM or a GRU as ``torch.nn.LSTMCell`` and ``torch.nn.GRUCell`` have them (G = 4 H or 3 H gates in
     their order), or feed-forward: one layer with tanh (G = H), which remembers by the memory alone.
@@ -256,7 +265,7 @@ def cell(
         _checks.check_like(name, value, axes, sizes, "gates", gates)
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     serving = _backend.serving(gates.device)
-    if serving != "cpp" or gates.dtype in _checks.HALF_DTYPES or gates.shape[0] == 0:
+    if serving != "cpp" or gates.shape[0] == 0:
         return reference.cell(
             gates,
             state,
@@ -272,6 +281,11 @@ def cell(
             eps=eps,
             step=reference.lrua_step if serving == "reference" else lrua_step,
         )
+    dtype = gates.dtype
+    if dtype in _checks.HALF_DTYPES:
+        widen = lambda x: x if x is None else x.float()  # noqa: E731
+        gates, reads, *weights = map(widen, (gates, reads, *weights))
+        state = tuple(map(widen, state))
     hidden, cell = (*state, None, None)[:2]
     learned = sharpness == "learned"
     fixed = SHARPNESS_MIN if learned else 1.0 if sharpness is None else float(sharpness)
@@ -287,6 +301,7 @@ def cell(
         write_target == "shared",
         float(usage_decay),
         float(eps),
+        dtype == torch.bfloat16,
     )
     if _checks.records_gradient(*tensors):
         outputs = _checks.apply(_Cell, *arguments, anchor_interval(memory[0].shape[1], slot_size, num_heads))
@@ -294,7 +309,7 @@ def cell(
         outputs = torch.ops.mann_fast.cell.default(*arguments, 0)
     output, cell, *memory = outputs[:5]
     last = (output[-1, :, :size].clone(), cell)
-    return output, last[: len(state)], LRUAState(*memory)
+    return output.to(dtype), tuple(x.to(dtype) for x in last[: len(state)]), LRUAState(*memory)
 
 
 def check_sharpness(sharpness: object) -> None:

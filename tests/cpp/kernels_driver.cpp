@@ -17,6 +17,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller) {
   const auto hidden = optional(recurrent, normal(c.B * H)), state = optional(lstm, normal(c.B * H));
   const Array usage = random.positive(c.state, c.B * c.N), read_weights = random.positive(c.state, c.B * c.R * c.N);
   const int64_t ld = RD + 3;  // the reads' weight as part of a wider one
+  const bool bfloat16 = c.state == Dtype::float32 && c.shared_target;
   const auto hidden_weight = optional(recurrent, normal(G * H)), hidden_bias = optional(recurrent, normal(G));
   const Array reads_weight = normal(G * ld - 3), head_weight = normal(heads * H), head_bias = normal(heads);
   const int64_t anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
@@ -27,7 +28,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller) {
   Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, lstm ? c.B * H : 0), out_memory(c.state, memory.count);
   Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
   succeeded(k.cell.forward(
-      {c.T, c.B, H, c.N, c.D, c.R, c.state, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95,
+      {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95,
        1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state), pointer(memory), pointer(read_weights),
        pointer(usage), pointer(reads), pointer(hidden_weight), pointer(hidden_bias), pointer(reads_weight), ld,
        pointer(head_weight), pointer(head_bias), output.data.get(), out_cell.data.get(), out_memory.data.get(),
@@ -47,7 +48,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller) {
       Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
       Array grad_in_weights(c.state, read_weights.count), grad_reads(c.state, reads.count);
       succeeded(k.cell.backward(
-          {c.T, c.B, H, c.N, c.D, c.R, c.state, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target,
+          {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target,
            1e-6, c.anchor_every, pointer(grad_output), pointer(grad_cell), pointer(grad_memory), pointer(grad_weights),
            pointer(hidden), pointer(state), pointer(memory), pointer(read_weights), pointer(hidden_weight),
            pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates), pointer(kept_states),
