@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const int64_t anchors_count = keeps && T > 0 ? (T - 1) / anchor_every : 0;
   Tensor anchors = empty(gates, keeps ? Shape{anchors_count, B, D + R, padded_slots(N)} : Shape{0});
   ran(available_kernels().cell.forward(
-      {T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale, read_first,
-       shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden), data(cell), data(memory),
+      {T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
+       read_first, shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden), data(cell), data(memory),
        data(read_weights), data(usage), data(reads), data(hidden_weight), data(hidden_bias), data(reads_weight),
        reads_weight.stride(0), data(head_weight), data(head_bias), output.mutable_data_ptr(), out_cell.mutable_data_ptr(),
        out_memory.mutable_data_ptr(), out_read_weights.mutable_data_ptr(), out_usage.mutable_data_ptr(),

@@ -1,8 +1,8 @@
 """ntm_scan in Triton for a memory too large for one program: a loop of steps, each a content_read and PyTorch operations.
 
-content_read goes over the memory, which is the most of a step, in tiles split over programs. What a head does with its content
-weights is a few operations on [B, H, N], and the write one or two on the memory for each head. Backward is by the same formulas,
-from the same anchors and weights, as csrc/cpu/ntm.cpp.
+content_read goes over the memory, which is the most of a step, in tiles split over programs. What a head does with its
+content weights is a few operations on [B, H, N], and the write one or two on the memory for each head. Backward is by the
+same formulas, from the same anchors and weights, as csrc/cpu/ntm.cpp.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
 
-KERNELS = ["cell", "lrua", "ntm", "content"]  # the one that takes longest first
-CUDA_KERNELS = ["lrua_scan_backward", "ntm_scan_backward", "lrua_scan", "ntm_scan", "content", "lrua"]  # the one that takes longest first
+# The one that takes longest first.
+KERNELS = ["cell", "lrua", "ntm", "content"]
+CUDA_KERNELS = ["lrua_scan_backward", "ntm_scan_backward", "lrua_scan", "ntm_scan", "content", "lrua"]
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {
         "baseline": [],

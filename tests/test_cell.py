@@ -361,7 +361,8 @@ def test_half_precision_is_as_good_as_plain_pytorch(shape, dtype, controller):
         for name, y in plain[part].items():
             assert fused[part][name].dtype == y.dtype
             error, bound = (
-                worst_error(x.flatten()[None], exact[part][name].flatten()[None]) for x in (fused[part][name], y)
+                worst_error(x.flatten()[None], exact[part][name].flatten()[None])
+                for x in (fused[part][name], y)
             )
             assert error <= factor * bound + 1e-6, name
 

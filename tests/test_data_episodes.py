@@ -155,6 +155,15 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_autocast_around_it_changes_no_episode():
+    def sample():
+        return Episodes(generate_glyphs(5), augment=True).sample(2).inputs
+
+    expected = sample()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample(), expected)
+
+
 def test_augmentation_moves_images_a_little_and_anew_each_time():
     size = 21
     classes = ClassImages(

@@ -25,7 +25,9 @@ SHAPES = [  # T, B, N, D, R, W, S
     pytest.param(shorter((5, 2, 40, 9, 6, 5, 0), (2, 1, 40, 9, 6, 5, 0)), id="no-shift"),
     pytest.param((0, 2, 4, 3, 1, 1, 1), id="no-steps"),
     pytest.param((3, 0, 4, 3, 1, 1, 1), id="empty-batch"),
-    pytest.param(shorter((11, 2, 300, 64, 2, 2, 1), (9, 1, 300, 64, 2, 2, 1)), id="too-large-for-a-triton-program"),
+    pytest.param(
+        shorter((11, 2, 300, 64, 2, 2, 1), (9, 1, 300, 64, 2, 2, 1)), id="too-large-for-a-triton-program"
+    ),
 ]
 NAMES = (
     "memory read_weights write_weights read_key read_sharpness read_gate read_shift read_sharpening "

@@ -88,7 +88,8 @@ struct Weights {
         if (bfloat16) round_packed(parallel, *weight);
   }
   // out = a times one of them, for the rows of a block.
-  void times(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, T* out, int64_t ldo, [[maybe_unused]] T* room) const {
+  void times(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, T* out, int64_t ldo,
+             [[maybe_unused]] T* room) const {
     if constexpr (sizeof(T) == 4)
       if (bfloat16) return rounded_product(a, lda, rows, weight, out, ldo, room);
     product<T>(a, lda, rows, weight, out, ldo);

@@ -196,7 +196,8 @@ inline void round_packed(const Parallel& parallel, const Packed<float>& packed) 
 constexpr int64_t rounded_numbers(int64_t depth) { return block_rows * (depth + 1); }
 
 // As product, of a matrix that round_packed has rounded; a is rounded into `room`.
-inline void rounded_product(const float* a, int64_t lda, int64_t rows, const Packed<float>& b, float* out, int64_t ldo, float* room) {
+inline void rounded_product(const float* a, int64_t lda, int64_t rows, const Packed<float>& b, float* out, int64_t ldo,
+                            float* room) {
 #ifdef __AVX512F__
   if (has_pair_products()) {
     const int64_t ld = (b.depth + 1) / 2 * 2;

@@ -1,8 +1,8 @@
 // ntm_scan forward (a step is a scan of one, an address a step without write heads): one launch for all steps.
 //
-// Heads that address one memory: compare, tell the sums of exponentials | meet | shift, tell the greatest of the warp and the sum of
-// the powers relative to it | meet | weights; read; erase and add. Read first, all heads do so at once: two meetings a step. Write
-// first, those that write and then those that read: four. Similarities beyond a bound cost one more.
+// Heads that address one memory: compare, tell the sums of exponentials | meet | shift, tell the greatest of the warp and the
+// sum of the powers relative to it | meet | weights; read; erase and add. Read first, all heads do so at once: two meetings a
+// step. Write first, those that write and then those that read: four. Similarities beyond a bound cost one more.
 #include "kernels.h"
 #include "ntm_scan.cuh"
 
@@ -15,11 +15,12 @@ struct Forward {
   static int heads_at_once(const Plan&) { return 1; }
   struct Small {
     InputTurns<NtmInputs<T>> in;
-    T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights, until this step's those before
-    T *sums, *greatest, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and their powers
+    T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights of the step before, then new
+    T *sums, *greatest, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and powers
     T* reads;                            // [warps, reading heads, columns]
     __device__ __host__ Small(Carver& carver, const Plan& plan)
-        : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)), weights(carver.take<T>(plan.heads * plan.span)),
+        : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)),
+          weights(carver.take<T>(plan.heads * plan.span)),
           sums(carver.take<T>(plan.warps * plan.heads)), greatest(carver.take<T>(plan.warps * plan.heads)),
           most(carver.take<T>(plan.warps * plan.heads)), powers(carver.take<T>(plan.warps * plan.heads)),
           reads(carver.take<T>(plan.warps * plan.reads * plan.columns)) {}
@@ -52,7 +53,9 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
         small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, 0),
         tiles(places.of(plan.near_tiles), plan, 0), stream(a, plan) {}
 
-  __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const { return small.in.of(static_cast<int>(step % 2), plan, false); }
+  __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const {
+    return small.in.of(static_cast<int>(step % 2), plan, false);
+  }
 
   // Calls f with a piece of the memory, and keeps what f made of it where it is to be kept.
   template <bool KEEP, class F>
@@ -70,7 +73,8 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void begin() {
     const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
+      for (int k = 0; k < this->pieces(); ++k)
+        with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
     this->take_rows(static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
   }
 
@@ -82,8 +86,8 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
   }
 
-  // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's inputs
-  // are put in their places, between the two meetings.
+  // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's
+  // inputs are put in their places, between the two meetings.
   __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool puts) {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
@@ -169,7 +173,8 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void end() {
     T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k)
+        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
     this->give_rows(small.weights, plan.N, static_cast<T*>(a.out_weights) + sample * plan.R * a.N);
   }
 
@@ -207,7 +212,8 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
 
 template <class T, int C, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1) ntm_forward_kernel(const __grid_constant__ NtmScan a,
-                                                                      const __grid_constant__ Plan plan, unsigned char* scratch) {
+                                                                      const __grid_constant__ Plan plan,
+                                                                      unsigned char* scratch) {
   ForwardScan<T, C, RESIDENT>(a, plan, Places(plan, scratch)).run();
 }
 

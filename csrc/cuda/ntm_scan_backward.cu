@@ -1,10 +1,10 @@
 // ntm_scan backward: one launch for all steps.
 //
-// Takes `anchor_every` steps at a time: replays their writes from the anchor, whose weights are kept, so that no warp needs another;
-// then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the sums of
-// exponentials | meet | shift; tell the greatest | meet | back through sharpening; tell gradients of the shift | meet | back
-// through shift, gate, softmax and similarity. Read first, all heads do so at once: three meetings a step. Write first, those that
-// read and then those that write: six. An erase is never undone by a division.
+// Takes `anchor_every` steps at a time: replays their writes from the anchor, whose weights are kept, so that no warp needs
+// another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
+// sums of exponentials | meet | shift; tell the greatest | meet | back through sharpening; tell gradients of the shift | meet |
+// back through shift, gate, softmax and similarity. Read first, all heads do so at once: three meetings a step. Write first,
+// those that read and then those that write: six. An erase is never undone by a division.
 #include "kernels.h"
 #include "ntm_scan.cuh"
 
@@ -21,7 +21,8 @@ struct Backward {
   static int heads_at_once(const Plan&) { return 1; }
   struct Small {
     InputTurns<NtmInputs<T>> in;
-    T *content, *previous, *of_shifted;  // [heads, span], which all warps see; weights of the step before; gradient of the shifted
+    // [heads, span], which all warps see: as forward; weights of the step before; gradient of the shifted weights.
+    T *content, *previous, *of_shifted;
     T *sums, *greatest, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the greatest weight
     T *of_keys, *of_erase, *of_add;             // [warps, heads or writing heads, columns]
     T* scalars;                                 // [warps, heads, of_shift + shifts]
@@ -67,7 +68,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   Tile<T, C> held;  // the gradient of the memory
   NtmStream<T, NtmScanBackward> stream;
   int visits = 0;  // steps gone through, in either direction
-  int64_t written_row = -1, addressed_row = -1;  // what the warps have told of a step's writes and heads, and nobody has given yet
+  // What the warps have told of a step's writes, and of some of its heads, and nobody has given yet; -1: nothing.
+  int64_t written_row = -1, addressed_row = -1;
   int first_told = 0, last_told = 0;
 
   __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const Plan& plan, int every, Places places)
@@ -384,8 +386,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     for (int g = 0; g < this->groups(); ++g)
       this->compare(in, first, last, g, bounded, open(g), small.content, small.sums + place.warp * plan.heads,
                     small.greatest + place.warp * plan.heads, per_slot.dots, per_slot.squares);
-    if (!bounded) this->soften(first, last, small.greatest, small.content, small.sums + place.warp * plan.heads);
     tell_means(first, last);
+    if (!bounded) this->soften(first, last, small.greatest, small.content, small.sums + place.warp * plan.heads);
     this->sync();
     give_told();
     this->shift(in, first, last, small.content, small.previous, small.sums, per_slot.shifted,

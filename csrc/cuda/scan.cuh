@@ -162,8 +162,9 @@ struct Thread {
     for (int h = 0; h < H; ++h) out[h] = load_four(rows + (first + h) * plan.span + slot);
   }
 
-  // Similarities of the group's slots to the keys of heads [first_head, last_head), in `out` [heads, span]: their exponentials where they are bounded, and the warp's sums
-  // in `sums` [heads]; else as they are, and their maximum in `most`. dots and squares are kept where these are not null.
+  // Similarities of the group's slots to the keys of heads [first_head, last_head), in `out` [heads, span]: their exponentials
+  // where they are bounded, and the warp's sums in `sums` [heads]; else as they are, and their maximum in `most`. dots and
+  // squares are kept where these are not null.
   template <class Inputs, class Open>
   __device__ __forceinline__ void compare(const Inputs& in, int first_head, int last_head, int g, bool bounded, const Open& open,
                                           T* out, T* sums, T* most, T* dots, T* squares) const {

@@ -147,8 +147,10 @@ class Episodes:
         across = torch.stack([cos * width, cos * slant - sin * height, shift[:, 0]], 1)
         down = torch.stack([sin * width, sin * slant + cos * height, shift[:, 1]], 1)
         transform = torch.cat([across, down], 1)
-        # One product for all images: affine_grid takes seven times as long as the sampling itself
-        grid = (transform.view(-1, 3) @ self._grid).view(count, 2, size, size).permute(0, 2, 3, 1)
+        # One product for all images: affine_grid takes seven times as long as the sampling itself. In float32 whatever autocast
+        # the caller is in, which would round the places of pixels.
+        with torch.autocast("cpu", enabled=False):
+            grid = (transform.view(-1, 3) @ self._grid).view(count, 2, size, size).permute(0, 2, 3, 1)
         flat = pixels.reshape(count, 1, size, size).float()
         moved = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
         return moved.clamp_(max=255).view(pixels.shape)  # interpolation may round to a little more

@@ -18,9 +18,9 @@ WRITE_VECTORS = ("separate", "key")
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 
 # controller: its number in NUMBERS. Sharpness is learned where the heads have values for it: then the factor on the
-# similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Everything is float32 or float64; with bfloat16 what
-# the products of each step take is rounded to it. Where anchor_every is 0 nothing is kept for
-# backward, and what is kept comes out empty; so does what this controller does not have.
+# similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Everything is float32 or float64; with
+# bfloat16 what the products of each step take is rounded to it. Where anchor_every is 0 nothing is kept for backward, and
+# what is kept comes out empty; so does what this controller does not have.
 _backend.LIBRARIES["mann_fast"].define(
     "cell(Tensor gates, Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor reads, "
     "Tensor? hidden_weight, Tensor? hidden_bias, Tensor reads_weight, Tensor head_weight, Tensor head_bias, "
