@@ -108,9 +108,11 @@ def verify(case: Case) -> dict[str, dict[str, Any]]:
             eager = actual
         if name == OURS:
             found[name]["verified"] = agrees(actual, case.oracle(), tolerance)
+        elif name == AUTOCAST:
+            # The loss alone: rounding may decide which of two slots is the less used, and gradients follow the slots.
+            found[name]["verified"] = agrees(actual[:1], eager[:1], TOLERANCE[torch.bfloat16])
         else:
-            allowed = TOLERANCE[torch.bfloat16] if name == AUTOCAST else tolerance
-            found[name]["verified"] = name == "nn.LSTM alone" or agrees(actual, eager, allowed, axis)
+            found[name]["verified"] = name == "nn.LSTM alone" or agrees(actual, eager, tolerance, axis)
     return found
 
 
