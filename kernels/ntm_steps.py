@@ -2,7 +2,7 @@
 
 content_read goes over the memory, which is the most of a step, in tiles split over programs. What a head does with its
 content weights is a few operations on [B, H, N], and the write one or two on the memory for each head. Backward is by the
-same formulas, from the same anchors and weights, as csrc/cpu/ntm.cpp.
+same formulas, from the same anchors and weights, as csrc/cpu/ntm.cpp. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -12,27 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.ntm import NTMHead
 from . import content
+from .lrua import _product
 
 
-class Heads(NamedTuple):
-    """The inputs of some heads in one step: key [B, H, D], sharpness, gate, sharpening [B, H], shift [B, H, 2S + 1]."""
-
-    key: Tensor
-    sharpness: Tensor
-    gate: Tensor
-    shift: Tensor
-    sharpening: Tensor
-
-    def of(self, heads: slice) -> Heads:
-        return Heads(*(x[:, heads].contiguous() for x in self))
+def _of(heads: NTMHead, chosen: slice) -> NTMHead:
+    return NTMHead(*(x[:, chosen].contiguous() for x in heads))
 
 
 def _row(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).unsqueeze(2)
 
 
-def _moves(heads: Heads, like: Tensor) -> list[tuple[int, Tensor]]:
+def _moves(heads: NTMHead, like: Tensor) -> list[tuple[int, Tensor]]:
     """By how many slots, and how much of it, [B, H, 1]."""
     reach = heads.shift.shape[2] // 2
     return [(j - reach, _row(heads.shift[:, :, j], like)) for j in range(heads.shift.shape[2])]
@@ -47,7 +40,7 @@ class _Addressed(NamedTuple):
     weights: Tensor
 
 
-def _address(memory: Tensor, heads: Heads, previous: Tensor, eps: float) -> _Addressed:
+def _address(memory: Tensor, heads: NTMHead, previous: Tensor, eps: float) -> _Addressed:
     """Graves et al. 2014, eqs. 5-9; at least one head."""
     read, by_content = content.content_read(memory, heads.key, heads.sharpness, eps)
     gate = _row(heads.gate, memory)
@@ -59,7 +52,7 @@ def _address(memory: Tensor, heads: Heads, previous: Tensor, eps: float) -> _Add
     return _Addressed(read, by_content, gated, greatest, relative, powers / powers.sum(2, keepdim=True))
 
 
-def _address_backward(grad: Tensor, memory: Tensor, heads: Heads, previous: Tensor, eps: float):
+def _address_backward(grad: Tensor, memory: Tensor, heads: NTMHead, previous: Tensor, eps: float):
     """From the gradient of the weights: those of the memory, of what the heads were given, and of the weights before."""
     x = _address(memory, heads, previous, eps)
     gamma, gate = _row(heads.sharpening, memory), _row(heads.gate, memory)
@@ -74,7 +67,7 @@ def _address_backward(grad: Tensor, memory: Tensor, heads: Heads, previous: Tens
     of_memory, of_key, of_sharpness = content.content_read_backward(
         None, of_gated * gate, memory, heads.key, heads.sharpness, x.read, x.content, eps
     )
-    return of_memory, Heads(of_key, of_sharpness, of_gate, of_shift, of_gamma), of_gated * (1 - gate)
+    return of_memory, NTMHead(of_key, of_sharpness, of_gate, of_shift, of_gamma), of_gated * (1 - gate)
 
 
 def _erase_and_add(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
@@ -106,12 +99,6 @@ def _erase_and_add_backward(grad: Tensor, memory: Tensor, weights: Tensor, erase
     return grad, of_weights, of_erase, of_add
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A batched product in the dtype of its factors, whatever autocast the caller is in."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.bmm(a, b)
-
-
 def scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anchor_every):
     """Writes reads, history and anchors; the memory and the weights after the last step."""
     *heads, erase, add = inputs
@@ -123,13 +110,13 @@ def scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anch
     for t in range(reads.shape[0]):
         if anchor_every > 0 and t > 0 and t % anchor_every == 0:
             anchors[t // anchor_every - 1].flatten(1)[:, :numbers] = memory.flatten(1)
-        given, now, before = Heads(*(x[t] for x in heads)), torch.empty_like(weights), memory
+        given, now, before = NTMHead(*(x[t] for x in heads)), torch.empty_like(weights), memory
         # Those of a memory together.
         groups = [slice(0, all_heads)] if read_first else [writing, reading]
         for group in groups:
             if group.stop > group.start:
                 previous = weights[:, group].contiguous()
-                now[:, group] = _address(memory, given.of(group), previous, eps).weights
+                now[:, group] = _address(memory, _of(given, group), previous, eps).weights
             if group is not reading and writes:
                 memory = _erase_and_add(memory, now[:, writing], erase[t], add[t])
         reads[t] = _product(now[:, reading], before if read_first else memory).to(reads.dtype)
@@ -160,7 +147,7 @@ def scan_backward(grads, memory, weights, inputs, history, anchors, read_first, 
     def through_heads(t, group, addressed):
         if group.stop == group.start:
             return
-        given = Heads(*(x[t] for x in heads)).of(group)
+        given = _of(NTMHead(*(x[t] for x in heads)), group)
         previous = (history[t - 1] if t > 0 else weights)[:, group].contiguous()
         of_memory, of_given, of_previous = _address_backward(
             grad_weights[:, group].contiguous(), addressed, given, previous, eps

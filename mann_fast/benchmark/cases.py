@@ -333,7 +333,7 @@ def _mann_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], jax: bo
         with torch.autocast(x.device.type, torch.bfloat16):
             return model(x)[0].float()
 
-    if dtype == torch.float32:
+    if dtype == torch.float32 and x.device.type == "cpu":
         functions[AUTOCAST] = rounded
     calls = {name: training_step(function, mann) for name, function in functions.items()}
     if jax:
