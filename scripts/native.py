@@ -18,7 +18,7 @@ OLDEST_TORCH = (2, 11)
 
 # The one that takes longest first.
 KERNELS = ["cell", "lrua", "ntm", "content"]
-CUDA_KERNELS = ["lrua_scan_backward", "ntm_scan_backward", "lrua_scan", "ntm_scan", "content", "lrua"]
+CUDA_KERNELS = ["lrua_scan_backward", "ntm_scan_backward", "cell_backward", "lrua_scan", "cell", "ntm_scan", "content", "lrua"]
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {
         "baseline": [],

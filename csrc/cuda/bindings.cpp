@@ -35,6 +35,8 @@ class Cuda {
   void run(const LruaWriteBackward& a) { ran(cuda::lrua_write_backward(a, queue())); }
   void run(const LruaScan& a) { ran(cuda::lrua_scan(a, queue())); }
   void run(const LruaScanBackward& a) { ran(cuda::lrua_scan_backward(a, queue())); }
+  void run(const Cell& a) { ran(cuda::cell(a, queue())); }
+  void run(const CellBackward& a) { ran(cuda::cell_backward(a, queue())); }
   void run(const NtmScan& a) { ran(cuda::ntm_scan(a, queue())); }
   void run(const NtmScanBackward& a) { ran(cuda::ntm_scan_backward(a, queue())); }
 
@@ -65,8 +67,25 @@ Tensor probe(Tensor tensor) {
   return empty(tensor, {0});
 }
 
+// Whether cell and its backward have room on the current device, for any batch.
+bool cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controller, bool separate_vector, bool learned_sharpness,
+               bool wide) {
+  const auto sized = [&](auto a) {
+    a.N = N, a.D = D, a.R = R, a.H = H;
+    a.dtype = wide ? Dtype::float64 : Dtype::float32;
+    a.controller = static_cast<Controller>(controller);
+    a.separate_vector = separate_vector, a.learned_sharpness = learned_sharpness;
+    return a;
+  };
+  return cuda::cell_unable(sized(Cell{})) == nullptr && cuda::cell_backward_unable(sized(CellBackward{})) == nullptr;
+}
+
 }  // namespace
 }  // namespace mann_fast
+
+STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
+  m.impl("cell_fits", TORCH_BOX(&mann_fast::cell_fits));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
   m.impl("probe", TORCH_BOX(&mann_fast::probe));
@@ -77,6 +96,8 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
   m.impl("lrua_write_backward", TORCH_BOX(&mann_fast::lrua_write_backward<mann_fast::Cuda>));
   m.impl("lrua_scan", TORCH_BOX(&mann_fast::lrua_scan<mann_fast::Cuda>));
   m.impl("lrua_scan_backward", TORCH_BOX(&mann_fast::lrua_scan_backward<mann_fast::Cuda>));
+  m.impl("cell", TORCH_BOX(&mann_fast::cell<mann_fast::Cuda>));
+  m.impl("cell_backward", TORCH_BOX(&mann_fast::cell_backward<mann_fast::Cuda>));
   m.impl("ntm_scan", TORCH_BOX(&mann_fast::ntm_scan<mann_fast::Cuda>));
   m.impl("ntm_scan_backward", TORCH_BOX(&mann_fast::ntm_scan_backward<mann_fast::Cuda>));
 }

@@ -23,6 +23,11 @@ const char* lrua_write(const LruaWrite&, const Queue&);
 const char* lrua_write_backward(const LruaWriteBackward&, const Queue&);
 const char* lrua_scan(const LruaScan&, const Queue&);
 const char* lrua_scan_backward(const LruaScanBackward&, const Queue&);
+const char* cell(const Cell&, const Queue&);
+const char* cell_backward(const CellBackward&, const Queue&);
+// Null where the current device has room for them, whatever T and B are, else why not; look at the sizes only.
+const char* cell_unable(const Cell&);
+const char* cell_backward_unable(const CellBackward&);
 const char* ntm_scan(const NtmScan&, const Queue&);
 const char* ntm_scan_backward(const NtmScanBackward&, const Queue&);
 

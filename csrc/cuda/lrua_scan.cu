@@ -4,245 +4,44 @@
 // the least used of the warp; the next step's inputs put in their places | meet |. Two meetings a step; similarities beyond a
 // bound cost one more.
 #include "kernels.h"
-#include "lrua_scan.cuh"
+#include "lrua_forward.cuh"
 
 namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T>
-struct Forward {
-  static int heads_at_once(const Plan& plan) { return lrua_heads_at_once(plan); }
-  struct Small {
-    InputTurns<Inputs<T>> in;
-    Exchange<T> exchange;
-    __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, false), exchange(carver, plan, false) {}
-  };
-  struct Slots {
-    T *read_weights, *write_weights, *usage;
-    typename Order<T>::Bits* orders;
-    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t)
-        : read_weights(carver.take<T>(plan.heads * plan.span)), write_weights(carver.take<T>(plan.heads * plan.span)),
-          usage(carver.take<T>(plan.span)), orders(carver.take<typename Order<T>::Bits>(plan.span)) {}
-  };
-  struct Tiles {
-    T* memory;
-    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t)
-        : memory(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
-  };
-};
-
 template <class T, int C, int H, bool RESIDENT>
-struct ForwardScan : LruaThread<T, C, H, RESIDENT> {
-  using Base = LruaThread<T, C, H, RESIDENT>;
-  using Bits = typename Order<T>::Bits;
-  using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
-  const LruaScan& a;
-  const int64_t sample;
-  typename Forward<T>::Small small;
-  typename Forward<T>::Slots per_slot;
-  typename Forward<T>::Tiles tiles;
-  Tile<T, C> held;
+struct ForwardScan : LruaForward<T, C, H, RESIDENT> {
+  using Base = LruaForward<T, C, H, RESIDENT>;
+  using Base::a, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small;
 
   __device__ __forceinline__ ForwardScan(const LruaScan& a, const Plan& plan, Places places)
-      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps, a.shared_target), a(a),
-        sample(gpu::block() / plan.cluster),
-        small(places.of(plan.near_small), plan),
-        per_slot(places.of(plan.near_slots), plan, 0), tiles(places.of(plan.near_tiles), plan, 0) {}
+      : Base(a, plan, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster)) {}
 
-  __device__ __forceinline__ Inputs<T> inputs(int64_t step) const { return small.in.of(static_cast<int>(step % 2), plan, false); }
-
-  // Calls f with a piece of the memory, and keeps what f made of it where it is to be kept.
-  template <bool KEEP, class F>
-  __device__ __forceinline__ void with_piece(int g, int k, F f) {
-    if constexpr (RESIDENT) {
-      f(held);
-    } else {
-      Tile<T, C> m;
-      load_tile(tiles.memory, this->piece(g, k), m);
-      f(m);
-      if (KEEP) store_tile(tiles.memory, this->piece(g, k), m);
-    }
-  }
-
-  __device__ __forceinline__ void begin() {
-    const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
-    const T* usage = static_cast<const T*>(a.usage) + sample * a.N;
-    for (int g = 0; g < this->groups(); ++g) {
-      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
-      const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots) per_slot.usage[slot] = first_slot + slot < plan.N ? usage[first_slot + slot] : T(0);
-    }
-    this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, per_slot.read_weights);
-    find_candidates();
-  }
-
-  // The R least used slots of the warp, in order, for all to see.
-  __device__ __forceinline__ void find_candidates() {
-    for (int g = 0; g < this->groups(); ++g) {
-      const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots)
-        per_slot.orders[slot] = first_slot + slot < plan.N ? order_of(per_slot.usage[slot]) : taken<T>;
-    }
-    for (int r = 0; r < plan.R; ++r) {
-      Bits least = taken<T>;
-      int where = this->group(0) + place.lane;
-      for (int g = 0; g < this->groups() && place.lane < warp_slots; ++g) {
-        const int slot = this->group(g) + place.lane;
-        if (per_slot.orders[slot] < least) least = per_slot.orders[slot], where = slot;
-      }
-      const Bits order = warp_least(least);
-      const unsigned slot = gpu::warp_min(least == order ? static_cast<unsigned>(where) : ~0u);
-      if (place.lane < warp_slots && slot == static_cast<unsigned>(where)) per_slot.orders[slot] = taken<T>;
-      if (place.lane == 0) {
-        small.exchange.orders[place.warp * plan.heads + r] = order;
-        small.exchange.candidates[place.warp * plan.heads + r] = static_cast<int>(first_slot + slot);
-      }
-    }
-  }
-
-  // The R least used slots of all, for the warp itself: every warp finds the same.
-  __device__ __forceinline__ int* choose() {
-    const int warps = plan.warps * plan.cluster, count = warps * plan.R;
-    int* chosen = small.exchange.chosen + place.warp * plan.heads;
-    Bits past_order = 0;
-    int past_slot = -1;
-    for (int r = 0; r < plan.R; ++r) {
-      Bits least = taken<T>;
-      unsigned slot = ~0u;
-      for (int i = place.lane; i < count; i += 32) {
-        const int w = i / plan.R, j = i % plan.R;
-        const int at = w % plan.warps * plan.heads + j;
-        const int block = w / plan.warps;
-        const Bits order = plan.cluster > 1 ? *gpu::of_block(small.exchange.orders + at, block) : small.exchange.orders[at];
-        const int candidate =
-            plan.cluster > 1 ? *gpu::of_block(small.exchange.candidates + at, block) : small.exchange.candidates[at];
-        const bool left = order > past_order || (order == past_order && candidate > past_slot);
-        if (left && (order < least || (order == least && static_cast<unsigned>(candidate) < slot))) {
-          least = order;
-          slot = static_cast<unsigned>(candidate);
-        }
-      }
-      past_order = warp_least(least);
-      past_slot = static_cast<int>(gpu::warp_min(least == past_order ? slot : ~0u));
-      if (place.lane == 0) chosen[r] = past_slot;
-    }
-    gpu::sync_warp();
-    return chosen;
-  }
-
-  __device__ __forceinline__ void keep(int64_t t, const int* chosen) {
-    if (rank == 0 && place.warp == 0)
-      for (int r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
-    if (t == 0 || t % a.anchor_every != 0) return;
-    const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
-    this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
-  }
-
-  // Up to the sums that all must know.
-  __device__ __forceinline__ void write_and_compare(const Inputs<T>& in, const int* chosen, T* sums) {
-    this->weigh_writes(in, chosen, per_slot.read_weights, per_slot.write_weights);
-    gpu::sync_warp();
-    const bool bounded = this->bounded(in.beta);
-    for (int g = 0; g < this->groups(); ++g) {
-      const auto compare = [&] {
-        this->compare(in, 0, plan.heads, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
-                      sums + place.warp * plan.heads, small.exchange.greatest + place.warp * plan.heads,
-                      static_cast<T*>(nullptr), static_cast<T*>(nullptr));
-      };
-#pragma unroll 1
-      for (int pass = 0; pass < 2; ++pass) {
-        if ((pass == 0) == a.read_first) {
-          compare();
-        } else {
-          for (int k = 0; k < this->pieces(); ++k)
-            with_piece<true>(g, k, [&](Tile<T, C>& m) { this->write(in, chosen[0], per_slot.write_weights, g, k, m); });
-        }
-      }
-    }
-    if (!bounded) this->soften(0, plan.heads, small.exchange.greatest, per_slot.read_weights, sums + place.warp * plan.heads);
-    gpu::sync_warp();
-  }
-
-  // The warp's part of the reads.
-  __device__ __forceinline__ void read() {
-    T* to = small.exchange.reads + place.warp * plan.heads * plan.columns;
-    for (int k = 0; k < this->pieces(); ++k)
-      for (int first = 0; first < plan.heads; first += H) {
-        T sum[H * C] = {};
-        for (int g = 0; g < this->groups(); ++g) {
-          Four<T> weights[H];
-          this->load_weights(per_slot.read_weights, first, this->slots(g), weights);
-          with_piece<false>(g, k, [&](Tile<T, C>& m) { add_weighted<H, C>(m, weights, sum); });
-        }
-        store_warp_sums<H, C>(sum, place.lane, to + first * plan.columns + this->first_column(k), plan.columns);
-      }
-  }
-
-  __device__ __forceinline__ void give_reads(int64_t t, T* sums) {
+  __device__ __forceinline__ void give_reads(int64_t t) {
     const int count = plan.R * plan.D;
-    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
-      const int r = j / plan.D, d = j % plan.D;
-      const T read = this->total(small.exchange.reads, r * plan.columns + d, plan.heads * plan.columns);
-      store_as(a.reads, a.input, (t * a.B + sample) * count + j, read / this->total(sums, r, plan.heads));
-    }
-  }
-
-  __device__ __forceinline__ void use() {
-    const T decay = static_cast<T>(a.usage_decay);
-    for (int g = 0; g < this->groups(); ++g) {
-      const int slot = this->group(g) + place.lane;
-      if (place.lane >= warp_slots) continue;
-      T total = per_slot.read_weights[slot] + per_slot.write_weights[slot];
-      for (int r = 1; r < plan.R; ++r)
-        total += per_slot.read_weights[r * plan.span + slot] + per_slot.write_weights[r * plan.span + slot];
-      per_slot.usage[slot] = decay * per_slot.usage[slot] + total;
-    }
-  }
-
-  __device__ __forceinline__ void end() {
-    T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
-    T* usage = static_cast<T*>(a.out_usage) + sample * a.N;
-    for (int g = 0; g < this->groups(); ++g) {
-      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
-      const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
-    }
-    this->give_rows(per_slot.read_weights, plan.N, static_cast<T*>(a.out_read_weights) + sample * a.R * a.N);
+    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads())
+      store_as(a.reads, a.input, (t * a.B + sample) * count + j, this->read_at(j));
   }
 
   __device__ __forceinline__ void run() {
     Stream<T, LruaScan> stream(a, plan);
     if (a.T > 0) stream.ask(sample);
-    begin();
-    // Padded heads and columns are 0 in every step.
+    this->begin();
     small.in.clear();
     gpu::sync();
     if (a.T > 0) stream.put(inputs(0));
     this->sync();
     for (int64_t t = 0; t < a.T; ++t) {
-      const Inputs<T> in = inputs(t);
-      T* sums = small.exchange.sums;
       if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
-      const int* chosen = choose();
-      if (a.anchor_every > 0) keep(t, chosen);
-      write_and_compare(in, chosen, sums);
-      read();
+      this->write_and_read(inputs(t), t);
       this->sync();
-      this->normalise(sums, per_slot.read_weights);
-      gpu::sync_warp();
-      use();
-      gpu::sync_warp();
-      find_candidates();
-      give_reads(t, sums);
+      this->weigh_and_use();
+      give_reads(t);
       if (t + 1 < a.T) stream.put(inputs(t + 1));
       this->sync();
     }
-    end();
+    this->end();
   }
 };
 

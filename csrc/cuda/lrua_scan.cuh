@@ -107,9 +107,9 @@ class Stream {
 };
 
 // A scan of a least-recently-used-access memory as one thread sees it.
-template <class T, int C, int H, bool RESIDENT>
-struct LruaThread : Thread<T, C, H, RESIDENT> {
-  using Base = Thread<T, C, H, RESIDENT>;
+template <class T, int C, int H, bool RESIDENT, bool ALONE>
+struct LruaThread : Thread<T, C, H, RESIDENT, ALONE> {
+  using Base = Thread<T, C, H, RESIDENT, ALONE>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot;
   bool shared_target;
 

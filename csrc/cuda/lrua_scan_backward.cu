@@ -3,370 +3,64 @@
 // Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one meeting a step; then goes back
 // through them with two. Similarities beyond a bound cost the replay one more.
 #include "kernels.h"
-#include "lrua_scan.cuh"
+#include "lrua_backward.cuh"
 
 namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T>
-struct Backward {
-  static int heads_at_once(const Plan& plan) { return lrua_heads_at_once(plan); }
-  struct Small {
-    InputTurns<Inputs<T>> in;
-    Exchange<T> exchange;
-    __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, true), exchange(carver, plan, true) {}
-  };
-  struct Slots {
-    // Of the steps of a replay: read weights before each and after the last, dot products and squares of each.
-    T *read_weights, *dots, *squares;
-    T *write_weights, *later, *grads, *of_squares;  // later: gradients of the read weights that come out of a step
-    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t every)
-        : read_weights(carver.take<T>((every + 1) * plan.heads * plan.span)),
-          dots(carver.take<T>(every * plan.heads * plan.span)), squares(carver.take<T>(every * plan.span)),
-          write_weights(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
-          grads(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(plan.heads * plan.span)) {}
-  };
-  struct Tiles {
-    T *memories, *grad;  // before each step and after the last
-    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t every)
-        : memories(carver.take<T>((every + 1) * plan.tile_numbers())),
-          grad(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
-  };
-};
-
 template <class T, int C, int H, bool RESIDENT>
-struct BackwardScan : LruaThread<T, C, H, RESIDENT> {
-  using Base = LruaThread<T, C, H, RESIDENT>;
-  using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
-  const LruaScanBackward& a;
-  const int64_t sample;
-  const int every;
-  typename Backward<T>::Small small;
-  typename Backward<T>::Slots per_slot;
-  typename Backward<T>::Tiles tiles;
-  Tile<T, C> held;  // the gradient of the memory
-  int visits = 0;   // steps gone through, in either direction
+struct BackwardScan : LruaBackward<T, C, H, RESIDENT> {
+  using Base = LruaBackward<T, C, H, RESIDENT>;
+  using Base::a, Base::every, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small, Base::visits;
 
   __device__ __forceinline__ BackwardScan(const LruaScanBackward& a, const Plan& plan, int every, Places places)
-      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps, a.shared_target), a(a),
-        sample(gpu::block() / plan.cluster),
-        every(every),
-        small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, every),
-        tiles(places.of(plan.near_tiles), plan, every) {}
-
-  __device__ __forceinline__ Inputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
-
-  template <bool KEEP, class F>
-  __device__ __forceinline__ void with_grad(int g, int k, F f) {
-    if constexpr (RESIDENT) {
-      f(held);
-    } else {
-      Tile<T, C> m;
-      load_tile(tiles.grad, this->piece(g, k), m);
-      f(m);
-      if (KEEP) store_tile(tiles.grad, this->piece(g, k), m);
-    }
-  }
-  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
-  __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * (plan.heads * plan.span); }
-  __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + step * (plan.heads * plan.span); }
-  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + step * plan.span; }
-  __device__ __forceinline__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
-
-  __device__ __forceinline__ void begin() {
-    const T* grad = a.grad_memory ? static_cast<const T*>(a.grad_memory) + sample * a.N * a.D : nullptr;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_grad<true>(g, k, [&](Tile<T, C>& m) {
-          if (grad) this->take(grad, a.D, 1, g, k, m);
-          else m = Tile<T, C>{};
-        });
-    if (a.grad_read_weights) {
-      this->take_rows(static_cast<const T*>(a.grad_read_weights) + sample * a.R * a.N, plan.N, per_slot.later);
-    } else {
-      for (int g = 0; g < this->groups(); ++g)
-        for (int i = place.lane; i < plan.heads * warp_slots; i += 32)
-          per_slot.later[i / warp_slots * plan.span + this->group(g) + i % warp_slots] = 0;
-    }
-  }
-
-  __device__ __forceinline__ void begin_replay(int64_t first) {
-    const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
-    const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) {
-        Tile<T, C> m;
-        if (first > 0) this->take(anchor, 1, ld, g, k, m);
-        else this->take(start, a.D, 1, g, k, m);
-        store_tile(memory(0), this->piece(g, k), m);
-      }
-    if (first > 0) this->take_rows(anchor + a.D * ld, ld, read_weights(0));
-    else this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, read_weights(0));
-    gpu::sync_warp();
-  }
-
-  // A step forward again, from the memory before it to the one after it.
-  __device__ __forceinline__ void replay(const Inputs<T>& in, int step) {
-    this->weigh_writes(in, in.slots, read_weights(step), per_slot.write_weights);
-    gpu::sync_warp();
-    const bool bounded = this->bounded(in.beta);
-    for (int g = 0; g < this->groups(); ++g) {
-#pragma unroll 1
-      for (int pass = 0; pass < 2; ++pass) {
-        if ((pass == 0) == a.read_first) {
-          const T* addressed = memory(a.read_first ? step : step + 1);
-          const auto open = [&](int k, auto f) {
-            Tile<T, C> m;
-            load_tile(addressed, this->piece(g, k), m);
-            f(m);
-          };
-          this->compare(in, 0, plan.heads, g, bounded, open, read_weights(step + 1), sums() + place.warp * plan.heads,
-                        small.exchange.greatest + place.warp * plan.heads, dots(step), squares(step));
-        } else {
-          for (int k = 0; k < this->pieces(); ++k) {
-            Tile<T, C> m;
-            load_tile(memory(step), this->piece(g, k), m);
-            this->write(in, in.slots[0], per_slot.write_weights, g, k, m);
-            store_tile(memory(step + 1), this->piece(g, k), m);
-          }
-        }
-      }
-    }
-    if (!bounded) this->soften(0, plan.heads, small.exchange.greatest, read_weights(step + 1), sums() + place.warp * plan.heads);
-  }
-
-  // The gradient that reaches this step's read weights, and its mean under them.
-  __device__ __forceinline__ void gather(const Inputs<T>& in, int step) {
-    for (int g = 0; g < this->groups(); ++g) {
-      const int own_slot = this->own(g);
-      for (int first = 0; first < plan.heads; first += H) {
-        T sum[lane_slots * H] = {}, mean[OWN];
-        for (int k = 0; a.grad_reads && k < this->pieces(); ++k) {
-          T rows[H][C];
-          load_rows<H, C>(in.grads + first * plan.columns + this->first_column(k), plan.columns, rows);
-          Tile<T, C> m;
-          load_tile(memory(step + 1), this->piece(g, k), m);
-          add_dots<H, C>(m, rows, sum);
-        }
-        if (a.grad_reads) add_lanes<4, 1, lane_slots * H>(sum, place.lane);
-#pragma unroll
-        for (int j = 0; j < OWN; ++j) {
-          const int at = (first + place.own_head + j) * plan.span + own_slot;
-          const T grad = sum[j] + per_slot.later[at];
-          mean[j] = read_weights(step + 1)[at] * grad;
-          if (place.owner) per_slot.grads[at] = grad;
-        }
-        this->tell_sums(mean, first, g > 0, sums() + place.warp * plan.heads);
-      }
-    }
-  }
-
-  // From the gradient of the weights to that of the dot products and squares; own lanes only.
-  __device__ __forceinline__ void through_softmax(const Inputs<T>& in, int step) {
-    T* scalars = small.exchange.scalars + place.warp * 3 * plan.heads;
-    for (int first = 0; first < plan.heads; first += H) {
-      T mean[OWN], key_squares[H] = {}, own_key[OWN];
-#pragma unroll
-      for (int j = 0; j < OWN; ++j) {
-        const int r = first + place.own_head + j;
-        mean[j] = r < plan.R ? this->total(sums(), r, plan.heads) : T(0);
-      }
-      for (int k = 0; k < this->pieces(); ++k) {
-        T keys[H][C];
-        load_rows<H, C>(in.keys + first * plan.columns + this->first_column(k), plan.columns, keys);
-        add_row_squares<H, C>(keys, key_squares);
-      }
-      own_key_squares<H>(place, key_squares, own_key);
-      T of_beta[OWN] = {}, of_key[OWN] = {};
-      for (int g = 0; g < this->groups(); ++g) {
-        const int own_slot = this->own(g);
-        const T square = squares(step)[own_slot];
-#pragma unroll
-        for (int j = 0; j < OWN; ++j) {
-          const int r = first + place.own_head + j, at = r * plan.span + own_slot;
-          const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean[j]);
-          const ScoreGradient<T> of =
-              score_gradient(of_score, dots(step)[at], in.beta[r], own_key[j], square, this->eps);
-          if (H == 1) gpu::sync_warp();  // two lanes read what one of them writes
-          if (place.owner) {
-            per_slot.grads[at] = of.dot;
-            per_slot.of_squares[at] = of.slot_square;
-          }
-          of_beta[j] += of.beta;
-          of_key[j] += of.key_square;
-        }
-      }
-      this->tell_sums(of_beta, first, false, scalars);
-      this->tell_sums(of_key, first, false, scalars + plan.heads);
-    }
-  }
-
-  // The gradient of the memory from reads and similarities, and those of the keys.
-  __device__ __forceinline__ void through_read(const Inputs<T>& in, int step, bool of_reads, bool of_similarity) {
-    T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
-    const T* addressed = memory(a.read_first ? step : step + 1);
-    for (int k = 0; k < this->pieces(); ++k) {
-      for (int first = 0; first < plan.heads; first += H) {
-        const int corner = first * plan.columns + this->first_column(k);
-        T sum[H * C] = {};
-        for (int g = 0; g < this->groups(); ++g) {
-          with_grad<true>(g, k, [&](Tile<T, C>& grad) {
-            Four<T> weights[H];
-            T rows[H][C];
-            if (of_reads && a.grad_reads) {
-              this->load_weights(read_weights(step + 1), first, this->slots(g), weights);
-              load_rows<H, C>(in.grads + corner, plan.columns, rows);
-              add_products<H, C>(weights, rows, grad);
-            }
-            if (!of_similarity) return;
-            this->load_weights(per_slot.grads, first, this->slots(g), weights);
-            load_rows<H, C>(in.keys + corner, plan.columns, rows);
-            add_products<H, C>(weights, rows, grad);
-            Tile<T, C> m;
-            load_tile(addressed, this->piece(g, k), m);
-            add_weighted<H, C>(m, weights, sum);
-            this->load_weights(per_slot.of_squares, first, this->slots(g), weights);
-            add_by_norm<H, C>(m, weights, grad);
-          });
-        }
-        if (!of_similarity) continue;
-        store_warp_sums<H, C>(sum, place.lane, of_keys + corner, plan.columns);
-      }
-    }
-  }
-
-  // Back through the write: gradients of write vectors, gates and the read weights of the step before; then the erased slot's
-  // is nought.
-  __device__ __forceinline__ void through_write(const Inputs<T>& in, int step) {
-    T* of_vectors = small.exchange.of_vectors + place.warp * plan.heads * plan.columns;
-    T* of_gates = small.exchange.scalars + (place.warp * 3 + 2) * plan.heads;
-    for (int first = 0; first < plan.heads; first += H) {
-      T of_gate[OWN] = {};
-      for (int g = 0; g < this->groups(); ++g) {
-        T sum[lane_slots * H] = {};
-        for (int k = 0; k < this->pieces(); ++k) {
-          T rows[H][C];
-          load_rows<H, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
-          with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_dots<H, C>(grad, rows, sum); });
-        }
-        add_lanes<4, 1, lane_slots * H>(sum, place.lane);
-        const int own_slot = this->own(g);
-#pragma unroll
-        for (int j = 0; j < OWN; ++j) {
-          const int r = first + place.own_head + j, at = r * plan.span + own_slot;
-          if (r >= plan.R) continue;
-          const T target = this->is_target(in.slots, r, first_slot + own_slot) ? T(1) : T(0);
-          of_gate[j] += sum[j] * (read_weights(step)[at] - target) * (in.gate[r] * in.keep[r]);
-          if (place.owner) per_slot.later[at] = sum[j] * in.gate[r];
-        }
-      }
-      this->tell_sums(of_gate, first, false, of_gates);
-      for (int k = 0; k < this->pieces(); ++k) {
-        T sum[H * C] = {};
-        for (int g = 0; g < this->groups(); ++g) {
-          Four<T> weights[H];
-          this->load_weights(per_slot.write_weights, first, this->slots(g), weights);
-          with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_weighted<H, C>(grad, weights, sum); });
-        }
-        store_warp_sums<H, C>(sum, place.lane, of_vectors + first * plan.columns + this->first_column(k), plan.columns);
-      }
-    }
-    for (int g = 0; g < this->groups(); ++g)
-      for (int s = 0; s < lane_slots; ++s) {
-        if (first_slot + this->slots(g) + s != in.slots[0]) continue;
-        for (int k = 0; k < this->pieces(); ++k)
-          with_grad<true>(g, k, [&](Tile<T, C>& grad) {
-#pragma unroll
-            for (int each = 0; each < lane_slots; ++each)
-#pragma unroll
-              for (int c = 0; c < C; ++c) grad.at[each][c] = each == s ? T(0) : grad.at[each][c];
-          });
-      }
-  }
+      : Base(a, plan, every, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster),
+             a.grad_reads != nullptr) {}
 
   // Sums over all warps to where they belong; keys for their own squares are added by whoever holds them.
   __device__ __forceinline__ void give_gradients(int64_t t) {
     const int size = plan.R * plan.D, count = 2 * size + 2 * plan.R;
     const int64_t row = t * a.B + sample;
     for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
-      if (j < 2 * size) {
-        const int i = j % size, at = i / plan.D * plan.columns + i % plan.D, ld = plan.heads * plan.columns;
-        if (j < size) store_as(a.grad_keys, a.input, row * size + i, this->total(small.exchange.reads, at, ld));
-        else store_as(a.grad_write_vectors, a.input, row * size + i, this->total(small.exchange.of_vectors, at, ld));
+      if (j < size) {
+        store_as(a.grad_keys, a.input, row * size + j, this->key_gradient(j));
+      } else if (j < 2 * size) {
+        store_as(a.grad_write_vectors, a.input, row * size + j - size, this->vector_gradient(j - size));
       } else {
         const int i = j - 2 * size, r = i % plan.R;
-        if (i < plan.R)
-          store_as(a.grad_gate_logits, a.input, row * plan.R + r,
-                   this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads));
-        else if (a.grad_sharpness)
-          store_as(a.grad_sharpness, a.input, row * plan.R + r, this->total(small.exchange.scalars, r, 3 * plan.heads));
+        if (i < plan.R) store_as(a.grad_gate_logits, a.input, row * plan.R + r, this->gate_gradient(r));
+        else if (a.grad_sharpness) store_as(a.grad_sharpness, a.input, row * plan.R + r, this->sharpness_gradient(r));
       }
     }
-  }
-
-  // Adds to the warp's gradient of each key what comes from the key's own square.
-  __device__ __forceinline__ void add_key_squares(const Inputs<T>& in) {
-    T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
-    const T* of_squares = small.exchange.scalars + (place.warp * 3 + 1) * plan.heads;
-    gpu::sync_warp();
-    for (int i = place.lane; i < plan.R * plan.columns; i += 32)
-      of_keys[i] += 2 * of_squares[i / plan.columns] * in.keys[i];
-  }
-
-  __device__ __forceinline__ void back(const Inputs<T>& in, int step) {
-    through_softmax(in, step);
-    this->weigh_writes(in, in.slots, read_weights(step), per_slot.write_weights);
-    gpu::sync_warp();
-    through_read(in, step, true, !a.read_first);
-    through_write(in, step);
-    if (a.read_first) through_read(in, step, false, true);
-    add_key_squares(in);
-  }
-
-  __device__ __forceinline__ void end() {
-    T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
-    this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N);
   }
 
   __device__ __forceinline__ void run() {
     Stream<T, LruaScanBackward> stream(a, plan);
     const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
     if (a.T > 0) stream.ask(last_first * a.B + sample);
-    begin();
+    this->begin();
     small.in.clear();
     gpu::sync();
     if (a.T > 0) stream.put(inputs(0));
     this->sync();
     for (int64_t first = last_first; first >= 0; first -= every) {
       const int count = a.T - first < every ? static_cast<int>(a.T - first) : every;
-      begin_replay(first);
-      for (int step = 0; step < count; ++step) {
-        stream.ask((first + (step + 1 < count ? step + 1 : count - 1)) * a.B + sample);
-        replay(inputs(visits), step);
-        stream.put(inputs(visits + 1));
-        this->sync();
-        this->normalise(sums(), read_weights(step + 1));
-        gpu::sync_warp();
-        ++visits;
-      }
+      this->replay_all(stream, first, count);
       for (int step = count - 1; step >= 0; --step) {
         const Inputs<T> in = inputs(visits);
         const int64_t next = step > 0 ? first + step - 1 : first - every;
         if (next >= 0) stream.ask(next * a.B + sample);
-        gather(in, step);
+        this->gather(in, step);
         this->sync();
-        back(in, step);
+        this->back(in, step);
         if (next >= 0) stream.put(inputs(visits + 1));
         this->sync();
         give_gradients(first + step);
         ++visits;
       }
     }
-    end();
+    this->end();
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
   }
 };

@@ -50,7 +50,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
 
   __device__ __forceinline__ ForwardScan(const NtmScan& a, const Plan& plan, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
-        small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, 0),
+        small(places.of(RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
         tiles(places.of(plan.near_tiles), plan, 0), stream(a, plan) {}
 
   __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const {

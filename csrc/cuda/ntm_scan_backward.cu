@@ -74,7 +74,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
 
   __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const Plan& plan, int every, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster), every(every),
-        small(places.of(plan.near_small), plan), per_slot(places.of(plan.near_slots), plan, every),
+        small(places.of(RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, every),
         tiles(places.of(plan.near_tiles), plan, every), stream(a, plan) {}
 
   __device__ __forceinline__ NtmInputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }

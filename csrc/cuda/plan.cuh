@@ -8,8 +8,11 @@ namespace cuda {
 // The pieces of a block's memory: near is shared memory, far this block's part of scratch.
 struct Places {
   Carver near, far;
-  __device__ __forceinline__ Places(const Plan& plan, unsigned char* scratch)
-      : near(gpu::shared_memory()), far(scratch + gpu::block() * plan.scratch) {}
+  // From byte `start` of shared memory on.
+  __device__ __forceinline__ Places(const Plan& plan, unsigned char* scratch, size_t start = 0)
+      : near(gpu::shared_memory() + start), far(scratch + gpu::block() * plan.scratch) {}
+  // Where it is known when compiled that something is near, the compiler knows that its pointers are to shared memory: loads
+  // are faster and pointers take half the registers.
   __device__ __forceinline__ Carver& of(bool is_near) { return is_near ? near : far; }
 };
 
@@ -61,6 +64,7 @@ Plan plan_scan(Plan plan, int64_t B, int64_t every, const gpu::Limits& limits) {
     plan.heads_at_once = Side::heads_at_once(plan);
     plan.heads = static_cast<int>(ceil_div(R, plan.heads_at_once)) * plan.heads_at_once;
     plan.warps = static_cast<int>(groups < most_warps ? groups : most_warps);
+    if (plan.warps < plan.least_warps) plan.warps = plan.least_warps;
     plan.groups = static_cast<int>(ceil_div(groups, static_cast<int64_t>(plan.warps) * cluster));
     plan.span = plan.groups * plan.warps * warp_slots;
     plan.pieces = static_cast<int>(ceil_div(lane_columns, plan.piece_columns));
@@ -72,7 +76,7 @@ Plan plan_scan(Plan plan, int64_t B, int64_t every, const gpu::Limits& limits) {
     plan.piece_columns = lane_columns <= 2 ? 2 : lane_columns <= 4 ? 4 : lane_columns <= 5 ? 5 : 8;
     for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
       lay_out(cluster);
-      if (plan.groups == 1 && plan.near_small) return plan;
+      if (plan.groups == 1 && plan.near_small && (plan.near_slots || plan.slots_anywhere)) return plan;
     }
   }
   plan.resident = false;

@@ -18,6 +18,8 @@ struct Plan {
   bool resident;      // the memory is in registers: one group of 16 slots a warp, one piece of columns
   int piece_columns;  // C: columns of a lane in a piece
   int heads_at_once;  // H
+  int least_warps;       // that there shall be, whether they have slots or not
+  bool slots_anywhere;   // what is kept per slot may be in device memory beside a memory in registers
   int warps, cluster;
   int groups, pieces;    // of 16 slots, a warp; of 8 C columns, a slot
   int heads, columns;    // R and D, padded
@@ -54,8 +56,8 @@ struct InputTurns {
   }
 };
 
-// A scan as one thread sees it.
-template <class T, int C, int H, bool RESIDENT>
+// A scan as one thread sees it. ALONE: no sample has more than one block.
+template <class T, int C, int H, bool RESIDENT, bool ALONE = false>
 struct Thread {
   static constexpr int OWN = Place<H>::OWN;
   const Plan& plan;
@@ -68,6 +70,7 @@ struct Thread {
       : plan(plan), rank(rank), first_slot(rank * plan.span), eps(static_cast<T>(eps)) {}
 
   // Known when compiled where the memory is in registers.
+  __device__ __forceinline__ int blocks() const { return ALONE ? 1 : plan.cluster; }
   __device__ __forceinline__ int groups() const { return RESIDENT ? 1 : plan.groups; }
   __device__ __forceinline__ int pieces() const { return RESIDENT ? 1 : plan.pieces; }
 
@@ -80,23 +83,23 @@ struct Thread {
   __device__ __forceinline__ int first_column(int k) const { return k * C * column_lanes + place.column; }
 
   __device__ __forceinline__ void sync() const {
-    if (plan.cluster > 1) gpu::sync_cluster();
+    if (blocks() > 1) gpu::sync_cluster();
     else gpu::sync();
   }
 
   // The same number of every warp of every block, added up in one order by all.
   __device__ __forceinline__ T total(T* of_warps, int r, int ld) const {
     T sum = 0;
-    for (int block = 0; block < plan.cluster; ++block) {
-      const T* from = plan.cluster > 1 ? gpu::of_block(of_warps, block) : of_warps;
+    for (int block = 0; block < blocks(); ++block) {
+      const T* from = blocks() > 1 ? gpu::of_block(of_warps, block) : of_warps;
       for (int w = 0; w < plan.warps; ++w) sum += from[w * ld + r];
     }
     return sum;
   }
   __device__ __forceinline__ T greatest(T* of_warps, int r) const {
     T most = -INFINITY;
-    for (int block = 0; block < plan.cluster; ++block) {
-      const T* from = plan.cluster > 1 ? gpu::of_block(of_warps, block) : of_warps;
+    for (int block = 0; block < blocks(); ++block) {
+      const T* from = blocks() > 1 ? gpu::of_block(of_warps, block) : of_warps;
       for (int w = 0; w < plan.warps; ++w) {
         const T value = from[w * plan.heads + r];
         most = value > most || value != value ? value : most;

@@ -21,6 +21,9 @@ LIBRARIES = {
 
 
 LIBRARIES["mann_fast_cuda"].define("probe(Tensor tensor) -> Tensor")
+LIBRARIES["mann_fast_cuda"].define(
+    "cell_fits(int N, int D, int R, int H, int controller, bool separate_vector, bool learned_sharpness, bool wide) -> bool"
+)
 
 
 def define(schema: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -21,7 +22,7 @@ NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 # similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Everything is float32 or float64; with
 # bfloat16 what the products of each step take is rounded to it. Where anchor_every is 0 nothing is kept for backward, and
 # what is kept comes out empty; so does what this controller does not have.
-_backend.LIBRARIES["mann_fast"].define(
+_backend.define(
     "cell(Tensor gates, Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor reads, "
     "Tensor? hidden_weight, Tensor? hidden_bias, Tensor reads_weight, Tensor head_weight, Tensor head_bias, "
     "int controller, bool separate_vector, bool learned_sharpness, float sharpness, float sharpness_scale, "
@@ -29,7 +30,7 @@ _backend.LIBRARIES["mann_fast"].define(
     "(Tensor output, Tensor cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor kept_gates, "
     "Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors)"
 )
-_backend.LIBRARIES["mann_fast"].define(
+_backend.define(
     "cell_backward(Tensor? grad_output, Tensor? grad_cell, Tensor? grad_memory, Tensor? grad_read_weights, "
     "Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor? hidden_weight, Tensor reads_weight, "
     "Tensor head_weight, Tensor kept_gates, Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, "
@@ -40,7 +41,7 @@ _backend.LIBRARIES["mann_fast"].define(
 )
 
 
-@torch.library.register_fake("mann_fast::cell")
+@_backend.fake("cell")
 def _(gates, hidden, cell, memory, read_weights, usage, reads, *weights_and_options):
     head_weight, anchor_every = weights_and_options[3], weights_and_options[-1]
     steps, batch, width = gates.shape
@@ -69,7 +70,7 @@ def _(gates, hidden, cell, memory, read_weights, usage, reads, *weights_and_opti
     )
 
 
-@torch.library.register_fake("mann_fast::cell_backward")
+@_backend.fake("cell_backward")
 def _(
     grad_output,
     grad_cell,
@@ -104,6 +105,15 @@ def _(
     )
 
 
+def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
+    """Whether the CUDA kernels have room for a network of these sizes: N, D, R, H, and the choices of cell_fits."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return torch.ops.mann_fast_cuda.cell_fits(*sizes, wide)
+
+
+_fits._dynamo_marked_constant = True  # as _backend._load_cuda
+
+
 def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
     """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, ``rest``
     [T - 1, B, K] after it."""
@@ -114,14 +124,14 @@ def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
 class _Cell(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
-        return torch.ops.mann_fast.cell.default(*arguments)
+        return _backend.raw(arguments[-1]).cell.default(*arguments[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         _, hidden, cell, memory, read_weights, _, reads, hidden_weight, _, reads_weight, head_weight, _ = (
             inputs[:12]
         )
-        *ctx.options, _, eps, bfloat16, anchor_every = inputs[12:]
+        *ctx.options, _, eps, bfloat16, anchor_every, ctx.backend = inputs[12:]
         ctx.options += [eps, bfloat16, anchor_every]
         output, out_cell, _, _, usage, *kept = outputs
         ctx.products = torch.bfloat16 if bfloat16 else output.dtype
@@ -134,13 +144,13 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         grads = grads[:4]
-        others = (None,) * (len(ctx.options) + 1)
+        others = (None,) * (len(ctx.options) + 2)
         if all(grad is None for grad in grads):
             return (None,) * 12 + others
         reads, output, *saved = ctx.saved_tensors
         hidden, cell, head_weight = saved[0], saved[1], saved[6]
         size = head_weight.shape[1]
-        results = torch.ops.mann_fast.cell_backward.default(*grads, *saved, *ctx.options)
+        results = _backend.raw(ctx.backend).cell_backward.default(*grads, *saved, *ctx.options)
         results = _checks.refuse_second_derivative("cell", results, *grads, reads, output, *saved)
         grad_gates, grad_hidden_gates, grad_heads, grad_hidden, grad_cell, *grad_memory, grad_reads = results
         if grad_hidden_gates.dim() == 1:
@@ -264,8 +274,20 @@ def cell(
     ):
         _checks.check_like(name, value, axes, sizes, "gates", gates)
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    learned = sharpness == "learned"
     serving = _backend.serving(gates.device)
-    if serving != "cpp" or gates.shape[0] == 0:
+    fused = serving == "cpp" or (
+        serving == "cuda"
+        and _fits(
+            gates.device,
+            gates.dtype == torch.float64,
+            *map(int, (*memory[0].shape[1:], num_heads, size)),
+            NUMBERS[controller],
+            write_vector == "separate",
+            learned,
+        )
+    )
+    if not fused or gates.shape[0] == 0:
         return reference.cell(
             gates,
             state,
@@ -287,7 +309,6 @@ def cell(
         gates, reads, *weights = map(widen, (gates, reads, *weights))
         state = tuple(map(widen, state))
     hidden, cell = (*state, None, None)[:2]
-    learned = sharpness == "learned"
     fixed = SHARPNESS_MIN if learned else 1.0 if sharpness is None else float(sharpness)
     tensors = (gates, hidden, cell, memory[0], memory[1], memory[2].detach(), reads, *weights)
     arguments = (
@@ -301,12 +322,13 @@ def cell(
         write_target == "shared",
         float(usage_decay),
         float(eps),
-        dtype == torch.bfloat16,
+        dtype == torch.bfloat16 and serving == "cpp",
     )
     if _checks.records_gradient(*tensors):
-        outputs = _checks.apply(_Cell, *arguments, anchor_interval(memory[0].shape[1], slot_size, num_heads))
+        anchor_every = anchor_interval(memory[0].shape[1], slot_size, num_heads)
+        outputs = _checks.apply(_Cell, *arguments, anchor_every, serving)
     else:
-        outputs = torch.ops.mann_fast.cell.default(*arguments, 0)
+        outputs = _backend.raw(serving).cell.default(*arguments, 0)
     output, cell, *memory = outputs[:5]
     last = (output[-1, :, :size].clone(), cell)
     return output.to(dtype), tuple(x.to(dtype) for x in last[: len(state)]), LRUAState(*memory)

@@ -1,0 +1,246 @@
+// cell forward: controller, heads and memory for all steps in one launch.
+//
+// A step: the gates of own units from what goes round, the controller, the units' part of every head | meet | tell all blocks the
+// hidden state; add up the heads of the own sample, and its memory's step (two meetings of the block); tell the reads | meet |.
+#include "cell.cuh"
+#include "kernels.h"
+#include "lrua_forward.cuh"
+
+namespace mann_fast {
+namespace cuda {
+namespace {
+
+template <class T>
+struct CellForwardSide {
+  static constexpr bool slots_anywhere = false;
+  struct Memory : Forward<T> {
+    static int heads_at_once(const Plan&) { return 4; }
+  };
+  struct Shared {
+    int gates_ld, heads_ld;
+    T *gate_weights, *head_weights;  // [round, gates_ld], [units, heads_ld]
+    T* bias;                         // [columns]
+    T* round;                        // [round, lanes]: hidden states and reads of all samples
+    T *hidden, *state;               // [units, lanes]: of own units; state: an LSTM's cell, a GRU's hidden state
+    T* products;                     // the gates in slices, then own units' part of the heads
+    __device__ __host__ Shared(Carver& carver, const CellPlan& plan)
+        : gates_ld(padded_columns(plan.columns)), heads_ld(padded_columns(plan.heads)),
+          gate_weights(carver.take<T>(plan.round * gates_ld)), head_weights(carver.take<T>(plan.units * heads_ld)),
+          bias(carver.take<T>(plan.columns)), round(carver.take<T>(plan.round * plan.lanes)),
+          hidden(carver.take<T>(plan.items())), state(carver.take<T>(plan.recurrent ? plan.items() : 0)),
+          products(carver.take<T>(plan.lanes * (slices_of(plan.columns) * gates_ld > heads_ld
+                                                    ? slices_of(plan.columns) * gates_ld : heads_ld))) {}
+  };
+};
+
+template <class T, int C, bool RESIDENT>
+struct CellForward {
+  const Cell& a;
+  const CellPlan& plan;
+  const CellPlace place;
+  const bool present;  // the block has a sample
+  LruaForward<T, C, 4, RESIDENT, true> memory;
+  typename CellForwardSide<T>::Shared shared;
+
+  __device__ __forceinline__ CellForward(const Cell& a, const LruaScan& of_memory, const CellPlan& plan, Carver carver,
+                                         unsigned char* scratch)
+      : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
+        memory(of_memory, plan.memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0), shared(carver, plan) {}
+
+  __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * a.B + place.sample(m); }
+  // Where the reads begin among what goes round.
+  __device__ __forceinline__ int reads_at() const { return plan.recurrent ? plan.H : 0; }
+
+  __device__ __forceinline__ void begin() {
+    const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
+    for (int i = thread; i < plan.round * shared.gates_ld; i += threads) {
+      const int column = i / plan.round, k = i % plan.round, unit = place.unit(column / per_unit);
+      const bool is = column < plan.columns && unit < plan.H;
+      shared.gate_weights[k * shared.gates_ld + column] = is ? gate_weight<T>(a, plan, column % per_unit, unit, k) : T(0);
+    }
+    for (int i = thread; i < plan.units * shared.heads_ld; i += threads) {
+      const int own = i % plan.units, j = i / plan.units, unit = place.unit(own);
+      shared.head_weights[own * shared.heads_ld + j] =
+          j < plan.heads && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit] : T(0);
+    }
+    for (int i = thread; i < plan.columns; i += threads) {
+      const int gate = i % per_unit, unit = place.unit(i / per_unit);
+      const bool gru = plan.controller == Controller::gru, is = plan.recurrent && unit < plan.H && !(gru && gate == 2);
+      shared.bias[i] = is ? static_cast<const T*>(a.hidden_bias)[(gru && gate == 3 ? 2 : gate) * plan.H + unit] : T(0);
+    }
+    const int reads = reads_at();
+    for (int i = thread; i < plan.round * plan.lanes; i += threads) {
+      const int k = i / plan.lanes, m = i % plan.lanes;
+      const int64_t sample = place.sample(m);
+      T value = 0;
+      if (place.there(m))
+        value = k < reads ? static_cast<const T*>(a.hidden)[sample * plan.H + k]
+                          : static_cast<const T*>(a.reads)[sample * (plan.round - reads) + k - reads];
+      shared.round[i] = value;
+    }
+    const void* state = plan.controller == Controller::lstm ? a.cell : a.hidden;
+    for (int i = thread; plan.recurrent && i < plan.items(); i += threads) {
+      const int own = i / plan.lanes, m = i % plan.lanes, unit = place.unit(own);
+      shared.state[i] =
+          unit < plan.H && place.there(m) ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
+    }
+    memory.small.in.clear();
+    if (present) memory.begin();
+  }
+
+  // What an item's gates have of the input. An item is an own unit of a sample, units side by side.
+  __device__ __forceinline__ void ask(int64_t t, int item, T (&gates)[4]) const {
+    const int m = item / plan.units, unit = place.unit(item % plan.units);
+    const int of_input = static_cast<int>(gates_per_unit(plan.controller));
+    const bool is = item < plan.items() && unit < plan.H && place.there(m);
+    const T* from = static_cast<const T*>(a.gates) + row(t, m) * of_input * plan.H + unit;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = is && gate < of_input ? from[gate * plan.H] : T(0);
+  }
+
+  __device__ __forceinline__ void control(int64_t t, T (&asked)[4]) {
+    const int slices = slices_of(plan.columns), per_unit = plan.per_unit();
+    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
+      if (item >= gpu::threads()) ask(t, item, asked);
+      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own), at = own * plan.lanes + m;
+      T gate[4] = {};
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        if (g >= per_unit) continue;
+        gate[g] = shared.bias[own * per_unit + g];
+        for (int slice = 0; slice < slices; ++slice)
+          gate[g] += shared.products[(slice * plan.lanes + m) * shared.gates_ld + own * per_unit + g];
+      }
+      T kept[4] = {}, now;
+      if (plan.controller == Controller::lstm) {
+        kept[0] = sigmoid(asked[0] + gate[0]);
+        kept[1] = sigmoid(asked[1] + gate[1]);
+        kept[2] = tanh(asked[2] + gate[2]);
+        kept[3] = sigmoid(asked[3] + gate[3]);
+        now = kept[1] * shared.state[at] + kept[0] * kept[2];
+        shared.state[at] = now;
+        shared.hidden[at] = kept[3] * tanh(now);
+      } else if (plan.controller == Controller::gru) {
+        kept[0] = sigmoid(asked[0] + gate[0]);
+        kept[1] = sigmoid(asked[1] + gate[1]);
+        kept[2] = tanh(asked[2] + gate[2] + kept[0] * gate[3]);
+        kept[3] = gate[3];
+        now = kept[2] + kept[1] * (shared.state[at] - kept[2]);
+        shared.state[at] = shared.hidden[at] = now;
+      } else {
+        shared.hidden[at] = kept[0] = now = tanh(asked[0] + gate[0]);
+      }
+      if (a.anchor_every == 0 || unit >= plan.H || !place.there(m)) continue;
+      const int64_t sample_row = row(t, m);
+      T* keep = static_cast<T*>(a.kept_gates) + sample_row * per_unit * plan.H + unit;
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        if (g < per_unit) keep[g * plan.H] = kept[g];
+      if (plan.recurrent) static_cast<T*>(a.kept_states)[sample_row * plan.H + unit] = now;
+    }
+  }
+
+  __device__ __forceinline__ void tell_hidden(int64_t t) {
+    const int64_t width = plan.H + plan.memory.R * plan.memory.D;
+    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
+      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
+      if (unit >= plan.H || !place.there(m)) continue;
+      const T value = shared.hidden[own * plan.lanes + m];
+      static_cast<T*>(a.output)[row(t, m) * width + unit] = value;
+      if (plan.recurrent) place.tell(shared.round + unit * plan.lanes + m, value);
+    }
+  }
+
+  __device__ __forceinline__ void take_heads(int64_t t, const Inputs<T>& in) {
+    const int vectors = (a.separate_vector ? 2 : 1) * plan.memory.R * plan.memory.D;
+    for (int j = gpu::thread(); j < plan.heads; j += gpu::threads()) {
+      T value = static_cast<const T*>(a.head_bias)[j] + place.total(shared.products + place.rank * shared.heads_ld + j);
+      if (j < vectors) value = tanh(value);
+      if (a.anchor_every > 0) static_cast<T*>(a.kept_heads)[row(t, place.rank) * plan.heads + j] = value;
+      put_head(a, plan.memory, in, j, value);
+    }
+  }
+
+  __device__ __forceinline__ void tell_reads(int64_t t) {
+    const int size = plan.memory.R * plan.memory.D, reads = reads_at();
+    for (int j = gpu::thread(); j < size; j += gpu::threads()) {
+      const T value = memory.read_at(j);
+      static_cast<T*>(a.output)[row(t, place.rank) * (plan.H + size) + plan.H + j] = value;
+      place.tell(shared.round + (reads + j) * plan.lanes + place.rank, value);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    begin();
+    gpu::sync();
+    const Inputs<T> in = memory.inputs(0);
+    put_sharpness(a, plan.memory, in);
+    place.meet();
+    for (int64_t t = 0; t < a.T; ++t) {
+      T asked[4];
+      ask(t, gpu::thread(), asked);
+      multiply(plan, shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products);
+      gpu::sync();
+      control(t, asked);
+      gpu::sync();
+      multiply(plan, shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products);
+      place.meet();
+      tell_hidden(t);
+      if (present) {
+        take_heads(t, in);
+        gpu::sync();
+        memory.write_and_read(in, t);
+        gpu::sync();
+        memory.weigh_and_use();
+        tell_reads(t);
+      }
+      place.meet();
+    }
+    for (int item = gpu::thread(); plan.controller == Controller::lstm && item < plan.items(); item += gpu::threads()) {
+      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
+      if (unit < plan.H && place.there(m))
+        static_cast<T*>(a.out_cell)[place.sample(m) * plan.H + unit] = shared.state[own * plan.lanes + m];
+    }
+    if (present) memory.end();
+  }
+};
+
+template <class T, int C, bool RESIDENT>
+__global__ void __launch_bounds__(most_threads, 1) cell_kernel(const __grid_constant__ Cell a, const __grid_constant__ LruaScan memory,
+                                                               const __grid_constant__ CellPlan plan, unsigned char* scratch) {
+  CellForward<T, C, RESIDENT>(a, memory, plan, Carver(gpu::shared_memory()), scratch).run();
+}
+
+LruaScan memory_of(const Cell& a) {
+  return {a.T, a.B, a.N, a.D, a.R, a.dtype, a.dtype, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
+          a.memory, a.read_weights, a.usage, nullptr, nullptr, nullptr, nullptr, nullptr,
+          a.out_memory, a.out_read_weights, a.out_usage, a.slots, a.anchors};
+}
+
+template <class T>
+const char* cell_of(const Cell& a, const Queue& queue) {
+  CellPlan plan;
+  if (const char* why = plan_cell<CellForwardSide<T>, T>(a, a.B, 0, gpu::limits(), plan)) return why;
+  const int64_t blocks = blocks_of(plan, a.B);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(blocks);
+  unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
+  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
+    return gpu::launch(cell_kernel<T, decltype(c)::value, decltype(resident)::value>,
+                       {blocks, cell_threads, plan.cluster, plan.shared, queue.stream}, a, memory_of(a), plan, scratch);
+  });
+}
+
+}  // namespace
+
+const char* cell(const Cell& a, const Queue& queue) {
+  return a.dtype == Dtype::float64 ? cell_of<double>(a, queue) : cell_of<float>(a, queue);
+}
+
+const char* cell_unable(const Cell& a) {
+  CellPlan plan;
+  return a.dtype == Dtype::float64 ? plan_cell<CellForwardSide<double>, double>(a, any_batch, 0, gpu::limits(), plan)
+                                   : plan_cell<CellForwardSide<float>, float>(a, any_batch, 0, gpu::limits(), plan);
+}
+
+}  // namespace cuda
+}  // namespace mann_fast

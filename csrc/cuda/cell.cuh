@@ -1,0 +1,205 @@
+// What the two directions of cell share: which block holds which weights, and products with weights in shared memory.
+//
+// A cluster of blocks takes a few samples through all steps. A block holds the weights of its share of the hidden units for
+// all steps, and at most one sample's memory. It has all that its own units need, so that two meetings a step are
+// enough: forward, when the units' part of every head is known, and when the reads are; back the same the other way round.
+#pragma once
+#include "lrua_scan.cuh"
+
+namespace mann_fast {
+namespace cuda {
+
+// How a cell is laid out over a cluster.
+struct CellPlan {
+  Plan memory;  // of a sample, in one block
+  int H;
+  Controller controller;
+  bool recurrent;        // the hidden state goes round
+  int cluster, samples;  // blocks; samples of theirs, a block each
+  int lanes;             // samples, padded to what a product takes at once
+  int units, columns;    // hidden units of a block; what the product gives for them, `per_unit` each
+  int round, heads;      // numbers that go round: hidden state and reads; head values of a sample
+  size_t shared;         // bytes of a block, the memory's included
+  size_t weights;        // bytes before the memory's
+
+  __device__ __host__ int per_unit() const { return static_cast<int>(kept_per_unit(controller)); }
+  __device__ __host__ int items() const { return units * lanes; }
+};
+
+constexpr int cell_threads = most_threads;
+// What a thread makes of a product: two columns beside each other for all samples.
+constexpr int columns_at_once = 2;
+__device__ __host__ inline int padded_columns(int columns) { return (columns + columns_at_once - 1) / columns_at_once * columns_at_once; }
+// A product of few columns is cut along the sum so that all threads have a part.
+__device__ __host__ inline int slices_of(int columns) {
+  const int slices = cell_threads * columns_at_once / padded_columns(columns);
+  return slices > 1 ? slices : 1;
+}
+
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T at[2];
+};
+
+// out[slice][m][column] = the slice's part of the sum over k of x[k][m] weights[k][column], rows of `ld` columns. ld is even, and
+// what pads weights is 0.
+template <int M, class T>
+__device__ __forceinline__ void multiply_lanes(const T* weights, int ld, const T* x, int inner, int slices, T* out) {
+  constexpr int together = M < 4 ? M : 4;
+  struct alignas(together * sizeof(T) < 16 ? together * sizeof(T) : 16) Samples {
+    T at[together];
+  };
+  const int pairs = ld / columns_at_once;
+  for (int i = gpu::thread(); i < pairs * slices; i += gpu::threads()) {
+    const int column = i % pairs * columns_at_once, slice = i / pairs;
+    T sum[columns_at_once][M] = {};
+#pragma unroll 4
+    for (int k = inner * slice / slices; k < inner * (slice + 1) / slices; ++k) {
+      const Two<T> w = *reinterpret_cast<const Two<T>*>(weights + k * ld + column);
+#pragma unroll
+      for (int m = 0; m < M; m += together) {
+        const Samples s = *reinterpret_cast<const Samples*>(x + k * M + m);
+#pragma unroll
+        for (int j = 0; j < together; ++j) {
+          sum[0][m + j] += w.at[0] * s.at[j];
+          sum[1][m + j] += w.at[1] * s.at[j];
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      *reinterpret_cast<Two<T>*>(out + (slice * M + m) * ld + column) = {{sum[0][m], sum[1][m]}};
+  }
+}
+template <class T>
+__device__ __forceinline__ void multiply(const CellPlan& plan, const T* weights, int ld, const T* x, int inner, int slices, T* out) {
+  switch (plan.lanes) {
+    case 2: return multiply_lanes<2>(weights, ld, x, inner, slices, out);
+    case 4: return multiply_lanes<4>(weights, ld, x, inner, slices, out);
+    default: return multiply_lanes<8>(weights, ld, x, inner, slices, out);
+  }
+}
+
+// The weight by which number k of those that go round enters a gate of a hidden unit. A GRU has two columns for its candidate, of
+// which one is of the reads and one of the hidden state, since a gate comes between; 0 where they do not meet.
+template <class T, class Arguments>
+__device__ __forceinline__ T gate_weight(const Arguments& a, const CellPlan& plan, int gate, int unit, int k) {
+  const bool of_hidden = plan.recurrent && k < plan.H;
+  if (plan.controller == Controller::gru && gate == (of_hidden ? 2 : 3)) return 0;
+  const int64_t row = (plan.controller == Controller::gru && gate == 3 ? 2 : gate) * static_cast<int64_t>(plan.H) + unit;
+  if (of_hidden) return static_cast<const T*>(a.hidden_weight)[row * plan.H + k];
+  return static_cast<const T*>(a.reads_weight)[row * a.reads_weight_ld + (plan.recurrent ? k - plan.H : k)];
+}
+
+template <class T>
+__device__ __forceinline__ T sigmoid(T x) {
+  return T(1) / (T(1) + exp(-x));
+}
+
+// A block's place among those of its cluster.
+struct CellPlace {
+  const CellPlan& plan;
+  const int rank, first, count;  // samples of the cluster: the first, and how many there are
+  __device__ __forceinline__ CellPlace(const CellPlan& plan, int64_t B)
+      : plan(plan), rank(static_cast<int>(gpu::block() % plan.cluster)),
+        first(static_cast<int>(gpu::block() / plan.cluster * plan.samples)),
+        count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)) {}
+
+  __device__ __forceinline__ bool there(int m) const { return m < count; }
+  __device__ __forceinline__ int64_t sample(int m) const { return first + m; }
+  __device__ __forceinline__ int unit(int own) const { return rank * plan.units + own; }
+
+  __device__ __forceinline__ void meet() const {
+    if (plan.cluster > 1) gpu::sync_cluster();
+    else gpu::sync();
+  }
+  template <class T>
+  __device__ __forceinline__ T* of_block(T* shared, int block) const {
+    return plan.cluster > 1 ? gpu::of_block(shared, block) : shared;
+  }
+  // The same number of every block, added up in one order by all.
+  template <class T>
+  __device__ __forceinline__ T total(T* shared) const {
+    T sum = 0;
+    for (int block = 0; block < plan.cluster; ++block) sum += *of_block(shared, block);
+    return sum;
+  }
+  template <class T>
+  __device__ __forceinline__ void tell(T* shared, T value) const {
+    for (int block = 0; block < plan.cluster; ++block) *of_block(shared, block) = value;
+  }
+};
+
+// Puts a head's value, after its nonlinearity, where the memory's step takes it from. One row of values has keys, write vectors
+// where separate, gate logits, and sharpness where learned.
+template <class T, class Arguments>
+__device__ __forceinline__ void put_head(const Arguments& a, const Plan& memory, const Inputs<T>& in, int j, T value) {
+  const int size = memory.R * memory.D, vectors = a.separate_vector ? 2 * size : size;
+  if (j < vectors) {
+    const int i = j % size, at = i / memory.D * memory.columns + i % memory.D;
+    if (j < size) in.keys[at] = value;
+    if (j >= size || !a.separate_vector) in.vectors[at] = value;
+  } else if (j < vectors + memory.R) {
+    gate_shares(value, in.gate[j - vectors], in.keep[j - vectors]);
+  } else {
+    const T softplus = (value > 0 ? value : T(0)) + log1p(exp(-fabs(value)));
+    in.beta[j - vectors - memory.R] = static_cast<T>(a.sharpness) + static_cast<T>(a.sharpness_scale) * softplus;
+  }
+}
+
+// Sharpness that is not learned is the same in every step.
+template <class T, class Arguments>
+__device__ __forceinline__ void put_sharpness(const Arguments& a, const Plan& memory, const Inputs<T>& in) {
+  if (a.learned_sharpness) return;
+  for (int r = gpu::thread(); r < memory.R; r += gpu::threads()) in.beta[r] = static_cast<T>(a.sharpness);
+}
+
+// So many samples that a cluster has as many as it has blocks.
+constexpr int64_t any_batch = int64_t(1) << 30;
+
+// Completes a plan with the fewest blocks in which everything fits, or says why there is none. Side tells where what lies.
+template <class Side, class T, class Arguments>
+const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits, CellPlan& plan) {
+  if (const char* why = too_large(a.N, a.D, a.R)) return why;
+  if (a.T >= int64_t(1) << 31 || a.B >= int64_t(1) << 31) return "the kernel takes fewer than 2^31 steps and samples";
+  const int64_t vectors = (a.separate_vector ? 2 : 1) * a.R * a.D, heads = vectors + (a.learned_sharpness ? 2 : 1) * a.R;
+  plan = CellPlan{};
+  plan.controller = a.controller;
+  plan.recurrent = a.controller != Controller::feedforward;
+  plan.H = static_cast<int>(a.H);
+  plan.round = static_cast<int>((plan.recurrent ? a.H : 0) + a.R * a.D);
+  plan.heads = static_cast<int>(heads);
+  for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
+    plan.cluster = cluster;
+    // As few samples to a cluster as leave none waiting for another's end.
+    const int64_t at_once = limits.processors / cluster > 1 ? limits.processors / cluster : 1;
+    const int64_t samples = ceil_div(B, at_once);
+    plan.samples = static_cast<int>(samples < 1 ? 1 : samples < cluster ? samples : cluster);
+    plan.lanes = plan.samples <= 2 ? 2 : plan.samples <= 4 ? 4 : 8;
+    plan.units = static_cast<int>(ceil_div(a.H, cluster));
+    plan.columns = plan.units * plan.per_unit();
+    // Weights alone, in numbers that cannot overflow, before anything is counted with 32 bits.
+    const int64_t weights = static_cast<int64_t>(plan.columns) * plan.round + heads * plan.units;
+    if (weights * static_cast<int64_t>(sizeof(T)) > static_cast<int64_t>(limits.shared)) continue;
+    Carver carver(nullptr);
+    typename Side::Shared(carver, plan);
+    plan.weights = carver.used;
+    if (plan.weights > limits.shared) continue;
+    gpu::Limits left = limits;
+    left.shared -= plan.weights;
+    left.cluster = 1;
+    Plan memory = sizes_of(a);
+    memory.least_warps = cell_threads / 32;
+    memory.slots_anywhere = Side::slots_anywhere;
+    plan.memory = plan_scan<typename Side::Memory, T>(memory, B, every, left);
+    plan.shared = plan.weights + plan.memory.shared;
+    if (plan.memory.near_small && (plan.memory.near_slots || Side::slots_anywhere)) return nullptr;
+  }
+  return "the weights do not fit into the shared memory of a cluster of blocks";
+}
+
+// Blocks of a launch.
+inline int64_t blocks_of(const CellPlan& plan, int64_t B) { return ceil_div(B, plan.samples) * plan.cluster; }
+
+}  // namespace cuda
+}  // namespace mann_fast

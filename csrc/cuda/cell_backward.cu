@@ -1,0 +1,326 @@
+// cell backward: all steps in one launch. The gradient of every weight is one product over all steps after it, from the gradients
+// of gates and heads before their nonlinearities.
+//
+// Takes `anchor_every` steps at a time: every block replays its sample's memory from the anchor, and meets nobody. A step back: add up
+// what reached the reads of the own sample, and its memory's step back (two meetings of the block); tell the gradients of its heads |
+// meet | back through heads and controller of own units, and their part of what goes round | meet |.
+#include "cell.cuh"
+#include "kernels.h"
+#include "lrua_backward.cuh"
+
+namespace mann_fast {
+namespace cuda {
+namespace {
+
+template <class T>
+struct CellBackwardSide {
+  static constexpr bool slots_anywhere = true;  // those of a replay seldom have room beside the weights
+  struct Memory : Backward<T> {
+    static int heads_at_once(const Plan&) { return 4; }
+  };
+  struct Shared {
+    int units_ld, round_ld;
+    T *gate_weights, *head_weights;  // [columns, round_ld], [heads, units_ld]
+    T* heads;                        // [heads, lanes]: gradients of the heads of all samples
+    T* gates;                        // [columns, lanes]: of own units
+    T *hidden, *state;               // [units, lanes]: of the hidden state by what goes round; of the cell, or what passes a GRU by
+    T* products;                     // the hidden state's gradient by the heads, in slices; then own units' part of what goes round
+    __device__ __host__ Shared(Carver& carver, const CellPlan& plan)
+        : units_ld(padded_columns(plan.units)), round_ld(padded_columns(plan.round)),
+          gate_weights(carver.take<T>(plan.columns * round_ld)), head_weights(carver.take<T>(plan.heads * units_ld)),
+          heads(carver.take<T>(plan.heads * plan.lanes)), gates(carver.take<T>(plan.columns * plan.lanes)),
+          hidden(carver.take<T>(plan.items())), state(carver.take<T>(plan.recurrent ? plan.items() : 0)),
+          products(carver.take<T>(plan.lanes * (slices_of(plan.units) * units_ld > round_ld
+                                                    ? slices_of(plan.units) * units_ld : round_ld))) {}
+  };
+};
+
+// What a step's memory takes, on its way: the head values that forward kept, and the slots. A thread asks for one number ahead;
+// for more it would need registers that the step back has none of.
+template <class T>
+class HeadStream {
+ public:
+  __device__ __forceinline__ HeadStream(const CellBackward& a, const CellPlan& plan) : a_(a), plan_(plan) {}
+  __device__ __forceinline__ void ask(int64_t row) {
+    row_ = row;
+    asked_ = get(gpu::thread());
+  }
+  __device__ __forceinline__ void put(const Inputs<T>& in) const {
+    put(in, gpu::thread(), asked_);
+    for (int i = gpu::thread() + gpu::threads(); i < count(); i += gpu::threads()) put(in, i, get(i));
+  }
+
+ private:
+  __device__ __forceinline__ int count() const { return plan_.heads + plan_.memory.R; }
+  __device__ __forceinline__ T get(int i) const {
+    if (i >= count()) return 0;
+    if (i < plan_.heads) return static_cast<const T*>(a_.kept_heads)[row_ * plan_.heads + i];
+    return static_cast<T>(a_.slots[row_ * plan_.memory.R + i - plan_.heads]);  // exact: a plan has fewer than 2^24 slots
+  }
+  __device__ __forceinline__ void put(const Inputs<T>& in, int i, T value) const {
+    if (i >= count()) return;
+    if (i < plan_.heads) put_head(a_, plan_.memory, in, i, value);
+    else in.slots[i - plan_.heads] = static_cast<int>(value);
+  }
+
+  const CellBackward& a_;
+  const CellPlan& plan_;
+  int64_t row_ = 0;
+  T asked_;
+};
+
+template <class T, int C, bool RESIDENT>
+struct CellBack {
+  const CellBackward& a;
+  const CellPlan& plan;
+  const CellPlace place;
+  const bool present;  // the block has a sample
+  LruaBackward<T, C, 4, RESIDENT, true> memory;
+  typename CellBackwardSide<T>::Shared shared;
+
+  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan, int every,
+                                      Carver carver, unsigned char* scratch)
+      : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
+        memory(of_memory, plan.memory, every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
+        shared(carver, plan) {}
+
+  __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * a.B + place.sample(m); }
+  __device__ __forceinline__ int reads_at() const { return plan.recurrent ? plan.H : 0; }
+  __device__ __forceinline__ int width() const { return plan.H + plan.memory.R * plan.memory.D; }
+
+  __device__ __forceinline__ void begin() {
+    const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
+    for (int i = thread; i < plan.columns * shared.round_ld; i += threads) {
+      const int column = i / shared.round_ld, k = i % shared.round_ld, unit = place.unit(column / per_unit);
+      shared.gate_weights[i] = k < plan.round && unit < plan.H ? gate_weight<T>(a, plan, column % per_unit, unit, k) : T(0);
+    }
+    for (int i = thread; i < plan.heads * shared.units_ld; i += threads) {
+      const int j = i / shared.units_ld, own = i % shared.units_ld, unit = place.unit(own);
+      shared.head_weights[i] =
+          own < plan.units && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit] : T(0);
+    }
+    for (int i = thread; i < plan.heads * plan.lanes; i += threads) shared.heads[i] = 0;
+    for (int i = thread; i < plan.lanes * shared.round_ld; i += threads) shared.products[i] = 0;
+    for (int i = thread; plan.recurrent && i < plan.items(); i += threads) {
+      const int own = i / plan.lanes, m = i % plan.lanes, unit = place.unit(own);
+      const bool is = a.grad_cell && unit < plan.H && place.there(m);
+      shared.state[i] = is ? static_cast<const T*>(a.grad_cell)[place.sample(m) * plan.H + unit] : T(0);
+    }
+    memory.small.in.clear();
+    if (present) memory.begin();
+  }
+
+  // The gradient of the hidden state of an own unit by the step after.
+  __device__ __forceinline__ T hidden_by_round(int m, int own, int unit) const {
+    T grad = plan.recurrent ? place.total(shared.products + m * shared.round_ld + unit) : T(0);
+    if (plan.controller == Controller::gru) grad += shared.state[own * plan.lanes + m];
+    return grad;
+  }
+  __device__ __forceinline__ T read_by_round(int j) const {
+    return place.total(shared.products + place.rank * shared.round_ld + reads_at() + j);
+  }
+
+  // What comes from the step after and from outside, for the hidden states of own units and the reads of the own sample.
+  __device__ __forceinline__ void gather(int64_t t, const Inputs<T>& in) {
+    const T* outside = static_cast<const T*>(a.grad_output);
+    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
+      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
+      T grad = 0;
+      if (unit < plan.H && place.there(m)) {
+        grad = hidden_by_round(m, own, unit);
+        if (outside) grad += outside[row(t, m) * width() + unit];
+      }
+      shared.hidden[own * plan.lanes + m] = grad;
+    }
+    for (int j = gpu::thread(); present && j < width() - plan.H; j += gpu::threads()) {
+      T grad = read_by_round(j);
+      if (outside) grad += outside[row(t, place.rank) * width() + plan.H + j];
+      in.grads[memory.vector_at(j)] = grad;
+    }
+  }
+
+  // The gradients of the own sample's heads before their nonlinearities, to where they belong and to all blocks.
+  __device__ __forceinline__ void tell_heads(int64_t t, const Inputs<T>& in) {
+    const int size = plan.memory.R * plan.memory.D, R = plan.memory.R, vectors = a.separate_vector ? 2 * size : size;
+    const int64_t start = row(t, place.rank) * plan.heads;
+    for (int j = gpu::thread(); j < plan.heads; j += gpu::threads()) {
+      T grad;
+      if (j < vectors) {
+        const int i = j % size;
+        const T value = j < size ? in.keys[memory.vector_at(i)] : in.vectors[memory.vector_at(i)];
+        grad = j < size ? memory.key_gradient(i) : T(0);
+        if (j >= size || !a.separate_vector) grad += memory.vector_gradient(i);
+        grad *= T(1) - value * value;
+      } else if (j < vectors + R) {
+        grad = memory.gate_gradient(j - vectors);
+      } else {
+        const T slope = sigmoid(static_cast<const T*>(a.kept_heads)[start + j]);
+        grad = memory.sharpness_gradient(j - vectors - R) * static_cast<T>(a.sharpness_scale) * slope;
+      }
+      static_cast<T*>(a.grad_heads)[start + j] = grad;
+      place.tell(shared.heads + j * plan.lanes + place.rank, grad);
+    }
+  }
+
+  // What forward kept of an item, an own unit of a sample: its gates, its state and the one before.
+  struct Kept {
+    T gate[4], now, before;
+  };
+  __device__ __forceinline__ void ask(int64_t t, int item, Kept& kept) const {
+    const int m = item / plan.units, unit = place.unit(item % plan.units), per_unit = plan.per_unit();
+    if (item >= plan.items() || unit >= plan.H || !place.there(m)) {
+      kept = Kept{};
+      return;
+    }
+    const int64_t at = row(t, m);
+    const T* gates = static_cast<const T*>(a.kept_gates) + at * per_unit * plan.H + unit;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) kept.gate[g] = g < per_unit ? gates[g * plan.H] : T(0);
+    kept.now = kept.before = 0;
+    if (!plan.recurrent) return;
+    const T* states = static_cast<const T*>(a.kept_states) + unit;
+    const T* start = static_cast<const T*>(plan.controller == Controller::lstm ? a.cell : a.hidden);
+    kept.now = states[at * plan.H];
+    kept.before = t > 0 ? states[(at - a.B) * plan.H] : start[place.sample(m) * plan.H + unit];
+  }
+
+  __device__ __forceinline__ void control(int64_t t, Kept& kept) {
+    const int slices = slices_of(plan.units), per_unit = plan.per_unit();
+    const int of_input = static_cast<int>(gates_per_unit(plan.controller));
+    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
+      if (item >= gpu::threads()) ask(t, item, kept);
+      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own), at = own * plan.lanes + m;
+      T grad = shared.hidden[at];
+      for (int slice = 0; slice < slices; ++slice) grad += shared.products[(slice * plan.lanes + m) * shared.units_ld + own];
+      const T(&gate)[4] = kept.gate;
+      T of_gate[4] = {};
+      if (plan.controller == Controller::lstm) {
+        const T shown = tanh(kept.now), grad_now = shared.state[at] + grad * gate[3] * (T(1) - shown * shown);
+        of_gate[0] = grad_now * gate[2] * gate[0] * (T(1) - gate[0]);
+        of_gate[1] = grad_now * kept.before * gate[1] * (T(1) - gate[1]);
+        of_gate[2] = grad_now * gate[0] * (T(1) - gate[2] * gate[2]);
+        of_gate[3] = grad * shown * gate[3] * (T(1) - gate[3]);
+        shared.state[at] = grad_now * gate[1];
+      } else if (plan.controller == Controller::gru) {  // reset, update, candidate; the hidden state's part of the candidate
+        of_gate[2] = grad * (T(1) - gate[1]) * (T(1) - gate[2] * gate[2]);
+        of_gate[0] = of_gate[2] * gate[3] * gate[0] * (T(1) - gate[0]);
+        of_gate[1] = grad * (kept.before - gate[2]) * gate[1] * (T(1) - gate[1]);
+        of_gate[3] = of_gate[2] * gate[0];
+        shared.state[at] = grad * gate[1];
+      } else {
+        of_gate[0] = grad * (T(1) - gate[0] * gate[0]);
+      }
+      const bool is = unit < plan.H && place.there(m);
+      const int64_t start = row(t, m) * of_input * plan.H + unit;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        if (g >= per_unit) continue;
+        shared.gates[(own * per_unit + g) * plan.lanes + m] = is ? of_gate[g] : T(0);
+        if (is && g < of_input) static_cast<T*>(a.grad_gates)[start + g * plan.H] = of_gate[g];
+        if (is && plan.controller == Controller::gru && g != 2)
+          static_cast<T*>(a.grad_hidden_gates)[start + (g == 3 ? 2 : g) * plan.H] = of_gate[g];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end() {
+    for (int item = gpu::thread(); plan.recurrent && item < plan.items(); item += gpu::threads()) {
+      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
+      if (unit >= plan.H || !place.there(m)) continue;
+      const int64_t to = place.sample(m) * plan.H + unit;
+      static_cast<T*>(a.grad_hidden)[to] = hidden_by_round(m, own, unit);
+      if (plan.controller == Controller::lstm) static_cast<T*>(a.grad_in_cell)[to] = shared.state[own * plan.lanes + m];
+    }
+    if (!present) return;
+    const int size = width() - plan.H;
+    for (int j = gpu::thread(); j < size; j += gpu::threads())
+      static_cast<T*>(a.grad_reads)[place.sample(place.rank) * size + j] = read_by_round(j);
+    memory.end();
+  }
+
+  __device__ __forceinline__ void run() {
+    HeadStream<T> stream(a, plan);
+    const int steps = static_cast<int>(a.T), last_first = steps > 0 ? (steps - 1) / memory.every * memory.every : -1;
+    begin();
+    gpu::sync();
+    for (int visit = 0; visit < 2; ++visit) put_sharpness(a, plan.memory, memory.inputs(visit));
+    if (present && steps > 0) {
+      stream.ask(row(last_first, place.rank));
+      stream.put(memory.inputs(0));
+    }
+    place.meet();
+    for (int first = last_first; first >= 0; first -= memory.every) {
+      const int count = steps - first < memory.every ? steps - first : memory.every;
+      if (present) memory.replay_all(stream, first, count);
+      for (int step = count - 1; step >= 0; --step) {
+        const int t = first + step, next = step > 0 ? t - 1 : first - memory.every;
+        const Inputs<T> in = memory.inputs(memory.visits);
+        gather(t, in);
+        if (present) {
+          gpu::sync();
+          memory.gather(in, step);
+          gpu::sync();
+          memory.back(in, step);
+          gpu::sync();
+          tell_heads(t, in);
+          ++memory.visits;
+          if (next >= 0) stream.ask(row(next, place.rank));
+        }
+        Kept kept;
+        ask(t, gpu::thread(), kept);
+        place.meet();
+        multiply(plan, shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products);
+        gpu::sync();
+        control(t, kept);
+        gpu::sync();
+        multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
+        if (present && next >= 0) stream.put(memory.inputs(memory.visits));
+        place.meet();
+      }
+    }
+    end();
+    if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
+  }
+};
+
+template <class T, int C, bool RESIDENT>
+__global__ void __launch_bounds__(most_threads, 1)
+    cell_backward_kernel(const __grid_constant__ CellBackward a, const __grid_constant__ LruaScanBackward memory,
+                         const __grid_constant__ CellPlan plan, int every, unsigned char* scratch) {
+  CellBack<T, C, RESIDENT>(a, memory, plan, every, Carver(gpu::shared_memory()), scratch).run();
+}
+
+LruaScanBackward memory_of(const CellBackward& a) {
+  return {a.T, a.B, a.N, a.D, a.R, a.dtype, a.dtype, a.read_first, a.shared_target, a.eps, a.anchor_every,
+          nullptr, a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr,
+          a.slots, a.anchors, a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr};
+}
+
+template <class T>
+const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
+  const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
+  CellPlan plan;
+  if (const char* why = plan_cell<CellBackwardSide<T>, T>(a, a.B, every, gpu::limits(), plan)) return why;
+  const int64_t blocks = blocks_of(plan, a.B);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(blocks);
+  unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
+  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
+    return gpu::launch(cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>,
+                       {blocks, cell_threads, plan.cluster, plan.shared, queue.stream}, a, memory_of(a), plan, every, scratch);
+  });
+}
+
+}  // namespace
+
+const char* cell_backward(const CellBackward& a, const Queue& queue) {
+  return a.dtype == Dtype::float64 ? cell_backward_of<double>(a, queue) : cell_backward_of<float>(a, queue);
+}
+
+const char* cell_backward_unable(const CellBackward& a) {
+  CellPlan plan;
+  return a.dtype == Dtype::float64 ? plan_cell<CellBackwardSide<double>, double>(a, any_batch, 1, gpu::limits(), plan)
+                                   : plan_cell<CellBackwardSide<float>, float>(a, any_batch, 1, gpu::limits(), plan);
+}
+
+}  // namespace cuda
+}  // namespace mann_fast
