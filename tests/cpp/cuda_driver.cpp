@@ -1,7 +1,7 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan | ntm] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | cell | ntm] [--seed N] [--few]    --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "driver.h"
@@ -38,7 +38,7 @@ const Kernels emulated = {
     {run<ContentRead, cuda::content_read>, run<ContentReadBackward, cuda::content_read_backward>},
     {run<LeastUsed, cuda::least_used>, run<LruaWrite, cuda::lrua_write>, run<LruaWriteBackward, cuda::lrua_write_backward>,
      run<LruaScan, cuda::lrua_scan>, run<LruaScanBackward, cuda::lrua_scan_backward>},
-    {nullptr, nullptr},
+    {run<Cell, cuda::cell>, run<CellBackward, cuda::cell_backward>},
     {run<NtmScan, cuda::ntm_scan>, run<NtmScanBackward, cuda::ntm_scan_backward>}};
 
 template <class Run>
@@ -131,6 +131,34 @@ int main(int count, char** arguments) {
       if (only.empty() || only == "write") compare("write", write, c);
       if (only.empty() || only == "scan") compare("scan", scan, c);
       if (only.empty() || only == "ntm") compare("ntm", ntm, c);
+      ++cases;
+    }
+  }
+  // With as many multiprocessors as a cluster shall have blocks, each block has a sample.
+  struct CellLayout {
+    Layout sizes;
+    int cluster;  // that the weights need
+  };
+  const CellLayout cells[] = {  // and fewer, without learned sharpness or the hidden state
+      {{3, 3, 20, 16, 4, single, single, 64 * 1024}, 2},   //
+      {{3, 2, 9, 5, 3, single, single, all}, 1},           // several heads at a time, not all of them there
+      {{3, 5, 20, 16, 4, single, single, 40 * 1024}, 4},   // what a replay keeps in device memory
+      {{3, 11, 12, 24, 3, single, single, 54 * 1024}, 8},  //
+      {{3, 1, 150, 9, 2, single, single, all}, 1},         // the memory in shared memory
+      {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
+      {{3, 2, 20, 9, 3, wide, wide, all}, 1}};       //
+  for (const CellLayout& layout : cells) {
+    const Layout& n = layout.sizes;
+    if (!only.empty() && only != "cell") continue;
+    if (few && layout.cluster > 2) continue;
+    settings.limits.shared = n.shared;
+    settings.limits.processors = layout.cluster;
+    for (int options = few ? 2 : 0; options < 8; options += few ? 3 : 1) {
+      const Controller kind = static_cast<Controller>((options + 1) % 3);
+      const Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, 2, 1};
+      compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
+      if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
+        fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " + std::to_string(layout.cluster));
       ++cases;
     }
   }
