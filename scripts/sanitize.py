@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulate
@@ -26,6 +27,7 @@ CUDA_DRIVER = Unit("tests/cpp/cuda_driver.cpp", "cuda_driver", emulate.FLAGS)
 PLANTED = {"address,undefined": ["divergent", "out-of-bounds"], "thread": ["divergent", "late"]}
 SEEDS = (1, 2, 3)  # of the order in which warps and lanes run
 NOT_SUPPORTED = 77  # the driver's exit code for an instruction set that the processor does not have
+AT_ONCE = ThreadPoolExecutor(os.cpu_count())  # runs of a driver
 
 
 def build(compiler: Compiler, sanitizers: str) -> tuple[Path, Path]:
@@ -57,8 +59,8 @@ def run(program: Path, sanitizers: str, *arguments: str, quiet: bool = False, **
 def sanitize(program: Path, sanitizers: str, compiler: Compiler) -> bool:
     """Whether all instruction sets that this processor has run without a finding."""
     clean = True
-    for isa in compiler.isas:
-        status, _ = run(program, sanitizers, MANN_FAST_CPU_ISA=isa)
+    runs = AT_ONCE.map(lambda isa: run(program, sanitizers, MANN_FAST_CPU_ISA=isa), compiler.isas)
+    for isa, (status, _) in zip(compiler.isas, runs, strict=True):
         if status == NOT_SUPPORTED:
             print(f"{sanitizers}: {isa} SKIPPED, this processor does not have it")
         else:
@@ -76,22 +78,20 @@ def sanitize_cuda(program: Path, sanitizers: str) -> bool:
         clean = clean and good
         print(f"{sanitizers}: emulated CUDA, {what} {'passed' if good else 'FAILED'}", flush=True)
 
-    for seed in SEEDS:
-        status, output = run(program, sanitizers, "--seed", str(seed))
+    runs = AT_ONCE.map(lambda seed: run(program, sanitizers, "--seed", str(seed)), SEEDS)
+    for seed, (status, output) in zip(SEEDS, runs, strict=True):
         say(f"seed {seed}: {output.strip()}", status == 0)
     for defect in PLANTED[sanitizers]:
         status, _ = run(program, sanitizers, "--plant", defect, quiet=True)
         say(f"a planted defect ({defect}) is noticed:", status != 0)
     if sanitizers == "thread":
-        for kernel in ("content", "write", "scan", "ntm"):
+        for kernel in ("content", "write", "scan", "cell", "ntm"):
             _, output = run(program, sanitizers, kernel, "--few")
             for scope, count in zip(("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True):
-                missed = [
-                    number
-                    for number in range(int("".join(count)))
-                    if run(program, sanitizers, kernel, "--few", f"--omit-{scope}", str(number), quiet=True)[0] == 0
-                ]
-                say(f"{kernel}: each of {''.join(count)} barriers of a {scope} is needed, not noticed {missed}:", not missed)
+                numbers = range(int("".join(count)))
+                omitting = lambda n: run(program, sanitizers, kernel, "--few", f"--omit-{scope}", str(n), quiet=True)  # noqa: B023, E731
+                missed = [n for n, (status, _) in zip(numbers, AT_ONCE.map(omitting, numbers), strict=True) if status == 0]
+                say(f"{kernel}: each of {len(numbers)} barriers of a {scope} is needed, not noticed {missed}:", not missed)
     return clean
 
 

@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKEND, OPTIONS, RAW_OPS, distinct_state, needs_cpp, needs_kernels, worst_error
+from cases import (
+    BACKEND,
+    OPTIONS,
+    RAW_OPS,
+    distinct_state,
+    fixed_noise,
+    needs_cpp,
+    needs_kernels,
+    worst_error,
+)
 
 import mann_fast
 from mann_fast import ops, reference
@@ -74,9 +83,9 @@ def call(function, inputs, **options):
 
 def loss_of(results):
     """A fixed random functional of all that is differentiable."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     return sum(
-        (x.double() * torch.randn(x.shape, generator=generator).double()).sum()
+        (x.double() * fixed_noise(x, generator).double()).sum()
         for name, x in results.items()
         if name != "usage"
     )
@@ -140,7 +149,9 @@ def test_matches_reference_in_float64(shape, options, heads_options, controller)
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
-@pytest.mark.parametrize("shape", SHAPES[:6])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES[:6], pytest.param((2, 17, 199, 12, 40, 4), id="more-than-clusters")]
+)
 def test_matches_reference_in_float32(shape, options, controller):
     """Usages differ by so much that float32 chooses the same slots; a learned sharpness makes the most of every error."""
     options = options | {"controller": controller}
@@ -193,7 +204,10 @@ def test_gradcheck(heads_options, controller):
             everything[i] = x
         return tuple(x for name, x in call(ops.cell, everything, **options).items() if name != "usage")
 
-    assert torch.autograd.gradcheck(function, [inputs[i].requires_grad_() for i in wanted])
+    # Each number's derivative by itself on processors; elsewhere along random directions, which takes a few calls only.
+    assert torch.autograd.gradcheck(
+        function, [inputs[i].requires_grad_() for i in wanted], fast_mode=BACKEND != "cpp"
+    )
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
@@ -270,7 +284,7 @@ def test_saturated_gates_stay_finite(controller):
 def test_autocast_does_not_reach_the_weights_gradients(controller):
     inputs = cell_inputs(6, 3, 9, 12, 5, 2, controller=controller)
     expected = results_and_gradients(ops.cell, inputs, torch.float32, controller=controller)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
         actual = results_and_gradients(ops.cell, inputs, torch.float32, controller=controller)
     assert all(same_bits(x, y) for x, y in zip(actual, expected, strict=True))
 
