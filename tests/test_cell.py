@@ -34,6 +34,10 @@ SHAPES = [  # T, B, H, N, D, R
     pytest.param((0, 2, 5, 5, 4, 2), id="no-steps"),
     pytest.param((3, 0, 5, 5, 4, 2), id="empty-batch"),
 ]
+WIDE = [  # in float32 on a GPU of 132 multiprocessors: two samples to a cluster of 8 blocks, and 16 blocks to a cluster
+    pytest.param((2, 17, 199, 12, 40, 4), id="two-samples"),
+    pytest.param((2, 2, 256, 128, 40, 4), id="16-blocks"),
+]
 HEADS = [
     {"write_vector": vector, "sharpness": sharpness}
     for vector, sharpness in itertools.product(("separate", "key"), ("learned", None, 2.5))
@@ -149,9 +153,7 @@ def test_matches_reference_in_float64(shape, options, heads_options, controller)
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
-@pytest.mark.parametrize(
-    "shape", [*SHAPES[:6], pytest.param((2, 17, 199, 12, 40, 4), id="more-than-clusters")]
-)
+@pytest.mark.parametrize("shape", [*SHAPES[:6], *WIDE])
 def test_matches_reference_in_float32(shape, options, controller):
     """Usages differ by so much that float32 chooses the same slots; a learned sharpness makes the most of every error."""
     options = options | {"controller": controller}

@@ -221,12 +221,20 @@ template <class T>
 const char* cell_of(const Cell& a, const Queue& queue) {
   CellPlan plan;
   if (const char* why = plan_cell<CellForwardSide<T>, T>(a, a.B, 0, gpu::limits(), plan)) return why;
-  const int64_t blocks = blocks_of(plan, a.B);
-  const size_t bytes = plan.memory.scratch * static_cast<size_t>(blocks);
+  const gpu::Launch how = launch_of(plan, a.B, queue.stream);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
   return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return gpu::launch(cell_kernel<T, decltype(c)::value, decltype(resident)::value>,
-                       {blocks, cell_threads, plan.cluster, plan.shared, queue.stream}, a, memory_of(a), plan, scratch);
+    return gpu::launch(cell_kernel<T, decltype(c)::value, decltype(resident)::value>, how, a, memory_of(a), plan, scratch);
+  });
+}
+
+template <class T>
+const char* unable(const Cell& a) {
+  CellPlan plan;
+  if (const char* why = plan_cell<CellForwardSide<T>, T>(a, any_batch, 0, gpu::limits(), plan)) return why;
+  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
+    return no_room(cell_kernel<T, decltype(c)::value, decltype(resident)::value>, plan);
   });
 }
 
@@ -237,9 +245,7 @@ const char* cell(const Cell& a, const Queue& queue) {
 }
 
 const char* cell_unable(const Cell& a) {
-  CellPlan plan;
-  return a.dtype == Dtype::float64 ? plan_cell<CellForwardSide<double>, double>(a, any_batch, 0, gpu::limits(), plan)
-                                   : plan_cell<CellForwardSide<float>, float>(a, any_batch, 0, gpu::limits(), plan);
+  return a.dtype == Dtype::float64 ? unable<double>(a) : unable<float>(a);
 }
 
 }  // namespace cuda

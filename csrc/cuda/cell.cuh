@@ -28,7 +28,7 @@ struct CellPlan {
 
 constexpr int cell_threads = most_threads;
 // What a thread makes of a product: two columns beside each other for all samples.
-constexpr int columns_at_once = 2;
+constexpr int columns_at_once = 2, most_lanes = 8;
 __device__ __host__ inline int padded_columns(int columns) { return (columns + columns_at_once - 1) / columns_at_once * columns_at_once; }
 // A product of few columns is cut along the sum so that all threads have a part.
 __device__ __host__ inline int slices_of(int columns) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ void multiply(const CellPlan& plan, const T* weights,
   switch (plan.lanes) {
     case 2: return multiply_lanes<2>(weights, ld, x, inner, slices, out);
     case 4: return multiply_lanes<4>(weights, ld, x, inner, slices, out);
-    default: return multiply_lanes<8>(weights, ld, x, inner, slices, out);
+    default: return multiply_lanes<most_lanes>(weights, ld, x, inner, slices, out);
   }
 }
 
@@ -169,13 +169,14 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   plan.H = static_cast<int>(a.H);
   plan.round = static_cast<int>((plan.recurrent ? a.H : 0) + a.R * a.D);
   plan.heads = static_cast<int>(heads);
-  for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
+  for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {
     plan.cluster = cluster;
     // As few samples to a cluster as leave none waiting for another's end.
     const int64_t at_once = limits.processors / cluster > 1 ? limits.processors / cluster : 1;
     const int64_t samples = ceil_div(B, at_once);
-    plan.samples = static_cast<int>(samples < 1 ? 1 : samples < cluster ? samples : cluster);
-    plan.lanes = plan.samples <= 2 ? 2 : plan.samples <= 4 ? 4 : 8;
+    const int most = cluster < most_lanes ? cluster : most_lanes;
+    plan.samples = static_cast<int>(samples < 1 ? 1 : samples < most ? samples : most);
+    plan.lanes = plan.samples <= 2 ? 2 : plan.samples <= 4 ? 4 : most_lanes;
     plan.units = static_cast<int>(ceil_div(a.H, cluster));
     plan.columns = plan.units * plan.per_unit();
     // Weights alone, in numbers that cannot overflow, before anything is counted with 32 bits.
@@ -198,8 +199,16 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   return "the weights do not fit into the shared memory of a cluster of blocks";
 }
 
-// Blocks of a launch.
-inline int64_t blocks_of(const CellPlan& plan, int64_t B) { return ceil_div(B, plan.samples) * plan.cluster; }
+inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
+  return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
+}
+
+// Null where the device has room for what was planned for a kernel, else why not.
+template <class Kernel>
+const char* no_room(Kernel kernel, const CellPlan& plan) {
+  if (plan.cluster == 1 || gpu::clusters_at_once(kernel, launch_of(plan, plan.samples, nullptr)) > 0) return nullptr;
+  return "the device has no room for a cluster of blocks with so much shared memory";
+}
 
 }  // namespace cuda
 }  // namespace mann_fast

@@ -301,12 +301,21 @@ const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
   const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
   CellPlan plan;
   if (const char* why = plan_cell<CellBackwardSide<T>, T>(a, a.B, every, gpu::limits(), plan)) return why;
-  const int64_t blocks = blocks_of(plan, a.B);
-  const size_t bytes = plan.memory.scratch * static_cast<size_t>(blocks);
+  const gpu::Launch how = launch_of(plan, a.B, queue.stream);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
   return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return gpu::launch(cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>,
-                       {blocks, cell_threads, plan.cluster, plan.shared, queue.stream}, a, memory_of(a), plan, every, scratch);
+    return gpu::launch(cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>, how, a, memory_of(a), plan, every,
+                       scratch);
+  });
+}
+
+template <class T>
+const char* unable(const CellBackward& a) {
+  CellPlan plan;
+  if (const char* why = plan_cell<CellBackwardSide<T>, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
+  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
+    return no_room(cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>, plan);
   });
 }
 
@@ -317,9 +326,7 @@ const char* cell_backward(const CellBackward& a, const Queue& queue) {
 }
 
 const char* cell_backward_unable(const CellBackward& a) {
-  CellPlan plan;
-  return a.dtype == Dtype::float64 ? plan_cell<CellBackwardSide<double>, double>(a, any_batch, 1, gpu::limits(), plan)
-                                   : plan_cell<CellBackwardSide<float>, float>(a, any_batch, 1, gpu::limits(), plan);
+  return a.dtype == Dtype::float64 ? unable<double>(a) : unable<float>(a);
 }
 
 }  // namespace cuda

@@ -10,6 +10,7 @@ namespace gpu {
 
 constexpr int warp_size = 32;
 constexpr size_t portable_shared = 48 * 1024;  // bytes of shared memory that a kernel gets without asking
+constexpr int portable_cluster = 8;            // and blocks of a cluster
 
 struct Launch {
   int64_t blocks;
@@ -21,7 +22,8 @@ struct Launch {
 
 struct Limits {
   size_t shared;  // bytes that a block may have
-  int cluster;    // 1 where there are no clusters
+  int cluster;          // blocks of a cluster that there is always room for; 1 where there are no clusters
+  int largest_cluster;  // that a kernel may ask for: clusters_at_once says whether there is room
   int processors;
 };
 
@@ -79,28 +81,48 @@ __device__ inline T* of_block(T* shared, int) {
 __device__ inline float inverse_root(float x) { return rsqrtf(x); }
 __device__ inline double inverse_root(double x) { return rsqrt(x); }
 
+// A launch as the runtime takes it; status tells whether the kernel may have what it asks for.
+struct Configured {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster;
+  cudaError_t status = cudaSuccess;
+  template <class Kernel>
+  Configured(Kernel kernel, const Launch& how) {
+    if (how.shared > portable_shared)
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+    if (status == cudaSuccess && how.cluster > portable_cluster)
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(how.threads));
+    config.dynamicSmemBytes = how.shared;
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    config.attrs = &cluster;
+    config.numAttrs = how.cluster > 1 ? 1 : 0;
+  }
+  Configured(const Configured&) = delete;  // config points into it
+};
+
 // Null where the launch was accepted, else why not.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   if (how.blocks == 0) return nullptr;
-  if (how.shared > portable_shared) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
-    if (status != cudaSuccess) return cudaGetErrorString(status);
-  }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(how.threads));
-  config.dynamicSmemBytes = how.shared;
-  config.stream = static_cast<cudaStream_t>(how.stream);
-  config.attrs = &attribute;
-  config.numAttrs = how.cluster > 1 ? 1 : 0;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  Configured as(kernel, how);
+  if (as.status == cudaSuccess) as.status = cudaLaunchKernelEx(&as.config, kernel, static_cast<Parameters>(arguments)...);
+  return as.status == cudaSuccess ? nullptr : cudaGetErrorString(as.status);
+}
+
+// How many of such clusters the current device has room for at once.
+template <class... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
+  Configured as(kernel, how);
+  int count = 0;
+  if (as.status == cudaSuccess) as.status = cudaOccupancyMaxActiveClusters(&count, kernel, &as.config);
+  if (as.status == cudaSuccess) return count;
+  cudaGetLastError();  // else the next launch would report it
+  return 0;
 }
 
 // Null where the driver and the current device can run a kernel of this library, else why not.
@@ -120,7 +142,7 @@ inline Limits limits() {
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return {static_cast<size_t>(shared), major >= 9 ? 8 : 1, processors};
+  return {static_cast<size_t>(shared), major >= 9 ? portable_cluster : 1, major >= 9 ? 2 * portable_cluster : 1, processors};
 }
 
 }  // namespace gpu

@@ -144,6 +144,7 @@ int main(int count, char** arguments) {
       {{3, 2, 9, 5, 3, single, single, all}, 1},           // several heads at a time, not all of them there
       {{3, 5, 20, 16, 4, single, single, 40 * 1024}, 4},   // what a replay keeps in device memory
       {{3, 11, 12, 24, 3, single, single, 54 * 1024}, 8},  //
+      {{3, 9, 12, 24, 3, single, single, 48 * 1024}, 16},  //
       {{3, 1, 150, 9, 2, single, single, all}, 1},         // the memory in shared memory
       {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
       {{3, 2, 20, 9, 3, wide, wide, all}, 1}};       //
@@ -151,9 +152,10 @@ int main(int count, char** arguments) {
     const Layout& n = layout.sizes;
     if (!only.empty() && only != "cell") continue;
     if (few && layout.cluster > 2) continue;
+    const bool large = layout.cluster > 2;  // thousands of fibers: a few cases must do
     settings.limits.shared = n.shared;
     settings.limits.processors = layout.cluster;
-    for (int options = few ? 2 : 0; options < 8; options += few ? 3 : 1) {
+    for (int options = few ? 2 : 0; options < 8; options += few || large ? 3 : 1) {
       const Controller kind = static_cast<Controller>((options + 1) % 3);
       const Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, 2, 1};
       compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);

@@ -44,7 +44,7 @@ constexpr int most_threads = 1024, most_blocks = 16;
 // What a test may set: the machine, the order of everything, and which barrier every thread leaves out, counted from the
 // start of a kernel: of those of a block or cluster, and of those of a warp.
 struct Settings {
-  Limits limits{227 * 1024, 8, 132};
+  Limits limits{227 * 1024, 8, 16, 132};
   uint64_t seed = 1;
   int omitted_of_block = -1, omitted_of_warp = -1;
 };
@@ -395,6 +395,8 @@ MANN_FAST_SCHEDULER T* of_block(T* shared, int rank) {
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
 
+inline Limits limits() { return emulation::settings().limits; }
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   if (how.blocks > 0) emulation::run(how, [&] { kernel(static_cast<Parameters>(arguments)...); });
@@ -402,11 +404,14 @@ const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments..
 }
 
 template <class Kernel>
+int clusters_at_once(Kernel, const Launch& how) {
+  return limits().processors / how.cluster;
+}
+
+template <class Kernel>
 const char* usable(Kernel) {
   return nullptr;
 }
-
-inline Limits limits() { return emulation::settings().limits; }
 
 }  // namespace gpu
 }  // namespace mann_fast
