@@ -333,11 +333,12 @@ def test_opcheck(controller, steps, anchor_every):
         torch.library.opcheck(RAW_OPS.cell_backward.default, arguments)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("controller", CONTROLLERS)
-def test_compiles_in_one_graph(controller):
+def test_compiles_in_one_graph(controller, dynamic):
     torch.compiler.reset()
     inputs = cell_inputs(5, 3, 9, 12, 5, 2, controller=controller)
-    compiled = torch.compile(ops.cell, fullgraph=True)
+    compiled = torch.compile(ops.cell, fullgraph=True, dynamic=dynamic)
     actual = results_and_gradients(compiled, inputs, torch.float64, controller=controller)
     compare(actual, results_and_gradients(ops.cell, inputs, torch.float64, controller=controller), 1e-12)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
         return torch.ops.mann_fast_cuda.cell_fits(*sizes, wide)
 
 
-_fits._dynamo_marked_constant = True  # as _backend._load_cuda
+_fits._dynamo_marked_constant = True  # for torch.compile, as _backend._load_cuda
 
 
 def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ def cell(
         and _fits(
             gates.device,
             gates.dtype == torch.float64,
-            *map(int, (*memory[0].shape[1:], num_heads, size)),
+            *map(operator.index, (*memory[0].shape[1:], num_heads, size)),  # not symbols, for torch.compile
             NUMBERS[controller],
             write_vector == "separate",
             learned,
