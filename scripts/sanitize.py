@@ -25,7 +25,8 @@ DRIVER = Unit("tests/cpp/kernels_driver.cpp", "driver", [])
 CUDA_DRIVER = Unit("tests/cpp/cuda_driver.cpp", "cuda_driver", emulate.FLAGS)
 # What a sanitizer must notice in tests/cpp/cuda_driver.cpp.
 PLANTED = {"address,undefined": ["divergent", "out-of-bounds"], "thread": ["divergent", "late"]}
-SEEDS = (1, 2, 3)  # of the order in which warps and lanes run
+# Of the order in which warps and lanes run. A race is one in any order.
+SEEDS = {"address,undefined": ("1", "2", "3"), "thread": ("1",)}
 NOT_SUPPORTED = 77  # the driver's exit code for an instruction set that the processor does not have
 AT_ONCE = ThreadPoolExecutor(os.cpu_count())  # runs of a driver
 
@@ -78,8 +79,9 @@ def sanitize_cuda(program: Path, sanitizers: str) -> bool:
         clean = clean and good
         print(f"{sanitizers}: emulated CUDA, {what} {'passed' if good else 'FAILED'}", flush=True)
 
-    runs = AT_ONCE.map(lambda seed: run(program, sanitizers, "--seed", str(seed)), SEEDS)
-    for seed, (status, output) in zip(SEEDS, runs, strict=True):
+    seeds = SEEDS[sanitizers]
+    runs = AT_ONCE.map(lambda seed: run(program, sanitizers, "--seed", seed), seeds)
+    for seed, (status, output) in zip(seeds, runs, strict=True):
         say(f"seed {seed}: {output.strip()}", status == 0)
     for defect in PLANTED[sanitizers]:
         status, _ = run(program, sanitizers, "--plant", defect, quiet=True)

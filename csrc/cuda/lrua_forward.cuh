@@ -207,8 +207,7 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
     this->normalise(small.exchange.sums, per_slot.read_weights);
     gpu::sync_warp();
     use();
-    gpu::sync_warp();
-    find_candidates();
+    find_candidates();  // a lane's own slots again
   }
 
   __device__ __forceinline__ void end() {
