@@ -1,4 +1,5 @@
-"""What people would use instead of the fused ops: the same computation in plain PyTorch, as fast as it goes there."""
+"""What people would use instead of the fused ops: the same computation in plain PyTorch, as fast as it goes there, or with the
+fused step in a loop of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import ops
 from ..models import MANN
 from ..reference import cell
 from ..reference.lrua import LRUAState
@@ -56,6 +58,11 @@ def scan(step, state: LRUAState, *inputs: Tensor) -> tuple[Tensor, LRUAState]:
 def cell_step(gates: Tensor, *state_and_weights) -> tuple:
     """One step of a MANN by matrix products, with the default options, for a loop over steps."""
     return cell(gates.unsqueeze(0), *state_and_weights, step=lrua_step_by_products)
+
+
+def fused_cell_step(gates: Tensor, *state_and_weights) -> tuple:
+    """The same with the fused memory step: what a MANN is where the whole sequence is not one call."""
+    return cell(gates.unsqueeze(0), *state_and_weights, step=ops.lrua_step)
 
 
 def mann_by_steps(model: MANN, x: Tensor, one_step: Callable = cell_step) -> Tensor:

@@ -19,6 +19,7 @@ DIRECTIONS = ("forward", "forward+backward")
 OURS = "mann_fast"
 EAGER = "eager reference"
 AUTOCAST = "mann_fast, autocast to bfloat16"
+BY_STEPS = "mann_fast, a step at a time"
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -301,6 +302,7 @@ def _mann_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], jax: bo
 
     functions = {
         OURS: lambda model, x: model(x)[0],
+        BY_STEPS: lambda model, x: baselines.mann_by_steps(model, x, baselines.fused_cell_step),
         EAGER: on_reference,
         "eager by products": baselines.mann_by_steps,
     }

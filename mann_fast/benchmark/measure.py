@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import __version__
 from . import ceilings
-from .cases import AUTOCAST, EAGER, OURS, Call, Case
+from .cases import AUTOCAST, BY_STEPS, EAGER, OURS, Call, Case
 from .memory import peak_bytes, saved_bytes
 from .timer import Timing, interleave
 
@@ -168,7 +168,7 @@ def measure(
                     found[name]["saved_bytes"] = saved_bytes(call)
                 found[name]["peak_bytes"] = peak_bytes(call, case.device)
             contestants[name] = call
-            if case.device.type == "cuda" and name in (OURS, EAGER):
+            if case.device.type == "cuda" and name in (OURS, BY_STEPS, EAGER):
                 graph = f"{name}, CUDA graph"
                 found[graph] = {"verified": True}
                 contestants[graph] = captured(call)
