@@ -106,10 +106,16 @@ def _(
     )
 
 
+_fitting: dict[tuple, bool] = {}  # not functools.cache, which torch.compile does not see through
+
+
 def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
     """Whether the CUDA kernels have room for a network of these sizes: N, D, R, H, and the choices of cell_fits."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return torch.ops.mann_fast_cuda.cell_fits(*sizes, wide)
+    key = (device, wide, *sizes)
+    if key not in _fitting:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            _fitting[key] = torch.ops.mann_fast_cuda.cell_fits(*sizes, wide)
+    return _fitting[key]
 
 
 _fits._dynamo_marked_constant = True  # for torch.compile, as _backend._load_cuda
