@@ -34,9 +34,10 @@ SHAPES = [  # T, B, H, N, D, R
     pytest.param((0, 2, 5, 5, 4, 2), id="no-steps"),
     pytest.param((3, 0, 5, 5, 4, 2), id="empty-batch"),
 ]
-WIDE = [  # in float32 on a GPU of 132 multiprocessors: two samples to a cluster of 8 blocks, and 16 blocks to a cluster
+WIDE = [  # in float32 on a GPU of 132 multiprocessors: two samples to a cluster of 8 blocks, 16 blocks to a cluster, a loop
     pytest.param((2, 17, 199, 12, 40, 4), id="two-samples"),
     pytest.param((2, 2, 256, 128, 40, 4), id="16-blocks"),
+    pytest.param((2, 1, 600, 4, 3, 1), id="no-room"),
 ]
 HEADS = [
     {"write_vector": vector, "sharpness": sharpness}
@@ -142,7 +143,9 @@ def same_bits(x, y, select=lambda name, tensor: tensor):
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("heads_options", HEADS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(o.values()))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", SHAPES if BACKEND == "cpp" else SHAPES[1:]
+)  # the CUDA kernels have no room for the first
 def test_matches_reference_in_float64(shape, options, heads_options, controller):
     heads_options = heads_options | {"controller": controller}
     inputs = cell_inputs(*shape, **heads_options)
