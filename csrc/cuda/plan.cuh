@@ -12,7 +12,7 @@ struct Places {
   __device__ __forceinline__ Places(const Plan& plan, unsigned char* scratch, size_t start = 0)
       : near(gpu::shared_memory() + start), far(scratch + gpu::block() * plan.scratch) {}
   // Where it is known when compiled that something is near, the compiler knows that its pointers are to shared memory: loads
-  // are faster and pointers take half the registers.
+  // are of that kind, and pointers take half the registers.
   __device__ __forceinline__ Carver& of(bool is_near) { return is_near ? near : far; }
 };
 
