@@ -3,7 +3,6 @@
 // A step: the gates of own units from what goes round, the controller, the units' part of every head | meet | tell all blocks the
 // hidden state; add up the heads of the own sample, and its memory's step (two meetings of the block); tell the reads | meet |.
 #include "cell.cuh"
-#include "kernels.h"
 #include "lrua_forward.cuh"
 
 namespace mann_fast {
@@ -13,9 +12,7 @@ namespace {
 template <class T>
 struct CellForwardSide {
   static constexpr bool slots_anywhere = false;
-  struct Memory : Forward<T> {
-    static int heads_at_once(const Plan&) { return 4; }
-  };
+  using Memory = BesideCell<Forward<T>>;
   struct Shared {
     int gates_ld, heads_ld;
     T *gate_weights, *head_weights;  // [round, gates_ld], [units, heads_ld]
@@ -47,10 +44,6 @@ struct CellForward {
       : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
         memory(of_memory, plan.memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0), shared(carver, plan) {}
 
-  __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * a.B + place.sample(m); }
-  // Where the reads begin among what goes round.
-  __device__ __forceinline__ int reads_at() const { return plan.recurrent ? plan.H : 0; }
-
   __device__ __forceinline__ void begin() {
     const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
     for (int i = thread; i < plan.round * shared.gates_ld; i += threads) {
@@ -64,18 +57,18 @@ struct CellForward {
           j < plan.heads && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit] : T(0);
     }
     for (int i = thread; i < plan.columns; i += threads) {
-      const int gate = i % per_unit, unit = place.unit(i / per_unit);
-      const bool gru = plan.controller == Controller::gru, is = plan.recurrent && unit < plan.H && !(gru && gate == 2);
-      shared.bias[i] = is ? static_cast<const T*>(a.hidden_bias)[(gru && gate == 3 ? 2 : gate) * plan.H + unit] : T(0);
+      const int gate = plan.hidden_gate(i % per_unit), unit = place.unit(i / per_unit);
+      const bool is = plan.recurrent && gate >= 0 && unit < plan.H;
+      shared.bias[i] = is ? static_cast<const T*>(a.hidden_bias)[gate * plan.H + unit] : T(0);
     }
-    const int reads = reads_at();
+    const int reads = plan.reads_at();
     for (int i = thread; i < plan.round * plan.lanes; i += threads) {
       const int k = i / plan.lanes, m = i % plan.lanes;
       const int64_t sample = place.sample(m);
       T value = 0;
       if (place.there(m))
         value = k < reads ? static_cast<const T*>(a.hidden)[sample * plan.H + k]
-                          : static_cast<const T*>(a.reads)[sample * (plan.round - reads) + k - reads];
+                          : static_cast<const T*>(a.reads)[sample * plan.reads() + k - reads];
       shared.round[i] = value;
     }
     const void* state = plan.controller == Controller::lstm ? a.cell : a.hidden;
@@ -88,28 +81,27 @@ struct CellForward {
     if (present) memory.begin();
   }
 
-  // What an item's gates have of the input. An item is an own unit of a sample, units side by side.
-  __device__ __forceinline__ void ask(int64_t t, int item, T (&gates)[4]) const {
-    const int m = item / plan.units, unit = place.unit(item % plan.units);
+  // What an item's gates have of the input.
+  __device__ __forceinline__ void ask(int64_t t, int i, T (&gates)[4]) const {
+    const Item item = place.item(i);
     const int of_input = static_cast<int>(gates_per_unit(plan.controller));
-    const bool is = item < plan.items() && unit < plan.H && place.there(m);
-    const T* from = static_cast<const T*>(a.gates) + row(t, m) * of_input * plan.H + unit;
+    const T* from = static_cast<const T*>(a.gates) + place.row(t, item.m) * of_input * plan.H + item.unit;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) gates[gate] = is && gate < of_input ? from[gate * plan.H] : T(0);
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = item.there && gate < of_input ? from[gate * plan.H] : T(0);
   }
 
   __device__ __forceinline__ void control(int64_t t, T (&asked)[4]) {
     const int slices = slices_of(plan.columns), per_unit = plan.per_unit();
-    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
-      if (item >= gpu::threads()) ask(t, item, asked);
-      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own), at = own * plan.lanes + m;
+    for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
+      if (i >= gpu::threads()) ask(t, i, asked);
+      const Item item = place.item(i);
       T gate[4] = {};
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
         if (g >= per_unit) continue;
-        gate[g] = shared.bias[own * per_unit + g];
+        gate[g] = shared.bias[item.own * per_unit + g];
         for (int slice = 0; slice < slices; ++slice)
-          gate[g] += shared.products[(slice * plan.lanes + m) * shared.gates_ld + own * per_unit + g];
+          gate[g] += shared.products[(slice * plan.lanes + item.m) * shared.gates_ld + item.own * per_unit + g];
       }
       T kept[4] = {}, now;
       if (plan.controller == Controller::lstm) {
@@ -117,56 +109,54 @@ struct CellForward {
         kept[1] = sigmoid(asked[1] + gate[1]);
         kept[2] = tanh(asked[2] + gate[2]);
         kept[3] = sigmoid(asked[3] + gate[3]);
-        now = kept[1] * shared.state[at] + kept[0] * kept[2];
-        shared.state[at] = now;
-        shared.hidden[at] = kept[3] * tanh(now);
+        now = kept[1] * shared.state[item.at] + kept[0] * kept[2];
+        shared.state[item.at] = now;
+        shared.hidden[item.at] = kept[3] * tanh(now);
       } else if (plan.controller == Controller::gru) {
         kept[0] = sigmoid(asked[0] + gate[0]);
         kept[1] = sigmoid(asked[1] + gate[1]);
         kept[2] = tanh(asked[2] + gate[2] + kept[0] * gate[3]);
         kept[3] = gate[3];
-        now = kept[2] + kept[1] * (shared.state[at] - kept[2]);
-        shared.state[at] = shared.hidden[at] = now;
+        now = kept[2] + kept[1] * (shared.state[item.at] - kept[2]);
+        shared.state[item.at] = shared.hidden[item.at] = now;
       } else {
-        shared.hidden[at] = kept[0] = now = tanh(asked[0] + gate[0]);
+        shared.hidden[item.at] = kept[0] = now = tanh(asked[0] + gate[0]);
       }
-      if (a.anchor_every == 0 || unit >= plan.H || !place.there(m)) continue;
-      const int64_t sample_row = row(t, m);
-      T* keep = static_cast<T*>(a.kept_gates) + sample_row * per_unit * plan.H + unit;
+      if (a.anchor_every == 0 || !item.there) continue;
+      const int64_t row = place.row(t, item.m);
+      T* keep = static_cast<T*>(a.kept_gates) + row * per_unit * plan.H + item.unit;
 #pragma unroll
       for (int g = 0; g < 4; ++g)
         if (g < per_unit) keep[g * plan.H] = kept[g];
-      if (plan.recurrent) static_cast<T*>(a.kept_states)[sample_row * plan.H + unit] = now;
+      if (plan.recurrent) static_cast<T*>(a.kept_states)[row * plan.H + item.unit] = now;
     }
   }
 
   __device__ __forceinline__ void tell_hidden(int64_t t) {
-    const int64_t width = plan.H + plan.memory.R * plan.memory.D;
-    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
-      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
-      if (unit >= plan.H || !place.there(m)) continue;
-      const T value = shared.hidden[own * plan.lanes + m];
-      static_cast<T*>(a.output)[row(t, m) * width + unit] = value;
-      if (plan.recurrent) place.tell(shared.round + unit * plan.lanes + m, value);
+    for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
+      const Item item = place.item(i);
+      if (!item.there) continue;
+      const T value = shared.hidden[item.at];
+      static_cast<T*>(a.output)[place.row(t, item.m) * plan.width() + item.unit] = value;
+      if (plan.recurrent) place.tell(shared.round + item.unit * plan.lanes + item.m, value);
     }
   }
 
   __device__ __forceinline__ void take_heads(int64_t t, const Inputs<T>& in) {
-    const int vectors = (a.separate_vector ? 2 : 1) * plan.memory.R * plan.memory.D;
+    const int vectors = (a.separate_vector ? 2 : 1) * plan.reads();
     for (int j = gpu::thread(); j < plan.heads; j += gpu::threads()) {
       T value = static_cast<const T*>(a.head_bias)[j] + place.total(shared.products + place.rank * shared.heads_ld + j);
       if (j < vectors) value = tanh(value);
-      if (a.anchor_every > 0) static_cast<T*>(a.kept_heads)[row(t, place.rank) * plan.heads + j] = value;
+      if (a.anchor_every > 0) static_cast<T*>(a.kept_heads)[place.row(t, place.rank) * plan.heads + j] = value;
       put_head(a, plan.memory, in, j, value);
     }
   }
 
   __device__ __forceinline__ void tell_reads(int64_t t) {
-    const int size = plan.memory.R * plan.memory.D, reads = reads_at();
-    for (int j = gpu::thread(); j < size; j += gpu::threads()) {
+    for (int j = gpu::thread(); j < plan.reads(); j += gpu::threads()) {
       const T value = memory.read_at(j);
-      static_cast<T*>(a.output)[row(t, place.rank) * (plan.H + size) + plan.H + j] = value;
-      place.tell(shared.round + (reads + j) * plan.lanes + place.rank, value);
+      static_cast<T*>(a.output)[place.row(t, place.rank) * plan.width() + plan.H + j] = value;
+      place.tell(shared.round + (plan.reads_at() + j) * plan.lanes + place.rank, value);
     }
   }
 
@@ -196,10 +186,9 @@ struct CellForward {
       }
       place.meet();
     }
-    for (int item = gpu::thread(); plan.controller == Controller::lstm && item < plan.items(); item += gpu::threads()) {
-      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
-      if (unit < plan.H && place.there(m))
-        static_cast<T*>(a.out_cell)[place.sample(m) * plan.H + unit] = shared.state[own * plan.lanes + m];
+    for (int i = gpu::thread(); plan.controller == Controller::lstm && i < plan.items(); i += gpu::threads()) {
+      const Item item = place.item(i);
+      if (item.there) static_cast<T*>(a.out_cell)[place.sample(item.m) * plan.H + item.unit] = shared.state[item.at];
     }
     if (present) memory.end();
   }
@@ -218,24 +207,11 @@ LruaScan memory_of(const Cell& a) {
 }
 
 template <class T>
-const char* cell_of(const Cell& a, const Queue& queue) {
-  CellPlan plan;
-  if (const char* why = plan_cell<CellForwardSide<T>, T>(a, a.B, 0, gpu::limits(), plan)) return why;
-  const gpu::Launch how = launch_of(plan, a.B, queue.stream);
-  const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
-  unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
-  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return gpu::launch(cell_kernel<T, decltype(c)::value, decltype(resident)::value>, how, a, memory_of(a), plan, scratch);
-  });
-}
+auto kernel = [](auto c, auto resident) { return cell_kernel<T, decltype(c)::value, decltype(resident)::value>; };
 
 template <class T>
-const char* unable(const Cell& a) {
-  CellPlan plan;
-  if (const char* why = plan_cell<CellForwardSide<T>, T>(a, any_batch, 0, gpu::limits(), plan)) return why;
-  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return no_room(cell_kernel<T, decltype(c)::value, decltype(resident)::value>, plan);
-  });
+const char* cell_of(const Cell& a, const Queue& queue) {
+  return launch_cell<CellForwardSide<T>, T>(a, memory_of(a), 0, queue, kernel<T>);
 }
 
 }  // namespace
@@ -245,7 +221,8 @@ const char* cell(const Cell& a, const Queue& queue) {
 }
 
 const char* cell_unable(const Cell& a) {
-  return a.dtype == Dtype::float64 ? unable<double>(a) : unable<float>(a);
+  return a.dtype == Dtype::float64 ? no_room<CellForwardSide<double>, double>(a, kernel<double>)
+                                   : no_room<CellForwardSide<float>, float>(a, kernel<float>);
 }
 
 }  // namespace cuda

@@ -4,6 +4,7 @@
 // all steps, and at most one sample's memory. It has all that its own units need, so that two meetings a step are
 // enough: forward, when the units' part of every head is known, and when the reads are; back the same the other way round.
 #pragma once
+#include "kernels.h"
 #include "lrua_scan.cuh"
 
 namespace mann_fast {
@@ -19,14 +20,30 @@ struct CellPlan {
   int lanes;             // samples, padded to what a product takes at once
   int units, columns;    // hidden units of a block; what the product gives for them, `per_unit` each
   int round, heads;      // numbers that go round: hidden state and reads; head values of a sample
+  int every;             // backward only: steps of a replay
   size_t shared;         // bytes of a block, the memory's included
   size_t weights;        // bytes before the memory's
 
   __device__ __host__ int per_unit() const { return static_cast<int>(kept_per_unit(controller)); }
   __device__ __host__ int items() const { return units * lanes; }
+  // Where the reads begin among what goes round, and how many numbers they are; numbers of a row of the output.
+  __device__ __forceinline__ int reads_at() const { return recurrent ? H : 0; }
+  __device__ __forceinline__ int reads() const { return memory.R * memory.D; }
+  __device__ __forceinline__ int width() const { return H + reads(); }
+  // A GRU has two columns for its candidate, of the reads (2) and of the hidden state (3), since a gate comes between: the gate
+  // in the hidden state's weights that a column belongs to, or -1.
+  __device__ __forceinline__ int hidden_gate(int column) const {
+    return controller != Controller::gru ? column : column == 2 ? -1 : column == 3 ? 2 : column;
+  }
 };
 
 constexpr int cell_threads = most_threads;
+
+// A sample's memory beside a cell, with one kernel for any number of heads.
+template <class Memory>
+struct BesideCell : Memory {
+  static int heads_at_once(const Plan&) { return 4; }
+};
 // What a thread makes of a product: two columns beside each other for all samples.
 constexpr int columns_at_once = 2, most_lanes = 8;
 __device__ __host__ inline int padded_columns(int columns) { return (columns + columns_at_once - 1) / columns_at_once * columns_at_once; }
@@ -80,15 +97,15 @@ __device__ __forceinline__ void multiply(const CellPlan& plan, const T* weights,
   }
 }
 
-// The weight by which number k of those that go round enters a gate of a hidden unit. A GRU has two columns for its candidate, of
-// which one is of the reads and one of the hidden state, since a gate comes between; 0 where they do not meet.
+// The weight by which number k of those that go round enters a column of a hidden unit; 0 where they do not meet.
 template <class T, class Arguments>
-__device__ __forceinline__ T gate_weight(const Arguments& a, const CellPlan& plan, int gate, int unit, int k) {
-  const bool of_hidden = plan.recurrent && k < plan.H;
-  if (plan.controller == Controller::gru && gate == (of_hidden ? 2 : 3)) return 0;
-  const int64_t row = (plan.controller == Controller::gru && gate == 3 ? 2 : gate) * static_cast<int64_t>(plan.H) + unit;
+__device__ __forceinline__ T gate_weight(const Arguments& a, const CellPlan& plan, int column, int unit, int k) {
+  const bool of_hidden = k < plan.reads_at();
+  const int gate = of_hidden ? plan.hidden_gate(column) : column < gates_per_unit(plan.controller) ? column : -1;
+  if (gate < 0) return 0;
+  const int64_t row = static_cast<int64_t>(gate) * plan.H + unit;
   if (of_hidden) return static_cast<const T*>(a.hidden_weight)[row * plan.H + k];
-  return static_cast<const T*>(a.reads_weight)[row * a.reads_weight_ld + (plan.recurrent ? k - plan.H : k)];
+  return static_cast<const T*>(a.reads_weight)[row * a.reads_weight_ld + k - plan.reads_at()];
 }
 
 template <class T>
@@ -96,18 +113,31 @@ __device__ __forceinline__ T sigmoid(T x) {
   return T(1) / (T(1) + exp(-x));
 }
 
+// An own unit of a sample: among own units and those of all blocks, and where it lies in [units, lanes].
+struct Item {
+  int m, own, unit, at;
+  bool there;  // neither padding of the units nor of the samples
+};
+
 // A block's place among those of its cluster.
 struct CellPlace {
   const CellPlan& plan;
+  const int64_t& B;  // in the kernel's parameters: no register
   const int rank, first, count;  // samples of the cluster: the first, and how many there are
-  __device__ __forceinline__ CellPlace(const CellPlan& plan, int64_t B)
-      : plan(plan), rank(static_cast<int>(gpu::block() % plan.cluster)),
+  __device__ __forceinline__ CellPlace(const CellPlan& plan, const int64_t& B)
+      : plan(plan), B(B), rank(static_cast<int>(gpu::block() % plan.cluster)),
         first(static_cast<int>(gpu::block() / plan.cluster * plan.samples)),
         count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)) {}
 
   __device__ __forceinline__ bool there(int m) const { return m < count; }
   __device__ __forceinline__ int64_t sample(int m) const { return first + m; }
+  __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * B + sample(m); }
   __device__ __forceinline__ int unit(int own) const { return rank * plan.units + own; }
+  // Units side by side, as they lie in device memory.
+  __device__ __forceinline__ Item item(int i) const {
+    const int m = i / plan.units, own = i % plan.units;
+    return {m, own, unit(own), own * plan.lanes + m, i < plan.items() && unit(own) < plan.H && there(m)};
+  }
 
   __device__ __forceinline__ void meet() const {
     if (plan.cluster > 1) gpu::sync_cluster();
@@ -136,7 +166,7 @@ template <class T, class Arguments>
 __device__ __forceinline__ void put_head(const Arguments& a, const Plan& memory, const Inputs<T>& in, int j, T value) {
   const int size = memory.R * memory.D, vectors = a.separate_vector ? 2 * size : size;
   if (j < vectors) {
-    const int i = j % size, at = i / memory.D * memory.columns + i % memory.D;
+    const int at = memory.vector_at(j % size);
     if (j < size) in.keys[at] = value;
     if (j >= size || !a.separate_vector) in.vectors[at] = value;
   } else if (j < vectors + memory.R) {
@@ -169,6 +199,7 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   plan.H = static_cast<int>(a.H);
   plan.round = static_cast<int>((plan.recurrent ? a.H : 0) + a.R * a.D);
   plan.heads = static_cast<int>(heads);
+  plan.every = static_cast<int>(every);
   for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {
     plan.cluster = cluster;
     // As few samples to a cluster as leave none waiting for another's end.
@@ -203,11 +234,28 @@ inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
   return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
 }
 
-// Null where the device has room for what was planned for a kernel, else why not.
-template <class Kernel>
-const char* no_room(Kernel kernel, const CellPlan& plan) {
-  if (plan.cluster == 1 || gpu::clusters_at_once(kernel, launch_of(plan, plan.samples, nullptr)) > 0) return nullptr;
-  return "the device has no room for a cluster of blocks with so much shared memory";
+// Plans and launches; kernel(columns of a tile, whether it stays in registers) is the one that a plan asks for.
+template <class Side, class T, class Arguments, class Memory, class Kernel>
+const char* launch_cell(const Arguments& a, const Memory& memory, int64_t every, const Queue& queue, Kernel kernel) {
+  CellPlan plan;
+  if (const char* why = plan_cell<Side, T>(a, a.B, every, gpu::limits(), plan)) return why;
+  const gpu::Launch how = launch_of(plan, a.B, queue.stream);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
+  unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
+  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
+    return gpu::launch(kernel(c, resident), how, a, memory, plan, scratch);
+  });
+}
+
+// Null where the device has room for any T and B, else why not.
+template <class Side, class T, class Arguments, class Kernel>
+const char* no_room(const Arguments& a, Kernel kernel) {
+  CellPlan plan;
+  if (const char* why = plan_cell<Side, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
+  return with_tile<T>(plan.memory, [&](auto c, auto resident) -> const char* {
+    if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident), launch_of(plan, plan.samples, nullptr)) > 0) return nullptr;
+    return "the device has no room for a cluster of blocks with so much shared memory";
+  });
 }
 
 }  // namespace cuda

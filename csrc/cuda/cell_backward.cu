@@ -5,7 +5,6 @@
 // what reached the reads of the own sample, and its memory's step back (two meetings of the block); tell the gradients of its heads |
 // meet | back through heads and controller of own units, and their part of what goes round | meet |.
 #include "cell.cuh"
-#include "kernels.h"
 #include "lrua_backward.cuh"
 
 namespace mann_fast {
@@ -15,9 +14,7 @@ namespace {
 template <class T>
 struct CellBackwardSide {
   static constexpr bool slots_anywhere = true;  // those of a replay seldom have room beside the weights
-  struct Memory : Backward<T> {
-    static int heads_at_once(const Plan&) { return 4; }
-  };
+  using Memory = BesideCell<Backward<T>>;
   struct Shared {
     int units_ld, round_ld;
     T *gate_weights, *head_weights;  // [columns, round_ld], [heads, units_ld]
@@ -78,15 +75,11 @@ struct CellBack {
   LruaBackward<T, C, 4, RESIDENT, true> memory;
   typename CellBackwardSide<T>::Shared shared;
 
-  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan, int every,
-                                      Carver carver, unsigned char* scratch)
+  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan, Carver carver,
+                                      unsigned char* scratch)
       : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
-        memory(of_memory, plan.memory, every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
+        memory(of_memory, plan.memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
         shared(carver, plan) {}
-
-  __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * a.B + place.sample(m); }
-  __device__ __forceinline__ int reads_at() const { return plan.recurrent ? plan.H : 0; }
-  __device__ __forceinline__ int width() const { return plan.H + plan.memory.R * plan.memory.D; }
 
   __device__ __forceinline__ void begin() {
     const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
@@ -111,43 +104,43 @@ struct CellBack {
   }
 
   // The gradient of the hidden state of an own unit by the step after.
-  __device__ __forceinline__ T hidden_by_round(int m, int own, int unit) const {
-    T grad = plan.recurrent ? place.total(shared.products + m * shared.round_ld + unit) : T(0);
-    if (plan.controller == Controller::gru) grad += shared.state[own * plan.lanes + m];
+  __device__ __forceinline__ T hidden_by_round(const Item& item) const {
+    T grad = plan.recurrent ? place.total(shared.products + item.m * shared.round_ld + item.unit) : T(0);
+    if (plan.controller == Controller::gru) grad += shared.state[item.at];
     return grad;
   }
   __device__ __forceinline__ T read_by_round(int j) const {
-    return place.total(shared.products + place.rank * shared.round_ld + reads_at() + j);
+    return place.total(shared.products + place.rank * shared.round_ld + plan.reads_at() + j);
   }
 
   // What comes from the step after and from outside, for the hidden states of own units and the reads of the own sample.
   __device__ __forceinline__ void gather(int64_t t, const Inputs<T>& in) {
     const T* outside = static_cast<const T*>(a.grad_output);
-    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
-      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
+    for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
+      const Item item = place.item(i);
       T grad = 0;
-      if (unit < plan.H && place.there(m)) {
-        grad = hidden_by_round(m, own, unit);
-        if (outside) grad += outside[row(t, m) * width() + unit];
+      if (item.there) {
+        grad = hidden_by_round(item);
+        if (outside) grad += outside[place.row(t, item.m) * plan.width() + item.unit];
       }
-      shared.hidden[own * plan.lanes + m] = grad;
+      shared.hidden[item.at] = grad;
     }
-    for (int j = gpu::thread(); present && j < width() - plan.H; j += gpu::threads()) {
+    for (int j = gpu::thread(); present && j < plan.reads(); j += gpu::threads()) {
       T grad = read_by_round(j);
-      if (outside) grad += outside[row(t, place.rank) * width() + plan.H + j];
-      in.grads[memory.vector_at(j)] = grad;
+      if (outside) grad += outside[place.row(t, place.rank) * plan.width() + plan.H + j];
+      in.grads[plan.memory.vector_at(j)] = grad;
     }
   }
 
   // The gradients of the own sample's heads before their nonlinearities, to where they belong and to all blocks.
   __device__ __forceinline__ void tell_heads(int64_t t, const Inputs<T>& in) {
-    const int size = plan.memory.R * plan.memory.D, R = plan.memory.R, vectors = a.separate_vector ? 2 * size : size;
-    const int64_t start = row(t, place.rank) * plan.heads;
+    const int size = plan.reads(), R = plan.memory.R, vectors = a.separate_vector ? 2 * size : size;
+    const int64_t start = place.row(t, place.rank) * plan.heads;
     for (int j = gpu::thread(); j < plan.heads; j += gpu::threads()) {
       T grad;
       if (j < vectors) {
         const int i = j % size;
-        const T value = j < size ? in.keys[memory.vector_at(i)] : in.vectors[memory.vector_at(i)];
+        const T value = j < size ? in.keys[plan.memory.vector_at(i)] : in.vectors[plan.memory.vector_at(i)];
         grad = j < size ? memory.key_gradient(i) : T(0);
         if (j >= size || !a.separate_vector) grad += memory.vector_gradient(i);
         grad *= T(1) - value * value;
@@ -166,75 +159,75 @@ struct CellBack {
   struct Kept {
     T gate[4], now, before;
   };
-  __device__ __forceinline__ void ask(int64_t t, int item, Kept& kept) const {
-    const int m = item / plan.units, unit = place.unit(item % plan.units), per_unit = plan.per_unit();
-    if (item >= plan.items() || unit >= plan.H || !place.there(m)) {
-      kept = Kept{};
-      return;
-    }
-    const int64_t at = row(t, m);
-    const T* gates = static_cast<const T*>(a.kept_gates) + at * per_unit * plan.H + unit;
+  __device__ __forceinline__ void ask(int64_t t, int i, Kept& kept) const {
+    const Item item = place.item(i);
+    const int per_unit = plan.per_unit();
+    kept = Kept{};
+    if (!item.there) return;
+    const int64_t row = place.row(t, item.m);
+    const T* gates = static_cast<const T*>(a.kept_gates) + row * per_unit * plan.H + item.unit;
 #pragma unroll
-    for (int g = 0; g < 4; ++g) kept.gate[g] = g < per_unit ? gates[g * plan.H] : T(0);
-    kept.now = kept.before = 0;
+    for (int g = 0; g < 4; ++g)
+      if (g < per_unit) kept.gate[g] = gates[g * plan.H];
     if (!plan.recurrent) return;
-    const T* states = static_cast<const T*>(a.kept_states) + unit;
+    const T* states = static_cast<const T*>(a.kept_states) + item.unit;
     const T* start = static_cast<const T*>(plan.controller == Controller::lstm ? a.cell : a.hidden);
-    kept.now = states[at * plan.H];
-    kept.before = t > 0 ? states[(at - a.B) * plan.H] : start[place.sample(m) * plan.H + unit];
+    kept.now = states[row * plan.H];
+    kept.before = t > 0 ? states[(row - a.B) * plan.H] : start[place.sample(item.m) * plan.H + item.unit];
   }
 
   __device__ __forceinline__ void control(int64_t t, Kept& kept) {
     const int slices = slices_of(plan.units), per_unit = plan.per_unit();
     const int of_input = static_cast<int>(gates_per_unit(plan.controller));
-    for (int item = gpu::thread(); item < plan.items(); item += gpu::threads()) {
-      if (item >= gpu::threads()) ask(t, item, kept);
-      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own), at = own * plan.lanes + m;
-      T grad = shared.hidden[at];
-      for (int slice = 0; slice < slices; ++slice) grad += shared.products[(slice * plan.lanes + m) * shared.units_ld + own];
+    for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
+      if (i >= gpu::threads()) ask(t, i, kept);
+      const Item item = place.item(i);
+      T grad = shared.hidden[item.at];
+#pragma unroll 1  // more would spill registers
+      for (int slice = 0; slice < slices; ++slice)
+        grad += shared.products[(slice * plan.lanes + item.m) * shared.units_ld + item.own];
       const T(&gate)[4] = kept.gate;
       T of_gate[4] = {};
       if (plan.controller == Controller::lstm) {
-        const T shown = tanh(kept.now), grad_now = shared.state[at] + grad * gate[3] * (T(1) - shown * shown);
+        const T shown = tanh(kept.now), grad_now = shared.state[item.at] + grad * gate[3] * (T(1) - shown * shown);
         of_gate[0] = grad_now * gate[2] * gate[0] * (T(1) - gate[0]);
         of_gate[1] = grad_now * kept.before * gate[1] * (T(1) - gate[1]);
         of_gate[2] = grad_now * gate[0] * (T(1) - gate[2] * gate[2]);
         of_gate[3] = grad * shown * gate[3] * (T(1) - gate[3]);
-        shared.state[at] = grad_now * gate[1];
+        shared.state[item.at] = grad_now * gate[1];
       } else if (plan.controller == Controller::gru) {  // reset, update, candidate; the hidden state's part of the candidate
         of_gate[2] = grad * (T(1) - gate[1]) * (T(1) - gate[2] * gate[2]);
         of_gate[0] = of_gate[2] * gate[3] * gate[0] * (T(1) - gate[0]);
         of_gate[1] = grad * (kept.before - gate[2]) * gate[1] * (T(1) - gate[1]);
         of_gate[3] = of_gate[2] * gate[0];
-        shared.state[at] = grad * gate[1];
+        shared.state[item.at] = grad * gate[1];
       } else {
         of_gate[0] = grad * (T(1) - gate[0] * gate[0]);
       }
-      const bool is = unit < plan.H && place.there(m);
-      const int64_t start = row(t, m) * of_input * plan.H + unit;
+      const int64_t start = place.row(t, item.m) * of_input * plan.H + item.unit;
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
         if (g >= per_unit) continue;
-        shared.gates[(own * per_unit + g) * plan.lanes + m] = is ? of_gate[g] : T(0);
-        if (is && g < of_input) static_cast<T*>(a.grad_gates)[start + g * plan.H] = of_gate[g];
-        if (is && plan.controller == Controller::gru && g != 2)
-          static_cast<T*>(a.grad_hidden_gates)[start + (g == 3 ? 2 : g) * plan.H] = of_gate[g];
+        shared.gates[(item.own * per_unit + g) * plan.lanes + item.m] = item.there ? of_gate[g] : T(0);
+        if (item.there && g < of_input) static_cast<T*>(a.grad_gates)[start + g * plan.H] = of_gate[g];
+        const int gate = plan.hidden_gate(g);
+        if (item.there && plan.controller == Controller::gru && gate >= 0)
+          static_cast<T*>(a.grad_hidden_gates)[start + gate * plan.H] = of_gate[g];
       }
     }
   }
 
   __device__ __forceinline__ void end() {
-    for (int item = gpu::thread(); plan.recurrent && item < plan.items(); item += gpu::threads()) {
-      const int m = item / plan.units, own = item % plan.units, unit = place.unit(own);
-      if (unit >= plan.H || !place.there(m)) continue;
-      const int64_t to = place.sample(m) * plan.H + unit;
-      static_cast<T*>(a.grad_hidden)[to] = hidden_by_round(m, own, unit);
-      if (plan.controller == Controller::lstm) static_cast<T*>(a.grad_in_cell)[to] = shared.state[own * plan.lanes + m];
+    for (int i = gpu::thread(); plan.recurrent && i < plan.items(); i += gpu::threads()) {
+      const Item item = place.item(i);
+      if (!item.there) continue;
+      const int64_t to = place.sample(item.m) * plan.H + item.unit;
+      static_cast<T*>(a.grad_hidden)[to] = hidden_by_round(item);
+      if (plan.controller == Controller::lstm) static_cast<T*>(a.grad_in_cell)[to] = shared.state[item.at];
     }
     if (!present) return;
-    const int size = width() - plan.H;
-    for (int j = gpu::thread(); j < size; j += gpu::threads())
-      static_cast<T*>(a.grad_reads)[place.sample(place.rank) * size + j] = read_by_round(j);
+    for (int j = gpu::thread(); j < plan.reads(); j += gpu::threads())
+      static_cast<T*>(a.grad_reads)[place.sample(place.rank) * plan.reads() + j] = read_by_round(j);
     memory.end();
   }
 
@@ -245,7 +238,7 @@ struct CellBack {
     gpu::sync();
     for (int visit = 0; visit < 2; ++visit) put_sharpness(a, plan.memory, memory.inputs(visit));
     if (present && steps > 0) {
-      stream.ask(row(last_first, place.rank));
+      stream.ask(place.row(last_first, place.rank));
       stream.put(memory.inputs(0));
     }
     place.meet();
@@ -264,7 +257,6 @@ struct CellBack {
           gpu::sync();
           tell_heads(t, in);
           ++memory.visits;
-          if (next >= 0) stream.ask(row(next, place.rank));
         }
         Kept kept;
         ask(t, gpu::thread(), kept);
@@ -273,6 +265,7 @@ struct CellBack {
         gpu::sync();
         control(t, kept);
         gpu::sync();
+        if (present && next >= 0) stream.ask(place.row(next, place.rank));
         multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
         if (present && next >= 0) stream.put(memory.inputs(memory.visits));
         place.meet();
@@ -286,8 +279,8 @@ struct CellBack {
 template <class T, int C, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1)
     cell_backward_kernel(const __grid_constant__ CellBackward a, const __grid_constant__ LruaScanBackward memory,
-                         const __grid_constant__ CellPlan plan, int every, unsigned char* scratch) {
-  CellBack<T, C, RESIDENT>(a, memory, plan, every, Carver(gpu::shared_memory()), scratch).run();
+                         const __grid_constant__ CellPlan plan, unsigned char* scratch) {
+  CellBack<T, C, RESIDENT>(a, memory, plan, Carver(gpu::shared_memory()), scratch).run();
 }
 
 LruaScanBackward memory_of(const CellBackward& a) {
@@ -297,26 +290,12 @@ LruaScanBackward memory_of(const CellBackward& a) {
 }
 
 template <class T>
-const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
-  const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
-  CellPlan plan;
-  if (const char* why = plan_cell<CellBackwardSide<T>, T>(a, a.B, every, gpu::limits(), plan)) return why;
-  const gpu::Launch how = launch_of(plan, a.B, queue.stream);
-  const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
-  unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
-  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return gpu::launch(cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>, how, a, memory_of(a), plan, every,
-                       scratch);
-  });
-}
+auto kernel = [](auto c, auto resident) { return cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>; };
 
 template <class T>
-const char* unable(const CellBackward& a) {
-  CellPlan plan;
-  if (const char* why = plan_cell<CellBackwardSide<T>, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
-  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return no_room(cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>, plan);
-  });
+const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
+  const int64_t every = a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every;
+  return launch_cell<CellBackwardSide<T>, T>(a, memory_of(a), every, queue, kernel<T>);
 }
 
 }  // namespace
@@ -326,7 +305,8 @@ const char* cell_backward(const CellBackward& a, const Queue& queue) {
 }
 
 const char* cell_backward_unable(const CellBackward& a) {
-  return a.dtype == Dtype::float64 ? unable<double>(a) : unable<float>(a);
+  return a.dtype == Dtype::float64 ? no_room<CellBackwardSide<double>, double>(a, kernel<double>)
+                                   : no_room<CellBackwardSide<float>, float>(a, kernel<float>);
 }
 
 }  // namespace cuda

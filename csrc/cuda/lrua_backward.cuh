@@ -303,10 +303,10 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
 
   // The gradients of what a step took, when all have told their parts: [R, D] and [R].
   __device__ __forceinline__ T key_gradient(int j) const {
-    return this->total(small.exchange.reads, vector_at(j), plan.heads * plan.columns);
+    return this->total(small.exchange.reads, plan.vector_at(j), plan.heads * plan.columns);
   }
   __device__ __forceinline__ T vector_gradient(int j) const {
-    return this->total(small.exchange.of_vectors, vector_at(j), plan.heads * plan.columns);
+    return this->total(small.exchange.of_vectors, plan.vector_at(j), plan.heads * plan.columns);
   }
   __device__ __forceinline__ T gate_gradient(int r) const {
     return this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads);
@@ -314,7 +314,6 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ T sharpness_gradient(int r) const {
     return this->total(small.exchange.scalars, r, 3 * plan.heads);
   }
-  __device__ __forceinline__ int vector_at(int j) const { return j / plan.D * plan.columns + j % plan.D; }
 
   // So many steps from `first` forward again; the inputs of the first are there, and so are those of the last once more after it.
   template <class Stream>

@@ -179,8 +179,8 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
 
   // A number of the reads [R, D], when all have told their parts.
   __device__ __forceinline__ T read_at(int j) const {
-    const int r = j / plan.D, at = r * plan.columns + j % plan.D;
-    return this->total(small.exchange.reads, at, plan.heads * plan.columns) / this->total(small.exchange.sums, r, plan.heads);
+    return this->total(small.exchange.reads, plan.vector_at(j), plan.heads * plan.columns) /
+           this->total(small.exchange.sums, j / plan.D, plan.heads);
   }
 
   __device__ __forceinline__ void use() {

@@ -91,7 +91,7 @@ class Stream {
     const int size = plan_.R * plan_.D, kind = i / size;
     if (kind < vectors()) {
       const int j = i - kind * size;
-      in.keys[(kind * plan_.heads + j / plan_.D) * plan_.columns + j % plan_.D] = value;
+      in.keys[kind * plan_.heads * plan_.columns + plan_.vector_at(j)] = value;
       return;
     }
     const int rest = i - vectors() * size, r = rest % plan_.R;

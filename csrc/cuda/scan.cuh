@@ -27,6 +27,8 @@ struct Plan {
   bool near_small, near_slots, near_tiles;  // in shared memory
   size_t shared, scratch;                   // bytes of a block
 
+  // Where number j of [R, D] lies in [heads, columns].
+  __device__ __forceinline__ int vector_at(int j) const { return j / D * columns + j % D; }
   __device__ __host__ int64_t tile_numbers() const { return static_cast<int64_t>(span) * columns; }
 };
 
