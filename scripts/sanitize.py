@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import emulate
@@ -92,8 +93,9 @@ def sanitize_cuda(program: Path, sanitizers: str) -> bool:
             _, output = run(program, sanitizers, kernel, "--few")
             for scope, count in zip(("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True):
                 numbers = range(int("".join(count)))
-                omitting = lambda n: run(program, sanitizers, kernel, "--few", f"--omit-{scope}", str(n), quiet=True)  # noqa: B023, E731
-                missed = [n for n, (status, _) in zip(numbers, AT_ONCE.map(omitting, numbers), strict=True) if status == 0]
+                omitting = partial(run, program, sanitizers, kernel, "--few", f"--omit-{scope}", quiet=True)
+                runs = AT_ONCE.map(omitting, map(str, numbers))
+                missed = [number for number, (status, _) in zip(numbers, runs, strict=True) if status == 0]
                 say(f"{kernel}: each of {len(numbers)} barriers of a {scope} is needed, not noticed {missed}:", not missed)
     return clean
 

@@ -55,14 +55,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
 
   template <bool KEEP, class F>
   __device__ __forceinline__ void with_grad(int g, int k, F f) {
-    if constexpr (RESIDENT) {
-      f(held);
-    } else {
-      Tile<T, C> m;
-      load_tile(tiles.grad, this->piece(g, k), m);
-      f(m);
-      if (KEEP) store_tile(tiles.grad, this->piece(g, k), m);
-    }
+    this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
   }
   __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
   __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * (plan.heads * plan.span); }
@@ -71,33 +64,16 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
 
   __device__ __forceinline__ void begin() {
-    const T* grad = a.grad_memory ? static_cast<const T*>(a.grad_memory) + sample * a.N * a.D : nullptr;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_grad<true>(g, k, [&](Tile<T, C>& m) {
-          if (grad) this->take(grad, a.D, 1, g, k, m);
-          else m = Tile<T, C>{};
-        });
-    if (a.grad_read_weights) {
-      this->take_rows(static_cast<const T*>(a.grad_read_weights) + sample * a.R * a.N, plan.N, per_slot.later);
-    } else {
-      for (int g = 0; g < this->groups(); ++g)
-        for (int i = place.lane; i < plan.heads * warp_slots; i += 32)
-          per_slot.later[i / warp_slots * plan.span + this->group(g) + i % warp_slots] = 0;
-    }
+    const T *of_memory = static_cast<const T*>(a.grad_memory), *of_weights = static_cast<const T*>(a.grad_read_weights);
+    this->begin_gradients(of_memory ? of_memory + sample * a.N * a.D : nullptr,
+                          of_weights ? of_weights + sample * a.R * a.N : nullptr, held, tiles.grad, per_slot.later);
   }
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
     const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
     const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) {
-        Tile<T, C> m;
-        if (first > 0) this->take(anchor, 1, ld, g, k, m);
-        else this->take(start, a.D, 1, g, k, m);
-        store_tile(memory(0), this->piece(g, k), m);
-      }
+    this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
     if (first > 0) this->take_rows(anchor + a.D * ld, ld, read_weights(0));
     else this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, read_weights(0));
     gpu::sync_warp();

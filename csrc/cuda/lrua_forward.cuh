@@ -46,17 +46,9 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
 
   __device__ __forceinline__ Inputs<T> inputs(int64_t step) const { return small.in.of(static_cast<int>(step % 2), plan, false); }
 
-  // Calls f with a piece of the memory, and keeps what f made of it where it is to be kept.
   template <bool KEEP, class F>
   __device__ __forceinline__ void with_piece(int g, int k, F f) {
-    if constexpr (RESIDENT) {
-      f(held);
-    } else {
-      Tile<T, C> m;
-      load_tile(tiles.memory, this->piece(g, k), m);
-      f(m);
-      if (KEEP) store_tile(tiles.memory, this->piece(g, k), m);
-    }
+    this->template with_tile_of<KEEP>(held, tiles.memory, g, k, f);
   }
 
   __device__ __forceinline__ void begin() {

@@ -138,6 +138,19 @@ struct Thread {
     }
   }
 
+  // Calls f with a piece of what the block holds: `held` where that is in registers, else a tile of `tiles`, kept if f may change it.
+  template <bool KEEP, class F>
+  __device__ __forceinline__ void with_tile_of(Tile<T, C>& held, T* tiles, int g, int k, F f) const {
+    if constexpr (RESIDENT) {
+      f(held);
+    } else {
+      Tile<T, C> m;
+      load_tile(tiles, piece(g, k), m);
+      f(m);
+      if (KEEP) store_tile(tiles, piece(g, k), m);
+    }
+  }
+
   // Rows [R, ld] of numbers per slot from and to [heads, span], by the lanes of the warp that has the slots.
   __device__ __forceinline__ void take_rows(const T* rows, int64_t ld, T* to) const {
     for (int g = 0; g < groups(); ++g)
@@ -151,6 +164,32 @@ struct Thread {
       for (int i = place.lane; i < plan.R * warp_slots; i += 32) {
         const int r = i / warp_slots, slot = group(g) + i % warp_slots;
         if (first_slot + slot < ld) rows[r * ld + first_slot + slot] = from[r * plan.span + slot];
+      }
+  }
+
+  // Backward begins with the gradients of the last memory [N, D] and of the last weights [R, N], each nought where it is null.
+  __device__ __forceinline__ void begin_gradients(const T* of_memory, const T* of_weights, Tile<T, C>& held, T* tiles, T* weights) const {
+    for (int g = 0; g < groups(); ++g)
+      for (int k = 0; k < pieces(); ++k)
+        with_tile_of<true>(held, tiles, g, k, [&](Tile<T, C>& m) {
+          if (of_memory) take(of_memory, plan.D, 1, g, k, m);
+          else m = Tile<T, C>{};
+        });
+    if (of_weights) return take_rows(of_weights, plan.N, weights);
+    for (int g = 0; g < groups(); ++g)
+      for (int i = place.lane; i < plan.heads * warp_slots; i += 32)
+        weights[i / warp_slots * plan.span + group(g) + i % warp_slots] = 0;
+  }
+
+  // Puts the memory where a replay begins: from an anchor [columns, ld], or where that is null from the first memory [N, D].
+  __device__ __forceinline__ void begin_memory(const T* anchor, const T* start, T* tiles) const {
+    const int64_t ld = mann_fast::padded_slots(plan.N);
+    for (int g = 0; g < groups(); ++g)
+      for (int k = 0; k < pieces(); ++k) {
+        Tile<T, C> m;
+        if (anchor) take(anchor, 1, ld, g, k, m);
+        else take(start, plan.D, 1, g, k, m);
+        store_tile(tiles, piece(g, k), m);
       }
   }
 
