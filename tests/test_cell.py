@@ -33,6 +33,7 @@ SHAPES = [  # T, B, H, N, D, R
     pytest.param((20, 5, 16, 40, 3, 2), id="several-anchors"),
     pytest.param((0, 2, 5, 5, 4, 2), id="no-steps"),
     pytest.param((3, 0, 5, 5, 4, 2), id="empty-batch"),
+    pytest.param((3, 2, 0, 5, 4, 2), id="no-units"),
 ]
 WIDE = [  # in float32 on a GPU of 132 multiprocessors: two samples to a cluster of 8 blocks, 16 blocks to a cluster, a loop
     pytest.param((2, 17, 199, 12, 40, 4), id="two-samples"),

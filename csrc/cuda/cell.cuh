@@ -191,6 +191,8 @@ constexpr int64_t any_batch = int64_t(1) << 30;
 template <class Side, class T, class Arguments>
 const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits, CellPlan& plan) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
+  if (a.N < 1 || a.D < 1 || a.R < 1 || a.H < 1) return "the kernel takes no sizes of 0";
+  if (a.H >= int64_t(1) << 24) return "the kernel takes fewer than 2^24 hidden units";
   if (a.T >= int64_t(1) << 31 || a.B >= int64_t(1) << 31) return "the kernel takes fewer than 2^31 steps and samples";
   const int64_t vectors = (a.separate_vector ? 2 : 1) * a.R * a.D, heads = vectors + (a.learned_sharpness ? 2 : 1) * a.R;
   plan = CellPlan{};
