@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels, warnings as errors, and shows what each takes: registers, stack and spills.
 
-python scripts/cuda_report.py [--write docs/kernels.md]     (exits 1 if a kernel of the paper's size spills)
+python scripts/cuda_report.py [--write docs/cuda.md]     (exits 1 if a kernel of the paper's size spills)
 
 Needs nvcc and no GPU. --write replaces the table in the file between its two marks.
 """
