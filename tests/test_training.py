@@ -1,5 +1,6 @@
 """Training, evaluation, checkpoints and prediction, at tiny sizes."""
 
+import errno
 import json
 import math
 
@@ -241,6 +242,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         with replacing(path) as temporary:
             temporary.write_bytes(b"half")
             raise RuntimeError("disk full")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    """A limit on the size of files stands for the disk: the system refuses the rest of a write in the same way."""
+    resource = pytest.importorskip("resource", reason="limits on the size of files are Unix's")
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            save_checkpoint(path, {"weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 

@@ -30,8 +30,10 @@ MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
 
 def save_checkpoint(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically: after a crash there is the old file or the new one."""
+    buffer = io.BytesIO()  # torch.save on a full disk says "unexpected pos"; Python says what is wrong
+    torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def save_weights(path: str | os.PathLike, content: dict[str, Any]) -> None:
