@@ -1,0 +1,43 @@
+"""What a scan keeps for backward: the memory as it was every few steps (an anchor), from which the steps between are replayed.
+
+The one place in Python that knows how often and in which layout; csrc/include/arguments.h is the one in C++.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SLOT_PADDING = 16  # slot_padding in csrc/include/arguments.h
+
+# Numbers in the shared memory of a multiprocessor (227 KiB from sm_90 on), beside 16 KiB for everything else.
+REPLAY_NUMBERS = (227 - 16) * 1024 // 4
+
+
+def anchors_shape(steps: int, batch: int, rows: int, num_slots: int, every: int) -> tuple[int, ...]:
+    """[anchors, B, rows, padded N]: slots in lanes, before steps ``every``, 2 ``every``, ... ``rows`` is D of a memory alone,
+    D + R where read weights are kept beside it."""
+    count = torch.sym_max(steps - 1, 0) // every
+    return count, batch, rows, (num_slots + SLOT_PADDING - 1) // SLOT_PADDING * SLOT_PADDING
+
+
+def lrua_interval(num_slots: int, slot_size: int, num_heads: int, backend: str = "cpp") -> int:
+    """Every how many steps an LRUA scan keeps an anchor.
+
+    Enough steps that what is kept, (D + R) N floats an anchor, stays below the R (N + D) floats a step that keeping all
+    read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache. The CUDA
+    kernels keep them in shared memory, where a few steps less make them fit: then below R (N + 2 D) floats.
+    """
+    kept = (slot_size + num_heads) * num_slots
+    interval = max(8, -(-kept // (num_heads * (num_slots + slot_size))))
+    if backend == "cuda":
+        memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
+        fitting = (REPLAY_NUMBERS - memory - 4 * num_heads * num_slots) // (memory + rows)
+        if fitting > 0 and kept <= fitting * num_heads * (num_slots + 2 * slot_size):
+            return min(interval, fitting)
+    return interval
+
+
+def ntm_interval(slot_size: int, heads: int) -> int:
+    """Every how many steps an NTM scan keeps an anchor, N D floats: so many that it takes no more than the weights that every
+    step keeps, H N floats, and few enough for a core's cache."""
+    return max(8, -(-slot_size // max(heads, 1)))
