@@ -15,4 +15,6 @@ def register(library: torch.library.Library) -> None:
                 library.impl(name, getattr(module, name), device)
 
 
-__all__ = ["content", "lrua", "ntm", "register"]
+explain = lrua.explain
+
+__all__ = ["content", "explain", "lrua", "ntm", "register"]

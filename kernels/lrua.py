@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.lrua import _anchors_shape, _steps
+from .._anchors import anchors_shape
 from . import content
 from ._launch import BACKWARD, FORWARD, contiguous, launch, split, tile_slots
 from ._sizes import RESIDENT_NUMBERS, fits_one_program, pieces, power_of_two, resident_numbers
@@ -577,7 +577,8 @@ def lrua_scan(
     slots = memory.new_empty(keys.shape[:-1] if keeps else (0,), dtype=torch.int64)
     # The shape is the schema's; where the padding is not empty it is 0, so that equal calls give equal results.
     new = memory.new_empty if num_slots % 16 == 0 else memory.new_zeros
-    anchors = new(_anchors_shape(steps, memory, heads, anchor_every) if keeps else (0,))
+    rows = slot_size + heads
+    anchors = new(anchors_shape(steps, batch, rows, num_slots, anchor_every) if keeps else (0,))
     if not fits_one_program(num_slots, slot_size):
         inputs = (keys, write_vectors, gate_logits, sharpness)
         options = (read_first, shared_target, usage_decay, eps)
@@ -658,6 +659,10 @@ def _product(a, b):
 def _at(inputs, t):
     """The inputs of step t; those of a single step have no time axis."""
     return [x if x is None or inputs[0].dim() == 3 else x[t] for x in inputs]
+
+
+def _steps(keys):
+    return keys.shape[0] if keys.dim() == 4 else 1
 
 
 def _scan_by_steps(memory, read_weights, usage, inputs, options, anchor_every, slots, anchors):

@@ -23,9 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mann_fast import kernels
+from mann_fast._anchors import lrua_interval, ntm_interval
 from mann_fast.kernels import content, lrua, ntm
-from mann_fast.ops import ntm as ntm_ops
-from mann_fast.ops.lrua import anchor_interval
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
 PAPER = (128, 40, 4)
@@ -103,7 +102,7 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
         keys, gates, every = (
             key.expand(20, -1, -1, -1),
             gate.expand(20, -1, -1),
-            anchor_interval(slots, size, heads),
+            lrua_interval(slots, size, heads),
         )
         inputs = (keys, keys, gates, gates)
         for read_first in (False, True) if shape == PAPER else (False,):
@@ -131,7 +130,7 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
             *[empty(20, 2, writes, size, dtype=dtype)] * 2,
         )  # fmt: skip
         weights = empty(2, heads + writes, slots)
-        every = ntm_ops.anchor_interval(slots, size, heads + writes)
+        every = ntm_interval(size, heads + writes)
         for read_first in (False, True) if shape == PAPER else (True,):
             reads, memory, weights, *kept = ntm.ntm_scan(memory, weights, *inputs, read_first, 1e-6, every)
             ntm.ntm_scan_backward(

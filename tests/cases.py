@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mann_fast import backends, reference
-from mann_fast.ops import _backend
+from mann_fast.ops._register import NAMESPACES
 
 # Which kernels the op tests run on: "cpp", "cuda" (make emulate) or "triton" (make triton). conftest.py makes every op take
 # them.
@@ -29,7 +29,7 @@ needs_cpp = pytest.mark.skipif(
     BACKEND != "cpp" or backends()["cpp"] is not None,
     reason=f"for the C++ extension: {backends()['cpp'] or 'another backend is being tested'}",
 )
-RAW_OPS = _backend.raw(BACKEND)
+RAW_OPS = getattr(torch.ops, NAMESPACES[BACKEND])
 
 
 def shorter(value, interpreted):

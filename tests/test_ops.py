@@ -232,13 +232,13 @@ def test_non_contiguous_and_expanded_inputs(backend):
 def test_a_gpu_takes_triton_where_cuda_cannot_and_the_reference_where_neither_can(monkeypatch):
     backend, gpu = mann_fast.ops._backend, torch.device("cuda")
     monkeypatch.setattr(backend, "_said", set())
-    monkeypatch.setattr(backend, "_cuda_unable", lambda device: None)
-    monkeypatch.setattr(backend, "_triton_unable", lambda device: None)
+    reasons = {"cuda": None, "triton": None}
+    monkeypatch.setattr(backend, "missing", reasons.get)
     with mann_fast.backend("auto"):
         assert backend.serving(gpu) == "cuda"
-        monkeypatch.setattr(backend, "_cuda_unable", lambda device: "not built")
+        reasons["cuda"] = "not built"
         assert backend.serving(gpu) == "triton"
-        monkeypatch.setattr(backend, "_triton_unable", lambda device: "not installed")
+        reasons["triton"] = "not installed"
         with pytest.warns(RuntimeWarning, match="reference: not built; not installed"):
             assert backend.serving(gpu) == "reference"
 

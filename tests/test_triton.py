@@ -11,7 +11,7 @@ import torch
 
 import mann_fast
 from mann_fast import ops
-from mann_fast.ops import _backend
+from mann_fast.ops import _explain
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -50,8 +50,8 @@ def test_importing_does_not_import_triton():
     ],
 )
 def test_explains_a_scan(sizes, expected):
-    assert _backend.explain("lrua_scan", *sizes)["triton"].startswith(expected)
-    of_ntm = _backend.explain("ntm_scan", *sizes)["triton"]
+    assert _explain.explain("lrua_scan", *sizes)["triton"].startswith(expected)
+    of_ntm = _explain.explain("ntm_scan", *sizes)["triton"]
     parts = "content_read and PyTorch operations"
     assert of_ntm.startswith(expected.replace("least_used, lrua_write and content_read", parts))
 

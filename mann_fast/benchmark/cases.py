@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .. import ops, reference
 from ..models import MANN, LSTMClassifier
 from ..ops import _backend
+from ..ops._register import NAMESPACES
 from . import baselines, cost
 
 OPS = ("content_read", "least_used", "lrua_write", "lrua_step", "lrua_scan", "ntm_scan", "mann_step")
@@ -238,7 +239,9 @@ def _lrua(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], fused, plain
         if steps is None or (serving := _backend.serving(state.memory.device)) == "reference":
             return plain(state, *inputs)[:1]
         with torch.no_grad():
-            slots = _backend.raw(serving).lrua_scan(*state, *inputs, False, False, 0.95, 1e-6, 8)[4]
+            slots = getattr(torch.ops, NAMESPACES[serving]).lrua_scan(
+                *state, *inputs, False, False, 0.95, 1e-6, 8
+            )[4]
         return plain(state, *inputs, slots=slots)[:1]
 
     size = (1 if steps is None else steps, shape.B, shape.N, shape.D, shape.R)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops import _checks
 from ..ops.cell import CONTROLLERS, WRITE_VECTORS, check_sharpness, head_sizes
-from ..ops.lrua import _check_options
+from ..ops.lrua import raw_options
 from ..reference.cell import split_heads
 from . import _ntm
 
@@ -228,7 +228,7 @@ class MemoryLayer(nn.Module):
             order = "write_first" if addressing == "lrua" else "read_first"
         check_sharpness(sharpness)
         _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
-        _check_options(order, write_target, usage_decay, eps)
+        raw_options(order, write_target, usage_decay, eps)
         _checks.check_choice("memory_start", memory_start, MEMORY_STARTS)
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first must be a bool, got {type(batch_first).__name__}")

@@ -1,6 +1,6 @@
 """The memory ops: checked arguments, autograd, and one fused kernel per call where a backend has one."""
 
-from . import _backend
+from . import _loading
 from ._backend import backend, backends
 from .cell import cell
 from .content import content_read
@@ -24,4 +24,5 @@ __all__ = [
     "ntm_step",
 ]
 
-_backend.load()
+# Now that all schemas are defined. At once, for an exported program calls the raw ops without these functions.
+_loading.missing("cpp")
