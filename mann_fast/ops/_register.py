@@ -137,9 +137,9 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
                 results = _below(backward_op, values)
             if op.gradients:
                 results = op.gradients(ctx, results)
-            of_values = [None] * len(op.names)
+            of_values, needed = [None] * len(op.names), ctx.needs_input_grad
             for i, result in zip(differentiable, results, strict=True):
-                if ctx.needs_input_grad[i]:  # else it may be the empty one of an argument that did not come
+                if needed[i]:  # else it may be the empty one of an argument that did not come
                     of_values[i] = result
             return tuple(of_values)
 
