@@ -33,12 +33,12 @@ NTM_SCAN = declare(
         "ntm_scan",
         arguments=(
             MEMORY,
-            Argument("weights", "B H N", like="memory", within="shares"),
-            Argument("keys", "T B H D", like="memory", half=True),
-            Argument("sharpness", "T B H", like="keys"),
-            Argument("gates", "T B H", like="keys", within="unit"),
-            Argument("shift", "T B H 2S+1", like="keys", within="shares"),
-            Argument("sharpening", "T B H", like="keys", within="from 1"),
+            Argument("weights", "B R+W N", like="memory", within="shares"),
+            Argument("keys", "T B R+W D", like="memory", half=True),
+            Argument("sharpness", "T B R+W", like="keys"),
+            Argument("gates", "T B R+W", like="keys", within="unit"),
+            Argument("shift", "T B R+W 2S+1", like="keys", within="shares"),
+            Argument("sharpening", "T B R+W", like="keys", within="from 1"),
             Argument("erase", "T B W D", like="keys", within="unit"),
             Argument("add", "T B W D", like="keys"),
         ),
@@ -46,8 +46,8 @@ NTM_SCAN = declare(
         outputs=(
             Output("reads", "T B R D", like="keys"),
             Output("memory", "B N D", like="memory"),
-            Output("weights", "B H N", like="memory"),
-            Output("history", "T B H N", like="memory", kept=True),
+            Output("weights", "B R+W N", like="memory"),
+            Output("history", "T B R+W N", like="memory", kept=True),
             Output("anchors", "A B D P", like="memory", kept=True),
         ),
         saved=(
@@ -56,7 +56,7 @@ NTM_SCAN = declare(
         ),
         public=("ntm_address", "ntm_step", "ntm_scan"),
         interval=lambda values, backend: ntm_interval(values[0].shape[2], values[1].shape[1]),
-        extents=lambda sizes: {"R": sizes["H"] - sizes["W"]},
+        extents=lambda sizes: {"R": sizes["R+W"] - sizes["W"]},
     )
 )
 
