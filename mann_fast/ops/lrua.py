@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,13 @@ USAGE_DECAY = Option("usage_decay", "float", 0.95, backward=False)
 READ_WEIGHTS = Argument("read_weights", "B R N", like="memory", within="shares", heads_in="N")
 USAGE = Argument("usage", "B N", like="memory", differentiable=False)
 STATE = (MEMORY, READ_WEIGHTS, USAGE)
+
+
+def _interval(values: tuple[Any, ...], backend: str) -> int:
+    memory, read_weights = values[:2]
+    cuda = memory.device if backend == "cuda" else None
+    return lrua_interval(*memory.shape[1:], read_weights.shape[1], cuda)
+
 
 LEAST_USED = declare(
     Op(
@@ -82,7 +91,7 @@ LRUA_SCAN = declare(
             "anchors",
         ),
         public=("lrua_step", "lrua_scan"),
-        interval=lambda values, backend: lrua_interval(*values[0].shape[1:], values[1].shape[1], backend),
+        interval=_interval,
         extents=lambda sizes: {"D+R": sizes["D"] + sizes["R"]},
     )
 )

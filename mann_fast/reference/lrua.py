@@ -75,7 +75,9 @@ def _write(
     # By comparison, not by scattering in place: so torch.func's transforms can follow.
     chosen = slots.unsqueeze(2) == torch.arange(num_slots, device=slots.device)
     target = chosen
-    if write_target == "shared":  # every head gets all R least used slots (the paper's w_lu, eq. 6), not the r-th of them
+    if (
+        write_target == "shared"
+    ):  # every head gets all R least used slots (the paper's w_lu, eq. 6), not the r-th of them
         target = chosen.any(1, keepdim=True)
     gate = gate_logit.unsqueeze(2)
     write_weights = torch.sigmoid(gate) * read_weights + torch.sigmoid(-gate) * target  # eq. 7
