@@ -1,11 +1,13 @@
 """The memory ops: checked arguments, autograd, and one fused kernel per call where a backend has one."""
 
+from ..reference.lrua import LRUAState
+from ..reference.ntm import NTMHead, NTMState
 from . import _loading
 from ._backend import backend, backends
 from .cell import cell
 from .content import content_read
-from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
-from .ntm import NTMHead, NTMState, ntm_address, ntm_scan, ntm_step
+from .lrua import least_used, lrua_scan, lrua_step, lrua_write
+from .ntm import ntm_address, ntm_scan, ntm_step
 
 __all__ = [
     "LRUAState",

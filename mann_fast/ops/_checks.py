@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 # What has passed: a step is called T times with the same shapes, and each check counts.
-_passed: dict[tuple, Sizes] = {}
+_passed: dict[tuple[Any, ...], Sizes] = {}
 
 
 def check_tensors(
     arguments: tuple[Argument, ...],
     names: Sequence[str],
-    values: Sequence[object],
+    values: Sequence[Any],
     *,
     steps: bool = True,
     known: tuple[tuple[str, int], ...] = (),
@@ -45,7 +46,9 @@ def check_tensors(
     return sizes
 
 
-def _check_tensors(arguments, names, values, steps, sizes: Sizes) -> Sizes:
+def _check_tensors(
+    arguments: tuple[Argument, ...], names: Sequence[str], values: Sequence[object], steps: bool, sizes: Sizes
+) -> Sizes:
     came: dict[str, tuple[str, torch.dtype]] = {}
     for argument, name, value in zip(arguments, names, values, strict=True):
         if value is None and argument.optional:
@@ -99,7 +102,7 @@ def _check_dtype(name: str, dtype: torch.dtype, like_name: str, like: torch.dtyp
         raise TypeError(f"{name} must have dtype {like}, the dtype of {like_name}{halves}, got {dtype}")
 
 
-def check_tuple(name: str, value: object, kind: type) -> None:
+def check_tuple(name: str, value: object, kind: Any) -> None:
     """As many entries as the NamedTuple ``kind`` has; a plain tuple will do."""
     if not isinstance(value, tuple) or len(value) != len(kind._fields):
         expected = f"{kind.__name__} ({', '.join(kind._fields)})"
@@ -107,12 +110,12 @@ def check_tuple(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be {article} {expected}, got {type(value).__name__}")
 
 
-def check_number(name: str, value: object) -> None:
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_eps(eps: object) -> None:
+def check_eps(eps: Any) -> None:
     check_number("eps", eps)
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive and finite, got {eps}")

@@ -24,17 +24,16 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
             raise ValueError(f"{name} must be at least 1, got {size}")
     if op.startswith("lrua") and num_heads > num_slots:
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
-    answers = {
+    return {
         "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
         "cuda": missing("cuda") or _cuda(op, num_slots, slot_size),
-        "triton": missing("triton"),
+        "triton": missing("triton") or _triton(op, num_slots, slot_size, num_heads),
         "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
     }
-    if answers["triton"] is None:
-        answers["triton"] = importlib.import_module("mann_fast.kernels").explain(
-            op, num_slots, slot_size, num_heads
-        )
-    return answers
+
+
+def _triton(*op_and_sizes: str | int) -> str:
+    return str(importlib.import_module("mann_fast.kernels").explain(*op_and_sizes))
 
 
 def _cpp(op: str, num_slots: int, slot_size: int) -> str:

@@ -16,7 +16,7 @@ from .._anchors import lrua_interval
 from ..reference.cell import CONTROLLERS, SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
 from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, came
+from ._declare import Argument, Op, Option, Output, Sizes, came
 from ._register import call, declare
 from .content import EPS
 from .lrua import (
@@ -69,8 +69,10 @@ def _gradients(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ..
         if needed["head_weight"]:
             of_heads = grad_heads.to(products)
             head_weight = torch.mm(of_heads.flatten(0, 1).t(), met[..., :size].flatten(0, 1))
-    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    weights = [x if x is None else x.to(output.dtype) for x in weights]
+    weights = [
+        x if x is None else x.to(output.dtype)
+        for x in (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    ]
     return grad_gates, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads, *weights
 
 
@@ -79,6 +81,13 @@ def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
     [T - 1, B, K] after it."""
     later = torch.mm(grads[1:].flatten(0, 1).t(), rest.flatten(0, 1))
     return torch.addmm(later, grads[0].t(), first)
+
+
+def _interval(values: tuple[Any, ...], backend: str) -> int:
+    (_, num_slots, slot_size), heads = values[3].shape, values[4].shape[1]
+    return lrua_interval(
+        num_slots, slot_size, heads
+    )  # in CUDA too: beside weights there is no room for a replay
 
 
 def _recurrent(values: Mapping[str, Any]) -> bool:
@@ -130,7 +139,7 @@ CELL = declare(
         ),
         also_saved=("reads", "output"),
         public=("cell",),
-        interval=lambda values, backend: lrua_interval(*values[3].shape[1:], values[4].shape[1]),
+        interval=_interval,
         # A GRU keeps the hidden state's part of its candidate beside its gates.
         extents=lambda sizes: {
             "RD": sizes["R"] * sizes["D"],
@@ -167,7 +176,7 @@ NAMES = (
     *CELL.names[6:12],
 )
 
-_fitting: dict[tuple, bool] = {}  # not functools.cache, which torch.compile does not see through
+_fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
 
 
 def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
@@ -179,7 +188,7 @@ def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
     return _fitting[key]
 
 
-_fits._dynamo_marked_constant = True  # for torch.compile, as _backend._load_cuda
+_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _backend._load_cuda
 
 
 def cell(
@@ -272,7 +281,7 @@ def cell(
             step=reference.lrua_step if backend == "reference" else lrua_step,
         )
     dtype = gates.dtype
-    tensors = (gates, *(*state, None, None)[:2], *memory, reads, *weights)
+    tensors = [gates, *(*state, None, None)[:2], *memory, reads, *weights]
     if dtype in _checks.HALF_DTYPES:
         tensors = [x if x is None else x.float() for x in tensors]
     output, cell, *memory = call(
@@ -292,7 +301,16 @@ def cell(
     return output.to(dtype), tuple(x.to(dtype) for x in last[: len(state)]), LRUAState(*memory)
 
 
-def _check_cell(gates, state, memory, reads, weights, controller, write_vector, sharpness) -> dict[str, int]:
+def _check_cell(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: LRUAState,
+    reads: Tensor,
+    weights: tuple[Tensor | None, ...],
+    controller: str,
+    write_vector: str,
+    sharpness: str | float | None,
+) -> Sizes:
     """The size of every axis."""
     gates_per_unit, state_names = CONTROLLERS[controller]
     if not isinstance(state, tuple) or len(state) != len(state_names):
@@ -300,8 +318,7 @@ def _check_cell(gates, state, memory, reads, weights, controller, write_vector, 
         raise TypeError(f"state must be a tuple ({', '.join(state_names)}) of this controller, got {came}")
     _checks.check_tuple("memory", memory, LRUAState)
     of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
-    _checks.check_dense("head_weight", weights[3], CELL.arguments[10].names)
-    hidden_size = weights[3].shape[1]
+    hidden_size = _checks.check_dense("head_weight", weights[3], CELL.arguments[10].names)[1]
     for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
         if not state and value is not None:
             raise TypeError(f"{name} must be None for a feed-forward controller, got {type(value).__name__}")
@@ -317,7 +334,7 @@ def _check_cell(gates, state, memory, reads, weights, controller, write_vector, 
     return _checks.check_tensors(TENSORS, NAMES, tensors, known=known)
 
 
-def check_sharpness(sharpness: object) -> None:
+def check_sharpness(sharpness: Any) -> None:
     """ "learned", a finite number or None."""
     number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
     if not (sharpness is None or number or sharpness == "learned"):

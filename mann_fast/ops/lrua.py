@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ STATE = (MEMORY, READ_WEIGHTS, USAGE)
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
-    memory, read_weights = values[:2]
-    cuda = memory.device if backend == "cuda" else None
-    return lrua_interval(*memory.shape[1:], read_weights.shape[1], cuda)
+    (_, num_slots, slot_size), heads = values[0].shape, values[1].shape[1]
+    return lrua_interval(num_slots, slot_size, heads, values[0].device if backend == "cuda" else None)
 
 
 LEAST_USED = declare(
@@ -102,7 +102,7 @@ STEP_NAMES = (*SCAN_NAMES[:3], "key", "write_vector", "gate_logit", "sharpness")
 
 
 def raw_options(
-    order: object, write_target: object, usage_decay: object, eps: object
+    order: str, write_target: str, usage_decay: float, eps: float
 ) -> tuple[bool, bool, float, float]:
     """The options of a step as the raw op takes them, checked."""
     _checks.check_choice("order", order, ORDERS)
@@ -178,13 +178,21 @@ def lrua_write(
     return call(LRUA_WRITE, backend, *tensors, write_target == "shared")[:2]
 
 
-def _lrua(state, inputs, names, function, *, steps, **options) -> tuple[Tensor, LRUAState]:
+def _lrua(
+    state: LRUAState,
+    inputs: tuple[Tensor | None, ...],
+    names: tuple[str, ...],
+    function: Callable[..., tuple[Tensor, LRUAState]],
+    *,
+    steps: bool,
+    **options: Any,
+) -> tuple[Tensor, LRUAState]:
     """A step or a scan, which differ in the leading T alone; ``function`` is the reference's."""
     _checks.check_tuple("state", state, LRUAState)
     tensors = (*state, *inputs)
     _checks.check_tensors(LRUA_SCAN.arguments, names, tensors, steps=steps)
     raw = raw_options(**options)
-    backend = _backend.serving(tensors[0].device)
+    backend = _backend.serving(state[0].device)
     if backend == "reference":
         return function(state, *inputs, **options)
     outputs = call(LRUA_SCAN, backend, *tensors, *raw, 0)

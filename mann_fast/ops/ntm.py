@@ -112,7 +112,17 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     return call(NTM_SCAN, backend, memory, previous, *inputs, True, float(eps), 0)[2]
 
 
-def _ntm(state, read_head, write_head, erase, add, *, steps: bool, order: str, eps: float):
+def _ntm(
+    state: NTMState,
+    read_head: NTMHead,
+    write_head: NTMHead,
+    erase: Tensor,
+    add: Tensor,
+    *,
+    steps: bool,
+    order: str,
+    eps: float,
+) -> tuple[Tensor, NTMState]:
     """A step or a scan, which differ in the leading T alone."""
     for name, value, kind in (
         ("state", state, NTMState),
