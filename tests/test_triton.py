@@ -11,7 +11,7 @@ import torch
 
 import mann_fast
 from mann_fast import ops
-from mann_fast.ops import _explain
+from mann_fast.cli import _explain
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

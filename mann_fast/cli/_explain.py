@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from ._loading import missing
-from ._register import OPS
+from ..ops._loading import missing
+from ..ops._register import OPS
 
 PUBLIC = tuple(
     name for op in OPS.values() for name in op.public if name != "cell"
