@@ -705,7 +705,7 @@ def _scan_by_steps_backward(grads, memory, read_weights, inputs, slots, anchors,
         else:
             anchor = anchors[first // every - 1].flatten(1)
             rows = anchor[:, slot_size * anchors.shape[3] :].view(batch, heads, -1)[:, :, :num_slots]
-            states = [(anchor[:, : num_slots * slot_size].reshape(memory.shape), rows.contiguous())]
+            states = [(anchor[:, : num_slots * slot_size].contiguous().view(memory.shape), rows.contiguous())]
         reads = []
         for t in range(first, min(first + every, steps)):
             read, *state = _step(*states[-1], slots[t], *_at(inputs, t), read_first, shared, eps)
