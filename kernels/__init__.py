@@ -1,18 +1,27 @@
-"""Triton kernels behind the raw ops, one file per op family. Imported by the first op that they serve."""
+"""Triton kernels behind the raw ops. Imported by the first op that they serve."""
 
 from __future__ import annotations
 
 import torch
 
-from . import content, lrua, ntm
+from . import content, lrua, lrua_scan, ntm
+
+FAMILIES = (content, lrua, lrua_scan, ntm)  # each names the raw ops that it implements in RAW
 
 
 def register(library: torch.library.Library) -> None:
     """Implement the raw ops of ``library`` for CUDA tensors, and for CPU tensors, which only the interpreter can take."""
-    for module in (content, lrua, ntm):
-        for name in module.RAW:
+    for family in FAMILIES:
+        for name in family.RAW:
             for device in ("CUDA", "CPU"):
-                library.impl(name, getattr(module, name), device)
+                library.impl(name, getattr(family, name), device)
 
 
-__all__ = ["content", "lrua", "ntm", "register"]
+def explain(op: str, num_slots: int, slot_size: int, heads: int) -> str:
+    """How an op is launched at this size, in a sentence made from the plan that its launcher follows."""
+    raw = "lrua_scan" if op == "lrua_step" else op  # a step is a scan of one
+    family = next(family for family in FAMILIES if raw in family.RAW)
+    return family.sentence(op, num_slots, slot_size, heads)
+
+
+lrua.explain = explain  # until mann_fast.ops calls kernels.explain
