@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from mann_fast import backends, reference
+from mann_fast import backend, backends, reference
 from mann_fast.ops._register import NAMESPACES
 
 # Which kernels the op tests run on: "cpp", "cuda" (make emulate) or "triton" (make triton). conftest.py makes every op take
@@ -30,6 +31,12 @@ needs_cpp = pytest.mark.skipif(
     reason=f"for the C++ extension: {backends()['cpp'] or 'another backend is being tested'}",
 )
 RAW_OPS = getattr(torch.ops, NAMESPACES[BACKEND])
+
+
+def served_by(name):
+    """Ops in this context run on the kernels that the run tests, for "tested", or on the backend named. (backend("auto") would
+    undo the choice of the run.)"""
+    return nullcontext() if name == "tested" else backend(name)
 
 
 def shorter(value, interpreted):

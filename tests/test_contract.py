@@ -351,6 +351,18 @@ def test_gradient_of_vmap_and_vmap_of_gradient(op, place):
 
 
 @every_gradient
+def test_batched_gradients(op):
+    """torch.autograd.grad with is_grads_batched maps over backward alone."""
+    function, tensors = function_of(op, sample(op))
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    loss = function(*leaves)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    batched = torch.autograd.grad(loss, leaves, factors, is_grads_batched=True, retain_graph=True)
+    single = torch.autograd.grad(loss, leaves)
+    assert_close(batched, [torch.stack([factor * x for factor in factors]) for x in single])
+
+
+@every_gradient
 def test_jacrev(op):
     values = sample(op)
     place = differentiable(op, values)[0]

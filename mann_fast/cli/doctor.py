@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backend, backends, ops, reference
-from ..ops import _explain
+from . import _explain
 
 EXAMPLE = """\
 example:

@@ -89,10 +89,20 @@ def _apply(function: type[torch.autograd.Function], values: Sequence[Any]) -> An
 def _below(op: Any, values: Sequence[Any]) -> Any:
     """Call a raw op inside the forward of a Function: past autograd, and on to the transforms outside."""
     with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._are_functorch_transforms_active():  # those outside record gradients of their own
+        if torch._C._are_functorch_transforms_active():
+            # A Function's forward has gradients off; those outside record theirs.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return op(*values)
         return op(*values)
+
+
+def _recorded() -> bool:
+    """Whether somebody may differentiate what is computed now, or map over it."""
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> type[torch.autograd.Function]:
@@ -131,10 +141,7 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
             if all(grad is None for grad in grads):
                 return (None,) * len(op.names)
             values = (*grads, *ctx.saved_tensors[: len(op.saved)], *ctx.options)
-            if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # itself recorded
-                results = backward_op(*values)
-            else:
-                results = _below(backward_op, values)
+            results = backward_op(*values) if _recorded() else _below(backward_op, values)
             if op.gradients:
                 results = op.gradients(ctx, results)
             of_values, needed = [None] * len(op.names), ctx.needs_input_grad

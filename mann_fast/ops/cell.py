@@ -65,10 +65,10 @@ def _gradients(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ..
         if needed["hidden_weight"]:
             hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[:-1, :, :size])
         if needed["reads_weight"]:
-            reads_weight = _weight_gradient(of_gates, reads.flatten(1).to(products), met[:-1, :, size:])
+            first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
+            reads_weight = _weight_gradient(of_gates, first, met[:-1, :, size:])
         if needed["head_weight"]:
-            of_heads = grad_heads.to(products)
-            head_weight = torch.mm(of_heads.flatten(0, 1).t(), met[..., :size].flatten(0, 1))
+            head_weight = torch.mm(_rows(grad_heads.to(products)).t(), _rows(met[..., :size]))
     weights = [
         x if x is None else x.to(output.dtype)
         for x in (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
@@ -76,18 +76,23 @@ def _gradients(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ..
     return grad_gates, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads, *weights
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[T, B, K] as [T B, K]. (flatten has no rule for is_grads_batched, and -1 none for K = 0.)"""
+    steps, batch, width = x.shape
+    return x.reshape(steps * batch, width)
+
+
 def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
     """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, ``rest``
     [T - 1, B, K] after it."""
-    later = torch.mm(grads[1:].flatten(0, 1).t(), rest.flatten(0, 1))
+    later = torch.mm(_rows(grads[1:]).t(), _rows(rest))
     return torch.addmm(later, grads[0].t(), first)
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
     (_, num_slots, slot_size), heads = values[3].shape, values[4].shape[1]
-    return lrua_interval(
-        num_slots, slot_size, heads
-    )  # in CUDA too: beside weights there is no room for a replay
+    # In CUDA too: beside the weights there is no room for a replay in shared memory.
+    return lrua_interval(num_slots, slot_size, heads)
 
 
 def _recurrent(values: Mapping[str, Any]) -> bool:

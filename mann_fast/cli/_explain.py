@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from ._loading import missing
-from ._register import OPS
+from ..ops._loading import missing
+from ..ops._register import OPS
 
 PUBLIC = tuple(
     name for op in OPS.values() for name in op.public if name != "cell"
@@ -32,8 +32,9 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
     }
 
 
-def _triton(*op_and_sizes: str | int) -> str:
-    return str(importlib.import_module("mann_fast.kernels").explain(*op_and_sizes))
+def _triton(op: str, *sizes: int) -> str:
+    raw = next(raw.name for raw in OPS.values() if op in raw.public)
+    return str(importlib.import_module("mann_fast.kernels").explain(raw, op, *sizes))
 
 
 def _cpp(op: str, num_slots: int, slot_size: int) -> str:
