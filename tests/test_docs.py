@@ -48,7 +48,9 @@ def test_files_that_are_named_exist(page):
     folders = "|".join(sorted(x.name for x in ROOT.iterdir() if x.is_dir() and not x.name.startswith(".")))
     named = re.findall(rf"`((?:{folders})/[\w./-]+)`", without_code(page))
     made_by_runs = ("build/", "benchmarks/results", "runs/", "dist/")
-    missing = [x for x in named if "NAME" not in x and not x.startswith(made_by_runs) and not (ROOT / x).exists()]
+    missing = [
+        x for x in named if "NAME" not in x and not x.startswith(made_by_runs) and not (ROOT / x).exists()
+    ]
     assert not missing
 
 
