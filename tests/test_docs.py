@@ -1,6 +1,7 @@
 """The pages of docs/: their examples run, and what they refer to exists."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,9 @@ def test_places_to_touch_are_counted():
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1 : len(counted) + 1]
     assert len(counted) == 6
     assert counted == [len(re.findall(r"\n\d+\. ", section)) for section in sections]
+
+
+def test_declaration_that_is_shown_is_that_of_content_read():
+    (shown,) = re.findall(r"```\n(.*?)```", (DOCS / "adding-an-op.md").read_text(encoding="utf-8"), re.DOTALL)
+    source = (ROOT / "mann_fast" / "ops" / "content.py").read_text(encoding="utf-8")
+    assert textwrap.dedent(shown).strip() in source
