@@ -135,15 +135,19 @@ def strided(x):
     return view.copy_(x)
 
 
+# Tracing is the same whatever implements an op, and slow where that is emulated.
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+CHECKS += ("test_aot_dispatch_dynamic",) if BACKEND == "cpp" else ()
+
+
 @every_op
 def test_opcheck(op):
     """Schema, aliasing, fake rule, registration of autograd, and tracing with symbolic sizes; of the raw backward too."""
     for values in variants(op):
-        torch.library.opcheck(raw(op), tuple(values))
+        torch.library.opcheck(raw(op), tuple(values), test_utils=CHECKS)
         if op.saved and values[-1] != 0:
-            torch.library.opcheck(
-                getattr(RAW_OPS, f"{op.name}_backward").default, backward_values(op, values)
-            )
+            backward = getattr(RAW_OPS, f"{op.name}_backward").default
+            torch.library.opcheck(backward, backward_values(op, values), test_utils=CHECKS)
 
 
 def backward_values(op, values, some=True):
@@ -249,6 +253,7 @@ def test_one_tensor_given_twice(op):
         assert_close([together], [sum(torch.autograd.grad(loss(apart), (apart[i], apart[k])))])
 
 
+@pytest.mark.tracing
 @every_gradient
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(op, dynamic):
@@ -274,6 +279,7 @@ class _Program(torch.nn.Module):
         return self.function(*self.parameters_of) * x
 
 
+@pytest.mark.tracing
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 @every_gradient
 @pytest.mark.parametrize("recorded", [True, False], ids=["with gradients", "without"])
@@ -386,6 +392,13 @@ def test_second_derivatives_are_refused(op):
         first.square().sum().backward()
     with pytest.raises(NotImplementedError, match=message):
         grad(lambda x: grad(function)(x, *tensors[1:]).square().sum())(tensors[0])
+
+
+@pytest.mark.tracing
+@every_gradient
+def test_second_derivatives_of_a_compiled_call_are_refused(op):
+    function, tensors = function_of(op, sample(op))
+    leaf = tensors[0].clone().requires_grad_()
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match="second derivative|double backward"):
         (first,) = torch.autograd.grad(torch.compile(function)(leaf, *tensors[1:]), leaf, create_graph=True)
@@ -414,6 +427,7 @@ def dual(function, x):
         return function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+@pytest.mark.tracing
 def test_a_compiled_call_refuses_forward_mode():
     """Through the public functions: a compiled graph drops tangents before they come to the raw op."""
     memory, key = torch.randn(2, 7, 5), torch.randn(2, 3, 5)
