@@ -31,7 +31,7 @@ def softplus(z):
 def numpy_layer(layer, x):
     """The layer for one sample x [T, input_size] in NumPy, from Graves et al. 2014 alone; output [T, hidden + R D]."""
     p = {name: value.detach().numpy() for name, value in layer.named_parameters()}
-    slots, size, heads, moves = layer.num_slots, layer.slot_size, layer.num_heads, 2 * layer.max_shift + 1
+    slots, size, heads = layer.num_slots, layer.slot_size, layer.num_heads
     hidden, cell, reads = np.zeros(layer.hidden_size), np.zeros(layer.hidden_size), np.zeros(heads * size)
     memory, weights = np.full((slots, size), 1e-6), np.zeros((2, heads, slots))
     weights[:, :, 0] = 1
@@ -47,6 +47,7 @@ def numpy_layer(layer, x):
         for _ in range(2):
             key, sharpness = np.tanh(take(heads * size)).reshape(heads, size), 1 + softplus(take(heads))
             if layer.addressing == "ntm":
+                moves = 2 * layer.max_shift + 1
                 gate, shift = sigmoid(take(heads)), np.exp(take(heads * moves).reshape(heads, moves))
                 of_kind.append(
                     (key, sharpness, gate, shift / shift.sum(1, keepdims=True), 1 + softplus(take(heads)))
@@ -215,8 +216,19 @@ def test_no_steps(options):
     ("options", "error", "message"),
     [
         ({"addressing": "dnc"}, ValueError, "addressing must be one of 'lrua', 'ntm', 'content', got 'dnc'"),
-        ({"max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
-        ({"max_shift": 1.0}, TypeError, "max_shift must be an int, got float"),
+        ({"addressing": "ntm", "max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
+        ({"addressing": "ntm", "max_shift": 1.5}, TypeError, "max_shift must be an int, got float"),
+        ({"max_shift": 2}, TypeError, "max_shift is an option of addressing 'ntm', not of 'lrua', got 2"),
+        (
+            {"addressing": "ntm", "usage_decay": 0.9},
+            TypeError,
+            "usage_decay is an option of addressing 'lrua', not of 'ntm', got 0.9",
+        ),
+        (
+            {"addressing": "content", "decay": 0.9},
+            TypeError,
+            "decay is no option; addressing 'content' has num_slots, slot_size, num_heads, order, eps",
+        ),
     ],
 )
 def test_refuses_arguments(options, error, message):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..data.sequences import TASKS
-from ..layers._ntm import ADDRESSINGS
+from ..layers import MEMORIES
 from ..ops.cell import CONTROLLERS
 
 MODELS = ("mann", "lstm")
@@ -153,7 +153,7 @@ class SequenceConfig(RunConfig):
         super().__post_init__()
         _require(self.task in TASKS, "task", f"one of {', '.join(TASKS)}", self.task)
         _require(self.length >= self.least, "length", f"at least {self.least}", self.length)
-        choices = (("addressing", ADDRESSINGS), ("controller", tuple(CONTROLLERS)))
+        choices = (("addressing", tuple(MEMORIES)), ("controller", tuple(CONTROLLERS)))
         for name, known in choices:
             value = getattr(self, name)
             _require(value in known, name, f"one of {', '.join(known)}", value)
