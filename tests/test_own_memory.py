@@ -220,6 +220,26 @@ def test_a_state_may_hold_integers_and_know_its_start():
         layer(x, MemoryLayer(4, 5, **SIZES).initial_state(2))
 
 
+def test_what_is_no_state_or_no_name_of_an_option_is_refused():
+    @dataclass(frozen=True)
+    class Unnamed(Counting):
+        def initial_state(self, batch, *, dtype, device):
+            return tuple(super().initial_state(batch, dtype=dtype, device=device))
+
+    @dataclass(frozen=True)
+    class Clash(Counting):
+        hidden_size: int = 3
+
+    with pytest.raises(
+        TypeError, match=r"Unnamed.initial_state must return a NamedTuple of tensors \[B, ...\]"
+    ):
+        MemoryLayer(4, 5, addressing=Unnamed())
+    with pytest.raises(
+        ValueError, match="hidden_size cannot be an option of Clash: every MemoryLayer has it"
+    ):
+        MemoryLayer(4, 5, addressing=Clash())
+
+
 @pytest.mark.parametrize("wrong", ["shape", "dtype"])
 def test_reads_of_another_shape_or_dtype_are_refused(wrong):
     """A step that gives [B, D] or float16 would make an output of another width or dtype."""

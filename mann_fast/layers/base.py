@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,6 +21,14 @@ class MemoryWeights(NamedTuple):
     read: Tensor
     write: Tensor
     usage: Tensor | None
+
+
+class StateLike(NamedTuple):
+    """What a memory's state has to be: its type; of each tensor its name, its sizes without B, and its dtype, None for that of
+    the memory."""
+
+    type: type[tuple[Any, ...]]
+    parts: tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
 
 
 def stack_weights(recorded: Sequence[MemoryWeights | None], steps: int) -> MemoryWeights:
@@ -76,7 +85,27 @@ class Memory(ABC):
 
     @abstractmethod
     def initial_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Any:
-        """The state at the start of a sequence, for B = ``batch`` samples. dtype is float32 or float64."""
+        """The state at the start of a sequence, for B = ``batch`` samples, in float32 or float64.
+
+        Asked for on the device "meta", too, for its sizes alone.
+        """
+
+    @cached_property
+    def state_like(self) -> StateLike:
+        """What a state has to be, from `initial_state`. Raises TypeError where that gives no NamedTuple of tensors [1, ...]."""
+        state = self.initial_state(1, dtype=torch.float32, device=torch.device("meta"))
+        named = isinstance(state, tuple) and hasattr(state, "_fields")
+        if not (named and all(isinstance(part, Tensor) and part.shape[:1] == (1,) for part in state)):
+            raise TypeError(
+                f"{type(self).__name__}.initial_state must return a NamedTuple of tensors [B, ...]"
+            )
+        return StateLike(
+            type(state),
+            tuple(
+                (name, tuple(part.shape[1:]), None if part.is_floating_point() else part.dtype)
+                for name, part in zip(state._fields, state, strict=True)
+            ),
+        )
 
     @abstractmethod
     def split(self, values: Tensor) -> Any:

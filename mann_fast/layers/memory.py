@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -83,7 +82,7 @@ class MemoryLayer(nn.Module):
             check_sizes(output_size=output_size)
         if not isinstance(controller, nn.Module):
             check_choice("controller", controller, tuple(controllers.MODULES))
-        self.memory = make_memory(addressing, options)
+        memory = make_memory(addressing, options)
         check_choice("memory_start", memory_start, MEMORY_STARTS)
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first must be a bool, got {type(batch_first).__name__}")
@@ -93,22 +92,25 @@ class MemoryLayer(nn.Module):
         self.input_size, self.hidden_size = input_size, hidden_size
         self.kind = "module" if isinstance(controller, nn.Module) else controller
         self.memory_start, self.batch_first = memory_start, batch_first
-        reads_size = self.memory.num_heads * self.memory.slot_size
+        reads_size = memory.num_heads * memory.slot_size
         self.output_size = hidden_size + reads_size if output_size is None else output_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if not isinstance(controller, nn.Module):
             controller = controllers.MODULES[controller](input_size + reads_size, hidden_size, **factory)
         self.controller = controller
-        self.heads = nn.Linear(hidden_size, sum(self.memory.head_sizes()), **factory)
+        self.heads = nn.Linear(hidden_size, sum(memory.head_sizes()), **factory)
         self.projection = None
         if output_size is not None:
             self.projection = nn.Linear(hidden_size + reads_size, output_size, **factory)
-        start = None
+        self.register_parameter("start", None)
+        for name in options_of(memory):
+            if hasattr(self, name):
+                raise ValueError(f"{name} cannot be an option of {name_of(memory)}: every MemoryLayer has it")
+        self.memory = memory
         if memory_start == "learned":
             weight = self.heads.weight
             first = self._constant_state(1, weight.dtype, weight.device).memory[0]
-            start = nn.Parameter(torch.empty_like(first[0], dtype=weight.dtype))
-        self.register_parameter("start", start)
+            self.start = nn.Parameter(torch.empty_like(first[0], dtype=weight.dtype))
         self._adjust_parameters()
 
     @classmethod
@@ -140,15 +142,18 @@ class MemoryLayer(nn.Module):
 
     # The memory's options are attributes of the layer: each has one place, also where it is changed later.
     def __getattr__(self, name: str) -> Any:
-        memory = self.__dict__.get("memory")
-        if memory is not None and name in options_of(memory):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            memory = self.__dict__.get("memory")
+            if memory is None or name not in options_of(memory):
+                raise
             return getattr(memory, name)
-        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         memory = self.__dict__.get("memory")
         if memory is not None and name in options_of(memory):
-            name, value = "memory", replace(memory, **{name: value})
+            name, value = "memory", make_memory(memory, {name: value})
         super().__setattr__(name, value)
 
     def _adjust_parameters(self) -> None:
@@ -257,9 +262,7 @@ class MemoryLayer(nn.Module):
         if state is None:
             state = self.initial_state(x.shape[1]).to(x.dtype)
         else:
-            names = None if self.kind == "module" else controllers.state_names(self.kind)
-            like = self._constant_state(1, x.dtype, torch.device("meta"))
-            check_state(state, like, names, (x.shape[1],) if batched else (), x.device)
+            self._check_state(state, x, batched)
             if not batched:
                 state = state._map(lambda part: part.unsqueeze(0))
         weights: MemoryWeights | None = None
@@ -339,3 +342,9 @@ class MemoryLayer(nn.Module):
         device = self.heads.weight.device
         if x.device != device:
             raise RuntimeError(f"x must be on the device of the parameters, {device}, got {x.device}")
+
+    def _check_state(self, state: object, x: Tensor, batched: bool) -> None:
+        # What a module of the user's own keeps is its own to check.
+        names = None if self.kind == "module" else controllers.state_names(self.kind)
+        sizes = (self.hidden_size, self.memory.num_heads, self.memory.slot_size)
+        check_state(state, self.memory.state_like, names, sizes, x, (x.shape[1],) if batched else ())

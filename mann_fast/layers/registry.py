@@ -50,7 +50,8 @@ def make_memory(addressing: str | Memory, options: Mapping[str, Any]) -> Memory:
     A saved configuration may hold the options of every memory. So what belongs to another one is passed over where it has
     that memory's default, and order=None is the memory's own.
 
-    Raises TypeError for an option that the memory does not have; TypeError, ValueError as :class:`Memory`.
+    Raises TypeError for an option that the memory does not have, or a state that is none; TypeError, ValueError as
+    :class:`Memory`.
     """
     if not isinstance(addressing, Memory):
         check_choice("addressing", addressing, tuple(MEMORIES))
@@ -68,4 +69,6 @@ def make_memory(addressing: str | Memory, options: Mapping[str, Any]) -> Memory:
         elif all(value != defaults[option] for defaults in others.values()):
             known = ", ".join(map(repr, others))
             raise TypeError(f"{option} is an option of addressing {known}, not of {name!r}, got {value!r}")
-    return replace(memory, **taken)
+    memory = replace(memory, **taken)
+    _ = memory.state_like  # once: it is asked for at every call
+    return memory

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops._checks import HALF_DTYPES
+from .base import StateLike
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,35 +98,40 @@ class MemoryState(NamedTuple):
 
 def check_state(
     state: object,
-    like: MemoryState,
-    names: tuple[str, ...] | None,
+    like: StateLike,
+    controller: tuple[str, ...] | None,
+    sizes: tuple[int, int, int],
+    x: Tensor,
     batch: tuple[int, ...],
-    device: torch.device,
 ) -> None:
-    """A state with the sizes and dtypes of ``like``, which is of one sample and on any device.
+    """A state with a memory as ``like``, of the dtype and on the device of x.
 
-    names: of the controller's tensors; None where they are its own to check. batch: (B,), or () unbatched. Raises as
-    :meth:`MemoryLayer.forward`.
+    controller: the names of its tensors, None where they are its own to check. sizes: hidden_size, R and D. batch: (B,), or ()
+    unbatched. Raises as :meth:`MemoryLayer.forward`.
     """
     if not isinstance(state, MemoryState):
         raise TypeError(f"state must be a MemoryState or None, got {type(state).__name__}")
-    kind, controller = type(like.memory), () if names is None else state.controller
-    well_formed = isinstance(controller, tuple) and len(controller) == len(names or ())
-    if not (well_formed and isinstance(state.memory, kind)):
-        shape = "a controller's state" if names is None else f"({', '.join(names)})"
-        raise TypeError(f"state must be a MemoryState of {shape}, an {kind.__name__} and reads")
-    for name, part, one in (
-        *zip((f"controller.{name}" for name in names or ()), controller, like.controller, strict=True),
-        *zip((f"memory.{name}" for name in like.memory._fields), state.memory, like.memory, strict=True),
-        ("reads", state.reads, like.reads),
-    ):
+    kept = () if controller is None else state.controller
+    well_formed = isinstance(kept, tuple) and len(kept) == len(controller or ())
+    if not (well_formed and isinstance(state.memory, like.type)):
+        kind = "a controller's state" if controller is None else f"({', '.join(controller)})"
+        raise TypeError(f"state must be a MemoryState of {kind}, an {like.type.__name__} and reads")
+    hidden_size, *of_reads = sizes
+    wide = memory_dtype(x.dtype)
+    of_controller = (
+        (f"controller.{name}", part, (hidden_size,), x.dtype)
+        for name, part in zip(controller or (), kept, strict=True)
+    )
+    of_memory = (
+        (f"memory.{name}", part, shape, dtype or wide)
+        for part, (name, shape, dtype) in zip(state.memory, like.parts, strict=True)
+    )
+    for name, part, shape, dtype in (*of_controller, *of_memory, ("reads", state.reads, of_reads, x.dtype)):
         if not isinstance(part, Tensor):
             raise TypeError(f"state.{name} must be a tensor, got {type(part).__name__}")
-        if part.shape != (*batch, *one.shape[1:]):
-            raise ValueError(
-                f"state.{name} must have shape {[*batch, *one.shape[1:]]}, got {list(part.shape)}"
-            )
-        if part.dtype != one.dtype:
-            raise TypeError(f"state.{name} must have dtype {one.dtype}, got {part.dtype}")
-        if part.device != device:
-            raise RuntimeError(f"state.{name} must be on the device of x, {device}, got {part.device}")
+        if part.shape != (*batch, *shape):
+            raise ValueError(f"state.{name} must have shape {[*batch, *shape]}, got {list(part.shape)}")
+        if part.dtype != dtype:
+            raise TypeError(f"state.{name} must have dtype {dtype}, got {part.dtype}")
+        if part.device != x.device:
+            raise RuntimeError(f"state.{name} must be on the device of x, {x.device}, got {part.device}")
