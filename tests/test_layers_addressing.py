@@ -243,16 +243,20 @@ def test_no_steps(options):
         ({"addressing": "dnc"}, ValueError, "addressing must be one of 'lrua', 'ntm', 'content', got 'dnc'"),
         ({"addressing": "ntm", "max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
         ({"addressing": "ntm", "max_shift": 1.5}, TypeError, "max_shift must be an int, got float"),
-        ({"max_shift": 2}, TypeError, "max_shift is an option of addressing 'ntm', not of 'lrua', got 2"),
+        (
+            {"max_shift": 2},
+            TypeError,
+            "max_shift is no option here, got 2; addressing 'lrua' has num_slots, ",
+        ),
         (
             {"addressing": "ntm", "usage_decay": 0.9},
             TypeError,
-            "usage_decay is an option of addressing 'lrua', not of 'ntm', got 0.9",
+            "usage_decay is no option here, got 0.9; .*, max_shift",
         ),
         (
             {"addressing": "content", "decay": 0.9},
             TypeError,
-            "decay is no option; addressing 'content' has num_slots, slot_size, num_heads, order, eps",
+            "decay is no option here, got 0.9; .* order, eps$",
         ),
     ],
 )

@@ -135,11 +135,9 @@ def test_options_are_those_of_the_memory(page):
     with pytest.raises(ValueError, match="num_heads must be at most num_slots = 7, got 8"):
         layer.num_heads = 8
     with pytest.raises(
-        TypeError, match="usage_decay is an option of addressing 'lrua', not of 'Ring', got 0.5"
+        TypeError, match="usage_decay is no option here, got 0.95; addressing 'Ring' has num_s"
     ):
-        make_layer(page, usage_decay=0.5)
-    with pytest.raises(TypeError, match="decay is no option; addressing 'Ring' has num_slots, .*, sharpness"):
-        make_layer(page, decay=0.5)
+        make_layer(page, usage_decay=0.95)
     with pytest.raises(ValueError, match="addressing must be one of 'lrua', 'ntm', 'content', got <class"):
         MemoryLayer(4, addressing=Ring)
     with pytest.raises(AttributeError, match="no attribute 'usage_decay'"):
@@ -197,8 +195,10 @@ class Counting(Memory):
     def step(self, state, heads, record=False):
         where = torch.zeros(*heads.shape[:2], self.num_slots, dtype=heads.dtype, device=heads.device)
         reads = heads + state.count[:, None, None]
-        reads = {"": reads, "shape": reads[:, 0], "dtype": reads.to(torch.float16)}[self.wrong]
-        return reads, Counter(state.slots, state.count + 1), MemoryWeights(where, where, None)
+        reads = {"shape": reads[:, 0], "dtype": reads.to(torch.float16)}.get(self.wrong, reads)
+        state = Counter(state.slots, state.count + 1)
+        weights = None if self.wrong == "weights" else MemoryWeights(where, where, None)
+        return reads, tuple(state) if self.wrong == "state" else state, weights
 
 
 def test_a_state_may_hold_integers_and_know_its_start():
@@ -230,6 +230,10 @@ def test_what_is_no_state_or_no_name_of_an_option_is_refused():
     class Clash(Counting):
         hidden_size: int = 3
 
+    @dataclass(frozen=True)
+    class Device(Counting):
+        device: str = "disk"
+
     with pytest.raises(
         TypeError, match=r"Unnamed.initial_state must return a NamedTuple of tensors \[B, ...\]"
     ):
@@ -238,16 +242,27 @@ def test_what_is_no_state_or_no_name_of_an_option_is_refused():
         ValueError, match="hidden_size cannot be an option of Clash: every MemoryLayer has it"
     ):
         MemoryLayer(4, 5, addressing=Clash())
+    with pytest.raises(ValueError, match="device cannot be an option of Device: every MemoryLayer has it"):
+        MemoryLayer(4, 5, addressing=Device())
 
 
-@pytest.mark.parametrize("wrong", ["shape", "dtype"])
-def test_reads_of_another_shape_or_dtype_are_refused(wrong):
-    """A step that gives [B, D] or float16 would make an output of another width or dtype."""
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            "shape",
+            ValueError,
+            r"reads \[B, R, D\] = \[2, 2, 3\] in torch.float32, got \[2, 3\] in torch.float32",
+        ),
+        ("dtype", ValueError, r"reads .* in torch.float32, got \[2, 2, 3\] in torch.float16"),
+        ("state", TypeError, "a state of type Counter, got tuple"),
+        ("weights", TypeError, "MemoryWeights where they are asked for"),
+    ],
+)
+def test_a_step_that_gives_something_else_is_refused(wrong, error, message):
     layer = MemoryLayer(4, 5, addressing=Counting(**SIZES, wrong=wrong))
-    with pytest.raises(
-        ValueError, match=r"Counting.step must give reads \[B, R, D\] = \[2, 2, 3\] in torch.float32"
-    ):
-        layer(torch.randn(1, 2, 4))
+    with pytest.raises(error, match=f"Counting.step must give {message}"):
+        layer(torch.randn(1, 2, 4), return_weights=True)
 
 
 def test_a_memory_says_all_that_is_asked_of_it():

@@ -104,7 +104,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--addressing",
         choices=tuple(MEMORIES),
-        help="of the memory, in a sequence task (default: ntm; for regression, lrua)",
+        help="of the memory, in a sequence task (default: "
+        f"{', '.join(f'{SequenceConfig.of_task(task).addressing} for {task}' for task in TASKS)})",
     )
     setting("--controller", choices=tuple(CONTROLLERS), help="of a sequence task (default: lstm)")
     setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -104,7 +105,7 @@ class MemoryLayer(nn.Module):
             self.projection = nn.Linear(hidden_size + reads_size, output_size, **factory)
         self.register_parameter("start", None)
         for name in options_of(memory):
-            if hasattr(self, name):
+            if name in ("memory", "addressing", "device", "dtype") or hasattr(self, name):
                 raise ValueError(f"{name} cannot be an option of {name_of(memory)}: every MemoryLayer has it")
         self.memory = memory
         if memory_start == "learned":
@@ -169,12 +170,13 @@ class MemoryLayer(nn.Module):
         self._adjust_parameters()
 
     def extra_repr(self) -> str:
-        defaults = options_of(self.memory)
-        shown = [f"{name}={getattr(self.memory, name)!r}" for name in ("num_slots", "slot_size", "num_heads")]
+        sizes = [field.name for field in fields(Memory)]
+        shown = [f"{name}={getattr(self.memory, name)!r}" for name in sizes]
+        defaults = {name: value for name, value in options_of(self.memory).items() if name not in sizes}
         options = {
             "controller": (self.kind, "module" if self.kind == "module" else "lstm"),
             "addressing": (self.addressing, "lrua"),
-            **{name: (getattr(self.memory, name), default) for name, default in list(defaults.items())[3:]},
+            **{name: (getattr(self.memory, name), default) for name, default in defaults.items()},
             "memory_start": (self.memory_start, "constant"),
             "batch_first": (self.batch_first, False),
         }
@@ -330,6 +332,13 @@ class MemoryLayer(nn.Module):
         if reads.shape != shape or reads.dtype != values.dtype:
             expected, came = f"{list(shape)} in {values.dtype}", f"{list(reads.shape)} in {reads.dtype}"
             raise ValueError(f"{self.addressing}.step must give reads [B, R, D] = {expected}, got {came}")
+        if not isinstance(state, self.memory.state_like.type):
+            kind = self.memory.state_like.type.__name__
+            raise TypeError(
+                f"{self.addressing}.step must give a state of type {kind}, got {type(state).__name__}"
+            )
+        if record and weights is None:
+            raise TypeError(f"{self.addressing}.step must give MemoryWeights where they are asked for")
         return reads, state, weights
 
     def _check_input(self, x: object) -> None:

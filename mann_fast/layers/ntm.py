@@ -21,7 +21,7 @@ class Content(Memory):
 
     Of the layer's heads, for the read heads and then for the write heads: keys (R D) and sharpness (R); then erase (R D) and
     add (R D). Keys and add vectors go through tanh, erase vectors through a sigmoid, sharpness through 1 + softplus. State:
-    :class:`mann_fast.ops.NTMState`.
+    :class:`mann_fast.ops.NTMState`. Equal slots are addressed alike and stay equal, as all are at the start of a sequence.
 
     Args:
         num_slots, slot_size, num_heads: N, D and R.

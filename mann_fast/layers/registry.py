@@ -47,28 +47,28 @@ def name_of(memory: Memory) -> str:
 def make_memory(addressing: str | Memory, options: Mapping[str, Any]) -> Memory:
     """The memory of that name, or the one given, with these options in the place of its own.
 
-    A saved configuration may hold the options of every memory. So what belongs to another one is passed over where it has
-    that memory's default, and order=None is the memory's own.
-
-    Raises TypeError for an option that the memory does not have, or a state that is none; TypeError, ValueError as
+    Raises TypeError for an option that the memory does not have, or where its state is none; TypeError, ValueError as
     :class:`Memory`.
     """
-    if not isinstance(addressing, Memory):
+    if isinstance(addressing, Memory):
+        memory = addressing
+    else:
         check_choice("addressing", addressing, tuple(MEMORIES))
-    memory = addressing if isinstance(addressing, Memory) else MEMORIES[addressing]()
-    own, name = options_of(memory), name_of(memory)
-    taken = {}
-    for option, value in options.items():
-        others = {other: options_of(kind) for other, kind in MEMORIES.items() if option in options_of(kind)}
-        if option == "order" and value is None:
-            continue
-        if option in own:
-            taken[option] = value
-        elif not others:
-            raise TypeError(f"{option} is no option; addressing {name!r} has {', '.join(own)}")
-        elif all(value != defaults[option] for defaults in others.values()):
-            known = ", ".join(map(repr, others))
-            raise TypeError(f"{option} is an option of addressing {known}, not of {name!r}, got {value!r}")
-    memory = replace(memory, **taken)
+        memory = MEMORIES[addressing]()
+        options = {name: value for name, value in options.items() if not _says_nothing(memory, name, value)}
+    own = options_of(memory)
+    for name, value in options.items():
+        if name not in own:
+            has = f"addressing {name_of(memory)!r} has {', '.join(own)}"
+            raise TypeError(f"{name} is no option here, got {value!r}; {has}")
+    memory = replace(memory, **options)
     _ = memory.state_like  # once: it is asked for at every call
     return memory
+
+
+def _says_nothing(memory: Memory, name: str, value: object) -> bool:
+    """Whether a configuration of mann_fast 0.1 has this whatever it was made with: it held the options of every memory, those
+    of the others at their defaults, and order=None for the memory's own order."""
+    if name in options_of(memory):
+        return name == "order" and value is None
+    return any(name in known and known[name] == value for known in map(options_of, MEMORIES.values()))
