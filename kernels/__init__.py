@@ -1,18 +1,23 @@
-"""Triton kernels behind the raw ops, one file per op family. Imported by the first op that they serve."""
+"""Triton kernels behind the raw ops. Imported by the first op that they serve."""
 
 from __future__ import annotations
 
 import torch
 
-from . import content, lrua, ntm
+from . import content, lrua, lrua_scan, ntm
+
+FAMILIES = (content, lrua, lrua_scan, ntm)  # each names the raw ops that it implements in RAW
 
 
 def register(library: torch.library.Library) -> None:
     """Implement the raw ops of ``library`` for CUDA tensors, and for CPU tensors, which only the interpreter can take."""
-    for module in (content, lrua, ntm):
-        for name in module.RAW:
+    for family in FAMILIES:
+        for name in family.RAW:
             for device in ("CUDA", "CPU"):
-                library.impl(name, getattr(module, name), device)
+                library.impl(name, getattr(family, name), device)
 
 
-__all__ = ["content", "lrua", "ntm", "register"]
+def explain(raw: str, op: str, num_slots: int, slot_size: int, heads: int) -> str:
+    """How the raw op behind ``op`` is launched at this size, in a sentence made from the plan that its launcher follows."""
+    family = next(family for family in FAMILIES if raw in family.RAW)
+    return family.sentence(op, num_slots, slot_size, heads)

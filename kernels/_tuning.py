@@ -60,7 +60,11 @@ def num_warps(
 
 
 def tune(
-    kernels: dict[str, Callable[[int], float]], device_name: str, num_slots: int, slot_size: int, num_heads: int
+    kernels: dict[str, Callable[[int], float]],
+    device_name: str,
+    num_slots: int,
+    slot_size: int,
+    num_heads: int,
 ) -> dict[str, int]:
     """Measure every kernel with every number of warps and keep the fastest of each in the file.
 

@@ -8,19 +8,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import BACKWARD, FORWARD, contiguous, launch, split
+from ._launch import BACKWARD, FORWARD, contiguous, launch, sum_programs
+from ._memory import dot_rows, inverse_root, load_rows, similarity_backward, store_rows, sum_heads, sum_slots
+from ._sizes import pass_sentence, split
 
 RAW = ("content_read", "content_read_backward")
 
 
 @triton.jit
-def _load_rows(pointer, present: tl.constexpr, rows, columns, num_columns, mask, dtype: tl.constexpr):
-    """[rows, columns] of a row-major array as dtype, 0 where masked; zeros where the array is absent."""
-    if present:
-        values = tl.load(pointer + rows[:, None] * num_columns + columns[None, :], mask=mask, other=0.0).to(dtype)
-    else:
-        values = tl.zeros([rows.shape[0], columns.shape[0]], dtype)
-    return values
+def _load_head_inputs(
+    key, sharpness, rows, r, d, dtype: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SHARP: tl.constexpr
+):
+    """Keys [heads, width], their squares and sharpness [heads] of one sample."""
+    k = load_rows(key, True, rows, d, D, (r[:, None] < R) & (d[None, :] < D), dtype)
+    beta = tl.full(r.shape, 1.0, dtype)
+    if SHARP:
+        beta = tl.load(sharpness + rows, mask=r < R, other=0.0).to(dtype)
+    return k, tl.sum(k * k, 1), beta
+
+
+@triton.jit
+def _scores_to_weights(weights, rows, greatest, total, first, end, r, N, R: tl.constexpr, TILE: tl.constexpr):
+    """Slots [first, end): softmax of the similarities that weights hold, their greatest and sum over all slots known."""
+    for start in range(first, end, TILE):
+        n = start + tl.arange(0, TILE)
+        place = weights + rows[:, None] * N + n[None, :]
+        inside = (r[:, None] < R) & (n[None, :] < end)
+        score = tl.load(place, mask=inside, other=float("-inf"))
+        tl.store(place, tl.exp(score - greatest[:, None]) / total[:, None], mask=inside)
 
 
 @triton.jit
@@ -35,12 +50,9 @@ def _read_kernel(
     part = tl.program_id(1)
     dtype = memory.dtype.element_ty
     d, r = tl.arange(0, DP), tl.arange(0, RP)
+    rows = b * R + r
     valid_rd = (r[:, None] < R) & (d[None, :] < D)
-    k = _load_rows(key, True, b * R + r, d, D, valid_rd, dtype)
-    beta = tl.full([RP], 1.0, dtype)
-    if SHARP:
-        beta = tl.load(sharpness + b * R + r, mask=r < R, other=0.0).to(dtype)
-    key_square = tl.sum(k * k, 1)
+    k, key_square, beta = _load_head_inputs(key, sharpness, rows, r, d, dtype, D, R, SHARP)
     largest = tl.full([RP], float("-inf"), dtype)
     sum_ = tl.zeros([RP], dtype)
     acc = tl.zeros([RP, DP], dtype)
@@ -48,33 +60,25 @@ def _read_kernel(
     for start in range(part * span, end, TILE):
         n = start + tl.arange(0, TILE)
         mask = n < end
-        m = tl.load(memory + (b * N + n[:, None]) * D + d[None, :], mask=mask[:, None] & (d[None, :] < D), other=0.0)
-        dots = tl.sum(k[:, None, :] * m[None, :, :], 2)
+        m = load_rows(memory, True, b * N + n, d, D, mask[:, None] & (d[None, :] < D), dtype)
         norms = key_square[:, None] * tl.sum(m * m, 1)[None, :] + EPS
-        score = tl.where(mask[None, :], beta[:, None] * dots / tl.sqrt(norms), float("-inf"))
-        inside = (r[:, None] < R) & mask[None, :]
-        tl.store(weights + (b * R + r[:, None]) * N + n[None, :], score, mask=inside)
+        score = tl.where(mask[None, :], beta[:, None] * dot_rows(k, m) / tl.sqrt(norms), float("-inf"))
+        store_rows(weights, score, rows, n, N, (r[:, None] < R) & mask[None, :])
         larger = tl.maximum(largest, tl.max(score, 1))
         shrink = tl.exp(largest - larger)
         e = tl.exp(score - larger[:, None])
         sum_ = sum_ * shrink + tl.sum(e, 1)
-        acc = acc * shrink[:, None] + tl.sum(e[:, :, None] * m[None, :, :], 1)
+        acc = acc * shrink[:, None] + sum_slots(e, m)
         largest = larger
     if WHOLE:
-        out = acc / sum_[:, None]
-        tl.store(read + (b * R + r[:, None]) * D + d[None, :], out.to(read.dtype.element_ty), mask=valid_rd)
+        store_rows(read, acc / sum_[:, None], rows, d, D, valid_rd)
         tl.debug_barrier()
-        for start in range(0, N, TILE):
-            n = start + tl.arange(0, TILE)
-            place = weights + (b * R + r[:, None]) * N + n[None, :]
-            inside = (r[:, None] < R) & (n[None, :] < N)
-            score = tl.load(place, mask=inside, other=float("-inf"))
-            tl.store(place, tl.exp(score - largest[:, None]) / sum_[:, None], mask=inside)
+        _scores_to_weights(weights, rows, largest, sum_, 0, N, r, N, R, TILE)
     else:
         row = (b * splits + part) * R + r
         tl.store(greatest + row, largest, mask=r < R)
         tl.store(total + row, sum_, mask=r < R)
-        tl.store(partial + row[:, None] * D + d[None, :], acc, mask=valid_rd)
+        store_rows(partial, acc, row, d, D, valid_rd)
 
 
 @triton.jit
@@ -87,6 +91,7 @@ def _combine_kernel(
     part = tl.program_id(1)
     dtype = weights.dtype.element_ty
     d, r = tl.arange(0, DP), tl.arange(0, RP)
+    rows = b * R + r
     largest = tl.full([RP], float("-inf"), dtype)
     for p in range(0, splits):
         found = tl.load(greatest + (b * splits + p) * R + r, mask=r < R, other=0.0)
@@ -99,17 +104,11 @@ def _combine_kernel(
         shrink = tl.exp(tl.load(greatest + row, mask=r < R, other=0.0) - largest)
         sum_ += tl.load(total + row, mask=r < R, other=1.0) * shrink
         if part == 0:
-            acc += tl.load(partial + row[:, None] * D + d[None, :], mask=valid_rd, other=0.0) * shrink[:, None]
+            acc += load_rows(partial, True, row, d, D, valid_rd, dtype) * shrink[:, None]
     if part == 0:
-        out = acc / sum_[:, None]
-        tl.store(read + (b * R + r[:, None]) * D + d[None, :], out.to(read.dtype.element_ty), mask=valid_rd)
+        store_rows(read, acc / sum_[:, None], rows, d, D, valid_rd)
     end = tl.minimum((part + 1) * span, N)
-    for start in range(part * span, end, TILE):
-        n = start + tl.arange(0, TILE)
-        place = weights + (b * R + r[:, None]) * N + n[None, :]
-        inside = (r[:, None] < R) & (n[None, :] < end)
-        score = tl.load(place, mask=inside, other=float("-inf"))
-        tl.store(place, tl.exp(score - largest[:, None]) / sum_[:, None], mask=inside)
+    _scores_to_weights(weights, rows, largest, sum_, part * span, end, r, N, R, TILE)
 
 
 @triton.jit
@@ -126,22 +125,18 @@ def _backward_kernel(
     d, r = tl.arange(0, DP), tl.arange(0, RP)
     valid_rd = (r[:, None] < R) & (d[None, :] < D)
     rows = b * R + r
-    k = _load_rows(key, True, rows, d, D, valid_rd, dtype)
-    beta = tl.full([RP], 1.0, dtype)
-    if SHARP:
-        beta = tl.load(sharpness + rows, mask=r < R, other=0.0).to(dtype)
-    key_square = tl.sum(k * k, 1)
+    k, key_square, beta = _load_head_inputs(key, sharpness, rows, r, d, dtype, D, R, SHARP)
     # delta: the sum over slots of w dL/dw; the part through the read is grad_read . read
-    g = _load_rows(grad_read, OF_READ, rows, d, D, valid_rd, dtype)
+    g = load_rows(grad_read, OF_READ, rows, d, D, valid_rd, dtype)
     delta = tl.zeros([RP], dtype)
     if OF_READ:
-        delta += tl.sum(g * _load_rows(read, True, rows, d, D, valid_rd, dtype), 1)
+        delta += tl.sum(g * load_rows(read, True, rows, d, D, valid_rd, dtype), 1)
     if OF_WEIGHTS:
         for start in range(0, N, TILE):
             n = start + tl.arange(0, TILE)
             inside = (r[:, None] < R) & (n[None, :] < N)
-            w = _load_rows(weights, True, rows, n, N, inside, dtype)
-            delta += tl.sum(w * _load_rows(grad_weights, True, rows, n, N, inside, dtype), 1)
+            w = load_rows(weights, True, rows, n, N, inside, dtype)
+            delta += tl.sum(w * load_rows(grad_weights, True, rows, n, N, inside, dtype), 1)
     sum_key = tl.zeros([RP, DP], dtype)
     sum_beta = tl.zeros([RP], dtype)
     sum_key_square = tl.zeros([RP], dtype)
@@ -149,32 +144,28 @@ def _backward_kernel(
     for start in range(part * span, end, TILE):
         n = start + tl.arange(0, TILE)
         mask = n < end
-        slots = (b * N + n[:, None]) * D + d[None, :]
         inside_m = mask[:, None] & (d[None, :] < D)
-        m = tl.load(memory + slots, mask=inside_m, other=0.0)
+        m = load_rows(memory, True, b * N + n, d, D, inside_m, dtype)
         inside = (r[:, None] < R) & mask[None, :]
-        w = _load_rows(weights, True, rows, n, N, inside, dtype)
-        dots = tl.sum(k[:, None, :] * m[None, :, :], 2)
+        w = load_rows(weights, True, rows, n, N, inside, dtype)
         squares = tl.sum(m * m, 1)
-        q = 1.0 / tl.sqrt(key_square[:, None] * squares[None, :] + EPS)
-        grad_w = _load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
+        q = inverse_root(key_square[:, None], squares[None, :], EPS)
+        grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
         if OF_READ:
-            grad_w += tl.sum(g[:, None, :] * m[None, :, :], 2)
+            grad_w += dot_rows(g, m)
         scaled = w * (grad_w - delta[:, None]) * q
-        grad_dots = scaled * beta[:, None]
-        grad_cosine = scaled * dots
-        sum_beta += tl.sum(grad_cosine, 1)
-        grad_norms = grad_cosine * (-0.5 * beta[:, None]) * q * q
+        grad_dots, grad_beta, grad_norms = similarity_backward(scaled, dot_rows(k, m), beta[:, None], q)
+        sum_beta += tl.sum(grad_beta, 1)
         sum_key_square += tl.sum(grad_norms * squares[None, :], 1)
         grad_m = 2.0 * tl.sum(grad_norms * key_square[:, None], 0)[:, None] * m
-        grad_m += tl.sum(grad_dots[:, :, None] * k[:, None, :], 0)
+        grad_m += sum_heads(grad_dots, k)
         if OF_READ:
-            grad_m += tl.sum(w[:, :, None] * g[:, None, :], 0)
-        tl.store(grad_memory + slots, grad_m, mask=inside_m)
-        sum_key += tl.sum(grad_dots[:, :, None] * m[None, :, :], 1)
+            grad_m += sum_heads(w, g)
+        store_rows(grad_memory, grad_m, b * N + n, d, D, inside_m)
+        sum_key += sum_slots(grad_dots, m)
     sum_key += 2.0 * sum_key_square[:, None] * k
     row = (part * B + b) * R + r
-    tl.store(grad_key + row[:, None] * D + d[None, :], sum_key.to(grad_key.dtype.element_ty), mask=valid_rd)
+    store_rows(grad_key, sum_key, row, d, D, valid_rd)
     if SHARP:
         tl.store(grad_sharpness + row, sum_beta.to(grad_sharpness.dtype.element_ty), mask=r < R)
 
@@ -194,8 +185,9 @@ def content_read(memory: Tensor, key: Tensor, sharpness: Tensor | None, eps: flo
     )  # fmt: skip
     if parts > 1:
         launch(
-            _combine_kernel, (batch, parts), read, weights, *found, num_slots, span, parts, **constants, options=FORWARD
-        )
+            _combine_kernel, (batch, parts), read, weights, *found, num_slots, span, parts,
+            **constants, options=FORWARD,
+        )  # fmt: skip
     return read, weights
 
 
@@ -218,12 +210,16 @@ def content_read_backward(
     dtype = key.dtype if parts == 1 else memory.dtype
     grad_memory = torch.empty_like(memory)
     grad_key = key.new_empty(parts, batch, heads, slot_size, dtype=dtype)
-    grad_sharpness = key.new_empty((parts, batch, heads) if sharpness is not None else (parts, 0), dtype=dtype)
+    grad_sharpness = key.new_empty(
+        (parts, batch, heads) if sharpness is not None else (parts, 0), dtype=dtype
+    )
     launch(
         _backward_kernel, (batch, parts), grad_read, grad_weights, memory, key, sharpness, read, weights, grad_memory,
         grad_key, grad_sharpness, batch, num_slots, span, EPS=eps, **constants, SHARP=sharpness is not None,
         OF_READ=grad_read is not None, OF_WEIGHTS=grad_weights is not None, options=BACKWARD,
     )  # fmt: skip
-    if parts == 1:
-        return grad_memory, grad_key[0], grad_sharpness[0]
-    return grad_memory, grad_key.sum(0).to(key.dtype), grad_sharpness.sum(0).to(key.dtype)
+    return grad_memory, sum_programs(grad_key, key.dtype), sum_programs(grad_sharpness, key.dtype)
+
+
+def sentence(op: str, num_slots: int, slot_size: int, heads: int) -> str:
+    return pass_sentence(num_slots, slot_size, heads)

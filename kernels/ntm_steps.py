@@ -2,7 +2,7 @@
 
 content_read goes over the memory, which is the most of a step, in tiles split over programs. What a head does with its
 content weights is a few operations on [B, H, N], and the write one or two on the memory for each head. Backward is by the
-same formulas, from the same anchors and weights, as csrc/cpu/ntm.cpp. No GPU has run it yet.
+same formulas, from the same anchors and weights, as csrc/cpu/ntm.cpp.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..reference.ntm import NTMHead
-from . import content
-from .lrua import _product
+from ._steps import anchored_memory, product
+from .content import content_read, content_read_backward
 
 
 def _of(heads: NTMHead, chosen: slice) -> NTMHead:
@@ -42,7 +42,7 @@ class _Addressed(NamedTuple):
 
 def _address(memory: Tensor, heads: NTMHead, previous: Tensor, eps: float) -> _Addressed:
     """Graves et al. 2014, eqs. 5-9; at least one head."""
-    read, by_content = content.content_read(memory, heads.key, heads.sharpness, eps)
+    read, by_content = content_read(memory, heads.key, heads.sharpness, eps)
     gate = _row(heads.gate, memory)
     gated = gate * by_content + (1 - gate) * previous
     shifted = sum(share * gated.roll(by, 2) for by, share in _moves(heads, memory))
@@ -64,7 +64,7 @@ def _address_backward(grad: Tensor, memory: Tensor, heads: NTMHead, previous: Te
     of_shift = torch.stack([(of_shifted * x.gated.roll(by, 2)).sum(2) for by, _ in moves], 2)
     of_gated = sum(share * of_shifted.roll(-by, 2) for by, share in moves)
     of_gate = (of_gated * (x.content - previous)).sum(2)
-    of_memory, of_key, of_sharpness = content.content_read_backward(
+    of_memory, of_key, of_sharpness = content_read_backward(
         None, of_gated * gate, memory, heads.key, heads.sharpness, x.read, x.content, eps
     )
     return of_memory, NTMHead(of_key, of_sharpness, of_gate, of_shift, of_gamma), of_gated * (1 - gate)
@@ -93,7 +93,7 @@ def _erase_and_add_backward(grad: Tensor, memory: Tensor, weights: Tensor, erase
                 erased = erased * left[v]
         of_erase[:, w] = -(erased * weights[:, w, :, None]).sum(1)
         of_weights[:, w] = (grad * wide_add[:, w, None, :] - erased * wide_erase[:, w, None, :]).sum(2)
-    of_add = _product(weights, grad)
+    of_add = product(weights, grad)
     for one in left:
         grad = grad * one
     return grad, of_weights, of_erase, of_add
@@ -105,11 +105,10 @@ def scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anch
     writes, all_heads = erase.shape[2], weights.shape[1]
     first = all_heads - writes
     reading, writing = slice(0, first), slice(first, all_heads)
-    numbers = memory.shape[1] * memory.shape[2]
     memory, weights = memory.clone(), weights.clone()
     for t in range(reads.shape[0]):
         if anchor_every > 0 and t > 0 and t % anchor_every == 0:
-            anchors[t // anchor_every - 1].flatten(1)[:, :numbers] = memory.flatten(1)
+            anchored_memory(anchors[t // anchor_every - 1], memory).copy_(memory)
         given, now, before = NTMHead(*(x[t] for x in heads)), torch.empty_like(weights), memory
         # Those of a memory together.
         groups = [slice(0, all_heads)] if read_first else [writing, reading]
@@ -119,7 +118,7 @@ def scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anch
                 now[:, group] = _address(memory, _of(given, group), previous, eps).weights
             if group is not reading and writes:
                 memory = _erase_and_add(memory, now[:, writing], erase[t], add[t])
-        reads[t] = _product(now[:, reading], before if read_first else memory).to(reads.dtype)
+        reads[t] = product(now[:, reading], before if read_first else memory).to(reads.dtype)
         weights = now
         if anchor_every > 0:
             history[t] = now
@@ -133,7 +132,6 @@ def scan_backward(grads, memory, weights, inputs, history, anchors, read_first, 
     steps, writes, all_heads = erase.shape[0], erase.shape[2], weights.shape[1]
     first_write = all_heads - writes
     reading, writing = slice(0, first_write), slice(first_write, all_heads)
-    numbers = memory.shape[1] * memory.shape[2]
     grad_memory = torch.zeros_like(memory) if grad_memory is None else grad_memory.clone()
     grad_weights = torch.zeros_like(weights) if grad_weights is None else grad_weights.clone()
 
@@ -141,8 +139,8 @@ def scan_backward(grads, memory, weights, inputs, history, anchors, read_first, 
         if grad_reads is None or first_write == 0:
             return
         wide = grad_reads[t].to(memory.dtype)
-        grad_weights[:, reading] += _product(wide, addressed.transpose(1, 2))
-        grad_memory.add_(_product(history[t][:, reading].transpose(1, 2), wide))
+        grad_weights[:, reading] += product(wide, addressed.transpose(1, 2))
+        grad_memory.add_(product(history[t][:, reading].transpose(1, 2), wide))
 
     def through_heads(t, group, addressed):
         if group.stop == group.start:
@@ -157,13 +155,14 @@ def scan_backward(grads, memory, weights, inputs, history, anchors, read_first, 
         for result, of in zip(results, of_given, strict=False):
             result[t][:, group] = of
 
-    for first in range((steps - 1) // every * every if steps else -1, -1, -every):
+    for first in reversed(range(0, steps, every)):
         last = min(first + every, steps)
-        start = memory if first == 0 else anchors[first // every - 1].flatten(1)[:, :numbers].reshape(memory.shape)
-        memories = [start]
+        memories = [memory]
+        if first > 0:
+            memories = [anchored_memory(anchors[first // every - 1], memory).contiguous()]
         for t in range(first, last if not read_first else last - 1):
             memories.append(_erase_and_add(memories[-1], history[t][:, writing], erase[t], add[t]))
-        for t in range(last - 1, first - 1, -1):
+        for t in reversed(range(first, last)):
             before = memories[t - first]
             if not read_first:
                 through_reads(t, memories[t - first + 1])

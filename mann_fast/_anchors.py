@@ -9,9 +9,6 @@ import torch
 
 SLOT_PADDING = 16  # slot_padding in csrc/include/arguments.h
 
-# Numbers in the shared memory of a multiprocessor (227 KiB from sm_90 on), beside 16 KiB for everything else.
-REPLAY_NUMBERS = (227 - 16) * 1024 // 4
-
 
 def anchors_shape(steps: int, batch: int, rows: int, num_slots: int, every: int) -> tuple[int, ...]:
     """[anchors, B, rows, padded N]: slots in lanes, before steps ``every``, 2 ``every``, ... ``rows`` is D of a memory alone,
@@ -20,21 +17,30 @@ def anchors_shape(steps: int, batch: int, rows: int, num_slots: int, every: int)
     return count, batch, rows, (num_slots + SLOT_PADDING - 1) // SLOT_PADDING * SLOT_PADDING
 
 
-def lrua_interval(num_slots: int, slot_size: int, num_heads: int, backend: str = "cpp") -> int:
+def lrua_interval(num_slots: int, slot_size: int, num_heads: int, cuda: torch.device | None = None) -> int:
     """Every how many steps an LRUA scan keeps an anchor.
 
     Enough steps that what is kept, (D + R) N floats an anchor, stays below the R (N + D) floats a step that keeping all
     read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache. The CUDA
-    kernels keep them in shared memory, where a few steps less make them fit: then below R (N + 2 D) floats.
+    kernels, on the device ``cuda``, keep them in shared memory, where a few steps less make them fit: then below
+    R (N + 2 D) floats.
     """
     kept = (slot_size + num_heads) * num_slots
     interval = max(8, -(-kept // (num_heads * (num_slots + slot_size))))
-    if backend == "cuda":
+    if cuda is not None:
         memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
-        fitting = (REPLAY_NUMBERS - memory - 4 * num_heads * num_slots) // (memory + rows)
+        fitting = (_replay_numbers(cuda) - memory - 4 * num_heads * num_slots) // (memory + rows)
         if fitting > 0 and kept <= fitting * num_heads * (num_slots + 2 * slot_size):
             return min(interval, fitting)
     return interval
+
+
+def _replay_numbers(cuda: torch.device) -> int:
+    """Floats that a block's shared memory has room for, beside 16 KiB for everything else. Emulated, as on sm_90."""
+    shared = 227 * 1024
+    if cuda.type == "cuda":
+        shared = torch.cuda.get_device_properties(cuda).shared_memory_per_block_optin
+    return (shared - 16 * 1024) // 4
 
 
 def ntm_interval(slot_size: int, heads: int) -> int:

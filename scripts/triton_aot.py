@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mann_fast import kernels
-from mann_fast.kernels import content, lrua, ntm
-from mann_fast.ops import ntm as ntm_ops
-from mann_fast.ops.lrua import anchor_interval
+from mann_fast._anchors import lrua_interval, ntm_interval
+from mann_fast.kernels import content, lrua, lrua_scan, ntm
+from mann_fast.kernels._sizes import fits_one_program
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
 PAPER = (128, 40, 4)
@@ -92,37 +92,24 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
     def empty(*sizes, dtype=torch.float64 if dtype == torch.float64 else torch.float32):
         return torch.empty(sizes, device="meta", dtype=dtype)
 
-    content.launch = lrua.launch = ntm.launch = note
+    for family in kernels.FAMILIES:
+        family.launch = note
     memory, weights, usage = empty(2, slots, size), empty(2, heads, slots), empty(2, slots)
     key, gate = empty(2, heads, size, dtype=dtype), empty(2, heads, dtype=dtype)
-    read, out = kernels.content.content_read(memory, key, gate, 1e-6)
-    kernels.content.content_read_backward(read, out, memory, key, gate, read, out, 1e-6)
+    read, out = content.content_read(memory, key, gate, 1e-6)
+    content.content_read_backward(read, out, memory, key, gate, read, out, 1e-6)
     new, write_weights, chosen = lrua.lrua_write(memory, weights, usage, key, gate, False)
     lrua.lrua_write_backward(new, write_weights, weights, key, gate, chosen, False)
-    if lrua.fits_one_program(slots, size):
-        keys, gates, every = (
-            key.expand(20, -1, -1, -1),
-            gate.expand(20, -1, -1),
-            anchor_interval(slots, size, heads),
-        )
-        inputs = (keys, keys, gates, gates)
+    if fits_one_program(slots, size):
+        keys, gates = key.expand(20, -1, -1, -1), gate.expand(20, -1, -1)
+        inputs, every = (keys, keys, gates, gates), lrua_interval(slots, size, heads)
         for read_first in (False, True) if shape == PAPER else (False,):
-            reads, memory, weights, _, chosen, anchors = lrua.lrua_scan(
-                memory, weights, usage, *inputs, read_first, False, 0.95, 1e-6, every
+            options = (read_first, False)
+            reads, memory, weights, _, chosen, anchors = lrua_scan.lrua_scan(
+                memory, weights, usage, *inputs, *options, 0.95, 1e-6, every
             )
-            lrua.lrua_scan_backward(
-                reads,
-                memory,
-                weights,
-                memory,
-                weights,
-                *inputs,
-                chosen,
-                anchors,
-                read_first,
-                False,
-                1e-6,
-                every,
+            lrua_scan.lrua_scan_backward(
+                reads, memory, weights, memory, weights, *inputs, chosen, anchors, *options, 1e-6, every
             )
         writes, moves = 1, 3
         of_heads, shares = (20, 2, heads + writes), empty(20, 2, heads + writes, dtype=dtype)
@@ -131,7 +118,7 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
             *[empty(20, 2, writes, size, dtype=dtype)] * 2,
         )  # fmt: skip
         weights = empty(2, heads + writes, slots)
-        every = ntm_ops.anchor_interval(slots, size, heads + writes)
+        every = ntm_interval(size, heads + writes)
         for read_first in (False, True) if shape == PAPER else (True,):
             reads, memory, weights, *kept = ntm.ntm_scan(memory, weights, *inputs, read_first, 1e-6, every)
             ntm.ntm_scan_backward(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from mann_fast import backends, reference
-from mann_fast.ops import _backend
+from mann_fast import backend, backends, reference
+from mann_fast.ops._register import NAMESPACES
 
 # Which kernels the op tests run on: "cpp", "cuda" (make emulate) or "triton" (make triton). conftest.py makes every op take
 # them.
@@ -29,7 +30,13 @@ needs_cpp = pytest.mark.skipif(
     BACKEND != "cpp" or backends()["cpp"] is not None,
     reason=f"for the C++ extension: {backends()['cpp'] or 'another backend is being tested'}",
 )
-RAW_OPS = _backend.raw(BACKEND)
+RAW_OPS = getattr(torch.ops, NAMESPACES[BACKEND])
+
+
+def served_by(name):
+    """Ops in this context run on the kernels that the run tests, for "tested", or on the backend named. (backend("auto") would
+    undo the choice of the run.)"""
+    return nullcontext() if name == "tested" else backend(name)
 
 
 def shorter(value, interpreted):

@@ -38,6 +38,35 @@ def quiet_interpreter():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter puts its functions into triton.language anew at every call of a device function, more than half of
+    its time, though what the launch of the kernel has put there stays until it returns."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    launch, patched = interpreter.GridExecutor.__call__, set()
+
+    def launch_anew(self, *arguments, **options):
+        patched.clear()
+        return launch(self, *arguments, **options)
+
+    def call(self, *arguments, **options):
+        languages = frozenset(id(x) for x in self.fn.__globals__.values() if x is tl or x is tl.core)
+        if languages not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(languages)
+        return self.rewrite()(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

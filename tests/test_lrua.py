@@ -363,7 +363,7 @@ def test_autocast_changes_nothing(slots, size, heads, options):
         assert all(torch.equal(x, y) for x, y in zip(actual[kind], expected[kind], strict=True))
 
 
-def test_gradients_reach_only_what_asks_for_them():
+def test_each_gradient_where_it_alone_is_asked_for():
     state, inputs = distinct_state(2, 9, 5, 3), scan_inputs(4, 2, 5, 3)
     expected = run_with_gradients(reference.lrua_scan, [*state, *inputs], torch.float64)[1]
     for i, x in enumerate((state.memory, state.read_weights, *inputs)):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKEND, INTERPRETED, RAW_OPS, needs_cpp, shorter, worst_error
+from cases import BACKEND, INTERPRETED, fixed_noise, needs_cpp, served_by, shorter, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +62,7 @@ def results_and_gradients(function, inputs, dtype, **options):
     tensors = [x.detach().to(wide if i < 3 else dtype).requires_grad_() for i, x in enumerate(inputs)]
     results = call(function, tensors, **options)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((x.double() * torch.randn(x.shape, generator=generator).double()).sum() for x in results)
+    loss = sum((x.double() * fixed_noise(x, generator).double()).sum() for x in results)
     return results, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
 
 
@@ -230,7 +230,7 @@ def test_address_is_a_step_s_addressing_with_gradients():
     assert all(worst_error(x, y) < 1e-11 for x, y in zip(actual[1], expected[1], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["tested", "reference"])
 @pytest.mark.parametrize("sharpening", [1.0, 1.5, 50.0, 1000.0])
 def test_sharpening_stays_finite(backend, sharpening):
     """Weights of exactly zero, and powers that underflow."""
@@ -239,7 +239,7 @@ def test_sharpening_stays_finite(backend, sharpening):
     head = [torch.randn(2, 1, 3), torch.full((2, 1), 30.0), torch.zeros(2, 1)]
     head += [torch.tensor([0.0, 0.7, 0.3]).expand(2, 1, 3).clone(), torch.full((2, 1), sharpening)]
     tensors = [x.requires_grad_() for x in (memory, previous, *head)]
-    with mann_fast.backend(backend):
+    with served_by(backend):
         weights = ops.ntm_address(memory, ops.NTMHead(*tensors[2:]), previous)
         gradients = torch.autograd.grad((weights * torch.randn(12)).sum(), tensors)
     torch.testing.assert_close(weights.sum(2), torch.ones(2, 1))
@@ -274,43 +274,7 @@ def test_gradcheck(order):
     assert torch.autograd.gradcheck(lambda *x: tuple(call(ops.ntm_scan, x, order=order)), inputs)
 
 
-@needs_ntm
-@pytest.mark.filterwarnings(
-    "ignore:All-NaN slice:RuntimeWarning"
-)  # of NumPy, in which Triton's interpreter computes
-@pytest.mark.parametrize("bad", range(len(NAMES)))
-def test_a_non_finite_value_stays_in_its_sample(bad):
-    inputs = ntm_inputs(shorter(5, 2), 3, 12, 4, 2, 1, 1, dtype=torch.float32)
-    clean = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
-    inputs[bad] = inputs[bad].clone()
-    sample = inputs[bad].select(0 if bad < 3 else 1, 1)
-    sample[(0,) * sample.dim()] = float("nan")
-    dirty = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
-    assert not all(x.isfinite().all() for x in dirty[0])
-
-    def others(x, axis):
-        return x.index_select(axis, torch.tensor([0, 2]))
-
-    for i, (x, y) in enumerate(zip(clean[0], dirty[0], strict=True)):
-        assert torch.equal(others(x, int(i == 0)), others(y, int(i == 0)))
-    for i, (x, y) in enumerate(zip(clean[1], dirty[1], strict=True)):
-        assert torch.equal(others(x, int(i > 2)), others(y, int(i > 2))), NAMES[i]
-
-
-@needs_ntm
-@pytest.mark.parametrize("steps, anchor_every", [(7, 3), (7, 0), (0, 3)])
-def test_opcheck(steps, anchor_every):
-    inputs = [x.float() for x in ntm_inputs(steps, 2, 7, 3, 2, 1, 1)]
-    joined = [torch.cat([inputs[3 + i], inputs[8 + i]], 2) for i in range(5)]
-    arguments = [inputs[0], torch.cat(inputs[1:3], 1), *joined, *inputs[13:]]
-    options = (True, 1e-6, anchor_every)
-    torch.library.opcheck(RAW_OPS.ntm_scan.default, (*arguments, *options))
-    if anchor_every:
-        reads, memory, weights, *kept = RAW_OPS.ntm_scan(*arguments, *options)
-        backward = (reads, None, weights, *arguments, *kept, *options)
-        torch.library.opcheck(RAW_OPS.ntm_scan_backward.default, backward)
-
-
+@pytest.mark.tracing
 @needs_cpp
 def test_compiles_in_one_graph():
     torch.compiler.reset()
@@ -320,25 +284,11 @@ def test_compiles_in_one_graph():
     compare(actual, results_and_gradients(ops.ntm_scan, inputs, torch.float64), 1e-12, 1e-12)
 
 
-@needs_ntm
-def test_second_derivatives_and_forward_mode_are_refused():
-    inputs = ntm_inputs(3, 2, 5, 3, 1, 1, 1)
-    reads = lambda x: call(ops.ntm_scan, [*inputs[:13], x, inputs[14]])[1]  # noqa: E731
-    erase = inputs[13].clone().requires_grad_()
-    (grad,) = torch.autograd.grad(reads(erase).square().sum(), erase, create_graph=True)
-    with pytest.raises(NotImplementedError, match="ntm_scan has no second derivative"):
-        grad.square().sum().backward()
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        torch.func.jvp(reads, (inputs[13],), (torch.ones_like(inputs[13]),))
-    loss = lambda x: reads(x).square().sum()  # noqa: E731
-    assert torch.equal(torch.func.grad(loss)(inputs[13]), torch.autograd.grad(loss(erase), erase)[0])
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["tested", "reference"])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_results_share_no_storage(backend, steps):
     inputs = ntm_inputs(steps, 2, 7, 3, 2, 1, 1)
-    with mann_fast.backend(backend):
+    with served_by(backend):
         results = call(ops.ntm_scan, inputs)
     tensors = [x for x in (*inputs, *results) if x.numel()]
     assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors)
@@ -363,11 +313,11 @@ def wrong_case():
     [
         (0, "memory", torch.zeros(2, 5).double(), ValueError, r"state.memory must have shape \[B, N, D\]"),
         (0, "read_weights", torch.zeros(2, 2, 4).double(), ValueError, r"state.read_weights .* got \[2, 2, 4\]"),
-        (0, "write_weights", torch.zeros(2, 1, 5), TypeError, "state.write_weights must have the dtype of memory"),
+        (0, "write_weights", torch.zeros(2, 1, 5), TypeError, "state.write_weights must have the dtype of state.memory"),
         (1, "key", torch.zeros(2, 2, 4).double(), ValueError, r"read_head.key .* = \[2, 2, 3\], got \[2, 2, 4\]"),
         (1, "gate", 0.5, TypeError, "read_head.gate must be a tensor, got float"),
-        (2, "shift", torch.zeros(2, 1, 4).double(), ValueError, "write_head.shift must have an odd number"),
-        (2, "shift", torch.zeros(2, 1, 5).double(), ValueError, "as many moves as read_head.shift, 3, got 5"),
+        (2, "shift", torch.zeros(2, 1, 4).double(), ValueError, r"write_head.shift must have shape .* = \[2, 1, 3\]"),
+        (2, "shift", torch.zeros(2, 1, 5).double(), ValueError, r"write_head.shift must have shape .* = \[2, 1, 3\]"),
         (2, "sharpening", torch.zeros(2, 2).double(), ValueError, r"write_head.sharpening .* got \[2, 2\]"),
         (3, None, torch.zeros(2, 2, 3).double(), ValueError, r"erase must have shape .* = \[2, 1, 3\]"),
         (4, None, torch.zeros(2, 1, 3), TypeError, "add must have the dtype of erase"),

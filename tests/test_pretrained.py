@@ -46,6 +46,6 @@ def test_predict_and_show_need_no_training(capsys, tmp_path):
     assert picture.exists() and "right" in capsys.readouterr().out
 
 
-def test_the_same_bits_as_were_trained():
+def test_the_weights_are_finite_float32():
     state = load_checkpoint()["model"]["state"]
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in state.values())

@@ -11,11 +11,14 @@ import torch
 
 import mann_fast
 from mann_fast import ops
-from mann_fast.ops import _backend
+from mann_fast._anchors import lrua_interval, ntm_interval
+from mann_fast.cli import _explain
+from mann_fast.ops._register import OPS
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from mann_fast.kernels import _tuning, lrua  # noqa: E402
+from mann_fast import kernels  # noqa: E402
+from mann_fast.kernels import _launch, _sizes, _tuning, content, lrua, lrua_scan, ntm  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,6 +39,30 @@ def test_importing_does_not_import_triton():
     assert kernels == "False" and triton == before  # torch itself may import it
 
 
+def test_kernels_import_nothing_of_the_ops():
+    """The ops load the kernels; the other way would be a circle."""
+    program = """
+import sys, types
+package = types.ModuleType("mann_fast")
+package.__path__ = [sys.argv[1]]
+sys.modules["mann_fast"] = package
+import mann_fast.kernels
+print([name for name in sys.modules if name.startswith("mann_fast.") and name.split(".")[1] not in sys.argv[2:]])
+"""
+    allowed = ("kernels", "reference", "_anchors", "_cache")
+    folder = os.path.dirname(mann_fast.__file__)
+    done = subprocess.run([sys.executable, "-c", program, folder, *allowed], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]
+
+
+def test_every_raw_op_has_one_implementation():
+    names = [name for family in kernels.FAMILIES for name in family.RAW]
+    assert len(names) == len(set(names))
+    declared = [op for op in OPS.values() if op.name != "cell"]  # which is a loop of steps
+    declared = {op.name for op in declared} | {f"{op.name}_backward" for op in declared if op.saved}
+    assert set(names) == declared
+
+
 @pytest.mark.parametrize(
     "sizes, expected",
     [
@@ -43,38 +70,140 @@ def test_importing_does_not_import_triton():
             (128, 40, 4),
             "one launch per direction for all steps, a program per sample: its memory is 5120 numbers",
         ),
-        (
-            (4096, 64, 4),
-            "a loop of steps, each least_used, lrua_write and content_read: the memory is 262144 numbers",
-        ),
+        ((4096, 64, 4), "a loop of steps, each PARTS: the memory is 262144 numbers"),
     ],
 )
 def test_explains_a_scan(sizes, expected):
-    assert _backend.explain("lrua_scan", *sizes)["triton"].startswith(expected)
-    of_ntm = _backend.explain("ntm_scan", *sizes)["triton"]
-    parts = "content_read and PyTorch operations"
-    assert of_ntm.startswith(expected.replace("least_used, lrua_write and content_read", parts))
+    for op, parts in [
+        ("lrua_scan", "least_used, lrua_write and content_read"),
+        ("ntm_scan", "content_read and PyTorch operations"),
+    ]:
+        assert _explain.explain(op, *sizes)["triton"].startswith(expected.replace("PARTS", parts))
 
 
-def test_explain_follows_what_the_launcher_does(monkeypatch):
-    launched = []
-    monkeypatch.setattr(lrua, "launch", lambda kernel, *_, **__: launched.append(kernel))
-    monkeypatch.setattr(lrua.content, "launch", lambda kernel, *_, **__: launched.append(kernel))
-    for sizes in [(128, 40, 4), (256, 64, 2), (512, 33, 1), (4096, 64, 4), (400, 50, 2)]:
-        slots, size, heads = sizes
-        launched.clear()
-        state = ops.LRUAState.initial(1, slots, size, heads)
-        inputs = (torch.zeros(2, 1, heads, size), torch.zeros(2, 1, heads, size), torch.zeros(2, 1, heads))
-        lrua.lrua_scan(*state, *inputs, None, False, False, 0.95, 1e-6, 0)
-        one = "one launch" in lrua.explain("lrua_scan", *sizes)
-        assert one == (launched == [lrua._scan_kernel])
+class Launches(list):
+    """Takes notes of what the launchers of all kernels would launch: (kernel, num_warps, constants)."""
+
+    def __init__(self, monkeypatch):
+        for family in kernels.FAMILIES:
+            monkeypatch.setattr(family, "launch", self.note)
+
+    def note(self, kernel, grid, *arguments, options, num_warps=4, **constants):
+        self.append((kernel.fn.__name__.strip("_").removesuffix("_kernel"), num_warps, constants))
+
+
+def run_both_ways(op, slots, size, heads):
+    """Calls the launcher of an op and of its backward."""
+    memory, weights, usage = torch.zeros(1, slots, size), torch.zeros(1, heads, slots), torch.zeros(1, slots)
+    key, scalar = torch.zeros(1, heads, size), torch.zeros(1, heads)
+    if op == "least_used":
+        lrua.least_used(usage, heads)
+    elif op == "content_read":
+        content.content_read_backward(
+            None, weights, memory, key, None, *content.content_read(memory, key, None, 1e-6), 1e-6
+        )
+    elif op == "lrua_write":
+        new, write_weights, chosen = lrua.lrua_write(memory, weights, usage, key, scalar, False)
+        lrua.lrua_write_backward(new, write_weights, weights, key, scalar, chosen, False)
+    elif op.startswith("ntm"):
+        shapes = [(heads, *tail) for tail in ((size,), (), (), (3,), ())] + [(0, size)] * 2
+        inputs = [torch.zeros(2, 1, *shape) for shape in shapes]
+        every = ntm_interval(size, heads)
+        _, *_, history, anchors = ntm.ntm_scan(memory, weights, *inputs, True, 1e-6, every)
+        ntm.ntm_scan_backward(
+            None, memory, None, memory, weights, *inputs, history, anchors, True, 1e-6, every
+        )
+    else:
+        time = (2,) if op == "lrua_scan" else ()
+        inputs = [torch.zeros(*time, *x.shape) for x in (key, key, scalar)]
+        every = lrua_interval(slots, size, heads)
+        *_, slots, anchors = lrua_scan.lrua_scan(
+            memory, weights, usage, *inputs, None, False, False, 0.95, 1e-6, every
+        )
+        lrua_scan.lrua_scan_backward(
+            None, memory, None, memory, weights, *inputs, None, slots, anchors, False, False, 1e-6, every
+        )
+
+
+@pytest.mark.parametrize("op", _explain.PUBLIC)
+@pytest.mark.parametrize("sizes", [(128, 40, 4), (256, 64, 2), (512, 33, 1), (4096, 64, 4), (400, 50, 65)])
+def test_explain_says_what_the_launchers_do(monkeypatch, op, sizes):
+    launched, sentence = Launches(monkeypatch), _explain.explain(op, *sizes)["triton"]
+    run_both_ways(op, *sizes)
+    names = [name for name, _, _ in launched]
+    scan = "ntm_scan" if op.startswith("ntm") else "scan"
+    if op == "least_used":
+        assert names == ([] if sentence == "a sort" else ["least_used"])
+    elif sentence.startswith("one launch per direction"):
+        assert names == [scan, scan + "_backward"]
+        forward, backward = (warps for _, warps, _ in launched)
+        assert sentence.endswith(f"; {forward} warps forward, {backward} backward")
+    else:
+        assert {"read", "backward"} <= set(names) or op == "lrua_write"
+        tiles = {constants["TILE"] for _, _, constants in launched if "TILE" in constants}
+        assert len(tiles) == 1 and f"tiles of {tiles.pop()} slots" in sentence
+        assert ("loop of steps" in sentence or "a step of" in sentence) == (
+            op.endswith(("_scan", "_step", "_address"))
+        )
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused():
+    with pytest.raises(RuntimeError, match="_write_kernel takes contiguous tensors only"):
+        _launch.launch(lrua._write_kernel, (1,), torch.zeros(2, 3).T, options=_launch.FORWARD)
+
+
+LOOP_OF_STEPS = """
+import sys, torch, mann_fast
+from mann_fast import ops
+from mann_fast.kernels import _sizes
+_sizes.RESIDENT_NUMBERS = 0
+T, B, N, D, R = 17, 2, 7, 3, 2  # anchors before steps 8 and 16
+
+def draw(*shape):
+    return torch.randn(T, B, *shape, dtype=torch.float64)
+
+def head():
+    return [draw(R, D), draw(R), draw(R).sigmoid(), draw(R, 3).softmax(-1), 1 + draw(R).abs()]
+
+torch.manual_seed(0)
+weights = [draw(R, N)[0].softmax(-1) for _ in range(2)]
+if sys.argv[1] == "lrua_scan":
+    tensors = [draw(N, D)[0], weights[0], draw(R, D), draw(R, D), draw(R), draw(R)]
+    usage = draw(N)[0].abs()
+    call = lambda m, w, *inputs: ops.lrua_scan(ops.LRUAState(m, w, usage), *inputs)
+else:
+    tensors = [draw(N, D)[0], *weights, *head(), *head(), draw(R, D).sigmoid(), draw(R, D)]
+    call = lambda m, r, w, *x: ops.ntm_scan(
+        ops.NTMState(m, r, w), ops.NTMHead(*x[:5]), ops.NTMHead(*x[5:10]), *x[10:]
+    )
+results = []
+for backend in ("triton", "reference"):
+    with mann_fast.backend(backend):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        reads, state = call(*leaves)
+        results.append([reads, *torch.autograd.grad(reads.square().sum() + state.memory.sum(), leaves)])
+for x, y in zip(*results, strict=True):
+    torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+"""
+
+
+@pytest.mark.parametrize("op", ["lrua_scan", "ntm_scan"])
+def test_a_loop_of_steps_over_several_samples_and_anchors(op):
+    """In a process of its own: Triton is interpreted or not from its import on."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOOP_OF_STEPS, op],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     "size, pieces", [(1, (1, 1)), (3, (2, 1)), (40, (32, 8)), (64, (64, 1)), (63, (32, 32))]
 )
 def test_a_slot_is_held_in_two_powers_of_two(size, pieces):
-    assert lrua.pieces(size) == pieces
+    assert _sizes.pieces(size) == pieces
     assert sum(pieces) >= size
 
 

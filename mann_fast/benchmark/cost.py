@@ -30,7 +30,7 @@ def lrua_scan_bytes(
     state = batch * (slots * size + heads * slots + slots)
     numbers = steps * (per_step + batch * heads * size) + 2 * state
     if backward:
-        kept = steps * batch * heads * (slots + size)  # at most: see ops.lrua.anchor_interval
+        kept = steps * batch * heads * (slots + size)  # at most: see mann_fast._anchors
         numbers += steps * (2 * per_step + batch * heads * size) + 3 * state + 2 * kept
     return item * numbers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backend, backends, ops, reference
-from ..ops import _backend
+from . import _explain
 
 EXAMPLE = """\
 example:
@@ -47,7 +47,7 @@ def explain(op: str, *sizes: str) -> int:
         numbers = [int(size) for size in sizes]
     except ValueError:
         raise ValueError(f"--explain takes an op and three numbers, got {op} {' '.join(sizes)}") from None
-    for name, answer in _backend.explain(op, *numbers).items():
+    for name, answer in _explain.explain(op, *numbers).items():
         print(f"{name:10} {answer}")
     return 0
 
@@ -156,7 +156,7 @@ def in_use() -> str:
     if forced != "auto":
         return f"{forced} (MANN_FAST_BACKEND)"
     return (
-        "cpp on the CPU, triton on NVIDIA GPUs where it can be imported, reference elsewhere"
+        "cpp on the CPU; on NVIDIA GPUs cuda, or triton where that cannot run; reference elsewhere"
         if backends()["cpp"] is None
         else "reference, which is many times slower"
     )

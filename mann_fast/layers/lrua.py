@@ -12,7 +12,7 @@ from .. import ops
 from ..ops import LRUAState
 from ..ops._checks import check_choice
 from ..ops.cell import WRITE_VECTORS, check_sharpness
-from ..ops.lrua import _check_options
+from ..ops.lrua import raw_options
 from ..reference.cell import head_sizes, split_heads
 from .base import Memory, MemoryWeights
 
@@ -53,7 +53,7 @@ class LRUA(Memory):
         super().__post_init__()
         check_sharpness(self.sharpness)
         check_choice("write_vector", self.write_vector, WRITE_VECTORS)
-        _check_options(self.order, self.write_target, self.usage_decay, self.eps)
+        raw_options(**self._step_options)  # for its checks
 
     @property
     def _step_options(self) -> dict[str, Any]:

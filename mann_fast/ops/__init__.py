@@ -1,11 +1,13 @@
 """The memory ops: checked arguments, autograd, and one fused kernel per call where a backend has one."""
 
-from . import _backend
+from ..reference.lrua import LRUAState
+from ..reference.ntm import NTMHead, NTMState
+from . import _loading
 from ._backend import backend, backends
 from .cell import cell
 from .content import content_read
-from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
-from .ntm import NTMHead, NTMState, ntm_address, ntm_scan, ntm_step
+from .lrua import least_used, lrua_scan, lrua_step, lrua_write
+from .ntm import ntm_address, ntm_scan, ntm_step
 
 __all__ = [
     "LRUAState",
@@ -24,4 +26,5 @@ __all__ = [
     "ntm_step",
 ]
 
-_backend.load()
+# Now that all schemas are defined. At once, for an exported program calls the raw ops without these functions.
+_loading.missing("cpp")

@@ -5,108 +5,183 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from .._anchors import lrua_interval
 from ..reference.cell import CONTROLLERS, SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
 from . import _backend, _checks
-from .lrua import _anchors_shape, _check_options, _check_state, anchor_interval, lrua_step
+from ._declare import Argument, Op, Option, Output, Sizes, came
+from ._register import call, declare
+from .content import EPS
+from .lrua import (
+    READ_FIRST,
+    SHARED_TARGET,
+    STATE,
+    USAGE_DECAY,
+    lrua_step,
+    raw_options,
+)
 
 WRITE_VECTORS = ("separate", "key")
 # Of Controller in csrc/include/arguments.h.
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 
+
+def _gradients(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of all that is differentiable, in the order of the arguments: the weights' are one product each, of the
+    gradients of gates and heads at all steps with what they met there."""
+    reads, output = ctx.saved_tensors[-2:]
+    hidden, head_weight = ctx.saved_tensors[0], ctx.saved_tensors[6]
+    needed = dict(zip(CELL.names, ctx.needs_input_grad, strict=True))
+    products = torch.bfloat16 if ctx.options[BFLOAT16] else output.dtype
+    size = head_weight.shape[1]
+    (
+        grad_gates,
+        grad_hidden_gates,
+        grad_heads,
+        grad_hidden,
+        grad_cell,
+        grad_memory,
+        grad_read_weights,
+        grad_reads,
+    ) = results
+    if hidden is None or grad_hidden_gates.dim() == 1:  # only a GRU's differ
+        grad_hidden_gates = grad_gates
+    hidden_weight = hidden_bias = reads_weight = head_weight = head_bias = None
+    if needed["hidden_bias"]:
+        hidden_bias = grad_hidden_gates.sum((0, 1))
+    if needed["head_bias"]:
+        head_bias = grad_heads.sum((0, 1))
+    with torch.autocast(output.device.type, enabled=False):  # backward may be called inside the caller's
+        met = output.to(products)
+        of_gates = grad_gates.to(products)
+        of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
+        if needed["hidden_weight"]:
+            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[:-1, :, :size])
+        if needed["reads_weight"]:
+            first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
+            reads_weight = _weight_gradient(of_gates, first, met[:-1, :, size:])
+        if needed["head_weight"]:
+            head_weight = torch.mm(_rows(grad_heads.to(products)).t(), _rows(met[..., :size]))
+    weights = [
+        x if x is None else x.to(output.dtype)
+        for x in (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    ]
+    return grad_gates, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads, *weights
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, B, K] as [T B, K]. (flatten has no rule for is_grads_batched, and -1 none for K = 0.)"""
+    steps, batch, width = x.shape
+    return x.reshape(steps * batch, width)
+
+
+def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
+    """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, ``rest``
+    [T - 1, B, K] after it."""
+    later = torch.mm(_rows(grads[1:]).t(), _rows(rest))
+    return torch.addmm(later, grads[0].t(), first)
+
+
+def _interval(values: tuple[Any, ...], backend: str) -> int:
+    (_, num_slots, slot_size), heads = values[3].shape, values[4].shape[1]
+    # In CUDA too: beside the weights there is no room for a replay in shared memory.
+    return lrua_interval(num_slots, slot_size, heads)
+
+
+def _recurrent(values: Mapping[str, Any]) -> bool:
+    return values["hidden"] is not None
+
+
 # controller: its number in NUMBERS. Sharpness is learned where the heads have values for it: then the factor on the
 # similarity is sharpness + sharpness_scale * softplus(value), else sharpness. Everything is float32 or float64; with
-# bfloat16 what the products of each step take is rounded to it. Where anchor_every is 0 nothing is kept for backward, and
-# what is kept comes out empty; so does what this controller does not have.
-_backend.define(
-    "cell(Tensor gates, Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor reads, "
-    "Tensor? hidden_weight, Tensor? hidden_bias, Tensor reads_weight, Tensor head_weight, Tensor head_bias, "
-    "int controller, bool separate_vector, bool learned_sharpness, float sharpness, float sharpness_scale, "
-    "bool read_first, bool shared_target, float usage_decay, float eps, bool bfloat16, SymInt anchor_every) -> "
-    "(Tensor output, Tensor cell, Tensor memory, Tensor read_weights, Tensor usage, Tensor kept_gates, "
-    "Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors)"
-)
-_backend.define(
-    "cell_backward(Tensor? grad_output, Tensor? grad_cell, Tensor? grad_memory, Tensor? grad_read_weights, "
-    "Tensor? hidden, Tensor? cell, Tensor memory, Tensor read_weights, Tensor? hidden_weight, Tensor reads_weight, "
-    "Tensor head_weight, Tensor kept_gates, Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, "
-    "int controller, bool separate_vector, bool learned_sharpness, float sharpness, float sharpness_scale, "
-    "bool read_first, bool shared_target, float eps, bool bfloat16, SymInt anchor_every) -> "
-    "(Tensor grad_gates, Tensor grad_hidden_gates, Tensor grad_heads, Tensor grad_hidden, Tensor grad_cell, "
-    "Tensor grad_memory, Tensor grad_read_weights, Tensor grad_reads)"
-)
-
-
-@_backend.fake("cell")
-def _(gates, hidden, cell, memory, read_weights, usage, reads, *weights_and_options):
-    head_weight, anchor_every = weights_and_options[3], weights_and_options[-1]
-    steps, batch, width = gates.shape
-    heads = read_weights.shape[1]
-    values, hidden_size = head_weight.shape
-    kept = [(0,)] * 5
-    if anchor_every > 0:
-        kept = [
-            (steps, batch, width if hidden is None else 4 * hidden_size),
-            (0,) if hidden is None else (steps, batch, hidden_size),
-            (steps, batch, values),
-            (steps, batch, heads),
-            _anchors_shape(steps, memory, heads, anchor_every),
-        ]
-    return (
-        gates.new_empty((steps, batch, hidden_size + heads * memory.shape[2])),
-        gates.new_empty((0,) if cell is None else cell.shape),
-        gates.new_empty(memory.shape),
-        gates.new_empty(read_weights.shape),
-        gates.new_empty(usage.shape),
-        gates.new_empty(kept[0]),
-        gates.new_empty(kept[1]),
-        gates.new_empty(kept[2]),
-        gates.new_empty(kept[3], dtype=torch.int64),
-        gates.new_empty(kept[4]),
+# bfloat16 what the products of each step take is rounded to it.
+CELL = declare(
+    Op(
+        "cell",
+        arguments=(
+            Argument("gates", "T B G", like="memory", half=True),
+            Argument("hidden", "B H", like="gates", optional=True),
+            Argument("cell", "B H", like="gates", optional=True),
+            *STATE,
+            Argument("reads", "B R D", like="gates"),
+            Argument("hidden_weight", "G H", like="gates", optional=True),
+            Argument("hidden_bias", "G", like="gates", optional=True),
+            Argument("reads_weight", "G RD", like="gates"),
+            Argument("head_weight", "heads H", like="gates"),
+            Argument("head_bias", "heads", like="gates"),
+        ),
+        options=(
+            Option("controller", "int", NUMBERS["lstm"]),
+            Option("separate_vector", "bool", True),
+            Option("learned_sharpness", "bool", True),
+            Option("sharpness", "float", SHARPNESS_MIN),
+            Option("sharpness_scale", "float", SHARPNESS_SCALE),
+            *(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
+            Option("bfloat16", "bool", False),
+        ),
+        outputs=(
+            Output("output", "T B H+RD", like="gates"),
+            Output("cell", "B H", like="gates", when=came("cell")),
+            Output("memory", "B N D", like="gates"),
+            Output("read_weights", "B R N", like="gates"),
+            Output("usage", "B N", like="gates", differentiable=False),
+            Output("kept_gates", "T B kept", like="gates", kept=True),
+            Output("kept_states", "T B H", like="gates", kept=True, when=_recurrent),
+            Output("kept_heads", "T B heads", like="gates", kept=True),
+            Output("slots", "T B R", like="gates", kept=True, integer=True),
+            Output("anchors", "A B D+R P", like="gates", kept=True),
+        ),
+        saved=(
+            *("hidden", "cell", "memory", "read_weights", "hidden_weight", "reads_weight", "head_weight"),
+            *("kept_gates", "kept_states", "kept_heads", "slots", "anchors"),
+        ),
+        also_saved=("reads", "output"),
+        public=("cell",),
+        interval=_interval,
+        # A GRU keeps the hidden state's part of its candidate beside its gates.
+        extents=lambda sizes: {
+            "RD": sizes["R"] * sizes["D"],
+            "H+RD": sizes["H"] + sizes["R"] * sizes["D"],
+            "D+R": sizes["D"] + sizes["R"],
+            "kept": sizes["G"] if sizes["controller"] == NUMBERS["feedforward"] else 4 * sizes["H"],
+        },
+        results=(
+            Output("grad_gates", "T B G", like="memory"),
+            Output(
+                "grad_hidden_gates", "T B G", like="memory", when=lambda v: v["controller"] == NUMBERS["gru"]
+            ),
+            Output("grad_heads", "T B heads", like="memory"),
+            Output("grad_hidden", "B H", like="memory", when=_recurrent),
+            Output("grad_cell", "B H", like="memory", when=came("cell")),
+            Output("grad_memory", "B N D", like="memory"),
+            Output("grad_read_weights", "B R N", like="memory"),
+            Output("grad_reads", "B R D", like="memory"),
+        ),
+        gradients=_gradients,
     )
+)
+BFLOAT16 = [option.name for option in CELL.backward_options].index("bfloat16")
 
+# What the public function takes, memory first, named as its callers know it.
+TENSORS = (*STATE, CELL.arguments[0], *CELL.arguments[1:3], *CELL.arguments[6:])
+NAMES = (
+    "memory.memory",
+    "memory.read_weights",
+    "memory.usage",
+    "gates",
+    "state.hidden",
+    "state.cell",
+    *CELL.names[6:12],
+)
 
-@_backend.fake("cell_backward")
-def _(
-    grad_output,
-    grad_cell,
-    grad_memory,
-    grad_read_weights,
-    hidden,
-    cell,
-    memory,
-    read_weights,
-    hidden_weight,
-    reads_weight,
-    head_weight,
-    kept_gates,
-    kept_states,
-    kept_heads,
-    slots,
-    anchors,
-    controller,
-    *options,
-):
-    batch, heads, _ = read_weights.shape
-    gates = (*kept_gates.shape[:2], reads_weight.shape[0])
-    return (
-        memory.new_empty(gates),
-        memory.new_empty(gates if controller == NUMBERS["gru"] else (0,)),
-        memory.new_empty(kept_heads.shape),
-        memory.new_empty((0,) if hidden is None else hidden.shape),
-        memory.new_empty((0,) if cell is None else cell.shape),
-        memory.new_empty(memory.shape),
-        memory.new_empty(read_weights.shape),
-        memory.new_empty((batch, heads, memory.shape[2])),
-    )
-
-
-_fitting: dict[tuple, bool] = {}  # not functools.cache, which torch.compile does not see through
+_fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
 
 
 def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
@@ -118,69 +193,7 @@ def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
     return _fitting[key]
 
 
-_fits._dynamo_marked_constant = True  # for torch.compile, as _backend._load_cuda
-
-
-def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
-    """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, ``rest``
-    [T - 1, B, K] after it."""
-    later = torch.mm(grads[1:].flatten(0, 1).t(), rest.flatten(0, 1))
-    return torch.addmm(later, grads[0].t(), first)
-
-
-class _Cell(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments):
-        return _backend.raw(arguments[-1]).cell.default(*arguments[:-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        _, hidden, cell, memory, read_weights, _, reads, hidden_weight, _, reads_weight, head_weight, _ = (
-            inputs[:12]
-        )
-        *ctx.options, _, eps, bfloat16, anchor_every, ctx.backend = inputs[12:]
-        ctx.options += [eps, bfloat16, anchor_every]
-        output, out_cell, _, _, usage, *kept = outputs
-        ctx.products = torch.bfloat16 if bfloat16 else output.dtype
-        ctx.mark_non_differentiable(*([out_cell] if cell is None else []), usage, *kept)
-        ctx.save_for_backward(
-            reads, output, hidden, cell, memory, read_weights, hidden_weight, reads_weight, head_weight, *kept
-        )
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        grads = grads[:4]
-        others = (None,) * (len(ctx.options) + 2)
-        if all(grad is None for grad in grads):
-            return (None,) * 12 + others
-        reads, output, *saved = ctx.saved_tensors
-        hidden, cell, head_weight = saved[0], saved[1], saved[6]
-        size = head_weight.shape[1]
-        results = _backend.raw(ctx.backend).cell_backward.default(*grads, *saved, *ctx.options)
-        results = _checks.refuse_second_derivative("cell", results, *grads, reads, output, *saved)
-        grad_gates, grad_hidden_gates, grad_heads, grad_hidden, grad_cell, *grad_memory, grad_reads = results
-        if grad_hidden_gates.dim() == 1:
-            grad_hidden_gates = grad_gates
-        weights = [None] * 5
-        if ctx.needs_input_grad[8]:
-            weights[1] = grad_hidden_gates.sum((0, 1))
-        if ctx.needs_input_grad[11]:
-            weights[4] = grad_heads.sum((0, 1))
-        with torch.autocast(output.device.type, enabled=False):  # backward may be called inside the caller's
-            met = output.to(ctx.products)
-            of_gates = grad_gates.to(ctx.products)
-            of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(ctx.products)
-            if ctx.needs_input_grad[7]:
-                weights[0] = _weight_gradient(of_hidden, hidden.to(ctx.products), met[:-1, :, :size])
-            if ctx.needs_input_grad[9]:
-                weights[2] = _weight_gradient(of_gates, reads.flatten(1).to(ctx.products), met[:-1, :, size:])
-            if ctx.needs_input_grad[10]:
-                of_heads = grad_heads.to(ctx.products)
-                weights[3] = torch.mm(of_heads.flatten(0, 1).t(), met[..., :size].flatten(0, 1))
-        weights = [x if x is None else x.to(output.dtype) for x in weights]
-        state = (None if hidden is None else grad_hidden, None if cell is None else grad_cell)
-        return grad_gates, *state, *grad_memory, None, grad_reads, *weights, *others
+_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _backend._load_cuda
 
 
 def cell(
@@ -238,60 +251,21 @@ def cell(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     _checks.check_choice("controller", controller, tuple(CONTROLLERS))
-    gates_per_unit, state_names = CONTROLLERS[controller]
-    _checks.check_tensor("gates", gates, "T B G")
-    if not isinstance(state, tuple) or len(state) != len(state_names):
-        came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
-        raise TypeError(f"state must be a tuple ({', '.join(state_names)}) of this controller, got {came}")
-    if not isinstance(memory, tuple) or len(memory) != 3:
-        raise TypeError(
-            f"memory must be an LRUAState (memory, read_weights, usage), got {type(memory).__name__}"
-        )
-    _check_state(*memory, "memory.")
-    batch, num_heads, _ = memory[1].shape
-    slot_size = memory[0].shape[2]
-    _checks.check_tensor("head_weight", head_weight, "heads H")
-    size = head_weight.shape[1]
-    width = gates_per_unit * size
-    _checks.check_input("gates", gates, "T B G", (gates.shape[0], batch, width), memory[0])
     _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
     check_sharpness(sharpness)
-    _check_options(order, write_target, usage_decay, eps)
-    heads = sum(head_sizes(num_heads, slot_size, write_vector, sharpness))
-    of_hidden = [
-        ("hidden_weight", hidden_weight, "G H", (width, size)),
-        ("hidden_bias", hidden_bias, "G", (width,)),
-    ]
-    if not state:
-        for name, value, *_ in of_hidden:
-            if value is not None:
-                raise TypeError(
-                    f"{name} must be None for a feed-forward controller, got {type(value).__name__}"
-                )
-        of_hidden = []
-    for name, value, axes, sizes in (
-        *(
-            (f"state.{name}", value, "B H", (batch, size))
-            for name, value in zip(state_names, state, strict=True)
-        ),
-        ("reads", reads, "B R D", (batch, num_heads, slot_size)),
-        *of_hidden,
-        ("reads_weight", reads_weight, "G RD", (width, num_heads * slot_size)),
-        ("head_weight", head_weight, "heads H", (heads, size)),
-        ("head_bias", head_bias, "heads", (heads,)),
-    ):
-        _checks.check_like(name, value, axes, sizes, "gates", gates)
+    raw = raw_options(order, write_target, usage_decay, eps)
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    learned = sharpness == "learned"
-    serving = _backend.serving(gates.device)
-    fused = serving == "cpp" or (
-        serving == "cuda"
+    sizes = _check_cell(gates, state, memory, reads, weights, controller, write_vector, sharpness)
+    backend = _backend.serving(gates.device)
+    learned, separate = sharpness == "learned", write_vector == "separate"
+    fused = backend == "cpp" or (
+        backend == "cuda"
         and _fits(
             gates.device,
             gates.dtype == torch.float64,
-            *map(operator.index, (*memory[0].shape[1:], num_heads, size)),  # not symbols, for torch.compile
+            *(operator.index(sizes[axis]) for axis in "NDRH"),  # not symbols, for torch.compile
             NUMBERS[controller],
-            write_vector == "separate",
+            separate,
             learned,
         )
     )
@@ -309,40 +283,63 @@ def cell(
             write_target=write_target,
             usage_decay=usage_decay,
             eps=eps,
-            step=reference.lrua_step if serving == "reference" else lrua_step,
+            step=reference.lrua_step if backend == "reference" else lrua_step,
         )
     dtype = gates.dtype
+    tensors = [gates, *(*state, None, None)[:2], *memory, reads, *weights]
     if dtype in _checks.HALF_DTYPES:
-        widen = lambda x: x if x is None else x.float()  # noqa: E731
-        gates, reads, *weights = map(widen, (gates, reads, *weights))
-        state = tuple(map(widen, state))
-    hidden, cell = (*state, None, None)[:2]
-    fixed = SHARPNESS_MIN if learned else 1.0 if sharpness is None else float(sharpness)
-    tensors = (gates, hidden, cell, memory[0], memory[1], memory[2].detach(), reads, *weights)
-    arguments = (
+        tensors = [x if x is None else x.float() for x in tensors]
+    output, cell, *memory = call(
+        CELL,
+        backend,
         *tensors,
         NUMBERS[controller],
-        write_vector == "separate",
+        separate,
         learned,
-        fixed,
+        SHARPNESS_MIN if learned else 1.0 if sharpness is None else float(sharpness),
         SHARPNESS_SCALE,
-        order == "read_first",
-        write_target == "shared",
-        float(usage_decay),
-        float(eps),
-        dtype == torch.bfloat16 and serving == "cpp",
-    )
-    if _checks.records_gradient(*tensors):
-        anchor_every = anchor_interval(memory[0].shape[1], slot_size, num_heads)
-        outputs = _checks.apply(_Cell, *arguments, anchor_every, serving)
-    else:
-        outputs = _backend.raw(serving).cell.default(*arguments, 0)
-    output, cell, *memory = outputs[:5]
-    last = (output[-1, :, :size].clone(), cell)
+        *raw,
+        dtype == torch.bfloat16 and backend == "cpp",
+        0,
+    )[:5]
+    last = (output[-1, :, : sizes["H"]].clone(), cell)
     return output.to(dtype), tuple(x.to(dtype) for x in last[: len(state)]), LRUAState(*memory)
 
 
-def check_sharpness(sharpness: object) -> None:
+def _check_cell(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: LRUAState,
+    reads: Tensor,
+    weights: tuple[Tensor | None, ...],
+    controller: str,
+    write_vector: str,
+    sharpness: str | float | None,
+) -> Sizes:
+    """The size of every axis."""
+    gates_per_unit, state_names = CONTROLLERS[controller]
+    if not isinstance(state, tuple) or len(state) != len(state_names):
+        came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
+        raise TypeError(f"state must be a tuple ({', '.join(state_names)}) of this controller, got {came}")
+    _checks.check_tuple("memory", memory, LRUAState)
+    of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
+    hidden_size = _checks.check_dense("head_weight", weights[3], CELL.arguments[10].names)[1]
+    for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
+        if not state and value is not None:
+            raise TypeError(f"{name} must be None for a feed-forward controller, got {type(value).__name__}")
+        if state and value is None:
+            raise TypeError(f"{name} must be a tensor, got NoneType")
+    known = (
+        ("H", hidden_size),
+        ("G", gates_per_unit * hidden_size),
+        ("RD", of_memory["R"] * of_memory["D"]),
+        ("heads", sum(head_sizes(of_memory["R"], of_memory["D"], write_vector, sharpness))),
+    )
+    tensors = (*memory, gates, *(*state, None, None)[:2], reads, *weights)
+    return _checks.check_tensors(TENSORS, NAMES, tensors, known=known)
+
+
+def check_sharpness(sharpness: Any) -> None:
     """ "learned", a finite number or None."""
     number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
     if not (sharpness is None or number or sharpness == "learned"):

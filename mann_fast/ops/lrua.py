@@ -2,270 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
+from .._anchors import lrua_interval
 from ..reference.lrua import LRUAState
 from . import _backend, _checks
+from ._declare import Argument, Op, Option, Output
+from ._register import call, declare
+from .content import EPS, MEMORY
 
 ORDERS = ("write_first", "read_first")
 WRITE_TARGETS = ("per_head", "shared")
 
-_backend.define("least_used(Tensor usage, SymInt n) -> Tensor")
-_backend.define(
-    "lrua_write(Tensor memory, Tensor read_weights, Tensor usage, Tensor write_vector, Tensor gate_logit, "
-    "bool shared_target) -> (Tensor memory, Tensor write_weights, Tensor slots)"
-)
-_backend.define(
-    "lrua_write_backward(Tensor? grad_memory, Tensor? grad_write_weights, Tensor read_weights, Tensor write_vector, "
-    "Tensor gate_logit, Tensor slots, bool shared_target) -> "
-    "(Tensor grad_memory, Tensor grad_read_weights, Tensor grad_write_vector, Tensor grad_gate_logit)"
-)
-# keys, write_vectors, gate_logits and sharpness have a leading T for a scan and none for a single step. Where
-# anchor_every is 0 nothing is kept for backward, and slots and anchors come out empty.
-_backend.define(
-    "lrua_scan(Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor write_vectors, Tensor gate_logits, "
-    "Tensor? sharpness, bool read_first, bool shared_target, float usage_decay, float eps, SymInt anchor_every) -> "
-    "(Tensor reads, Tensor memory, Tensor read_weights, Tensor usage, Tensor slots, Tensor anchors)"
-)
-_backend.define(
-    "lrua_scan_backward(Tensor? grad_reads, Tensor? grad_memory, Tensor? grad_read_weights, Tensor memory, "
-    "Tensor read_weights, Tensor keys, Tensor write_vectors, Tensor gate_logits, Tensor? sharpness, Tensor slots, "
-    "Tensor anchors, bool read_first, bool shared_target, float eps, SymInt anchor_every) -> "
-    "(Tensor grad_memory, Tensor grad_read_weights, Tensor grad_keys, Tensor grad_write_vectors, "
-    "Tensor grad_gate_logits, Tensor grad_sharpness)"
-)
+READ_FIRST = Option("read_first", "bool", False)
+SHARED_TARGET = Option("shared_target", "bool", False)
+USAGE_DECAY = Option("usage_decay", "float", 0.95, backward=False)
+
+# Of a state, and what goes out of it.
+READ_WEIGHTS = Argument("read_weights", "B R N", like="memory", within="shares", heads_in="N")
+USAGE = Argument("usage", "B N", like="memory", differentiable=False)
+STATE = (MEMORY, READ_WEIGHTS, USAGE)
 
 
-@_backend.fake("least_used")
-def _(usage, n):
-    return usage.new_empty((usage.shape[0], n), dtype=torch.int64)
+def _interval(values: tuple[Any, ...], backend: str) -> int:
+    (_, num_slots, slot_size), heads = values[0].shape, values[1].shape[1]
+    return lrua_interval(num_slots, slot_size, heads, values[0].device if backend == "cuda" else None)
 
 
-@_backend.fake("lrua_write")
-def _(memory, read_weights, usage, write_vector, gate_logit, shared_target):
-    slots = usage.new_empty(read_weights.shape[:2], dtype=torch.int64)
-    return memory.new_empty(memory.shape), read_weights.new_empty(read_weights.shape), slots
-
-
-@_backend.fake("lrua_write_backward")
-def _(grad_memory, grad_write_weights, read_weights, write_vector, gate_logit, slots, shared_target):
-    batch, _, num_slots = read_weights.shape
-    return (
-        read_weights.new_empty((batch, num_slots, write_vector.shape[2])),
-        read_weights.new_empty(read_weights.shape),
-        write_vector.new_empty(write_vector.shape),
-        gate_logit.new_empty(gate_logit.shape),
+LEAST_USED = declare(
+    Op(
+        "least_used",
+        arguments=(Argument("usage", "B N", differentiable=False),),
+        options=(Option("n", "SymInt", 1),),
+        outputs=(Output("slots", "B n", like="usage", integer=True, differentiable=False),),
+        public=("least_used",),
     )
-
-
-def _steps(keys: Tensor) -> int:
-    return keys.shape[0] if keys.dim() == 4 else 1
-
-
-def _anchors_shape(steps: int, memory: Tensor, heads: int, anchor_every: int) -> tuple[int, ...]:
-    """[anchors, B, D + R, N padded to a multiple of 16]; the padding is slot_padding in csrc/include/arguments.h."""
-    batch, num_slots, slot_size = memory.shape
-    count = torch.sym_max(steps - 1, 0) // anchor_every
-    return count, batch, slot_size + heads, (num_slots + 15) // 16 * 16
-
-
-@_backend.fake("lrua_scan")
-def _(
-    memory,
-    read_weights,
-    usage,
-    keys,
-    write_vectors,
-    gate_logits,
-    sharpness,
-    read_first,
-    shared_target,
-    usage_decay,
-    eps,
-    anchor_every,
-):
-    slots_shape, anchors_shape = (0,), (0,)
-    if anchor_every > 0:
-        slots_shape = keys.shape[:-1]
-        anchors_shape = _anchors_shape(_steps(keys), memory, read_weights.shape[1], anchor_every)
-    return (
-        keys.new_empty(keys.shape),
-        memory.new_empty(memory.shape),
-        memory.new_empty(read_weights.shape),
-        memory.new_empty(usage.shape),
-        memory.new_empty(slots_shape, dtype=torch.int64),
-        memory.new_empty(anchors_shape),
+)
+LRUA_WRITE = declare(
+    Op(
+        "lrua_write",
+        arguments=(
+            *STATE,
+            Argument("write_vector", "B R D", like="memory", half=True),
+            Argument("gate_logit", "B R", like="write_vector"),
+        ),
+        options=(SHARED_TARGET,),
+        outputs=(
+            Output("memory", "B N D", like="memory"),
+            Output("write_weights", "B R N", like="memory"),
+            Output("slots", "B R", like="memory", integer=True, kept=True),
+        ),
+        saved=("read_weights", "write_vector", "gate_logit", "slots"),
+        public=("lrua_write",),
     )
-
-
-@_backend.fake("lrua_scan_backward")
-def _(
-    grad_reads,
-    grad_memory,
-    grad_read_weights,
-    memory,
-    read_weights,
-    keys,
-    write_vectors,
-    gate_logits,
-    sharpness,
-    slots,
-    anchors,
-    read_first,
-    shared_target,
-    eps,
-    anchor_every,
-):
-    return (
-        memory.new_empty(memory.shape),
-        memory.new_empty(read_weights.shape),
-        keys.new_empty(keys.shape),
-        keys.new_empty(write_vectors.shape),
-        keys.new_empty(gate_logits.shape),
-        keys.new_empty((0,) if sharpness is None else sharpness.shape),
+)
+LRUA_SCAN = declare(
+    Op(
+        "lrua_scan",
+        arguments=(
+            *STATE,
+            Argument("keys", "[T] B R D", like="memory", half=True),
+            Argument("write_vectors", "[T] B R D", like="keys"),
+            Argument("gate_logits", "[T] B R", like="keys"),
+            Argument("sharpness", "[T] B R", like="keys", optional=True),
+        ),
+        options=(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
+        outputs=(
+            Output("reads", "[T] B R D", like="keys"),
+            Output("memory", "B N D", like="memory"),
+            Output("read_weights", "B R N", like="memory"),
+            Output("usage", "B N", like="memory", differentiable=False),
+            Output("slots", "[T] B R", like="memory", integer=True, kept=True),
+            Output("anchors", "A B D+R P", like="memory", kept=True),
+        ),
+        saved=(
+            "memory",
+            "read_weights",
+            "keys",
+            "write_vectors",
+            "gate_logits",
+            "sharpness",
+            "slots",
+            "anchors",
+        ),
+        public=("lrua_step", "lrua_scan"),
+        interval=_interval,
+        extents=lambda sizes: {"D+R": sizes["D"] + sizes["R"]},
     )
+)
+
+WRITE_NAMES = LRUA_WRITE.names[:5]
+SCAN_NAMES = ("state.memory", "state.read_weights", "state.usage", *LRUA_SCAN.names[3:7])
+STEP_NAMES = (*SCAN_NAMES[:3], "key", "write_vector", "gate_logit", "sharpness")
 
 
-REPLAY_NUMBERS = (
-    227 * 1024 - 16 * 1024
-) // 4  # in the shared memory of a multiprocessor, beside everything else
-
-
-def anchor_interval(num_slots: int, slot_size: int, num_heads: int, backend: str = "cpp") -> int:
-    """Every how many steps a scan keeps the memory for backward, which replays the steps between.
-
-    Enough steps that what is kept, (D + R) N floats an anchor, stays below the R (N + D) floats a step that keeping all
-    read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache. The CUDA
-    kernels keep them in shared memory, where a few steps less make them fit: then below R (N + 2 D) floats.
-    """
-    kept = (slot_size + num_heads) * num_slots
-    interval = max(8, -(-kept // (num_heads * (num_slots + slot_size))))
-    if backend == "cuda":
-        memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
-        fitting = (REPLAY_NUMBERS - memory - 4 * num_heads * num_slots) // (memory + rows)
-        if fitting > 0 and kept <= fitting * num_heads * (num_slots + 2 * slot_size):
-            return min(interval, fitting)
-    return interval
-
-
-class _LRUAWrite(torch.autograd.Function):
-    @staticmethod
-    def forward(memory, read_weights, usage, write_vector, gate_logit, shared_target, backend):
-        return _backend.raw(backend).lrua_write.default(
-            memory, read_weights, usage, write_vector, gate_logit, shared_target
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, read_weights, _, write_vector, gate_logit, ctx.shared_target, ctx.backend = inputs
-        slots = output[2]
-        ctx.save_for_backward(read_weights, write_vector, gate_logit, slots)
-        ctx.mark_non_differentiable(slots)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_memory, grad_write_weights, _):
-        read_weights, write_vector, gate_logit, slots = ctx.saved_tensors
-        if grad_memory is None and grad_write_weights is None:
-            return (None,) * 7
-        differentiable = (grad_memory, grad_write_weights, read_weights, write_vector, gate_logit)
-        raw = _backend.raw(ctx.backend)
-        grads = raw.lrua_write_backward.default(*differentiable, slots, ctx.shared_target)
-        grads = _checks.refuse_second_derivative("lrua_write", grads, *differentiable)
-        return grads[0], grads[1], None, grads[2], grads[3], None, None
-
-
-class _LRUAScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        memory,
-        read_weights,
-        usage,
-        keys,
-        write_vectors,
-        gate_logits,
-        sharpness,
-        read_first,
-        shared_target,
-        usage_decay,
-        eps,
-        anchor_every,
-        backend,
-    ):
-        return _backend.raw(backend).lrua_scan.default(
-            memory,
-            read_weights,
-            usage,
-            keys,
-            write_vectors,
-            gate_logits,
-            sharpness,
-            read_first,
-            shared_target,
-            usage_decay,
-            eps,
-            anchor_every,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        memory, read_weights, _, keys, write_vectors, gate_logits, sharpness = inputs[:7]
-        ctx.read_first, ctx.shared_target, _, ctx.eps, ctx.anchor_every, ctx.backend = inputs[7:]
-        _, _, _, usage, slots, anchors = output
-        ctx.save_for_backward(
-            memory, read_weights, keys, write_vectors, gate_logits, sharpness, slots, anchors
-        )
-        ctx.mark_non_differentiable(usage, slots, anchors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_reads, grad_memory, grad_read_weights, *_):
-        memory, read_weights, keys, write_vectors, gate_logits, sharpness, slots, anchors = ctx.saved_tensors
-        if grad_reads is None and grad_memory is None and grad_read_weights is None:
-            return (None,) * 13
-        differentiable = (
-            grad_reads,
-            grad_memory,
-            grad_read_weights,
-            memory,
-            read_weights,
-            keys,
-            write_vectors,
-            gate_logits,
-            sharpness,
-        )
-        grads = _backend.raw(ctx.backend).lrua_scan_backward.default(
-            *differentiable, slots, anchors, ctx.read_first, ctx.shared_target, ctx.eps, ctx.anchor_every
-        )
-        grads = _checks.refuse_second_derivative("lrua_scan", grads, *differentiable)
-        grad_sharpness = None if sharpness is None else grads[5]
-        return grads[0], grads[1], None, grads[2], grads[3], grads[4], grad_sharpness, *(None,) * 6
-
-
-def _check_state(memory: object, read_weights: object, usage: object, prefix: str = "") -> None:
-    _checks.check_state(prefix + "memory", memory, "B N D")
-    batch, num_slots, _ = memory.shape
-    _checks.check_tensor(prefix + "read_weights", read_weights, "B R N")
-    heads = read_weights.shape[1]
-    _checks.check_like(
-        prefix + "read_weights", read_weights, "B R N", (batch, heads, num_slots), prefix + "memory", memory
-    )
-    if not 1 <= heads <= num_slots:
-        raise ValueError(
-            f"{prefix}read_weights [B, R, N] must have 1 <= R <= N = {num_slots} heads, got {list(read_weights.shape)}"
-        )
-    _checks.check_like(prefix + "usage", usage, "B N", (batch, num_slots), prefix + "memory", memory)
-
-
-def _check_options(order: object, write_target: object, usage_decay: object, eps: object) -> None:
+def raw_options(
+    order: str, write_target: str, usage_decay: float, eps: float
+) -> tuple[bool, bool, float, float]:
+    """The options of a step as the raw op takes them, checked."""
     _checks.check_choice("order", order, ORDERS)
     _checks.check_choice("write_target", write_target, WRITE_TARGETS)
     _checks.check_number("usage_decay", usage_decay)
     if not 0 <= usage_decay <= 1:
         raise ValueError(f"usage_decay must be within [0, 1], got {usage_decay}")
     _checks.check_eps(eps)
+    return order == "read_first", write_target == "shared", float(usage_decay), float(eps)
 
 
 def least_used(usage: Tensor, n: int) -> Tensor:
@@ -283,15 +129,15 @@ def least_used(usage: Tensor, n: int) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or n.
     """
-    _checks.check_state("usage", usage, "B N")
+    sizes = _checks.check_tensors(LEAST_USED.arguments, ("usage",), (usage,))
     if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
         raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if not 0 <= n <= usage.shape[1]:
-        raise ValueError(f"n must be within [0, N = {usage.shape[1]}], got {n}")
+    if not 0 <= n <= sizes["N"]:
+        raise ValueError(f"n must be within [0, N = {sizes['N']}], got {n}")
     backend = _backend.serving(usage.device)
     if backend == "reference":
         return reference.least_used(usage, n)
-    return _backend.raw(backend).least_used.default(usage.detach(), n)
+    return call(LEAST_USED, backend, usage, n)
 
 
 def lrua_write(
@@ -323,74 +169,33 @@ def lrua_write(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    _check_state(memory, read_weights, usage)
-    batch, heads, _ = read_weights.shape
-    _checks.check_input("write_vector", write_vector, "B R D", (batch, heads, memory.shape[2]), memory)
-    _checks.check_like("gate_logit", gate_logit, "B R", (batch, heads), "write_vector", write_vector)
+    tensors = memory, read_weights, usage, write_vector, gate_logit
+    _checks.check_tensors(LRUA_WRITE.arguments, WRITE_NAMES, tensors)
     _checks.check_choice("write_target", write_target, WRITE_TARGETS)
     backend = _backend.serving(memory.device)
     if backend == "reference":
-        return reference.lrua_write(
-            memory, read_weights, usage, write_vector, gate_logit, write_target=write_target
-        )
-    arguments = (memory, read_weights, usage.detach(), write_vector, gate_logit, write_target == "shared")
-    if _checks.records_gradient(memory, read_weights, write_vector, gate_logit):
-        return _checks.apply(_LRUAWrite, *arguments, backend)[:2]
-    return _backend.raw(backend).lrua_write.default(*arguments)[:2]
+        return reference.lrua_write(*tensors, write_target=write_target)
+    return call(LRUA_WRITE, backend, *tensors, write_target == "shared")[:2]
 
 
 def _lrua(
     state: LRUAState,
-    names: tuple[str, str, str],
-    axes: str,
-    keys: Tensor,
-    write_vectors: Tensor,
-    gate_logits: Tensor,
-    sharpness: Tensor | None,
-    order: str,
-    write_target: str,
-    usage_decay: float,
-    eps: float,
-) -> tuple[Tensor, LRUAState] | None:
-    """Check and run a step or a scan, which differ in the leading T alone; None where the reference is to serve."""
-    if not isinstance(state, tuple) or len(state) != 3:
-        raise TypeError(
-            f"state must be an LRUAState (memory, read_weights, usage), got {type(state).__name__}"
-        )
-    memory, read_weights, usage = state
-    _check_state(memory, read_weights, usage, "state.")
-    batch, heads, num_slots = read_weights.shape
-    slot_size = memory.shape[2]
-    key_name, write_name, gate_name = names
-    _checks.check_tensor(key_name, keys, axes)
-    sizes = (*keys.shape[:-3], batch, heads, slot_size)
-    _checks.check_input(key_name, keys, axes, sizes, memory)
-    _checks.check_like(write_name, write_vectors, axes, sizes, key_name, keys)
-    _checks.check_like(gate_name, gate_logits, axes[:-2], sizes[:-1], key_name, keys)
-    if sharpness is not None:
-        _checks.check_like("sharpness", sharpness, axes[:-2], sizes[:-1], key_name, keys)
-    _check_options(order, write_target, usage_decay, eps)
-    backend = _backend.serving(memory.device)
+    inputs: tuple[Tensor | None, ...],
+    names: tuple[str, ...],
+    function: Callable[..., tuple[Tensor, LRUAState]],
+    *,
+    steps: bool,
+    **options: Any,
+) -> tuple[Tensor, LRUAState]:
+    """A step or a scan, which differ in the leading T alone; ``function`` is the reference's."""
+    _checks.check_tuple("state", state, LRUAState)
+    tensors = (*state, *inputs)
+    _checks.check_tensors(LRUA_SCAN.arguments, names, tensors, steps=steps)
+    raw = raw_options(**options)
+    backend = _backend.serving(state[0].device)
     if backend == "reference":
-        return None
-    arguments = (
-        memory,
-        read_weights,
-        usage.detach(),
-        keys,
-        write_vectors,
-        gate_logits,
-        sharpness,
-        order == "read_first",
-        write_target == "shared",
-        float(usage_decay),
-        float(eps),
-    )
-    if _checks.records_gradient(memory, read_weights, keys, write_vectors, gate_logits, sharpness):
-        anchor_every = anchor_interval(num_slots, slot_size, heads, backend)
-        outputs = _checks.apply(_LRUAScan, *arguments, anchor_every, backend)
-    else:
-        outputs = _backend.raw(backend).lrua_scan.default(*arguments, 0)
+        return function(state, *inputs, **options)
+    outputs = call(LRUA_SCAN, backend, *tensors, *raw, 0)
     return outputs[0], LRUAState(*outputs[1:4])
 
 
@@ -430,12 +235,17 @@ def lrua_step(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    options = {"order": order, "write_target": write_target, "usage_decay": usage_decay, "eps": eps}
-    names = ("key", "write_vector", "gate_logit")
-    result = _lrua(state, names, "B R D", key, write_vector, gate_logit, sharpness, **options)
-    if result is None:
-        return reference.lrua_step(state, key, write_vector, gate_logit, sharpness, **options)
-    return result
+    return _lrua(
+        state,
+        (key, write_vector, gate_logit, sharpness),
+        STEP_NAMES,
+        reference.lrua_step,
+        steps=False,
+        order=order,
+        write_target=write_target,
+        usage_decay=usage_decay,
+        eps=eps,
+    )
 
 
 def lrua_scan(
@@ -464,9 +274,14 @@ def lrua_scan(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    options = {"order": order, "write_target": write_target, "usage_decay": usage_decay, "eps": eps}
-    names = ("keys", "write_vectors", "gate_logits")
-    result = _lrua(state, names, "T B R D", keys, write_vectors, gate_logits, sharpness, **options)
-    if result is None:
-        return reference.lrua_scan(state, keys, write_vectors, gate_logits, sharpness, **options)
-    return result
+    return _lrua(
+        state,
+        (keys, write_vectors, gate_logits, sharpness),
+        SCAN_NAMES,
+        reference.lrua_scan,
+        steps=True,
+        order=order,
+        write_target=write_target,
+        usage_decay=usage_decay,
+        eps=eps,
+    )

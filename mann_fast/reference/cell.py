@@ -85,7 +85,7 @@ def cell(
     outputs = []
     for now in gates.unbind(0):
         now = torch.addmm(now, reads.flatten(1), reads_weight.t())
-        if controller == "feedforward":
+        if hidden_weight is None or hidden_bias is None:  # feed-forward
             hidden = torch.tanh(now)
         else:
             recurrent = torch.addmm(hidden_bias, state[0], hidden_weight.t())

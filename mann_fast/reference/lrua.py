@@ -77,18 +77,17 @@ def _write(
     write_target: str,
 ) -> tuple[Tensor, Tensor]:
     """Steps 2-4 of SPEC: write weights, erase of the least used slot, add."""
-    batch, heads, num_slots = read_weights.shape
-    target = torch.zeros_like(read_weights)
-    if write_target == "per_head":  # head r gets the r-th least used slot
-        target.scatter_(2, slots.unsqueeze(2), 1)
-    else:  # "shared": every head gets all R least used slots (the paper's w_lu, eq. 6)
-        target.scatter_(2, slots.unsqueeze(1).expand(batch, heads, heads), 1)
+    heads, num_slots = read_weights.shape[1:]
+    # By comparison, not by scattering in place: so torch.func's transforms can follow.
+    chosen = slots.unsqueeze(2) == torch.arange(num_slots, device=slots.device)
+    target = chosen
+    if (
+        write_target == "shared"
+    ):  # every head gets all R least used slots (the paper's w_lu, eq. 6), not the r-th of them
+        target = chosen.any(1, keepdim=True)
     gate = gate_logit.unsqueeze(2)
     write_weights = torch.sigmoid(gate) * read_weights + torch.sigmoid(-gate) * target  # eq. 7
-    erased = torch.zeros(batch, num_slots, dtype=torch.bool, device=memory.device).scatter_(
-        1, slots[:, :1], True
-    )
-    memory = torch.where(erased.unsqueeze(2), 0, memory)
+    memory = torch.where(chosen[:, 0].unsqueeze(2), 0, memory)
     for head in range(heads):  # eq. 8; one head after the other, so that equal slots get equal bits
         memory = memory + write_weights[:, head, :, None] * write_vector[:, head, None, :]
     return memory, write_weights

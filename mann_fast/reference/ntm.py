@@ -45,9 +45,8 @@ class NTMState(NamedTuple):
         device: torch.device | str | None = None,
     ) -> NTMState:
         """The start of a sequence: every number of the memory is ``value``, every head is at slot 0."""
-        factory = {"dtype": dtype, "device": device}
-        memory = torch.full((batch, num_slots, slot_size), value, **factory)
-        weights = [torch.zeros(batch, heads, num_slots, **factory) for heads in (read_heads, write_heads)]
+        memory = torch.full((batch, num_slots, slot_size), value, dtype=dtype, device=device)
+        weights = [memory.new_zeros(batch, heads, num_slots) for heads in (read_heads, write_heads)]
         for rows in weights:
             rows[..., 0] = 1
         return cls(memory, *weights)
@@ -66,9 +65,9 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     gate = gate.unsqueeze(2)
     gated = gate * by_content + (1 - gate) * previous  # eq. 7
     reach = shift.shape[2] // 2
-    shifted = sum(
-        shift[:, :, j + reach, None] * gated.roll(j, dims=2) for j in range(-reach, reach + 1)
-    )  # eq. 8
+    shifted = torch.zeros_like(gated)
+    for j in range(-reach, reach + 1):
+        shifted = shifted + shift[:, :, j + reach, None] * gated.roll(j, dims=2)  # eq. 8
     # The greatest is taken out, which changes nothing but that no power of it underflows.
     relative = shifted / shifted.detach().amax(2, keepdim=True)
     powers = relative ** sharpening.unsqueeze(2)  # eq. 9
@@ -112,7 +111,7 @@ def ntm_scan(
         return read_head.key.clone(), NTMState(*(x.clone() for x in state))
     reads = []
     for t in range(erase.shape[0]):
-        heads = (NTMHead(*(x[t] for x in head)) for head in (read_head, write_head))
-        read, state = ntm_step(state, *heads, erase[t], add[t], order=order, eps=eps)
+        reading, writing = (NTMHead(*(x[t] for x in head)) for head in (read_head, write_head))
+        read, state = ntm_step(state, reading, writing, erase[t], add[t], order=order, eps=eps)
         reads.append(read)
     return torch.stack(reads), state

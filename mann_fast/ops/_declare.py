@@ -1,0 +1,191 @@
+"""What an op is: its tensors by their axes, its options, what backward keeps. The rest follows: _register.py, _checks.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Sizes = dict[str, int]
+
+
+def always(values: Mapping[str, Any]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that an op takes.
+
+    axes: the name of every axis, for instance "B N D"; "[T] B R D" where a single step comes without T. An axis of one name
+    has one size in all tensors of an op.
+    like: the argument whose dtype this has; None where it is of a dtype of its own, float32 or float64.
+    half: may also be bfloat16 or float16, beside a float32 ``like``.
+    within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1) or "from 1".
+    heads_in: an axis that bounds R, the number of heads that this tensor has: 1 <= R, and at most the size of that axis.
+    """
+
+    name: str
+    axes: str
+    like: str | None = None
+    half: bool = False
+    optional: bool = False
+    differentiable: bool = True
+    within: str = "real"
+    heads_in: str | None = None
+    names: tuple[str, ...] = field(init=False)
+    step_names: tuple[str, ...] = field(init=False)  # without [T]
+
+    def __post_init__(self):
+        names = tuple(self.axes.replace("[T]", "T").split())
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "step_names", names[1:] if self.axes.startswith("[T]") else names)
+
+    def names_of(self, dim: int) -> tuple[str, ...]:
+        """The axes of a tensor with so many of them."""
+        return self.names if dim == len(self.names) else self.step_names
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that an op gives, of the dtype of the argument ``like``.
+
+    kept: for backward alone; the public function does not hand it out.
+    when: of the op's values by name, whether there is such an output; where there is none it comes out with shape [0]. What is
+    kept is not there either where the op is told to keep nothing.
+    """
+
+    name: str
+    axes: str
+    like: str
+    differentiable: bool = True
+    kept: bool = False
+    integer: bool = False
+    when: Callable[[Mapping[str, Any]], bool] = always
+
+    @functools.cached_property
+    def argument(self) -> Argument:
+        """As an argument of the op's backward."""
+        return Argument(self.name, self.axes, self.like)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A value that is no tensor; ``type`` as the schema has it, ``default`` as the public function's default comes out.
+    backward: whether the raw backward takes it too."""
+
+    name: str
+    type: str
+    default: object
+    backward: bool = True
+
+
+@dataclass(frozen=True)
+class Op:
+    """A raw op, forward and backward.
+
+    saved: the arguments and outputs that the raw backward takes, by name; none where the op has no gradient.
+    public: the functions of mann_fast.ops that it serves.
+    interval: of the raw op's values and the backend's name, every how many steps an anchor is kept (mann_fast._anchors); for
+    ops that keep anchors, whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
+    extents: of the sizes, those of axes that no argument has. An axis may also have the name of an option.
+    results, gradients: where the raw backward gives something else than the gradient of every differentiable argument:
+    what it gives, and a function of the Function's ctx and these results that makes the gradients of them. also_saved:
+    what that function needs in ctx.saved_tensors besides.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    options: tuple[Option, ...]
+    outputs: tuple[Output, ...]
+    saved: tuple[str, ...] = ()
+    public: tuple[str, ...] = ()
+    interval: Callable[[tuple[Any, ...], str], int] | None = None
+    extents: Callable[[Sizes], Sizes] = lambda sizes: {}
+    results: tuple[Output, ...] = ()
+    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
+    also_saved: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.interval:
+            anchor_every = Option("anchor_every", "SymInt", 0)
+            object.__setattr__(self, "options", (*self.options, anchor_every))
+        if self.saved and not self.results:
+            kinds = {a.name: self.dtype_of(a) for a in self.saved_arguments}
+            given = {kind: name for name, kind in reversed(kinds.items())}  # the first of each dtype
+            results = (
+                Output(
+                    f"grad_{a.name}",
+                    a.axes,
+                    given[self.dtype_of(a)],
+                    when=came(a.name) if a.optional else always,
+                )
+                for a in self.arguments
+                if a.differentiable
+            )
+            object.__setattr__(self, "results", tuple(results))
+
+    def dtype_of(self, argument: Argument) -> str:
+        """The argument that has a dtype of its own, which this argument shares."""
+        while argument.like and not argument.half:
+            argument = next(a for a in self.arguments if a.name == argument.like)
+        return argument.name
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the raw op's values: arguments, then options."""
+        return tuple(x.name for x in (*self.arguments, *self.options))
+
+    @property
+    def saved_arguments(self) -> list[Argument]:
+        """What the raw backward takes of forward's arguments and outputs."""
+        by_name = {
+            x.name: x if isinstance(x, Argument) else x.argument for x in (*self.outputs, *self.arguments)
+        }
+        return [by_name[name] for name in self.saved]
+
+    @property
+    def outer(self) -> list[Output]:
+        """The outputs whose gradients come into backward."""
+        return [x for x in self.outputs if x.differentiable and not x.kept]
+
+    @property
+    def backward_options(self) -> list[Option]:
+        return [option for option in self.options if option.backward]
+
+    @property
+    def schema(self) -> str:
+        return _schema(self.name, self.arguments, self.options, self.outputs)
+
+    @property
+    def backward_schema(self) -> str:
+        outer = [Argument(f"grad_{x.name}", x.axes, optional=True) for x in self.outer]
+        arguments = [*outer, *self.saved_arguments]
+        return _schema(f"{self.name}_backward", arguments, self.backward_options, self.results)
+
+
+def came(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda values: values[name] is not None
+
+
+def _schema(name, arguments, options, outputs) -> str:
+    takes = [f"Tensor{'?' if a.optional else ''} {a.name}" for a in arguments]
+    takes += [f"{option.type} {option.name}" for option in options]
+    gives = ", ".join(f"Tensor {x.name}" for x in outputs)
+    return f"{name}({', '.join(takes)}) -> " + (f"({gives})" if len(outputs) > 1 else "Tensor")
+
+
+def sizes_of(arguments, values) -> Sizes:
+    """The size of every axis, from tensors that are known to agree."""
+    sizes: Sizes = {}
+    for argument, value in zip(arguments, values, strict=True):
+        names = () if value is None else argument.names_of(value.dim())
+        if (
+            value is not None and len(names) == value.dim()
+        ):  # else it is the empty one of an output that there was not
+            for axis, size in zip(names, value.shape, strict=True):
+                sizes.setdefault(axis, size)
+    return sizes

@@ -1,0 +1,514 @@
+"""What every op promises, whatever it computes, from its declaration: a new op inherits all of this.
+
+The raw ops are called as torch.export, vmap or a compiled graph call them, past the public functions; the right value is
+that of a plain call, or of a loop of plain calls, which the files per op compare with the reference. All is in float64.
+"""
+
+import itertools
+
+import pytest
+import torch
+from cases import BACKEND, RAW_OPS, needs_kernels, worst_error
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
+
+from mann_fast import ops, reference
+from mann_fast.ops._declare import sizes_of
+from mann_fast.ops._register import NAMESPACES, OPS
+
+pytestmark = needs_kernels
+
+SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2S+1": 3, "H": 4}
+# Of axes that follow from an option: an LSTM's gates, and what its heads have where each has a vector and a sharpness.
+SIZES |= {"G": 4 * SIZES["H"], "RD": 15, "heads": 2 * 15 + 2 * 3}
+TIGHT = 1e-11
+MAPPED = 3  # size of the axis that vmap maps over
+
+
+def implemented(op):
+    """Whether the backend that is tested has kernels for it."""
+    key = torch.empty(0).device.type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES[BACKEND]}::{op.name}", key)
+
+
+ALL = [name for name, op in OPS.items() if implemented(op)]
+DIFFERENTIABLE = [name for name in ALL if OPS[name].saved]
+every_op = pytest.mark.parametrize("op", [OPS[name] for name in ALL], ids=ALL)
+every_gradient = pytest.mark.parametrize("op", [OPS[name] for name in DIFFERENTIABLE], ids=DIFFERENTIABLE)
+
+
+def draw(argument, sizes, steps=True, dtype=torch.float64):
+    x = torch.randn([sizes[name] for name in (argument.names if steps else argument.step_names)], dtype=dtype)
+    if argument.within == "unit":
+        return torch.sigmoid(x)
+    if argument.within == "shares":
+        return torch.softmax(x, -1)
+    if argument.within == "from 1":
+        return 1 + x.square()
+    return x
+
+
+def sample(op, *, steps=True, dtype=torch.float64, half=None, optional=True, keep=0, **sizes):
+    """Values of a raw op. half: of what may be half precision; keep: anchor_every."""
+    sizes = {**SIZES, **sizes}
+    chosen = {}
+    for argument in op.arguments:
+        kind = half if half and (argument.half or chosen.get(argument.like) == half) else dtype
+        chosen[argument.name] = kind
+    values = [
+        draw(a, sizes, steps, chosen[a.name]) if optional or not a.optional else None for a in op.arguments
+    ]
+    return [*values, *(keep if option.name == "anchor_every" else option.default for option in op.options)]
+
+
+def raw(op):
+    return getattr(RAW_OPS, op.name).default
+
+
+def public_outputs(op, results):
+    """Those that carry a gradient."""
+    results = (results,) if isinstance(results, torch.Tensor) else results
+    return [x for x, output in zip(results, op.outputs, strict=True) if output in op.outer and x.numel()]
+
+
+def differentiable(op, values):
+    return [i for i, a in enumerate(op.arguments) if a.differentiable and values[i] is not None]
+
+
+def function_of(op, values):
+    """One number per sample and output of the differentiable arguments, and these."""
+    places = differentiable(op, values)
+
+    def function(*tensors):
+        given = list(values)
+        for i, x in zip(places, tensors, strict=True):
+            given[i] = x
+        return sum((x.square() * (1 + k)).sum() for k, x in enumerate(public_outputs(op, raw(op)(*given))))
+
+    return function, tuple(values[i] for i in places)
+
+
+def plain_gradient(op, values):
+    function, tensors = function_of(op, values)
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+def assert_close(actual, expected, tolerance=TIGHT):
+    """The worst element, of tensors that may have no batch."""
+    for x, y in zip(actual, expected, strict=True):
+        assert x.shape == y.shape and worst_error(x.reshape(1, -1), y.reshape(1, -1)) < tolerance
+
+
+def variants(op):
+    """Values over every choice, odd sizes, empty axes, strided and expanded tensors, and half precision."""
+    flags = [option.name for option in op.options if option.type == "bool" and option.name != "bfloat16"]
+    places = [op.names.index(name) for name in flags]
+    keeps = (0, 2) if op.interval else (0,)
+    fixed = op.name == "cell"  # its flags say how many values the heads have: test_cell goes through them
+    for choice, keep in itertools.product(
+        itertools.product(*[(False, True)] * (0 if fixed else len(flags))), keeps
+    ):
+        values = sample(op, keep=keep)
+        for place, value in zip(places, choice, strict=False):
+            values[place] = value
+        yield values
+    yield sample(op, keep=keeps[-1], B=0)
+    if any("T" in a.names for a in op.arguments):
+        yield sample(op, keep=keeps[-1], T=1)
+    if any(a.step_names != a.names for a in op.arguments):
+        yield sample(op, steps=False, keep=keeps[-1])
+    if any(a.optional for a in op.arguments) and not fixed:
+        yield sample(op, optional=False, keep=keeps[-1])
+    if any(a.half for a in op.arguments) and not fixed:
+        yield sample(op, dtype=torch.float32, half=torch.bfloat16, keep=keeps[-1])
+    values = sample(op, keep=keeps[-1])
+    yield [strided(x) if isinstance(x, torch.Tensor) else x for x in values]
+    expanded = [x[:1].expand_as(x) if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in values]
+    yield expanded
+
+
+def strided(x):
+    """The same numbers in a slice of a larger, transposed tensor that else holds NaN."""
+    larger = torch.full([n + 1 for n in reversed(x.shape)], float("nan"), dtype=x.dtype)
+    view = larger.permute(*reversed(range(x.dim())))[tuple(slice(0, n) for n in x.shape)]
+    return view.copy_(x)
+
+
+# Tracing is the same whatever implements an op, and slow where that is emulated.
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+CHECKS += ("test_aot_dispatch_dynamic",) if BACKEND == "cpp" else ()
+
+
+@every_op
+def test_opcheck(op):
+    """Schema, aliasing, fake rule, registration of autograd, and tracing with symbolic sizes; of the raw backward too."""
+    for values in variants(op):
+        torch.library.opcheck(raw(op), tuple(values), test_utils=CHECKS)
+        if op.saved and values[-1] != 0:
+            backward = getattr(RAW_OPS, f"{op.name}_backward").default
+            torch.library.opcheck(backward, backward_values(op, values), test_utils=CHECKS)
+
+
+def backward_values(op, values, some=True):
+    """Of the raw backward; with ``some`` without the gradient of the first output, where there is another."""
+    results = raw(op)(*values)
+    by_name = {x.name: y for x, y in zip(op.outputs, results, strict=True)}
+    by_name |= dict(zip(op.names, values, strict=True))
+    outer = [torch.randn_like(x) for x, output in zip(results, op.outputs, strict=True) if output in op.outer]
+    outer = [None if x.dim() == 1 or (some and i == 0 and len(outer) > 1) else x for i, x in enumerate(outer)]
+    saved = [by_name[name] for name in op.saved]
+    return (*outer, *saved, *(by_name[option.name] for option in op.backward_options))
+
+
+@every_op
+def test_strides_change_nothing(op):
+    values = sample(op)
+    for moved in ([strided(x) if isinstance(x, torch.Tensor) else x for x in values],):
+        assert not any(x.is_contiguous() for x in moved if isinstance(x, torch.Tensor) and x.dim() > 1)
+        results, expected = raw(op)(*moved), raw(op)(*values)
+        for x, y in zip(
+            torch.utils._pytree.tree_leaves(results), torch.utils._pytree.tree_leaves(expected), strict=True
+        ):
+            assert torch.equal(x, y)
+
+
+@every_op
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
+    if steps == 0 and op.name == "cell":
+        pytest.skip("the public function gives no steps to the reference")
+    values = sample(op, T=steps)
+    results = torch.utils._pytree.tree_leaves(raw(op)(*values))
+    tensors = [x for x in (*values, *results) if isinstance(x, torch.Tensor) and x.numel()]
+    storages = [x.untyped_storage().data_ptr() for x in tensors]
+    assert len(set(storages)) == len(storages)
+    assert all(x.is_contiguous() for x in results)
+
+
+@every_op
+def test_a_nan_stays_in_its_sample(op):
+    """Whatever tensor it is in, values and gradients of the other samples keep their bits."""
+    values = sample(op, B=3)
+    results = torch.utils._pytree.tree_leaves(raw(op)(*values))
+    gradients = plain_gradient(op, values) if op.saved else ()
+    places = differentiable(op, values)
+    for i, argument in enumerate(op.arguments):
+        if "B" not in argument.names:
+            continue
+        dirty = list(values)
+        dirty[i] = values[i].clone()
+        dirty[i].select(argument.names.index("B"), 1).fill_(float("nan"))
+        pairs = list(zip(op.outputs, results, torch.utils._pytree.tree_leaves(raw(op)(*dirty)), strict=True))
+        if op.saved:
+            of = [op.arguments[k] for k in places]
+            pairs += zip(of, gradients, plain_gradient(op, dirty), strict=True)
+        for what, x, y in pairs:
+            if "B" in what.axes.split() and x.numel():
+                axis = what.axes.replace("[T]", "T").split().index("B")
+                kept = torch.tensor([0, 2])
+                assert torch.equal(x.index_select(axis, kept), y.index_select(axis, kept)), (
+                    argument.name,
+                    what.name,
+                )
+
+
+@every_op
+def test_threads_change_nothing(op):
+    values = sample(op, B=8)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(
+                [
+                    *torch.utils._pytree.tree_leaves(raw(op)(*values)),
+                    *(plain_gradient(op, values) if op.saved else ()),
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
+@every_gradient
+def test_one_tensor_given_twice(op):
+    """As a head that writes its key does: the gradient is the sum of both."""
+    values = sample(op)
+    shapes = [(i, (op.arguments[i].names, op.arguments[i].within)) for i in differentiable(op, values)]
+    pairs = [
+        (i, k)
+        for (i, a), (k, b) in itertools.combinations(shapes, 2)
+        if a == b and not {"G", "heads"} & set(a)
+    ]
+    for i, k in pairs:
+        leaf = values[i].clone().requires_grad_()
+        twice, apart = list(values), list(values)
+        twice[i] = twice[k] = leaf
+        apart[i], apart[k] = leaf.detach().clone().requires_grad_(), leaf.detach().clone().requires_grad_()
+        loss = lambda given: sum(x.square().sum() for x in public_outputs(op, raw(op)(*given)))  # noqa: E731
+        together = torch.autograd.grad(loss(twice), leaf)[0]
+        assert_close([together], [sum(torch.autograd.grad(loss(apart), (apart[i], apart[k])))])
+
+
+@pytest.mark.tracing
+@every_gradient
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(op, dynamic):
+    torch.compiler.reset()
+    values = sample(op)
+    function, tensors = function_of(op, values)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    assert_close(torch.autograd.grad(compiled(*leaves), leaves), plain_gradient(op, values))
+    inside = torch.compile(lambda *x: grad(function, tuple(range(len(x))))(*x), fullgraph=True)
+    assert_close(inside(*tensors), plain_gradient(op, values))
+
+
+class _Program(torch.nn.Module):
+    """One op, its differentiable arguments as parameters."""
+
+    def __init__(self, op, values):
+        super().__init__()
+        self.function, tensors = function_of(op, values)
+        self.parameters_of = torch.nn.ParameterList(x.clone() for x in tensors)
+
+    def forward(self, x):
+        return self.function(*self.parameters_of) * x
+
+
+@pytest.mark.tracing
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
+@every_gradient
+@pytest.mark.parametrize("recorded", [True, False], ids=["with gradients", "without"])
+def test_exported_and_then_trained(op, recorded):
+    values = sample(op)
+    with torch.set_grad_enabled(recorded):
+        program = torch.export.export(_Program(op, values), (torch.ones((), dtype=torch.float64),))
+    for stage in (program, program.run_decompositions()):
+        module = stage.module()
+        parameters = list(module.parameters())
+        loss = module(torch.ones((), dtype=torch.float64))
+        assert_close(torch.autograd.grad(loss, parameters), plain_gradient(op, values))
+
+
+def mapped_values(op, place):
+    """Values of which one (or all) has an axis to map over, the loop's values, and in_dims."""
+    values = sample(op)
+    tensors = [i for i, a in enumerate(op.arguments)]
+    chosen = tensors if place == "all" else [tensors[place % len(tensors)]]
+    loops = [list(values) for _ in range(MAPPED)]
+    stacked = list(values)
+    for i in chosen:
+        others = [draw(op.arguments[i], SIZES) for _ in range(MAPPED)]
+        for loop, other in zip(loops, others, strict=True):
+            loop[i] = other
+        stacked[i] = torch.stack(others, dim=values[i].dim() if i % 2 else 0)
+    in_dims = [(stacked[i].dim() - 1 if i % 2 else 0) if i in chosen else None for i in tensors]
+    return stacked, loops, tuple(in_dims + [None] * len(op.options))
+
+
+PLACES = ["all", 0, 2, -1]
+
+
+@every_op
+@pytest.mark.parametrize("place", PLACES)
+def test_vmap(op, place):
+    stacked, loops, in_dims = mapped_values(op, place)
+    leaves = torch.utils._pytree.tree_leaves
+    actual = leaves(vmap(raw(op), in_dims, randomness="error")(*stacked))
+    expected = [torch.stack(x) for x in zip(*(leaves(raw(op)(*loop)) for loop in loops), strict=True)]
+    for x, y in zip(actual, expected, strict=True):
+        if y.numel():
+            assert torch.equal(x, y)
+
+
+@every_gradient
+@pytest.mark.parametrize("place", PLACES)
+def test_gradient_of_vmap_and_vmap_of_gradient(op, place):
+    """Ensembles and per-sample gradients: the right value is the loop's."""
+    stacked, loops, in_dims = mapped_values(op, place)
+    places = differentiable(op, stacked)
+    per_loop = [plain_gradient(op, loop) for loop in loops]
+    dims = tuple(in_dims[i] for i in places)
+    expected = [
+        sum(x) if dim is None else torch.stack(x, dim)
+        for dim, x in zip(dims, zip(*per_loop, strict=True), strict=True)
+    ]
+    every = tuple(range(len(places)))
+
+    def function(*values):  # all values, as not every mapped argument is differentiable
+        return sum((x.square() * (1 + k)).sum() for k, x in enumerate(public_outputs(op, raw(op)(*values))))
+
+    def total(*tensors):
+        given = list(stacked)
+        for i, x in zip(places, tensors, strict=True):
+            given[i] = x
+        return vmap(function, in_dims)(*given).sum()
+
+    tensors = tuple(stacked[i] for i in places)
+    assert_close(grad(total, every)(*tensors), expected)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    assert_close(torch.autograd.grad(total(*leaves), leaves), expected)
+    each = vmap(grad(function, tuple(places)), in_dims)(*stacked)
+    assert_close(each, [torch.stack(x) for x in zip(*per_loop, strict=True)])
+
+
+@every_gradient
+def test_batched_gradients(op):
+    """torch.autograd.grad with is_grads_batched maps over backward alone."""
+    function, tensors = function_of(op, sample(op))
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    loss = function(*leaves)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    batched = torch.autograd.grad(loss, leaves, factors, is_grads_batched=True, retain_graph=True)
+    single = torch.autograd.grad(loss, leaves)
+    assert_close(batched, [torch.stack([factor * x for factor in factors]) for x in single])
+
+
+@every_gradient
+def test_jacrev(op):
+    values = sample(op)
+    place = differentiable(op, values)[0]
+
+    def first(x):
+        given = [*values[:place], x, *values[place + 1 :]]
+        return public_outputs(op, raw(op)(*given))[0].flatten()[:6]
+
+    leaf = values[place].clone().requires_grad_()
+    rows = [torch.autograd.grad(y, leaf, retain_graph=True)[0] for y in first(leaf)]
+    assert_close([jacrev(first)(values[place])], [torch.stack(rows)])
+
+
+@every_gradient
+def test_second_derivatives_are_refused(op):
+    function, tensors = function_of(op, sample(op))
+    leaf = tensors[0].clone().requires_grad_()
+    message = f"{op.name} has no second derivative; use mann_fast.reference"
+    (first,) = torch.autograd.grad(function(leaf, *tensors[1:]), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=message):
+        first.square().sum().backward()
+    with pytest.raises(NotImplementedError, match=message):
+        grad(lambda x: grad(function)(x, *tensors[1:]).square().sum())(tensors[0])
+
+
+@pytest.mark.tracing
+@every_gradient
+def test_second_derivatives_of_a_compiled_call_are_refused(op):
+    function, tensors = function_of(op, sample(op))
+    leaf = tensors[0].clone().requires_grad_()
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="second derivative|double backward"):
+        (first,) = torch.autograd.grad(torch.compile(function)(leaf, *tensors[1:]), leaf, create_graph=True)
+        first.square().sum().backward()
+
+
+@every_gradient
+def test_forward_mode_is_refused(op):
+    function, tensors = function_of(op, sample(op))
+    of_first = lambda x: function(x, *tensors[1:])  # noqa: E731
+    x, message = tensors[0], f"{op.name} has no forward-mode derivative .* use mann_fast.reference"
+    for call in (
+        lambda: jvp(of_first, (x,), (x,)),
+        lambda: jacfwd(of_first)(x),
+        lambda: vmap(lambda y: jvp(of_first, (y,), (y,))[1])(x.unsqueeze(0)),
+        lambda: jvp(grad(of_first), (x,), (x,)),
+        lambda: dual(of_first, x),
+        lambda: torch.no_grad()(dual)(of_first, x),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            call()
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.tracing
+def test_a_compiled_call_refuses_forward_mode():
+    """Through the public functions: a compiled graph drops tangents before they come to the raw op."""
+    memory, key = torch.randn(2, 7, 5), torch.randn(2, 3, 5)
+
+    def read(key):
+        return ops.content_read(memory, 2 * key)[0]
+
+    torch.compiler.reset()
+    compiled = torch.compile(read)
+    compiled(key)  # compiled before any tangent
+    for call in (
+        lambda: jvp(compiled, (key,), (key,)),
+        lambda: dual(compiled, key),
+        lambda: torch.no_grad()(dual)(compiled, key),
+        lambda: torch.compile(lambda x: jvp(read, (x,), (x,)))(key),
+    ):
+        with pytest.raises(NotImplementedError, match="content_read has no forward-mode derivative"):
+            call()
+
+
+def reference_calls():
+    state, keys = (
+        reference.LRUAState.initial(2, 5, 3, 2, dtype=torch.float64),
+        torch.randn(3, 2, 2, 3, dtype=torch.float64),
+    )
+    gates = torch.randn(3, 2, 2, dtype=torch.float64)
+    head = reference.NTMHead(
+        keys,
+        gates.exp(),
+        torch.sigmoid(gates),
+        torch.softmax(torch.randn(3, 2, 2, 3).double(), -1),
+        1 + gates**2,
+    )
+    start = reference.NTMState.initial(2, 5, 3, 2, 2, dtype=torch.float64)
+    yield "content_read", lambda x: reference.content_read(state.memory, x[0])[0]
+    for target in ("per_head", "shared"):
+        yield (
+            f"lrua_scan {target}",
+            lambda x, t=target: reference.lrua_scan(state, x, x, gates, write_target=t)[0],
+        )
+    yield (
+        "ntm_scan",
+        lambda x: reference.ntm_scan(start, head._replace(key=x), head, torch.sigmoid(keys), keys)[0],
+    )
+
+
+@pytest.mark.parametrize("name, call", list(reference_calls()), ids=lambda x: x if isinstance(x, str) else "")
+def test_the_reference_supports_what_the_ops_refuse(name, call):
+    x = torch.randn(3, 2, 2, 3, dtype=torch.float64)
+    loss = lambda x: call(x).square().sum()  # noqa: E731
+    tangent = torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    directional = (first * tangent).sum()
+    assert_close([jvp(loss, (x,), (tangent,))[1]], [directional], 1e-9)
+    (second,) = torch.autograd.grad(directional, leaf)
+    assert_close([jvp(grad(loss), (x,), (tangent,))[1]], [second], 1e-9)
+    several = torch.stack([x, x.flip(0), -x])
+    expected = torch.stack([grad(loss)(y) for y in several])
+    assert_close([vmap(grad(loss))(several)], [expected], 1e-9)
+
+
+def test_every_public_op_is_declared_and_has_its_reference():
+    """The lists of public functions are one: __all__, the declarations, the reference; and so are names and defaults."""
+    import inspect
+
+    declared = {name for op in OPS.values() for name in op.public}
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - {
+        "backend",
+        "backends",
+    }
+    assert declared == functions
+    for name in declared:
+        ours = inspect.signature(getattr(ops, name)).parameters
+        theirs = dict(inspect.signature(getattr(reference, name)).parameters)
+        for extra in ("slots", "step"):  # what the reference takes besides
+            theirs.pop(extra, None)
+        assert {k: v.default for k, v in ours.items()} == {k: v.default for k, v in theirs.items()}
+
+
+def test_sizes_come_from_the_declaration():
+    op = OPS["lrua_scan"]
+    sizes = sizes_of(op.arguments, sample(op)[: len(op.arguments)])
+    assert sizes == {axis: SIZES[axis] for axis in "BNDRT"}
