@@ -8,6 +8,7 @@ from torch import nn
 
 import mann_fast
 from mann_fast import MANN, MemoryLayer, ops
+from mann_fast.layers import LRUA, NTM, Content
 
 SIZES = {"num_slots": 7, "slot_size": 3, "num_heads": 2}
 KINDS = [
@@ -31,7 +32,7 @@ def softplus(z):
 def numpy_layer(layer, x):
     """The layer for one sample x [T, input_size] in NumPy, from Graves et al. 2014 alone; output [T, hidden + R D]."""
     p = {name: value.detach().numpy() for name, value in layer.named_parameters()}
-    slots, size, heads, moves = layer.num_slots, layer.slot_size, layer.num_heads, 2 * layer.max_shift + 1
+    slots, size, heads = layer.num_slots, layer.slot_size, layer.num_heads
     hidden, cell, reads = np.zeros(layer.hidden_size), np.zeros(layer.hidden_size), np.zeros(heads * size)
     memory, weights = np.full((slots, size), 1e-6), np.zeros((2, heads, slots))
     weights[:, :, 0] = 1
@@ -47,6 +48,7 @@ def numpy_layer(layer, x):
         for _ in range(2):
             key, sharpness = np.tanh(take(heads * size)).reshape(heads, size), 1 + softplus(take(heads))
             if layer.addressing == "ntm":
+                moves = 2 * layer.max_shift + 1
                 gate, shift = sigmoid(take(heads)), np.exp(take(heads * moves).reshape(heads, moves))
                 of_kind.append(
                     (key, sharpness, gate, shift / shift.sum(1, keepdims=True), 1 + softplus(take(heads)))
@@ -95,6 +97,28 @@ def test_equals_the_equations_in_numpy(options):
         torch.testing.assert_close(weights.write[:, b], record[:, 1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    [
+        (LRUA(**SIZES, sharpness=2.0, usage_decay=0.5), {"sharpness": 2.0, "usage_decay": 0.5}),
+        (NTM(**SIZES, max_shift=2), {"addressing": "ntm", "max_shift": 2}),
+        (Content(eps=1e-3), {"addressing": "content", "eps": 1e-3}),
+    ],
+    ids=["lrua", "ntm", "content"],
+)
+def test_a_memory_given_as_an_object_is_the_one_of_that_name(memory, options):
+    named, given = make_layer(**options), make_layer(addressing=memory)
+    assert repr(named) == repr(given) and named.memory == given.memory
+    x, state = torch.randn(5, 2, 4, dtype=torch.float64), named.initial_state(2)
+    slots = torch.randn_like(state.memory.memory)  # by content alone equal slots stay equal, whatever eps
+    state = state._replace(memory=state.memory._replace(memory=slots))
+    assert torch.equal(named(x, state)[0], given(x, state)[0])
+    given.eps = 0.5  # where it is changed later it has its effect, and is checked
+    assert not torch.equal(named(x, state)[0], given(x, state)[0])
+    with pytest.raises(ValueError, match="eps must be positive and finite, got 0"):
+        given.eps = 0
+
+
 @pytest.mark.parametrize("controller", ["lstm", "gru", "feedforward"])
 @pytest.mark.parametrize("options", KINDS[::2], ids=str)
 def test_gradcheck_and_halves(options, controller):
@@ -128,6 +152,8 @@ def test_state_resets_converts_and_is_checked(options):
     for now, before, after in zip(again.memory, state.memory, start.memory, strict=True):
         assert torch.equal(now[0], after[0]) and torch.equal(now[1], before[1])
     assert isinstance(state.to(torch.float32).memory, ops.NTMState)
+    _, nobody = layer(x[:, :0])
+    assert nobody.reset(torch.zeros(0, dtype=torch.bool)).memory.memory.shape == (0, 7, 3)
     output, state = layer(x[:, 0])
     assert output.shape == (3, layer.output_size) and state.memory.read_weights.shape == (2, 7)
     of_lrua = make_layer().initial_state(2)
@@ -215,8 +241,23 @@ def test_no_steps(options):
     ("options", "error", "message"),
     [
         ({"addressing": "dnc"}, ValueError, "addressing must be one of 'lrua', 'ntm', 'content', got 'dnc'"),
-        ({"max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
-        ({"max_shift": 1.0}, TypeError, "max_shift must be an int, got float"),
+        ({"addressing": "ntm", "max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
+        ({"addressing": "ntm", "max_shift": 1.5}, TypeError, "max_shift must be an int, got float"),
+        (
+            {"max_shift": 2},
+            TypeError,
+            "max_shift is no option here, got 2; addressing 'lrua' has num_slots, ",
+        ),
+        (
+            {"addressing": "ntm", "usage_decay": 0.9},
+            TypeError,
+            "usage_decay is no option here, got 0.9; .*, max_shift",
+        ),
+        (
+            {"addressing": "content", "decay": 0.9},
+            TypeError,
+            "decay is no option here, got 0.9; .* order, eps$",
+        ),
     ],
 )
 def test_refuses_arguments(options, error, message):

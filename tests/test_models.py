@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from mann_fast import MANN, MemoryLayer, MemoryState
+from mann_fast.layers.registry import options_of
 from mann_fast.models import LSTMClassifier
+from mann_fast.training import SequenceConfig
+from mann_fast.training.run import Run
 
 SMALL = {
     "mann": (MANN, {"num_slots": 7, "slot_size": 5, "num_heads": 3}),
@@ -88,8 +91,38 @@ def test_config_makes_the_same_model_again(kind, tmp_path):
     assert repr(again) == repr(model)
     x = torch.randn(2, 5, 6)
     assert torch.equal(again(x)[0], model(x)[0])
-    arguments = set(inspect.signature(type(model)).parameters) - {"device", "dtype"}
+    arguments = set(inspect.signature(type(model)).parameters) - {"device", "dtype", "options"}
+    if kind == "mann":
+        arguments |= set(options_of(model.layer.memory))
     assert set(model.config) == arguments  # the defaults too, which may change
+
+
+@pytest.mark.parametrize("addressing", ["lrua", "ntm", "content"])
+def test_a_config_of_an_earlier_version_makes_the_same_model(addressing):
+    """It held the options of every memory, and no order where none was given."""
+    sizes = {"num_slots": 7, "slot_size": 5, "num_heads": 3}
+    of_lrua = {
+        "sharpness": "learned",
+        "write_vector": "separate",
+        "write_target": "per_head",
+        "usage_decay": 0.95,
+    }
+    saved = {"num_classes": 3, "input_size": 6, "hidden_size": 8, **sizes, **of_lrua, "controller": "lstm"}
+    saved |= {"max_shift": 1, "order": None, "eps": 1e-6, "memory_start": "constant", "batch_first": False}
+    saved["addressing"] = addressing
+    model = MANN(**saved)
+    assert model.config == make("mann", addressing=addressing).config
+    assert model.layer.order == ("write_first" if addressing == "lrua" else "read_first")
+
+    run = Run(SequenceConfig(), model)  # and a run that it began goes on
+    state = run.state_dict()
+    run.load_state_dict({**state, "model": {**state["model"], "config": saved}})
+    for changed in ({"eps": 1e-3}, {"usage_decay": 0.5}, {"num_reads": 2}):
+        state["model"]["config"] = {**saved, **changed}
+        with pytest.raises(
+            ValueError, match="the checkpoint's model was made with .*, this version of mann_fast makes"
+        ):
+            run.load_state_dict(state)
 
 
 @both

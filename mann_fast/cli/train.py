@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sequences import TASKS
-from ..layers._ntm import ADDRESSINGS
+from ..layers import MEMORIES
 from ..ops.cell import CONTROLLERS
 from ..training import (
     InstanceAccuracy,
@@ -103,8 +103,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     setting(
         "--addressing",
-        choices=ADDRESSINGS,
-        help="of the memory, in a sequence task (default: ntm; for regression, lrua)",
+        choices=tuple(MEMORIES),
+        help="of the memory, in a sequence task (default: "
+        f"{', '.join(f'{SequenceConfig.of_task(task).addressing} for {task}' for task in TASKS)})",
     )
     setting("--controller", choices=tuple(CONTROLLERS), help="of a sequence task (default: lstm)")
     setting(

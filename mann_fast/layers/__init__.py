@@ -1,5 +1,10 @@
-"""Layers with an external memory that stand where a recurrent layer of torch.nn stood."""
+"""Layers with an external memory that stand where a recurrent layer of torch.nn stood, and the memories that they have."""
 
-from .memory import MemoryLayer, MemoryState, MemoryWeights
+from .base import Memory, MemoryWeights
+from .lrua import LRUA
+from .memory import MemoryLayer
+from .ntm import NTM, Content
+from .registry import MEMORIES
+from .state import MemoryState
 
-__all__ = ["MemoryLayer", "MemoryState", "MemoryWeights"]
+__all__ = ["LRUA", "MEMORIES", "NTM", "Content", "Memory", "MemoryLayer", "MemoryState", "MemoryWeights"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from ..layers.memory import check_sizes
+from ..layers.base import check_sizes
 
 
 class LSTMClassifier(nn.Module):
@@ -53,3 +55,6 @@ class LSTMClassifier(nn.Module):
         """
         output, state = self.layer(x, state)
         return self.classifier(output), state
+
+    if TYPE_CHECKING:
+        __call__ = forward

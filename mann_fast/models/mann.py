@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
-from ..layers import MemoryLayer, MemoryState
-from ..layers.memory import check_sizes
+from ..layers import Memory, MemoryLayer, MemoryState
+from ..layers.base import check_sizes
+from ..layers.registry import make_memory, name_of, options_of
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
 # character is background: at nn.LSTMCell's width the hidden states of two characters are almost the same, and
@@ -20,14 +23,15 @@ class MANN(nn.Module):
     Args:
         input_size: width of the input: the image and the label of the step before.
         num_classes: how many logits per step.
-        hidden_size, num_slots, slot_size, num_heads, controller, addressing, max_shift, sharpness, write_vector, order,
-            write_target, usage_decay, eps, memory_start, batch_first, device, dtype: as of
+        hidden_size, controller, addressing, memory_start, batch_first, device, dtype, options: as of
             :class:`mann_fast.MemoryLayer`; the controller by its name.
 
     Attributes:
         layer: the MemoryLayer.
         classifier: ``nn.Linear`` from its output to the logits.
-        config: dict of plain values; ``MANN(**config)`` is a new model of the same kind and sizes.
+        config: dict of plain values, all options of the memory among them; ``MANN(**config)`` is a new model of the same
+            kind and sizes. Of a memory of your own it holds the name of the class: pass an object again,
+            ``MANN(**{**config, "addressing": MyMemory()})``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -39,45 +43,31 @@ class MANN(nn.Module):
         num_classes: int,
         hidden_size: int = 200,
         *,
-        num_slots: int = 128,
-        slot_size: int = 40,
-        num_heads: int = 4,
         controller: str = "lstm",
-        addressing: str = "lrua",
-        max_shift: int = 1,
-        sharpness: str | float | None = "learned",
-        write_vector: str = "separate",
-        order: str | None = None,
-        write_target: str = "per_head",
-        usage_decay: float = 0.95,
-        eps: float = 1e-6,
+        addressing: str | Memory = "lrua",
         memory_start: str = "constant",
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ):
         super().__init__()
         check_sizes(num_classes=num_classes)
-        options = {
+        memory = make_memory(addressing, options)
+        arguments: dict[str, Any] = {
             "input_size": input_size,
             "hidden_size": hidden_size,
-            "num_slots": num_slots,
-            "slot_size": slot_size,
-            "num_heads": num_heads,
             "controller": controller,
-            "addressing": addressing,
-            "max_shift": max_shift,
-            "sharpness": sharpness,
-            "write_vector": write_vector,
-            "order": order,
-            "write_target": write_target,
-            "usage_decay": usage_decay,
-            "eps": eps,
             "memory_start": memory_start,
             "batch_first": batch_first,
         }
-        self.config = {"num_classes": num_classes, **options}
-        self.layer = MemoryLayer(**options, device=device, dtype=dtype)
+        self.config = {
+            "num_classes": num_classes,
+            **arguments,
+            "addressing": name_of(memory),
+            **{name: getattr(memory, name) for name in options_of(memory)},
+        }
+        self.layer = MemoryLayer(**arguments, addressing=memory, device=device, dtype=dtype)
         with torch.no_grad():
             next(self.layer.controller.parameters())[:, :input_size] *= INPUT_GAIN  # its weight_ih
         self.classifier = nn.Linear(self.layer.output_size, num_classes, device=device, dtype=dtype)
@@ -96,3 +86,6 @@ class MANN(nn.Module):
         """
         output, state = self.layer(x, state)
         return self.classifier(output), state
+
+    if TYPE_CHECKING:
+        __call__ = forward

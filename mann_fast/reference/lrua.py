@@ -56,6 +56,12 @@ class LRUAState(NamedTuple):
         usage[:, 0] = 1
         return cls(memory, read_weights, usage)
 
+    def initial_like(self) -> LRUAState:
+        """The start of a sequence of one sample, with the sizes, dtype and device of this state, which may lack the axis B."""
+        heads, num_slots = self.read_weights.shape[-2:]
+        factory = {"dtype": self.memory.dtype, "device": self.memory.device}
+        return self.initial(1, num_slots, self.memory.shape[-1], heads, **factory)
+
 
 def least_used(usage: Tensor, n: int) -> Tensor:
     """See :func:`mann_fast.ops.least_used`."""

@@ -51,6 +51,12 @@ class NTMState(NamedTuple):
             rows[..., 0] = 1
         return cls(memory, *weights)
 
+    def initial_like(self) -> NTMState:
+        """The start of a sequence of one sample, with the sizes, dtype and device of this state, which may lack the axis B."""
+        heads = (self.read_weights.shape[-2], self.write_weights.shape[-2])
+        factory = {"dtype": self.memory.dtype, "device": self.memory.device}
+        return self.initial(1, *self.memory.shape[-2:], *heads, **factory)
+
 
 def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float = 1e-6) -> Tensor:
     """See :func:`mann_fast.ops.ntm_address`."""

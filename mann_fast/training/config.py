@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..data.sequences import TASKS
-from ..layers._ntm import ADDRESSINGS
+from ..layers import MEMORIES, Memory
+from ..layers.registry import PRESETS
 from ..ops.cell import CONTROLLERS
 
+GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
 
@@ -23,9 +25,9 @@ class RunConfig:
 
     model: str = "mann"  # or "lstm", the baseline without memory
     hidden_size: int = 200
-    slots: int = 128
-    slot_size: int = 40
-    heads: int = 4
+    slots: int = Memory.num_slots
+    slot_size: int = Memory.slot_size
+    heads: int = Memory.num_heads
 
     steps: int = 20_000
     batch: int = 16  # episodes or sequences per step
@@ -137,12 +139,12 @@ class SequenceConfig(RunConfig):
 
     task: str = "copy"
     length: int = 20  # the longest of training, in the task's own unit
-    addressing: str = "ntm"
+    addressing: str = GRAVES["addressing"]
     controller: str = "lstm"
 
-    hidden_size: int = 100
-    slot_size: int = 20
-    heads: int = 1
+    hidden_size: int = GRAVES["hidden_size"]
+    slot_size: int = GRAVES["slot_size"]
+    heads: int = GRAVES["num_heads"]
     steps: int = 3000
     lr: float = 1e-3
     decay: float = 0.5
@@ -153,7 +155,7 @@ class SequenceConfig(RunConfig):
         super().__post_init__()
         _require(self.task in TASKS, "task", f"one of {', '.join(TASKS)}", self.task)
         _require(self.length >= self.least, "length", f"at least {self.least}", self.length)
-        choices = (("addressing", ADDRESSINGS), ("controller", tuple(CONTROLLERS)))
+        choices = (("addressing", tuple(MEMORIES)), ("controller", tuple(CONTROLLERS)))
         for name, known in choices:
             value = getattr(self, name)
             _require(value in known, name, f"one of {', '.join(known)}", value)
@@ -177,9 +179,9 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "length": 50,
         "steps": 10_000,
         "addressing": "lrua",
-        "hidden_size": 200,
-        "slot_size": 40,
-        "heads": 4,
+        "hidden_size": RunConfig.hidden_size,
+        "slot_size": RunConfig.slot_size,
+        "heads": RunConfig.heads,
     },
 }
 

@@ -154,12 +154,21 @@ def plot_predictions(
 
 def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trace: Trace, title: str) -> None:
     """One episode step by step: images [T, S, S] with how often their class has come, instance [T]; the probability of each
-    class; weights of writing and reading, and usage, of every slot.
+    class; weights of writing and reading of every slot, and its usage where the memory counts it.
     """
     steps, size = images.shape[:2]
     classes = len(trace.names)
-    figure = _figure(max(7.0, 0.27 * steps + 2), 11.0)
-    rows = figure.subplots(5, 1, sharex=True, height_ratios=(0.6, 0.5 + 0.12 * classes, 2, 2, 2))
+    panels = [
+        (trace.probabilities, "probability", "Greens"),
+        (trace.written, "weight written (sum over heads)", "Oranges"),
+        (trace.read, "weight read (sum over heads)", "Blues"),
+    ]
+    if trace.usage is not None:
+        panels.append((trace.usage, "usage", "Purples"))
+    of_slots = [2.0] * (len(panels) - 1)
+    figure = _figure(max(7.0, 0.27 * steps + 2), 3.5 + 2.5 * len(of_slots))
+    heights = (0.6, 0.5 + 0.12 * classes, *of_slots)
+    rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}: {int(trace.right.sum())} of {steps} right")
     strip = images.permute(1, 0, 2).reshape(size, steps * size)
     rows[0].imshow(strip, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1), vmin=0, vmax=1)
@@ -167,12 +176,7 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     for t in range(steps):
         rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
     rows[0].text(-0.7, 1.06, "time its class is seen:", ha="right", fontsize=7)
-    for axes, values, label, colours in (
-        (rows[1], trace.probabilities, "probability", "Greens"),
-        (rows[2], trace.written, "weight written (sum over heads)", "Oranges"),
-        (rows[3], trace.read, "weight read (sum over heads)", "Blues"),
-        (rows[4], trace.usage, "usage", "Purples"),
-    ):
+    for axes, (values, label, colours) in zip(rows[1:], panels, strict=True):
         drawn = axes.imshow(
             values.T, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, origin="upper"
         )
@@ -186,7 +190,7 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
                         edgecolors=colour if right else None, label=name)  # fmt: skip
     rows[1].set(yticks=range(classes), yticklabels=trace.names, ylabel="")
     rows[1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
-    rows[4].set(xlabel="step")
+    rows[-1].set(xlabel="step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

@@ -63,7 +63,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; ValueError where the kind of model is not the same."""
-        if state["model"]["config"] != self.model.config:
+        if not self._makes_this_model(state["model"]["config"]):
             raise ValueError(
                 f"the checkpoint's model was made with {state['model']['config']}, "
                 f"this version of mann_fast makes {self.model.config}; "
@@ -74,3 +74,10 @@ class Run:
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
         self.seconds = state["seconds"]
+
+    def _makes_this_model(self, config: dict[str, Any]) -> bool:
+        """Whether the config of a checkpoint, of an earlier version perhaps, makes a model of this kind and sizes."""
+        try:
+            return type(self.model)(**config, device="meta").config == self.model.config
+        except (TypeError, ValueError):  # options that it does not have
+            return False

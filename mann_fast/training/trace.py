@@ -18,7 +18,7 @@ class Trace(NamedTuple):
 
     names: C labels, as text; classes: int64 [T], which of them each image has; right: bool [T], whether the model's
     answer is; probabilities: [T, C] of each class given that it is one of them; written, read: [T, N], weights summed
-    over heads; usage: [T, N], after the step.
+    over heads; usage: [T, N], after the step, None of a memory without.
     """
 
     names: list[str]
@@ -27,7 +27,7 @@ class Trace(NamedTuple):
     probabilities: Tensor
     written: Tensor
     read: Tensor
-    usage: Tensor
+    usage: Tensor | None
 
 
 @torch.inference_mode()
@@ -54,5 +54,5 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
         of_classes.exp(),
         weights.write[:, 0].sum(1),
         weights.read[:, 0].sum(1),
-        weights.usage[:, 0],
+        None if weights.usage is None else weights.usage[:, 0],
     )

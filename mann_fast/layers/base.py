@@ -1,0 +1,137 @@
+"""Memory: what a :class:`mann_fast.MemoryLayer` writes to and reads from. Each kind is a subclass in a file of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MemoryWeights(NamedTuple):
+    """Where the heads of a memory were: read and write, [B, R, N]; usage after it, [B, N], of a memory that has one, else None.
+
+    From ``layer(x, return_weights=True)`` of every step, with a leading T.
+    """
+
+    read: Tensor
+    write: Tensor
+    usage: Tensor | None
+
+
+class StateLike(NamedTuple):
+    """What a memory's state has to be: its type; of each tensor its name, its sizes without B, and its dtype, None for that of
+    the memory."""
+
+    type: type[tuple[Any, ...]]
+    parts: tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
+
+
+def stack_weights(recorded: Sequence[MemoryWeights | None], steps: int) -> MemoryWeights:
+    """Those of the first ``steps`` steps, with a leading T."""
+    read, write, usage = zip(*(weights for weights in recorded if weights is not None), strict=True)
+    of_usage = None if usage[0] is None else torch.stack(usage)[:steps]
+    return MemoryWeights(torch.stack(read)[:steps], torch.stack(write)[:steps], of_usage)
+
+
+def check_sizes(**sizes: object) -> None:
+    """Positive ints."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(ABC):
+    """One kind of memory. A subclass is a frozen dataclass whose fields are its options, with defaults; it holds no tensors.
+
+    At every step the layer's linear ``heads`` turn the controller's hidden state into values [B, V]; ``split`` makes of
+    them what the heads address and write with, and ``step`` does both. docs/adding-a-memory.md writes one.
+
+    The state is a NamedTuple of tensors [B, ...], of a type of the memory's own. Its first tensor is what
+    ``memory_start="learned"`` learns. A state type with a method ``initial_like()``, which gives the start of one sample with
+    the sizes of that state, can be reset without naming a start.
+
+    Args:
+        num_slots, slot_size, num_heads: N, D and R; 1 <= R <= N. Each head reads a vector of D numbers.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value; a subclass checks its own in ``__post_init__``.
+    """
+
+    num_slots: int = 128
+    slot_size: int = 40
+    num_heads: int = 4
+
+    fused: ClassVar[bool] = False  # whether `cell` runs a whole sequence in one call
+
+    def __post_init__(self) -> None:
+        check_sizes(num_slots=self.num_slots, slot_size=self.slot_size, num_heads=self.num_heads)
+        if self.num_heads > self.num_slots:
+            raise ValueError(f"num_heads must be at most num_slots = {self.num_slots}, got {self.num_heads}")
+
+    @abstractmethod
+    def head_sizes(self) -> list[int]:
+        """How many values a step takes from the layer's heads, part by part; V is their sum."""
+
+    def adjust_heads(self, weight: Tensor) -> None:  # noqa: B027, nothing by default
+        """Change the weight [V, hidden_size] of new heads in place; called under ``torch.no_grad``."""
+
+    @abstractmethod
+    def initial_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Any:
+        """The state at the start of a sequence, for B = ``batch`` samples, in float32 or float64.
+
+        Asked for on the device "meta", too, for its sizes alone.
+        """
+
+    @cached_property
+    def state_like(self) -> StateLike:
+        """What a state has to be, from `initial_state`. Raises TypeError where that gives no NamedTuple of tensors [1, ...]."""
+        state = self.initial_state(1, dtype=torch.float32, device=torch.device("meta"))
+        named = isinstance(state, tuple) and hasattr(state, "_fields")
+        if not (named and all(isinstance(part, Tensor) and part.shape[:1] == (1,) for part in state)):
+            raise TypeError(
+                f"{type(self).__name__}.initial_state must return a NamedTuple of tensors [B, ...]"
+            )
+        return StateLike(
+            type(state),
+            tuple(
+                (name, tuple(part.shape[1:]), None if part.is_floating_point() else part.dtype)
+                for name, part in zip(state._fields, state, strict=True)
+            ),
+        )
+
+    @abstractmethod
+    def split(self, values: Tensor) -> Any:
+        """Of the values [B, V]: what `step` takes, each part squashed into its range. values may be half precision."""
+
+    @abstractmethod
+    def step(self, state: Any, heads: Any, record: bool = False) -> tuple[Tensor, Any, MemoryWeights | None]:
+        """Write and read, with what `split` gave.
+
+        Returns what the heads read [B, R, D], of the dtype of the values; the state after the step; and where the heads were,
+        which may be None unless ``record``.
+        """
+
+    def cell(
+        self,
+        gates: Tensor,
+        state: tuple[Tensor, ...],
+        memory: Any,
+        reads: Tensor,
+        hidden_weight: Tensor | None,
+        hidden_bias: Tensor | None,
+        reads_weight: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor,
+        *,
+        controller: str,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+        """A whole sequence with a built-in controller in one call, as :func:`mann_fast.ops.cell`; called where ``fused``."""
+        raise NotImplementedError(f"{type(self).__name__} has no whole sequence in one call")
