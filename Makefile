@@ -24,8 +24,8 @@ OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/tes
 ifndef WHOLE
 WHOLE := $(shell $(PYTHON) scripts/whole.py)
 endif
-# Of the op tests, where a target runs reduced; tracing is the same on every instruction set and kernel.
-REDUCED = $(if $(filter $@,$(WHOLE)),,-m "not tracing and not thorough")
+# Of the op tests, where a target runs reduced.
+REDUCED = $(if $(filter $@,$(WHOLE)),,-m "not once and not thorough")
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check nightly build lint abi isas triton cuda emulate sanitize wheel clean

@@ -66,8 +66,12 @@ def build_cuda_library(target: Path) -> dict:
     stand_in = folder / "stand_in" / "libtorch_cuda.so"
     stand_in.parent.mkdir(exist_ok=True)
     source = stand_in.with_suffix(".c")
-    source.write_text("int aoti_torch_get_current_cuda_stream(int index, void** stream) { return index && stream; }\n")
-    compiler.run(["-shared", "-fPIC", "-x", "c", str(source), "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)])
+    source.write_text(
+        "int aoti_torch_get_current_cuda_stream(int index, void** stream) { return index && stream; }\n"
+    )
+    compiler.run(
+        ["-shared", "-fPIC", "-x", "c", str(source), "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)]
+    )
     libraries = [f"-L{torch}/lib", "-ltorch_cpu", str(stand_in), "-Xlinker", "--exclude-libs,ALL"]
     nvcc.run(["-shared", "-cudart", "static", "-o", str(target.absolute()), *map(str, objects), *libraries])
     return {"cuda": nvcc.version, "architectures": nvcc.architectures}
@@ -119,7 +123,9 @@ class BuildExtension(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "mann_fast"
-        return [str(package / name) for name in (LIBRARY, CUDA_LIBRARY, BUILD_INFO) if (package / name).exists()]
+        return [
+            str(package / name) for name in (LIBRARY, CUDA_LIBRARY, BUILD_INFO) if (package / name).exists()
+        ]
 
 
 # Free-threaded Python has no stable ABI, so its wheels are tagged for one Python version.

@@ -24,7 +24,9 @@ def build_library(target: Path) -> None:
         raise CannotBuild("no torch was found to build with")
     bindings = Unit("csrc/cuda/bindings.cpp", "bindings", [*FLAGS, *binding_flags(torch)])
     objects = compiler.compile([*kernel_units(), bindings], target.parent)
-    compiler.run(["-shared", "-o", str(target), *map(str, objects), "-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"])
+    compiler.run(
+        ["-shared", "-o", str(target), *map(str, objects), "-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"]
+    )
 
 
 if __name__ == "__main__":

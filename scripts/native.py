@@ -18,7 +18,16 @@ OLDEST_TORCH = (2, 11)
 
 # The one that takes longest first.
 KERNELS = ["cell", "lrua", "ntm", "content"]
-CUDA_KERNELS = ["lrua_scan_backward", "ntm_scan_backward", "cell_backward", "lrua_scan", "cell", "ntm_scan", "content", "lrua"]
+CUDA_KERNELS = [
+    "lrua_scan_backward",
+    "ntm_scan_backward",
+    "cell_backward",
+    "lrua_scan",
+    "cell",
+    "ntm_scan",
+    "content",
+    "lrua",
+]
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {
         "baseline": [],
@@ -146,7 +155,9 @@ class Nvcc(Compiler):
         self.command = [found[0]]
         answer = subprocess.run([*self.command, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)\.(\d+)", answer)
-        self.version = f"nvcc {release.group(1)}.{release.group(2)}" if release else "nvcc of an unknown release"
+        self.version = (
+            f"nvcc {release.group(1)}.{release.group(2)}" if release else "nvcc of an unknown release"
+        )
         if release is None or (int(release.group(1)), int(release.group(2))) < (12, 8):
             raise CannotBuild(f"CUDA 12.8 or newer is needed, this is {self.version}")
         named = os.environ.get("MANN_FAST_CUDA_ARCHS", " ".join(CUDA_ARCHITECTURES))

@@ -47,7 +47,9 @@ def build(compiler: Compiler, sanitizers: str) -> tuple[Path, Path]:
     return programs
 
 
-def run(program: Path, sanitizers: str, *arguments: str, quiet: bool = False, **environment: str) -> tuple[int, str]:
+def run(
+    program: Path, sanitizers: str, *arguments: str, quiet: bool = False, **environment: str
+) -> tuple[int, str]:
     """Exit status and standard output."""
     command = [str(ROOT / program), *arguments]
     if "thread" in sanitizers and shutil.which("setarch"):
@@ -55,7 +57,11 @@ def run(program: Path, sanitizers: str, *arguments: str, quiet: bool = False, **
         command = ["setarch", platform.machine(), "--addr-no-randomize", *command]
     environment = {**os.environ, "MANN_FAST_POISON": "1", "TSAN_OPTIONS": "halt_on_error=1", **environment}
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if quiet else None, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if quiet else None,
+        text=True,
     )
     return done.returncode, done.stdout
 
@@ -93,12 +99,17 @@ def sanitize_cuda(program: Path, sanitizers: str, reduced: bool) -> bool:
     if sanitizers == "thread" and not reduced:
         for kernel in ("content", "write", "scan", "cell", "ntm"):
             _, output = run(program, sanitizers, kernel, "--few")
-            for scope, count in zip(("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True):
+            for scope, count in zip(
+                ("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True
+            ):
                 numbers = range(int("".join(count)))
                 omitting = partial(run, program, sanitizers, kernel, "--few", f"--omit-{scope}", quiet=True)
                 runs = AT_ONCE.map(omitting, map(str, numbers))
                 missed = [number for number, (status, _) in zip(numbers, runs, strict=True) if status == 0]
-                say(f"{kernel}: each of {len(numbers)} barriers of a {scope} is needed, not noticed {missed}:", not missed)
+                say(
+                    f"{kernel}: each of {len(numbers)} barriers of a {scope} is needed, not noticed {missed}:",
+                    not missed,
+                )
     return clean
 
 

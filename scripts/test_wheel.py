@@ -53,7 +53,7 @@ def test_beside(torch: str, wheel: Path, tests: list[str], folder: Path, whole: 
         raise SystemExit(f"the wheel's extension cannot be used: {found['cpp']}")
     run(str(python.with_name("mann-fast")), "doctor")
     other = found["torch"] != found["built"]
-    left_out = "thorough" if other else "thorough or tracing"  # of the same torch make test has shown it
+    left_out = "thorough" if other else "thorough or once"  # of the same torch make test has shown it
     run("-m", "pytest", "-q", *([] if whole else ["-m", f"not ({left_out})"]), *tests)
     return other
 

@@ -31,11 +31,16 @@ def git(*arguments: str) -> str | None:
 
 def main(arguments: list[str]) -> int:
     if arguments == ["--passed"]:
-        PASSED.write_text(git("rev-parse", "HEAD") or sys.exit("make nightly is remembered in a git checkout only"))
+        PASSED.write_text(
+            git("rev-parse", "HEAD") or sys.exit("make nightly is remembered in a git checkout only")
+        )
         return 0
     changed = git("diff", "--name-only", PASSED.read_text().strip())
     if changed is None:
-        print(f"no history back to the commit in {PASSED.relative_to(ROOT)}: nothing runs whole", file=sys.stderr)
+        print(
+            f"no history back to the commit in {PASSED.relative_to(ROOT)}: nothing runs whole",
+            file=sys.stderr,
+        )
         return 0
     names = changed.split()
     print(*(target for target, files in FILES.items() if any(name.startswith(files) for name in names)))

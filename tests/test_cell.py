@@ -343,7 +343,7 @@ def test_opcheck(controller, steps, anchor_every):
         torch.library.opcheck(RAW_OPS.cell_backward.default, arguments)
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_compiles_in_one_graph(controller, dynamic):

@@ -186,6 +186,9 @@ def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
     assert all(x.is_contiguous() for x in results)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:All-NaN slice:RuntimeWarning"
+)  # of NumPy, in which Triton's interpreter computes
 @every_op
 def test_a_nan_stays_in_its_sample(op):
     """Whatever tensor it is in, values and gradients of the other samples keep their bits."""
@@ -233,6 +236,7 @@ def test_threads_change_nothing(op):
         assert torch.equal(x, y)
 
 
+@pytest.mark.once
 @every_gradient
 def test_one_tensor_given_twice(op):
     """As a head that writes its key does: the gradient is the sum of both."""
@@ -253,7 +257,7 @@ def test_one_tensor_given_twice(op):
         assert_close([together], [sum(torch.autograd.grad(loss(apart), (apart[i], apart[k])))])
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @every_gradient
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(op, dynamic):
@@ -279,7 +283,7 @@ class _Program(torch.nn.Module):
         return self.function(*self.parameters_of) * x
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 @every_gradient
 @pytest.mark.parametrize("recorded", [True, False], ids=["with gradients", "without"])
@@ -313,6 +317,7 @@ def mapped_values(op, place):
 PLACES = ["all", 0, 2, -1]
 
 
+@pytest.mark.once
 @every_op
 @pytest.mark.parametrize("place", PLACES)
 def test_vmap(op, place):
@@ -325,6 +330,7 @@ def test_vmap(op, place):
             assert torch.equal(x, y)
 
 
+@pytest.mark.once
 @every_gradient
 @pytest.mark.parametrize("place", PLACES)
 def test_gradient_of_vmap_and_vmap_of_gradient(op, place):
@@ -356,6 +362,7 @@ def test_gradient_of_vmap_and_vmap_of_gradient(op, place):
     assert_close(each, [torch.stack(x) for x in zip(*per_loop, strict=True)])
 
 
+@pytest.mark.once
 @every_gradient
 def test_batched_gradients(op):
     """torch.autograd.grad with is_grads_batched maps over backward alone."""
@@ -368,6 +375,7 @@ def test_batched_gradients(op):
     assert_close(batched, [torch.stack([factor * x for factor in factors]) for x in single])
 
 
+@pytest.mark.once
 @every_gradient
 def test_jacrev(op):
     values = sample(op)
@@ -382,6 +390,7 @@ def test_jacrev(op):
     assert_close([jacrev(first)(values[place])], [torch.stack(rows)])
 
 
+@pytest.mark.once
 @every_gradient
 def test_second_derivatives_are_refused(op):
     function, tensors = function_of(op, sample(op))
@@ -394,7 +403,7 @@ def test_second_derivatives_are_refused(op):
         grad(lambda x: grad(function)(x, *tensors[1:]).square().sum())(tensors[0])
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @every_gradient
 def test_second_derivatives_of_a_compiled_call_are_refused(op):
     function, tensors = function_of(op, sample(op))
@@ -405,6 +414,7 @@ def test_second_derivatives_of_a_compiled_call_are_refused(op):
         first.square().sum().backward()
 
 
+@pytest.mark.once
 @every_gradient
 def test_forward_mode_is_refused(op):
     function, tensors = function_of(op, sample(op))
@@ -427,7 +437,7 @@ def dual(function, x):
         return function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 def test_a_compiled_call_refuses_forward_mode():
     """Through the public functions: a compiled graph drops tangents before they come to the raw op."""
     memory, key = torch.randn(2, 7, 5), torch.randn(2, 3, 5)

@@ -274,7 +274,7 @@ def test_gradcheck(order):
     assert torch.autograd.gradcheck(lambda *x: tuple(call(ops.ntm_scan, x, order=order)), inputs)
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @needs_cpp
 def test_compiles_in_one_graph():
     torch.compiler.reset()

@@ -17,7 +17,7 @@ def scan(state, inputs, **options):
     return reads, *end
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @needs_kernels
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 def test_compiles_in_one_graph_with_gradients(options):
@@ -47,7 +47,7 @@ def test_compiles_in_one_graph_with_gradients(options):
         assert worst_error(x, y) < 1e-12
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @needs_kernels
 def test_compiles_where_one_tensor_is_given_twice():
     torch.compiler.reset()
@@ -62,7 +62,7 @@ def test_compiles_where_one_tensor_is_given_twice():
     assert worst_error(actual, torch.autograd.grad(call(state, keys, inputs[2]).sum(), keys)[0]) < 1e-12
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @needs_kernels
 def test_compiles_with_dynamic_sizes_without_recompiling():
     torch.compiler.reset()
@@ -147,7 +147,7 @@ class FakeDevice:
         return torch.rand(2, 3).as_subclass(Elsewhere)
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, code",
     [("nonsense", 1), ("reference", 0), ("auto", 0)],
@@ -293,7 +293,7 @@ def test_initial_state():
     assert state.read_weights.tolist() == [[[1, 0, 0, 0, 0]] * 2] * 2
 
 
-@pytest.mark.tracing
+@pytest.mark.once
 def test_importing_compiles_nothing_and_stays_light():
     program = (
         "import sys, torch; before = set(sys.modules); import mann_fast; from mann_fast import ops, reference; "

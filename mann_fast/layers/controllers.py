@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..reference.cell import CONTROLLERS
+from ..reference.cell import CONTROLLERS, gru, lstm
 
 MODULES = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "feedforward": nn.Linear}
 
@@ -45,11 +45,14 @@ def step(
         if not isinstance(state, tuple):
             raise TypeError(f"controller must return its state as a tuple, got {type(state).__name__}")
         return hidden, state
-    weights = [parameter.to(z.dtype) for parameter in controller.parameters()]
-    if kind == "feedforward":
-        return torch.tanh(F.linear(z, *weights)), ()
-    if kind == "gru":
-        hidden = torch.gru_cell(z, *state, *weights)
-        return hidden, (hidden,)
-    hidden, cell = torch.lstm_cell(z, state, *weights)
-    return hidden, (hidden, cell)
+    weight, bias, hidden_weight, hidden_bias = weights(controller, z.dtype)
+    if hidden_weight is None or hidden_bias is None:
+        return torch.tanh(F.linear(z, weight, bias)), ()
+    if torch._C._are_functorch_transforms_active():  # torch's own cells have no batching rule
+        gates, recurrent = F.linear(z, weight, bias), F.linear(state[0], hidden_weight, hidden_bias)
+        state = (lstm if kind == "lstm" else gru)(gates, recurrent, *state)
+    elif kind == "gru":
+        state = (torch.gru_cell(z, state[0], weight, hidden_weight, bias, hidden_bias),)
+    else:
+        state = torch.lstm_cell(z, state, weight, hidden_weight, bias, hidden_bias)
+    return state[0], state

@@ -242,7 +242,10 @@ class _Raw:
 
 def _fold(argument: Argument, value: Tensor, dim: int | None, size: int) -> Tensor:
     """With the axis that vmap maps over, or copies where it has none, as part of the axis B."""
-    names = argument.names_of(value.dim() - (dim is not None))
+    logical = value.dim() - (dim is not None)
+    names = argument.names_of(logical)
+    if len(names) != logical:  # the empty one of an output that there was not
+        return value if dim is None else value.select(dim, 0)
     place = names.index("B")
     if dim is None:
         value = value.unsqueeze(place).expand(*value.shape[:place], size, *value.shape[place:])

@@ -43,13 +43,13 @@ def split_heads(
     return key, vector, gate, beta
 
 
-def _lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+def lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     input_gate, forget_gate, cell_gate, output_gate = (gates + recurrent).chunk(4, dim=1)
     cell = torch.addcmul(torch.sigmoid(forget_gate) * cell, torch.sigmoid(input_gate), torch.tanh(cell_gate))
     return torch.sigmoid(output_gate) * torch.tanh(cell), cell
 
 
-def _gru(gates: Tensor, recurrent: Tensor, hidden: Tensor) -> tuple[Tensor]:
+def gru(gates: Tensor, recurrent: Tensor, hidden: Tensor) -> tuple[Tensor]:
     size = 2 * hidden.shape[1]
     reset, update = torch.sigmoid(gates[:, :size] + recurrent[:, :size]).chunk(2, dim=1)
     candidate = torch.tanh(torch.addcmul(gates[:, size:], reset, recurrent[:, size:]))
@@ -89,7 +89,7 @@ def cell(
             hidden = torch.tanh(now)
         else:
             recurrent = torch.addmm(hidden_bias, state[0], hidden_weight.t())
-            state = (_lstm if controller == "lstm" else _gru)(now, recurrent, *state)
+            state = (lstm if controller == "lstm" else gru)(now, recurrent, *state)
             hidden = state[0]
         values = torch.addmm(head_bias, hidden, head_weight.t())
         reads, memory = step(

@@ -59,8 +59,8 @@ class LRUAState(NamedTuple):
     def initial_like(self) -> LRUAState:
         """The start of a sequence of one sample, with the sizes, dtype and device of this state, which may lack the axis B."""
         heads, num_slots = self.read_weights.shape[-2:]
-        factory = {"dtype": self.memory.dtype, "device": self.memory.device}
-        return self.initial(1, num_slots, self.memory.shape[-1], heads, **factory)
+        memory = self.memory
+        return self.initial(1, num_slots, memory.shape[-1], heads, dtype=memory.dtype, device=memory.device)
 
 
 def least_used(usage: Tensor, n: int) -> Tensor:

@@ -53,9 +53,9 @@ class NTMState(NamedTuple):
 
     def initial_like(self) -> NTMState:
         """The start of a sequence of one sample, with the sizes, dtype and device of this state, which may lack the axis B."""
-        heads = (self.read_weights.shape[-2], self.write_weights.shape[-2])
-        factory = {"dtype": self.memory.dtype, "device": self.memory.device}
-        return self.initial(1, *self.memory.shape[-2:], *heads, **factory)
+        memory, (slots, size) = self.memory, self.memory.shape[-2:]
+        heads = self.read_weights.shape[-2], self.write_weights.shape[-2]
+        return self.initial(1, slots, size, *heads, dtype=memory.dtype, device=memory.device)
 
 
 def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float = 1e-6) -> Tensor:
