@@ -1,5 +1,6 @@
 # make demo    a model trained on built-in glyphs, from nothing but Python, g++ and this folder
 # make test    the test suite                     make check   everything else that CI runs
+# make nightly make check with nothing left out (CI leaves out what changed files cannot break)
 # make build   the C++ extension again, as far as its sources have changed
 # make clean   removes all of it, the virtual environment too
 #
@@ -17,11 +18,17 @@ TORCH_OTHER ?= torch==2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py
-OP_TESTS := $(KERNEL_TESTS) tests/test_cell.py tests/test_ntm.py
+OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py
+
+# Targets that leave nothing out: those of which a file has changed since make nightly last passed.
+ifndef WHOLE
+WHOLE := $(shell $(PYTHON) scripts/whole.py)
+endif
+# Of the op tests, where a target runs reduced; tracing is the same on every instruction set and kernel.
+REDUCED = $(if $(filter $@,$(WHOLE)),,-m "not tracing and not thorough")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check build lint abi isas triton cuda emulate sanitize wheel clean
+.PHONY: demo test check nightly build lint abi isas triton cuda emulate sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -43,8 +50,14 @@ test: build
 
 check: lint abi isas triton cuda emulate sanitize wheel
 
+nightly:
+	$(MAKE) --jobs 2 --output-sync=target check WHOLE="isas triton emulate sanitize wheel"
+	$(PYTHON) scripts/whole.py --passed
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Only symbols that the oldest supported torch has, and none that instruction sets share.
 abi: build
@@ -52,11 +65,11 @@ abi: build
 
 # The op tests on every instruction set, with memory that nobody has written filled with NaN.
 isas: build
-	$(BIN)/python scripts/test_isas.py $(OP_TESTS)
+	$(BIN)/python scripts/test_isas.py $(REDUCED) $(OP_TESTS)
 
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
 triton: build
-	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) tests/test_ntm.py
+	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(REDUCED) $(OP_TESTS)
 	$(BIN)/python scripts/triton_aot.py
 
 # The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.
@@ -67,19 +80,19 @@ cuda: build
 # is to run on a GPU.
 emulate: build
 	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
-	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(OP_TESTS)
+	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(REDUCED) $(OP_TESTS)
 	MANN_FAST_EMULATION=build/emulated/cuda.so $(BIN)/python benchmarks/gpu_check --sanitizer-target cuda
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/installed
-	$(BIN)/python scripts/sanitize.py
+	$(BIN)/python scripts/sanitize.py $(if $(filter $@,$(WHOLE)),,--reduced)
 
 # The wheel, made from the source distribution, in empty environments outside this folder: beside the torch that it was
 # built with and beside another.
 wheel: build
 	rm -rf dist
 	MANN_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation
-	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(OP_TESTS) tests/test_pretrained.py
+	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) $(OP_TESTS) tests/test_pretrained.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks

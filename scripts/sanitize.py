@@ -4,7 +4,9 @@
 For the emulated ones it also shows that the check can fail: kernels with a planted defect are noticed, and so is every barrier
 that is left out.
 
-python scripts/sanitize.py [address,undefined | thread]...     (both if none is named)
+python scripts/sanitize.py [--reduced] [address,undefined | thread]...     (both if none is named)
+
+--reduced: one order of warps and lanes, and no barrier left out.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def sanitize(program: Path, sanitizers: str, compiler: Compiler) -> bool:
     return clean
 
 
-def sanitize_cuda(program: Path, sanitizers: str) -> bool:
+def sanitize_cuda(program: Path, sanitizers: str, reduced: bool) -> bool:
     """Whether the emulated kernels run without a finding, and whatever is wrong on purpose is noticed."""
     clean = True
 
@@ -81,14 +83,14 @@ def sanitize_cuda(program: Path, sanitizers: str) -> bool:
         clean = clean and good
         print(f"{sanitizers}: emulated CUDA, {what} {'passed' if good else 'FAILED'}", flush=True)
 
-    seeds = SEEDS[sanitizers]
+    seeds = SEEDS[sanitizers][: 1 if reduced else None]
     runs = AT_ONCE.map(lambda seed: run(program, sanitizers, "--seed", seed), seeds)
     for seed, (status, output) in zip(seeds, runs, strict=True):
         say(f"seed {seed}: {output.strip()}", status == 0)
     for defect in PLANTED[sanitizers]:
         status, _ = run(program, sanitizers, "--plant", defect, quiet=True)
         say(f"a planted defect ({defect}) is noticed:", status != 0)
-    if sanitizers == "thread":
+    if sanitizers == "thread" and not reduced:
         for kernel in ("content", "write", "scan", "cell", "ntm"):
             _, output = run(program, sanitizers, kernel, "--few")
             for scope, count in zip(("block", "warp"), re.findall(r"(\d+) barriers of a|and (\d+) of", output), strict=True):
@@ -101,12 +103,14 @@ def sanitize_cuda(program: Path, sanitizers: str) -> bool:
 
 
 def main(arguments: list[str]) -> int:
+    reduced = "--reduced" in arguments
+    arguments = [x for x in arguments if x != "--reduced"]
     try:
         compiler = Compiler()
         clean = []
         for sanitizers in arguments or ["address,undefined", "thread"]:
             driver, cuda_driver = build(compiler, sanitizers)
-            clean += [sanitize_cuda(cuda_driver, sanitizers), sanitize(driver, sanitizers, compiler)]
+            clean += [sanitize_cuda(cuda_driver, sanitizers, reduced), sanitize(driver, sanitizers, compiler)]
     except CannotBuild as problem:
         print(problem, file=sys.stderr)
         return 1

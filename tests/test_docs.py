@@ -1,18 +1,75 @@
-"""The examples of docs/layers.md run one after the other, as a reader would type them."""
+"""The pages of docs/: their examples run, and what they refer to exists."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parent.parent / "docs" / "layers.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the tests run without the source tree's docs")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the tests run without the source tree's docs")
+def without_code(page):
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_examples_of_layers_run():
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """One after the other, as a reader would type them."""
+    page = DOCS / "layers.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) == 7
     namespace = {}
     for example in examples:
-        exec(compile(example, str(PAGE), "exec"), namespace)
+        exec(compile(example, str(page), "exec"), namespace)
     assert namespace["logits"].shape == (50, 16, 5)
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+@every_page
+def test_files_that_are_named_exist(page):
+    folders = "|".join(sorted(x.name for x in ROOT.iterdir() if x.is_dir() and not x.name.startswith(".")))
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", without_code(page))
+    made_by_runs = ("build/", "benchmarks/results", "runs/", "dist/")
+    missing = [
+        x for x in named if "NAME" not in x and not x.startswith(made_by_runs) and not (ROOT / x).exists()
+    ]
+    assert not missing
+
+
+def test_one_page_says_what_has_run_on_a_gpu():
+    claim = re.compile(r"no\s+GPU\s+has", re.IGNORECASE)
+    sources = [*PAGES, *(ROOT / "mann_fast").rglob("*.py")]
+    assert [x.name for x in sources if claim.search(x.read_text(encoding="utf-8"))] == ["gpu.md"]
+
+
+def test_places_to_touch_are_counted():
+    text = without_code(DOCS / "adding-an-op.md")
+    counted = [int(n) for n in re.findall(r"^\| \[\d.*\| (\d+) \| \d+ \|$", text, re.MULTILINE)]
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1 : len(counted) + 1]
+    assert len(counted) == 6
+    assert counted == [len(re.findall(r"\n\d+\. ", section)) for section in sections]
+
+
+def test_declaration_that_is_shown_is_that_of_content_read():
+    (shown,) = re.findall(r"```\n(.*?)```", (DOCS / "adding-an-op.md").read_text(encoding="utf-8"), re.DOTALL)
+    source = (ROOT / "mann_fast" / "ops" / "content.py").read_text(encoding="utf-8")
+    assert textwrap.dedent(shown).strip() in source

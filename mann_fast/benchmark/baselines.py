@@ -29,16 +29,16 @@ def lrua_step_by_products(
 ) -> tuple[Tensor, LRUAState]:
     """One step by matrix products and topk: what a careful user of PyTorch writes.
 
-    Faster than :mod:`mann_fast.reference` and not what SPEC asks for: equal slots get unequal last bits from a matrix
-    product, and topk leaves ties open. Of the options it has the default order and write target only.
+    Faster than :mod:`mann_fast.reference`, but it does not compute the same: equal slots get unequal last bits from a
+    matrix product, and topk leaves ties open. Of the options it has the default order and write target only.
     """
     assert order == "write_first" and write_target == "per_head"
     memory, read_weights, usage = state
     slots = torch.topk(usage, key.shape[1], largest=False, sorted=True).indices
     gate = torch.sigmoid(gate_logit).unsqueeze(2)
     write_weights = (gate * read_weights).scatter_add(2, slots.unsqueeze(2), 1 - gate)
-    kept = torch.ones_like(usage).scatter(1, slots[:, :1], 0.0)
-    memory = torch.baddbmm(memory * kept.unsqueeze(2), write_weights.transpose(1, 2), write_vector)
+    not_erased = torch.ones_like(usage).scatter(1, slots[:, :1], 0.0)
+    memory = torch.baddbmm(memory * not_erased.unsqueeze(2), write_weights.transpose(1, 2), write_vector)
     norms = key.square().sum(2, keepdim=True) * memory.square().sum(2).unsqueeze(1)
     similarity = (key @ memory.transpose(1, 2)) * torch.rsqrt(norms + eps)
     weights = torch.softmax(similarity * sharpness.unsqueeze(2), 2)

@@ -28,9 +28,9 @@ def _logits(parameters: list[jax.Array], x: jax.Array, num_slots: int, heads: in
 
     def step(carry, gates):
         output, cell, memory, read_weights, usage = carry
-        admit, keep, candidate, expose = jnp.split(gates + output @ recurrent, 4, axis=1)
-        cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(admit) * jnp.tanh(candidate)
-        hidden = jax.nn.sigmoid(expose) * jnp.tanh(cell)
+        input_gate, forget_gate, cell_gate, output_gate = jnp.split(gates + output @ recurrent, 4, axis=1)
+        cell = jax.nn.sigmoid(forget_gate) * cell + jax.nn.sigmoid(input_gate) * jnp.tanh(cell_gate)
+        hidden = jax.nn.sigmoid(output_gate) * jnp.tanh(cell)
         raw = hidden @ head_weight.T + head_bias
         key = jnp.tanh(raw[:, :reads_size]).reshape(batch, heads, size)
         vector = jnp.tanh(raw[:, reads_size : 2 * reads_size]).reshape(batch, heads, size)

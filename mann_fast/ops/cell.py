@@ -220,10 +220,10 @@ def cell(
     At every step the controller takes ``gates[t] + reads @ reads_weight.T``, and beside it ``hidden @ hidden_weight.T +
     hidden_bias``; one linear layer on its new hidden state gives key, write vector, gate and sharpness of each head, in this
     order; key and write vector go through tanh; then comes :func:`lrua_step`. In C++ on the CPU it is one call per
-    direction for all steps, and in CUDA C++ (tested emulated; no GPU has run it yet) one launch where the weights fit the
-    shared memory of a cluster of blocks; elsewhere a loop of steps. In half precision that call computes in float32 and
-    rounds at its ends; in bfloat16 the CPU's also rounds what the products of each step take, which a processor with
-    AVX512-BF16 has at twice the rate.
+    direction for all steps, and in CUDA C++ (see docs/gpu.md) one launch where the weights fit the shared memory of a
+    cluster of blocks; elsewhere a loop of steps. In half precision that call computes in float32 and rounds at its ends; in
+    bfloat16 the CPU's also rounds what the products of each step take, which a processor with AVX512-BF16 has at twice the
+    rate.
 
     The controller is an LSTM or a GRU as ``torch.nn.LSTMCell`` and ``torch.nn.GRUCell`` have them (G = 4 H or 3 H gates in
     their order), or feed-forward: one layer with tanh (G = H), which remembers by the memory alone.

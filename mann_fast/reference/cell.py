@@ -44,9 +44,9 @@ def split_heads(
 
 
 def _lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    admit, keep, candidate, expose = (gates + recurrent).chunk(4, dim=1)
-    cell = torch.addcmul(torch.sigmoid(keep) * cell, torch.sigmoid(admit), torch.tanh(candidate))
-    return torch.sigmoid(expose) * torch.tanh(cell), cell
+    input_gate, forget_gate, cell_gate, output_gate = (gates + recurrent).chunk(4, dim=1)
+    cell = torch.addcmul(torch.sigmoid(forget_gate) * cell, torch.sigmoid(input_gate), torch.tanh(cell_gate))
+    return torch.sigmoid(output_gate) * torch.tanh(cell), cell
 
 
 def _gru(gates: Tensor, recurrent: Tensor, hidden: Tensor) -> tuple[Tensor]:

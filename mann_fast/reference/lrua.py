@@ -76,7 +76,7 @@ def _write(
     gate_logit: Tensor,
     write_target: str,
 ) -> tuple[Tensor, Tensor]:
-    """Steps 2-4 of SPEC: write weights, erase of the least used slot, add."""
+    """Write weights, erase of the least used slot, add (eqs. 6-8)."""
     heads, num_slots = read_weights.shape[1:]
     # By comparison, not by scattering in place: so torch.func's transforms can follow.
     chosen = slots.unsqueeze(2) == torch.arange(num_slots, device=slots.device)

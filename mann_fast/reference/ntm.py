@@ -88,8 +88,8 @@ def ntm_step(
     memory, read_weights, write_weights = state
     write_weights = ntm_address(memory, write_head, write_weights, eps=eps)
     wide_erase, wide_add = erase.to(memory.dtype), add.to(memory.dtype)
-    kept = (1 - write_weights.unsqueeze(3) * wide_erase.unsqueeze(2)).prod(1)  # eq. 3
-    written = memory * kept + (write_weights.unsqueeze(3) * wide_add.unsqueeze(2)).sum(1)  # eq. 4
+    remaining = (1 - write_weights.unsqueeze(3) * wide_erase.unsqueeze(2)).prod(1)  # eq. 3
+    written = memory * remaining + (write_weights.unsqueeze(3) * wide_add.unsqueeze(2)).sum(1)  # eq. 4
     addressed = memory if order == "read_first" else written
     read_weights = ntm_address(addressed, read_head, read_weights, eps=eps)
     read = (read_weights @ addressed).to(erase.dtype)  # eq. 2

@@ -1,0 +1,46 @@
+"""Says which targets of `make check` have to run whole: those of which a file has changed since `make nightly` last passed.
+
+    python scripts/whole.py                 names, for the Makefile
+    python scripts/whole.py --passed        make nightly passed on what is committed: remember that
+
+The commit is in .ci/nightly. Where the history does not reach back to it, every target runs reduced, and this says so.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSED = ROOT / ".ci" / "nightly"
+# What a target shows, by the files that can break it.
+FILES = {
+    "isas": ("csrc/cpu/", "csrc/include/"),
+    "emulate": ("csrc/cuda/", "csrc/include/", "tests/cpp/emulation.h"),
+    "triton": ("kernels/",),
+    "sanitize": ("csrc/", "tests/cpp/", "scripts/sanitize.py"),
+    "wheel": ("setup.py", "pyproject.toml", "MANIFEST.in", "scripts/build_backend.py", "scripts/native.py"),
+}
+
+
+def git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else None
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--passed"]:
+        PASSED.write_text(git("rev-parse", "HEAD") or sys.exit("make nightly is remembered in a git checkout only"))
+        return 0
+    changed = git("diff", "--name-only", PASSED.read_text().strip())
+    if changed is None:
+        print(f"no history back to the commit in {PASSED.relative_to(ROOT)}: nothing runs whole", file=sys.stderr)
+        return 0
+    names = changed.split()
+    print(*(target for target, files in FILES.items() if any(name.startswith(files) for name in names)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
