@@ -97,6 +97,14 @@ def test_equals_the_equations_in_numpy(options):
         torch.testing.assert_close(weights.write[:, b], record[:, 1], rtol=1e-9, atol=1e-9)
 
 
+def test_keys_and_write_vectors_of_lrua_start_three_times_as_large():
+    bound = 400**-0.5  # of what nn.Linear draws
+    lrua, ntm = (MemoryLayer(4, 400, addressing=name).heads.weight.detach().abs() for name in ("lrua", "ntm"))
+    vectors = lrua[: 2 * 4 * 40]
+    assert 2.9 * bound < vectors.max() <= 3 * bound and lrua[2 * 4 * 40 :].max() <= bound
+    assert ntm.max() <= bound
+
+
 @pytest.mark.parametrize(
     ("memory", "options"),
     [
