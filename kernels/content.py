@@ -145,23 +145,24 @@ def _backward_kernel(
         n = start + tl.arange(0, TILE)
         mask = n < end
         inside_m = mask[:, None] & (d[None, :] < D)
-        m = load_rows(memory, True, b * N + n, d, D, inside_m, dtype)
+        slots = (b * N + n[:, None]) * D + d[None, :]  # once for load and store: fewer registers
+        m = tl.load(memory + slots, mask=inside_m, other=0.0)
         inside = (r[:, None] < R) & mask[None, :]
         w = load_rows(weights, True, rows, n, N, inside, dtype)
-        squares = tl.sum(m * m, 1)
+        dots, squares = dot_rows(k, m), tl.sum(m * m, 1)
         q = inverse_root(key_square[:, None], squares[None, :], EPS)
         grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
         if OF_READ:
             grad_w += dot_rows(g, m)
         scaled = w * (grad_w - delta[:, None]) * q
-        grad_dots, grad_beta, grad_norms = similarity_backward(scaled, dot_rows(k, m), beta[:, None], q)
+        grad_dots, grad_beta, grad_norms = similarity_backward(scaled, dots, beta[:, None], q)
         sum_beta += tl.sum(grad_beta, 1)
         sum_key_square += tl.sum(grad_norms * squares[None, :], 1)
         grad_m = 2.0 * tl.sum(grad_norms * key_square[:, None], 0)[:, None] * m
         grad_m += sum_heads(grad_dots, k)
         if OF_READ:
             grad_m += sum_heads(w, g)
-        store_rows(grad_memory, grad_m, b * N + n, d, D, inside_m)
+        tl.store(grad_memory + slots, grad_m, mask=inside_m)
         sum_key += sum_slots(grad_dots, m)
     sum_key += 2.0 * sum_key_square[:, None] * k
     row = (part * B + b) * R + r

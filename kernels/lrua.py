@@ -169,19 +169,20 @@ def _write_backward_kernel(
         n = start + tl.arange(0, TILE)
         mask = n < end
         rank = ranks(slots + b * R, n, R)
+        places = (b * N + n[:, None]) * D + d[None, :]  # once for load and store: fewer registers
         inside_m = mask[:, None] & (d[None, :] < D)
         inside = (r[:, None] < R) & mask[None, :]
         w = load_rows(read_weights, True, rows, n, N, inside, dtype)
         hit = targets(rank[None, :], r[:, None], R, SHARED)
         g = load_rows(grad_write_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
         if OF_MEMORY:
-            m = load_rows(grad_memory, True, b * N + n, d, D, inside_m, dtype)
+            m = tl.load(grad_memory + places, mask=inside_m, other=0.0)
             g += dot_rows(a, m)
             write_weights = tl.where(inside, gate[:, None] * w + tl.where(hit, keep[:, None], 0.0), 0.0)
             sum_vector += sum_slots(write_weights, m)
-            store_rows(grad_in, tl.where(rank[:, None] == 0, 0.0, m), b * N + n, d, D, inside_m)
+            tl.store(grad_in + places, tl.where(rank[:, None] == 0, 0.0, m), mask=inside_m)
         else:
-            store_rows(grad_in, tl.zeros([TILE, DP], dtype), b * N + n, d, D, inside_m)
+            tl.store(grad_in + places, tl.zeros([TILE, DP], dtype), mask=inside_m)
         sum_gate += tl.sum(g * w, 1) - tl.sum(tl.where(hit & inside, g, 0.0), 1)
         store_rows(grad_read_weights, g * gate[:, None], rows, n, N, inside)
     row = (part * B + b) * R + r
