@@ -19,8 +19,14 @@ INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 ORDERS = ("write_first", "read_first")
 WRITE_TARGETS = ("per_head", "shared")
+# The two in the middle go no way through the kernels that the first and the last do not.
 OPTIONS = [
-    {"order": order, "write_target": target} for order, target in itertools.product(ORDERS, WRITE_TARGETS)
+    pytest.param(
+        {"order": order, "write_target": target},
+        id=f"{order}-{target}",
+        marks=[pytest.mark.thorough] if (order == "read_first") != (target == "shared") else [],
+    )
+    for order, target in itertools.product(ORDERS, WRITE_TARGETS)
 ]
 
 needs_kernels = pytest.mark.skipif(

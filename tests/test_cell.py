@@ -142,7 +142,7 @@ def same_bits(x, y, select=lambda name, tensor: tensor):
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("heads_options", HEADS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS[::3])
 @pytest.mark.parametrize(
     "shape", SHAPES if BACKEND == "cpp" else SHAPES[1:]
 )  # the CUDA kernels have no room for the first
@@ -155,7 +155,7 @@ def test_matches_reference_in_float64(shape, options, heads_options, controller)
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", [*SHAPES[:6], *WIDE])
 def test_matches_reference_in_float32(shape, options, controller):
     """Usages differ by so much that float32 chooses the same slots; a learned sharpness makes the most of every error."""

@@ -50,7 +50,7 @@ def compare(actual, expected, tolerance, gradient_tolerance):
 
 
 @pytest.mark.parametrize("sharpness", [True, False])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("steps, batch, slots, size, heads", SCANS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), *shorter([(torch.float64, 1e-11)], [])])
 def test_scan_matches_reference(steps, batch, slots, size, heads, options, sharpness, dtype, tolerance):
@@ -69,7 +69,7 @@ def test_scan_matches_reference(steps, batch, slots, size, heads, options, sharp
     compare(actual, expected, tolerance, 10 * tolerance)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     "batch, slots, size, heads", [(2, 128, 40, 4), (3, 9, 5, 3), (1, shorter(4096, 700), 40, 2)]
 )
@@ -85,7 +85,7 @@ def test_step_matches_reference(batch, slots, size, heads, options):
 
 @pytest.mark.parametrize("sharpness", [100.0, -100.0])
 @pytest.mark.parametrize("slots, heads", [(40, 3), (shorter(300, 40), 4), (17, 1)])
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS[::3])
 def test_large_sharpness(options, slots, heads, sharpness):
     """An exponential of a similarity this large overflows unless the greatest is taken off. Gradients are compared with an
     eps that keeps the softmax from saturating, which leaves nothing of them."""
@@ -102,7 +102,7 @@ def test_large_sharpness(options, slots, heads, sharpness):
         assert worst_error(x, y, batch_axis=1 if i > 1 else 0) < 1e-4
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loses_no_more_than_plain_pytorch(dtype, options):
     """Plain PyTorch here keeps memory and read weights in half precision too; usage and choice of slots are given."""
@@ -171,7 +171,7 @@ def test_equal_slots_keep_equal_bits_and_the_lower_is_chosen(slots):
                     assert torch.equal(members, members[:1].expand_as(members))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 def test_steps_halves_and_whole_are_the_same_bits(options):
     inputs = [x.float() for x in scan_inputs(11, 3, 10, 4)]
     state = ops.LRUAState.initial(3, 21, 10, 4)
@@ -259,7 +259,7 @@ def test_a_negative_nan_is_last_too():
     assert ops.least_used(usage, 3).tolist() == [[2, 0, 1]]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("bad", ["key", "vector", "gate", "sharpness", "memory", "read_weights"])
 @pytest.mark.parametrize("value", shorter([float("nan"), float("inf")], [float("nan")]))
 def test_a_non_finite_value_stays_in_its_sample(bad, value, options):
@@ -277,7 +277,7 @@ def test_a_non_finite_value_stays_in_its_sample(bad, value, options):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 def test_non_finite_values_go_where_the_reference_takes_them(options):
     state, inputs = distinct_state(1, 21, 6, 2), scan_inputs(4, 1, 6, 2)
     state.memory[0, int(state.usage.argmax()), 0] = float("inf")
@@ -293,7 +293,7 @@ def test_the_erased_slot_is_assigned_not_multiplied():
     assert read.isfinite().all() and after.memory.isfinite().all()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("sharpness", [True, False])
 def test_gradcheck(options, sharpness):
     state, inputs = distinct_state(2, 6, 3, 2), scan_inputs(3, 2, 3, 2, sharpness=sharpness)
@@ -352,7 +352,7 @@ def test_what_is_saved_for_backward_is_bounded(steps):
     assert 0 < extra / 4 <= steps * batch * (heads * slots + 3 * heads * size)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("slots, size, heads", [(9, 5, 3), shorter((1500, 33, 4), (700, 33, 2))])
 def test_autocast_changes_nothing(slots, size, heads, options):
     inputs = [*distinct_state(1, slots, size, heads), *scan_inputs(2, 1, size, heads)]

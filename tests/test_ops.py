@@ -19,7 +19,7 @@ def scan(state, inputs, **options):
 
 @pytest.mark.once
 @needs_kernels
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", OPTIONS)
 def test_compiles_in_one_graph_with_gradients(options):
     torch.compiler.reset()
     state, inputs = distinct_state(2, 9, 5, 3), scan_inputs(4, 2, 5, 3)
