@@ -519,3 +519,9 @@ class Scratch {
 
 }  // namespace
 }  // namespace mann_fast
+
+// Defines a kernel from a template of its name over the dtype of the state; for the lists of ../include/ops.h.
+#define MANN_FAST_BY_DTYPE(op, Arguments)                                                      \
+  bool op(const Arguments& a, const Parallel& parallel) {                                      \
+    return a.state == Dtype::float64 ? op<double>(a, parallel) : op<float>(a, parallel);       \
+  }

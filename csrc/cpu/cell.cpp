@@ -469,17 +469,9 @@ bool cell_backward(const CellBackward& a, const Parallel& parallel) {
       [&](Range samples, CellBackwardBlock<T>& s) { cell_backward_block<T>(a, n, weights, samples, s); });
 }
 
-bool forward_any(const Cell& a, const Parallel& parallel) {
-  return a.dtype == Dtype::float64 ? cell<double>(a, parallel) : cell<float>(a, parallel);
-}
-bool backward_any(const CellBackward& a, const Parallel& parallel) {
-  return a.dtype == Dtype::float64 ? cell_backward<double>(a, parallel) : cell_backward<float>(a, parallel);
-}
-
 }  // namespace
 
-extern const CellKernels cell_kernels;
-const CellKernels cell_kernels = {forward_any, backward_any};
+MANN_FAST_CELL_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

@@ -334,18 +334,9 @@ bool content_read_backward(const ContentReadBackward& a, const Parallel& paralle
   return true;
 }
 
-bool read(const ContentRead& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? content_read<double>(a, parallel) : content_read<float>(a, parallel);
-}
-bool read_backward(const ContentReadBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? content_read_backward<double>(a, parallel)
-                                   : content_read_backward<float>(a, parallel);
-}
-
 }  // namespace
 
-extern const ContentKernels content_kernels;
-const ContentKernels content_kernels = {read, read_backward};
+MANN_FAST_CONTENT_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

@@ -346,28 +346,9 @@ bool lrua_scan_backward(const LruaScanBackward& a, const Parallel& parallel) {
       [&](int64_t b, const Scan<T>& scan, ScanBackwardScratch<T>& s) { scan_backward_sample(a, scan, b, parallel, s); });
 }
 
-// ---- by dtype ---------------------------------------------------------------------------------------------------
-
-bool least_used_any(const LeastUsed& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? least_used<double>(a, parallel) : least_used<float>(a, parallel);
-}
-bool write_any(const LruaWrite& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_write<double>(a, parallel) : lrua_write<float>(a, parallel);
-}
-bool write_backward_any(const LruaWriteBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_write_backward<double>(a, parallel) : lrua_write_backward<float>(a, parallel);
-}
-bool scan_any(const LruaScan& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_scan<double>(a, parallel) : lrua_scan<float>(a, parallel);
-}
-bool scan_backward_any(const LruaScanBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_scan_backward<double>(a, parallel) : lrua_scan_backward<float>(a, parallel);
-}
-
 }  // namespace
 
-extern const LruaKernels lrua_kernels;
-const LruaKernels lrua_kernels = {least_used_any, write_any, write_backward_any, scan_any, scan_backward_any};
+MANN_FAST_LRUA_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

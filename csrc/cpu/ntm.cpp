@@ -349,7 +349,7 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
   store_rows(static_cast<const T*>(s.grad_weights), ld, n.H, n.N, 0, ld, static_cast<T*>(a.grad_in_weights) + b * n.H * n.N);
 }
 
-// ---- samples over threads, by dtype -----------------------------------------------------------------------------------
+// ---- samples over threads -----------------------------------------------------------------------------------
 
 template <class T, class Arguments, class Scratchpad, class Sample>
 bool run_samples(const Arguments& a, const Parallel& parallel, double multiply_adds, Scratchpad scratchpad, Sample sample) {
@@ -371,31 +371,23 @@ bool run_samples(const Arguments& a, const Parallel& parallel, double multiply_a
 }
 
 template <class T>
-bool scan(const NtmScan& a, const Parallel& parallel) {
+bool ntm_scan(const NtmScan& a, const Parallel& parallel) {
   return run_samples<T>(
       a, parallel, 3, [](Arena& arena, const Sizes<T>& n) { return ForwardScratch<T>(arena, n); },
       [&](const Sizes<T>& n, int64_t b, ForwardScratch<T>& s) { scan_sample(a, n, b, s); });
 }
 
 template <class T>
-bool scan_backward(const NtmScanBackward& a, const Parallel& parallel) {
+bool ntm_scan_backward(const NtmScanBackward& a, const Parallel& parallel) {
   const int64_t steps = a.T < a.anchor_every ? a.T : a.anchor_every;
   return run_samples<T>(
       a, parallel, 10, [&](Arena& arena, const Sizes<T>& n) { return BackwardScratch<T>(arena, n, steps); },
       [&](const Sizes<T>& n, int64_t b, BackwardScratch<T>& s) { scan_backward_sample(a, n, b, s); });
 }
 
-bool scan_any(const NtmScan& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? scan<double>(a, parallel) : scan<float>(a, parallel);
-}
-bool scan_backward_any(const NtmScanBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? scan_backward<double>(a, parallel) : scan_backward<float>(a, parallel);
-}
-
 }  // namespace
 
-extern const NtmKernels ntm_kernels;
-const NtmKernels ntm_kernels = {scan_any, scan_backward_any};
+MANN_FAST_NTM_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

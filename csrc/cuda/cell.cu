@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(most_threads, 1) cell_kernel(const __grid_cons
 }
 
 LruaScan memory_of(const Cell& a) {
-  return {a.T, a.B, a.N, a.D, a.R, a.dtype, a.dtype, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
+  return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
           a.memory, a.read_weights, a.usage, nullptr, nullptr, nullptr, nullptr, nullptr,
           a.out_memory, a.out_read_weights, a.out_usage, a.slots, a.anchors};
 }
@@ -217,11 +217,11 @@ const char* cell_of(const Cell& a, const Queue& queue) {
 }  // namespace
 
 const char* cell(const Cell& a, const Queue& queue) {
-  return a.dtype == Dtype::float64 ? cell_of<double>(a, queue) : cell_of<float>(a, queue);
+  return a.state == Dtype::float64 ? cell_of<double>(a, queue) : cell_of<float>(a, queue);
 }
 
 const char* cell_unable(const Cell& a) {
-  return a.dtype == Dtype::float64 ? no_room<CellForwardSide<double>, double>(a, kernel<double>)
+  return a.state == Dtype::float64 ? no_room<CellForwardSide<double>, double>(a, kernel<double>)
                                    : no_room<CellForwardSide<float>, float>(a, kernel<float>);
 }
 

@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 LruaScanBackward memory_of(const CellBackward& a) {
-  return {a.T, a.B, a.N, a.D, a.R, a.dtype, a.dtype, a.read_first, a.shared_target, a.eps, a.anchor_every,
+  return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.eps, a.anchor_every,
           nullptr, a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr,
           a.slots, a.anchors, a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr};
 }
@@ -301,11 +301,11 @@ const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
 }  // namespace
 
 const char* cell_backward(const CellBackward& a, const Queue& queue) {
-  return a.dtype == Dtype::float64 ? cell_backward_of<double>(a, queue) : cell_backward_of<float>(a, queue);
+  return a.state == Dtype::float64 ? cell_backward_of<double>(a, queue) : cell_backward_of<float>(a, queue);
 }
 
 const char* cell_backward_unable(const CellBackward& a) {
-  return a.dtype == Dtype::float64 ? no_room<CellBackwardSide<double>, double>(a, kernel<double>)
+  return a.state == Dtype::float64 ? no_room<CellBackwardSide<double>, double>(a, kernel<double>)
                                    : no_room<CellBackwardSide<float>, float>(a, kernel<float>);
 }
 

@@ -96,7 +96,7 @@ constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforw
 // else sharpness. anchor_every 0 keeps nothing for backward.
 struct Cell {
   int64_t T, B, H, N, D, R;
-  Dtype dtype;    // float32 or float64, of everything
+  Dtype state;    // float32 or float64, of everything
   bool bfloat16;  // float32 only: what the products of each step take is rounded to it
   Controller controller;
   bool separate_vector, learned_sharpness;
@@ -120,7 +120,7 @@ struct Cell {
 
 struct CellBackward {
   int64_t T, B, H, N, D, R;
-  Dtype dtype;
+  Dtype state;
   bool bfloat16;
   Controller controller;
   bool separate_vector, learned_sharpness;

@@ -33,13 +33,8 @@ bool run(const Arguments& a, const Parallel&) {
   return true;
 }
 
-const Kernels emulated = {
-    "cuda",
-    {run<ContentRead, cuda::content_read>, run<ContentReadBackward, cuda::content_read_backward>},
-    {run<LeastUsed, cuda::least_used>, run<LruaWrite, cuda::lrua_write>, run<LruaWriteBackward, cuda::lrua_write_backward>,
-     run<LruaScan, cuda::lrua_scan>, run<LruaScanBackward, cuda::lrua_scan_backward>},
-    {run<Cell, cuda::cell>, run<CellBackward, cuda::cell_backward>},
-    {run<NtmScan, cuda::ntm_scan>, run<NtmScanBackward, cuda::ntm_scan_backward>}};
+#define MANN_FAST_FUNCTION(op, Arguments) run<Arguments, cuda::op>,
+const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION)};
 
 template <class Run>
 void compare(const char* name, Run function, const Case& c) {

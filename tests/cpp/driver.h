@@ -110,7 +110,7 @@ Results content(const Kernels& k, const Case& c) {
   const Array memory = random.normal(c.state, c.B * c.N * c.D), key = random.normal(c.input, c.B * c.R * c.D);
   const auto sharpness = optional(c.sharp, random.positive(c.input, c.B * c.R));
   Array read(c.input, c.B * c.R * c.D), weights(c.state, c.B * c.R * c.N);
-  succeeded(k.content.read({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(memory), pointer(key), pointer(sharpness),
+  succeeded(k.content_read({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(memory), pointer(key), pointer(sharpness),
                             read.data.get(), weights.data.get()},
                            parallel));
   for (int64_t row = 0; row < c.B * c.R; ++row) {
@@ -123,7 +123,7 @@ Results content(const Kernels& k, const Case& c) {
     const auto grad_read = optional(of_read, random.normal(c.input, c.B * c.R * c.D));
     const auto grad_weights = optional(!of_read || c.shared_target, random.normal(c.state, c.B * c.R * c.N));
     Array grad_memory(c.state, memory.count), grad_key(c.input, key.count), grad_sharpness(c.input, c.sharp ? c.B * c.R : 0);
-    succeeded(k.content.read_backward(
+    succeeded(k.content_read_backward(
         {c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(grad_read), pointer(grad_weights), pointer(memory),
          pointer(key), pointer(sharpness), pointer(read), pointer(weights), grad_memory.data.get(), grad_key.data.get(),
          c.sharp ? grad_sharpness.data.get() : nullptr},
@@ -145,12 +145,12 @@ Results write(const Kernels& k, const Case& c) {
   const Array gates = random.normal(c.input, c.B * c.R);
   for (const int64_t n : {int64_t(0), c.R, c.N}) {
     std::vector<int64_t> slots(c.B * n, -1);
-    succeeded(k.lrua.least_used({c.B, c.N, n, c.state, pointer(usage), slots.data()}, parallel));
+    succeeded(k.least_used({c.B, c.N, n, c.state, pointer(usage), slots.data()}, parallel));
     check_slots(slots, c.B, n, c.N);
   }
   std::vector<int64_t> slots(c.B * c.R, -1);
   Array out_memory(c.state, memory.count), write_weights(c.state, read_weights.count);
-  succeeded(k.lrua.write(
+  succeeded(k.lrua_write(
       {c.B, c.N, c.D, c.R, c.state, c.input, c.shared_target, pointer(memory), pointer(read_weights), pointer(usage),
        pointer(vectors), pointer(gates), out_memory.data.get(), write_weights.data.get(), slots.data()},
       parallel));
@@ -161,7 +161,7 @@ Results write(const Kernels& k, const Case& c) {
     const auto grad_weights = optional(!of_memory || c.sharp, random.normal(c.state, read_weights.count));
     Array grad_in_memory(c.state, memory.count), grad_read_weights(c.state, read_weights.count);
     Array grad_vectors(c.input, vectors.count), grad_gates(c.input, gates.count);
-    succeeded(k.lrua.write_backward(
+    succeeded(k.lrua_write_backward(
         {c.B, c.N, c.D, c.R, c.state, c.input, c.shared_target, pointer(grad_memory), pointer(grad_weights),
          pointer(read_weights), pointer(vectors), pointer(gates), slots.data(), grad_in_memory.data.get(),
          grad_read_weights.data.get(), grad_vectors.data.get(), grad_gates.data.get()},
@@ -194,7 +194,7 @@ Results scan(const Kernels& k, const Case& c) {
   std::vector<int64_t> slots(c.anchor_every > 0 ? gates_count : 0, -1);
   Array reads(c.input, vectors_count), out_memory(c.state, memory.count), out_weights(c.state, read_weights.count);
   Array out_usage(c.state, usage.count);
-  succeeded(k.lrua.scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps,
+  succeeded(k.lrua_scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps,
                          c.anchor_every, pointer(memory), pointer(read_weights), pointer(usage), pointer(keys),
                          pointer(vectors), pointer(gates), pointer(sharpness), reads.data.get(), out_memory.data.get(),
                          out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
@@ -209,7 +209,7 @@ Results scan(const Kernels& k, const Case& c) {
       Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, read_weights.count);
       Array grad_keys(c.input, vectors_count), grad_vectors(c.input, vectors_count), grad_gates(c.input, gates_count);
       Array grad_sharpness(c.input, c.sharp ? gates_count : 0);
-      succeeded(k.lrua.scan_backward(
+      succeeded(k.lrua_scan_backward(
           {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, eps, c.anchor_every,
            pointer(grad_reads), pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(read_weights),
            pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness), slots.data(), anchors.data.get(),
@@ -250,7 +250,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   std::vector<int64_t> slots(kept * c.R, -1);
   Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, lstm ? c.B * H : 0), out_memory(c.state, memory.count);
   Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
-  succeeded(k.cell.forward(
+  succeeded(k.cell(
       {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95,
        1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state), pointer(memory), pointer(read_weights),
        pointer(usage), pointer(reads), pointer(hidden_weight), pointer(hidden_bias), pointer(reads_weight), ld,
@@ -270,7 +270,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
       Array grad_heads(c.state, kept_heads.count), grad_hidden(c.state, recurrent ? c.B * H : 0);
       Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
       Array grad_in_weights(c.state, read_weights.count), grad_reads(c.state, reads.count);
-      succeeded(k.cell.backward(
+      succeeded(k.cell_backward(
           {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target,
            1e-6, c.anchor_every, pointer(grad_output), pointer(grad_cell), pointer(grad_memory), pointer(grad_weights),
            pointer(hidden), pointer(state), pointer(memory), pointer(read_weights), pointer(hidden_weight),
@@ -306,7 +306,7 @@ Results ntm(const Kernels& k, const Case& c) {
   const int64_t kept = c.anchor_every > 0 ? rows : 0, anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
   Array reads(c.input, rows * c.R * c.D), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
   Array history(c.state, kept * H * c.N), anchors(c.state, anchors_count * c.B * c.D * padded_slots(c.N));
-  succeeded(k.ntm.scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
+  succeeded(k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
                         pointer(memory), pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift),
                         pointer(sharpening), pointer(erase), pointer(add), reads.data.get(), out_memory.data.get(),
                         out_weights.data.get(), history.data.get(), anchors.data.get()},
@@ -320,7 +320,7 @@ Results ntm(const Kernels& k, const Case& c) {
     Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, weights.count), grad_keys(c.input, keys.count);
     Array grad_sharpness(c.input, rows * H), grad_gates(c.input, rows * H), grad_shift(c.input, shift.count);
     Array grad_sharpening(c.input, rows * H), grad_erase(c.input, erase.count), grad_add(c.input, add.count);
-    succeeded(k.ntm.scan_backward(
+    succeeded(k.ntm_scan_backward(
         {c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(grad_reads),
          pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(weights), pointer(keys), pointer(sharpness),
          pointer(gates), pointer(shift), pointer(sharpening), pointer(erase), pointer(add), pointer(history),
