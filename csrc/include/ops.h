@@ -1,5 +1,5 @@
-// Every raw op, once: its name in torch.ops and the structure of its arguments (arguments.h). Declarations of the kernels, the tables
-// of instruction sets, both registrations with torch and the tests' drivers are made from these lists.
+// Every raw op, once: its name in torch.ops and the structure of its arguments (arguments.h). The declarations of the kernels,
+// the table of each instruction set, both registrations with torch and the tests' drivers are made from these lists.
 #pragma once
 #include "arguments.h"
 
