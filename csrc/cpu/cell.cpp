@@ -223,8 +223,8 @@ void cell_block(const Cell& a, const Sizes<T, Cell>& n, const Weights<T>& weight
         std::memcpy(values + n.vectors, raw + n.vectors, (n.heads - n.vectors) * sizeof(T));
       ScanScratch<T>& memory = s.samples[m];
       set_inputs(a, n, static_cast<const T*>(values), memory.in);
-      T* anchor = every > 0 && t > 0 && t % every == 0
-                      ? static_cast<T*>(a.anchors) + ((t / every - 1) * a.B + samples.lo + m) * (D + R) * n.scan.ld
+      T* anchor = has_anchor(t, every)
+                      ? static_cast<T*>(a.anchors) + anchor_offset(t, every, a.B, samples.lo + m, D + R, N)
                       : nullptr;
       step_sample(n.scan, static_cast<T>(a.usage_decay), every > 0 ? a.slots + row * R : nullptr, anchor, alone, memory);
       std::memcpy(s.round + m * n.K + H, memory.reads, n.RD * sizeof(T));
@@ -375,12 +375,12 @@ void cell_backward_block(const CellBackward& a, const Sizes<T, CellBackward>& n,
     else std::memset(s.grad_state + m * H, 0, H * sizeof(T));
     begin_backward(n.scan, row_of(a.grad_memory, b, N * D), row_of(a.grad_read_weights, b, R * N), alone, s.samples[m]);
   }
-  for (int64_t start = a.T > 0 ? (a.T - 1) / every * every : -1; start >= 0; start -= every) {
+  for (int64_t start = last_replay(a.T, every); start >= 0; start -= every) {
     const int64_t steps = a.T - start < every ? a.T - start : every;
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t b = samples.lo + m;
       ScanBackwardScratch<T>& memory = s.samples[m];
-      const T* anchor = start == 0 ? nullptr : row_of(a.anchors, (start / every - 1) * a.B + b, (D + R) * n.scan.ld);
+      const T* anchor = start == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(start, every, a.B, b, D + R, N);
       begin_replay(n.scan, anchor, row_of(a.memory, b, N * D), row_of(a.read_weights, b, R * N), memory);
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t row = (start + step) * a.B + b;

@@ -256,9 +256,7 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
   for (int64_t t = 0; t < a.T; ++t) {
     s.in.load(a, t, b);
     s.in.fetch(a, t + 1, b);
-    T* anchor = every > 0 && t > 0 && t % every == 0
-                    ? static_cast<T*>(a.anchors) + ((t / every - 1) * a.B + b) * (D + R) * scan.ld
-                    : nullptr;
+    T* anchor = has_anchor(t, every) ? static_cast<T*>(a.anchors) + anchor_offset(t, every, a.B, b, D + R, N) : nullptr;
     step_sample(scan, static_cast<T>(a.usage_decay), every > 0 ? a.slots + (t * a.B + b) * R : nullptr, anchor, parallel,
                 s);
     narrow(s.reads, R * D, a.reads, a.input, (t * a.B + b) * R * D);
@@ -310,10 +308,10 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
     return from == nullptr ? nullptr : static_cast<const T*>(from) + b * size;
   };
   begin_backward(scan, of_sample(a.grad_memory, N * D), of_sample(a.grad_read_weights, R * N), parallel, s);
-  for (int64_t first = a.T > 0 ? (a.T - 1) / every * every : -1; first >= 0; first -= every) {
+  for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
     const int64_t steps = a.T - first < every ? a.T - first : every;
     const T* anchor =
-        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + ((first / every - 1) * a.B + b) * (D + R) * scan.ld;
+        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D + R, N);
     begin_replay(scan, anchor, of_sample(a.memory, N * D), of_sample(a.read_weights, R * N), s);
     for (int64_t step = 0; step < steps; ++step) {
       s.in.load(a, first + step, b);

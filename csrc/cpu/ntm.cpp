@@ -146,8 +146,8 @@ void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t row = t * a.B + b;
     s.in.load(a, n, row);
-    if (a.anchor_every > 0 && t > 0 && t % a.anchor_every == 0)
-      std::memcpy(static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + b) * n.D * n.ld, s.memory,
+    if (has_anchor(t, a.anchor_every))
+      std::memcpy(static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, b, n.D, n.N), s.memory,
                   n.D * n.ld * sizeof(T));
     address(n, s.in, static_cast<const T*>(s.memory), static_cast<const T*>(s.previous), n.R, n.W, s.x);
     if (a.read_first) {
@@ -298,10 +298,11 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
   if (a.grad_weights) load_rows(static_cast<const T*>(a.grad_weights) + b * n.H * n.N, n.H, n.N, 0, ld, s.grad_weights, ld);
   else std::memset(s.grad_weights, 0, n.H * ld * sizeof(T));
   const T* history = static_cast<const T*>(a.history);
-  for (int64_t first = a.T > 0 ? (a.T - 1) / every * every : -1; first >= 0; first -= every) {
+  for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
     const int64_t steps = a.T - first < every ? a.T - first : every;
     if (first > 0)
-      std::memcpy(s.memories, static_cast<const T*>(a.anchors) + ((first / every - 1) * a.B + b) * block, block * sizeof(T));
+      std::memcpy(s.memories, static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D, n.N),
+                  block * sizeof(T));
     else
       load_slots(static_cast<const T*>(a.memory) + b * n.N * D, n.N, D, 0, ld, s.memories, ld);
     for (int64_t step = 0; step < steps; ++step) {  // the writes again

@@ -233,7 +233,7 @@ struct CellBack {
 
   __device__ __forceinline__ void run() {
     HeadStream<T> stream(a, plan);
-    const int steps = static_cast<int>(a.T), last_first = steps > 0 ? (steps - 1) / memory.every * memory.every : -1;
+    const int steps = static_cast<int>(a.T), last_first = static_cast<int>(last_replay(a.T, memory.every));
     begin();
     gpu::sync();
     for (int visit = 0; visit < 2; ++visit) put_sharpness(a, plan.memory, memory.inputs(visit));

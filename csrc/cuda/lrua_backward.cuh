@@ -71,7 +71,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
+    const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
     if (first > 0) this->take_rows(anchor + a.D * ld, ld, read_weights(0));

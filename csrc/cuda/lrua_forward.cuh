@@ -120,9 +120,9 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ void keep(int64_t t, const int* chosen) {
     if (rank == 0 && place.warp == 0)
       for (int r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
-    if (t == 0 || t % a.anchor_every != 0) return;
+    if (!has_anchor(t, a.anchor_every)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
+    T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });

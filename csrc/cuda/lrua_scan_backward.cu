@@ -37,7 +37,7 @@ struct BackwardScan : LruaBackward<T, C, H, RESIDENT> {
 
   __device__ __forceinline__ void run() {
     Stream<T, LruaScanBackward> stream(a, plan);
-    const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
+    const int64_t last_first = last_replay(a.T, every);
     if (a.T > 0) stream.ask(last_first * a.B + sample);
     this->begin();
     small.in.clear();

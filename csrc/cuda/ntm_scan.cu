@@ -72,7 +72,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
 
   __device__ __forceinline__ void keep_memory(int64_t t) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * a.D * ld;
+    T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
@@ -181,7 +181,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     for (int64_t t = 0; t < a.T; ++t) {
       const NtmInputs<T> in = inputs(t);
       if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
-      if (a.anchor_every > 0 && t > 0 && t % a.anchor_every == 0) keep_memory(t);
+      if (has_anchor(t, a.anchor_every)) keep_memory(t);
       if (a.read_first) {
         address(in, 0, heads, t, true);
         read();

@@ -100,7 +100,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * a.D * ld;
+    const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D, a.N);
     const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
   }
@@ -434,7 +434,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   }
 
   __device__ __forceinline__ void run() {
-    const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
+    const int64_t last_first = last_replay(a.T, every);
     if (a.T > 0) stream.ask(last_first * a.B + sample);
     begin();
     small.in.clear();

@@ -189,8 +189,7 @@ Results scan(const Kernels& k, const Case& c) {
   const bool large = sharpness && c.shared_target;
   const double eps = large ? 1e4 : 1e-6;
   for (int64_t i = 0; large && i < gates_count; ++i) sharpness->set(i, 60 * (*sharpness)[i]);
-  const int64_t anchors_count = c.T > 0 && c.anchor_every > 0 ? (c.T - 1) / c.anchor_every : 0;
-  Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
+  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
   std::vector<int64_t> slots(c.anchor_every > 0 ? gates_count : 0, -1);
   Array reads(c.input, vectors_count), out_memory(c.state, memory.count), out_weights(c.state, read_weights.count);
   Array out_usage(c.state, usage.count);
@@ -243,8 +242,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   };
   const auto hidden_weight = optional(recurrent, weight(G * H, H)), hidden_bias = optional(recurrent, normal(G));
   const Array reads_weight = weight(G * ld - 3, RD), head_weight = weight(heads * H, H), head_bias = normal(heads);
-  const int64_t anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
-  Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
+  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
   Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
   Array kept_heads(c.state, kept * heads);
   std::vector<int64_t> slots(kept * c.R, -1);
@@ -303,9 +301,9 @@ Results ntm(const Kernels& k, const Case& c) {
   Array sharpening = random.positive(c.input, rows * H);
   for (int64_t i = 0; i < sharpening.count; ++i) sharpening.set(i, 1 + 3 * sharpening[i]);
   const Array erase = random.positive(c.input, rows * W * c.D), add = random.normal(c.input, rows * W * c.D);
-  const int64_t kept = c.anchor_every > 0 ? rows : 0, anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
+  const int64_t kept = c.anchor_every > 0 ? rows : 0;
   Array reads(c.input, rows * c.R * c.D), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
-  Array history(c.state, kept * H * c.N), anchors(c.state, anchors_count * c.B * c.D * padded_slots(c.N));
+  Array history(c.state, kept * H * c.N), anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
   succeeded(k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
                         pointer(memory), pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift),
                         pointer(sharpening), pointer(erase), pointer(add), reads.data.get(), out_memory.data.get(),
