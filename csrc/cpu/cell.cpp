@@ -61,20 +61,8 @@ bool run_blocks(const Arguments& a, const Parallel& parallel, double work, Block
   blocks = (blocks + threads - 1) / threads * threads;
   blocks = blocks < a.B ? blocks : a.B;
   if (blocks == 0) return true;
-  const int64_t tasks = threads < blocks ? threads : blocks;
-  Arena size;
-  blockpad(size);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    const Range mine = part_of(blocks, tasks, task);
-    for (int64_t block = mine.lo; block < mine.hi; ++block) {
-      Arena arena(scratch.data() + task * size.used());
-      auto s = blockpad(arena);
-      run(part_of(a.B, blocks, block), s);
-    }
-  });
-  return true;
+  return run_items(parallel, blocks, threads < blocks ? threads : blocks, blockpad,
+                   [&](int64_t block, auto& s) { run(part_of(a.B, blocks, block), s); });
 }
 
 // The weights, packed: of_hidden is not there in a feed-forward controller. In backward they are the transposes.

@@ -25,45 +25,30 @@ int compare_ranked(const void* a, const void* b) {
 }
 
 template <class T>
-bool least_used(const LeastUsed& a, const Parallel& parallel) {
-  const int64_t ld = padded_slots(a.N);
-  const bool sorted = a.n > 32;  // from about here a sort beats taking one slot after the other
-  const auto layout = [&](Arena& arena, T*& usage, Int<T>*& order, Int<T>*& least, Ranked<T>*& ranked) {
-    usage = arena.take<T>(ld);
-    order = arena.take<Int<T>>(ld);
-    least = arena.take<Int<T>>(a.n);
-    ranked = arena.take<Ranked<T>>(sorted ? a.N : 0);
-  };
+struct LeastUsedScratch {
   T* usage;
   Int<T>*order, *least;
   Ranked<T>* ranked;
-  Arena size;
-  layout(size, usage, order, least, ranked);
-  const int64_t tasks =
-      worthwhile_tasks(parallel, a.B, static_cast<double>(a.B) * static_cast<double>(a.N) * (sorted ? 20.0 : 1.0 + a.n));
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    T* usage;
-    Int<T>*order, *least;
-    Ranked<T>* ranked;
-    Arena arena(scratch.data() + task * size.used());
-    layout(arena, usage, order, least, ranked);
-    const Range samples = part_of(a.B, tasks, task);
-    for (int64_t b = samples.lo; b < samples.hi; ++b) {
-      load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, usage, ld);
-      order_slots(usage, ld, a.N, order);
-      int64_t* slots = a.slots + b * a.n;
-      if (!sorted) {
-        select_slots<T>(order, ld, a.n, least, slots);
-        continue;
-      }
-      for (int64_t i = 0; i < a.N; ++i) ranked[i] = {order[i], static_cast<Int<T>>(i)};
-      std::qsort(ranked, a.N, sizeof(Ranked<T>), compare_ranked<T>);
-      for (int64_t i = 0; i < a.n; ++i) slots[i] = ranked[i].slot;
-    }
+  LeastUsedScratch(Arena& arena, const LeastUsed& a, bool sorted)
+      : usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))),
+        least(arena.take<Int<T>>(a.n)), ranked(arena.take<Ranked<T>>(sorted ? a.N : 0)) {}
+};
+
+template <class T>
+bool least_used(const LeastUsed& a, const Parallel& parallel) {
+  const int64_t ld = padded_slots(a.N);
+  const bool sorted = a.n > 32;  // from about here a sort beats taking one slot after the other
+  const double work = static_cast<double>(a.B) * static_cast<double>(a.N) * (sorted ? 20.0 : 1.0 + a.n);
+  const auto make = [&](Arena& arena) { return LeastUsedScratch<T>(arena, a, sorted); };
+  return run_items(parallel, a.B, worthwhile_tasks(parallel, a.B, work), make, [&](int64_t b, LeastUsedScratch<T>& s) {
+    load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
+    order_slots(s.usage, ld, a.N, s.order);
+    int64_t* slots = a.slots + b * a.n;
+    if (!sorted) return select_slots<T>(s.order, ld, a.n, s.least, slots);
+    for (int64_t i = 0; i < a.N; ++i) s.ranked[i] = {s.order[i], static_cast<Int<T>>(i)};
+    std::qsort(s.ranked, a.N, sizeof(Ranked<T>), compare_ranked<T>);
+    for (int64_t i = 0; i < a.n; ++i) slots[i] = s.ranked[i].slot;
   });
-  return true;
 }
 
 // ---- lrua_write -------------------------------------------------------------------------------------------------
@@ -72,13 +57,6 @@ template <class T>
 void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R, T* gate, T* keep) {
   const T* logits = widen(gate_logits, input, offset, R, keep);
   for (int64_t r = 0; r < R; ++r) sigmoids(logits[r], gate + r, keep + r);
-}
-
-// Parts of one sample's slots for ops that go over the memory once: more than one only where samples are few.
-int64_t slot_parts(const Parallel& parallel, int64_t B, int64_t N, int64_t D, int64_t R) {
-  if (B >= parallel.threads) return 1;
-  const double multiply_adds = static_cast<double>(N) * static_cast<double>(D) * static_cast<double>(R + 4);
-  return worthwhile_tasks(parallel, (N + tile - 1) / tile, multiply_adds);
 }
 
 template <class T>
@@ -118,42 +96,16 @@ void write_part(const LruaWrite& a, int64_t b, Range slots, WriteScratch<T>& s) 
 
 template <class T>
 bool lrua_write(const LruaWrite& a, const Parallel& parallel) {
-  const int64_t parts = slot_parts(parallel, a.B, a.N, a.D, a.R);
-  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (a.R + 4));
-  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
-  Arena size;
-  WriteScratch<T>(size, a);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  const auto choose = [&](int64_t b, WriteScratch<T>& s) {
-    const int64_t ld = padded_slots(a.N);
-    load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
-    order_slots(s.usage, ld, a.N, s.order);
-    select_slots<T>(s.order, ld, a.R, s.least, a.slots + b * a.R);
-  };
-  if (parts == 1) {
-    parallel_run(parallel, tasks, [&](int64_t task) {
-      Arena arena(scratch.data() + task * size.used());
-      WriteScratch<T> s(arena, a);
-      const Range samples = part_of(a.B, tasks, task);
-      for (int64_t b = samples.lo; b < samples.hi; ++b) {
-        choose(b, s);
-        write_part<T>(a, b, {0, a.N}, s);
-      }
-    });
-    return true;
-  }
-  for (int64_t b = 0; b < a.B; ++b) {
-    Arena arena(scratch.data());
-    WriteScratch<T> s(arena, a);
-    choose(b, s);
-    parallel_run(parallel, parts, [&](int64_t p) {
-      Arena arena(scratch.data() + p * size.used());
-      WriteScratch<T> s(arena, a);
-      write_part<T>(a, b, part_of(a.N, parts, p, tile), s);
-    });
-  }
-  return true;
+  const int64_t ld = padded_slots(a.N), multiply_adds = a.D * (a.R + 4);
+  return run_samples_or_slots<WriteScratch<T>>(
+      a, parallel, multiply_adds, multiply_adds,
+      [&](int64_t b, WriteScratch<T>& s) {
+        load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
+        order_slots(s.usage, ld, a.N, s.order);
+        select_slots<T>(s.order, ld, a.R, s.least, a.slots + b * a.R);
+      },
+      [&](int64_t b, Range slots, WriteScratch<T>& s) { write_part<T>(a, b, slots, s); },
+      [](int64_t, const WriteScratch<T>*, int64_t) {});
 }
 
 template <class T>
@@ -204,46 +156,19 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
 
 template <class T>
 bool lrua_write_backward(const LruaWriteBackward& a, const Parallel& parallel) {
-  const int64_t parts = slot_parts(parallel, a.B, a.N, a.D, 2 * a.R);
-  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (2 * a.R + 4));
-  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
-  Arena size;
-  WriteBackwardScratch<T>(size, a);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  const auto finish = [&](int64_t b, WriteBackwardScratch<T>& s) {
-    narrow(s.grad_vector, a.R * a.D, a.grad_write_vector, a.input, b * a.R * a.D);
-    narrow(s.grad_gate, a.R, a.grad_gate_logit, a.input, b * a.R);
-  };
-  if (parts == 1) {
-    parallel_run(parallel, tasks, [&](int64_t task) {
-      Arena arena(scratch.data() + task * size.used());
-      WriteBackwardScratch<T> s(arena, a);
-      const Range samples = part_of(a.B, tasks, task);
-      for (int64_t b = samples.lo; b < samples.hi; ++b) {
-        write_backward_part<T>(a, b, {0, a.N}, s);
-        finish(b, s);
-      }
-    });
-    return true;
-  }
-  for (int64_t b = 0; b < a.B; ++b) {
-    parallel_run(parallel, parts, [&](int64_t p) {
-      Arena arena(scratch.data() + p * size.used());
-      WriteBackwardScratch<T> s(arena, a);
-      write_backward_part<T>(a, b, part_of(a.N, parts, p, tile), s);
-    });
-    Arena arena(scratch.data());
-    WriteBackwardScratch<T> sum(arena, a);
-    for (int64_t p = 1; p < parts; ++p) {
-      Arena arena(scratch.data() + p * size.used());
-      const WriteBackwardScratch<T> s(arena, a);
-      for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_vector[j] += s.grad_vector[j];
-      for (int64_t r = 0; r < a.R; ++r) sum.grad_gate[r] += s.grad_gate[r];
-    }
-    finish(b, sum);
-  }
-  return true;
+  const int64_t multiply_adds = a.D * (2 * a.R + 4);
+  return run_samples_or_slots<WriteBackwardScratch<T>>(
+      a, parallel, multiply_adds, multiply_adds, [](int64_t, WriteBackwardScratch<T>&) {},
+      [&](int64_t b, Range slots, WriteBackwardScratch<T>& s) { write_backward_part<T>(a, b, slots, s); },
+      [&](int64_t b, const WriteBackwardScratch<T>* parts, int64_t count) {
+        const WriteBackwardScratch<T>& sum = parts[0];
+        for (int64_t p = 1; p < count; ++p) {
+          for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_vector[j] += parts[p].grad_vector[j];
+          for (int64_t r = 0; r < a.R; ++r) sum.grad_gate[r] += parts[p].grad_gate[r];
+        }
+        narrow(sum.grad_vector, a.R * a.D, a.grad_write_vector, a.input, b * a.R * a.D);
+        narrow(sum.grad_gate, a.R, a.grad_gate_logit, a.input, b * a.R);
+      });
 }
 
 // ---- lrua_scan --------------------------------------------------------------------------------------------------
@@ -266,7 +191,7 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
 }
 
 // Runs sample(b, scan, arena) for all samples: on as many threads as there are samples, or one sample after the other with
-// its slots in parts where the memory is large enough that meeting twice a step pays.
+// its slots in parts where the memory is large enough that two barriers a step pay.
 template <class T, class Arguments, class Scratchpad, class Sample>
 bool run_scan(const Arguments& a, const Parallel& parallel, Scan<T> scan, double work_per_slot, Scratchpad scratchpad,
               Sample sample) {
@@ -276,19 +201,9 @@ bool run_scan(const Arguments& a, const Parallel& parallel, Scan<T> scan, double
   const int64_t tasks =
       scan.parts > 1 ? 1
                      : worthwhile_tasks(parallel, a.B, static_cast<double>(a.B) * static_cast<double>(a.T + 1) * step);
-  Arena size;
-  scratchpad(size, scan);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    const Range samples = part_of(a.B, tasks, task);
-    for (int64_t b = samples.lo; b < samples.hi; ++b) {
-      Arena arena(scratch.data() + task * size.used());
-      auto s = scratchpad(arena, scan);
-      sample(b, scan, s);
-    }
-  });
-  return true;
+  return run_items(
+      parallel, a.B, tasks, [&](Arena& arena) { return scratchpad(arena, scan); },
+      [&](int64_t b, auto& s) { sample(b, scan, s); });
 }
 
 template <class T>

@@ -357,18 +357,9 @@ bool run_samples(const Arguments& a, const Parallel& parallel, double multiply_a
   const Sizes<T> n(a);
   const double work = static_cast<double>(a.B) * static_cast<double>(a.T + 1) * static_cast<double>(a.N) *
                       (static_cast<double>(a.D) * multiply_adds + 20.0) * static_cast<double>(n.H + 1);
-  const int64_t tasks = worthwhile_tasks(parallel, a.B, work);
-  Arena size;
-  scratchpad(size, n);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    const Range samples = part_of(a.B, tasks, task);
-    Arena arena(scratch.data() + task * size.used());
-    auto s = scratchpad(arena, n);
-    for (int64_t b = samples.lo; b < samples.hi; ++b) sample(n, b, s);
-  });
-  return true;
+  return run_items(
+      parallel, a.B, worthwhile_tasks(parallel, a.B, work), [&](Arena& arena) { return scratchpad(arena, n); },
+      [&](int64_t b, auto& s) { sample(n, b, s); });
 }
 
 template <class T>
