@@ -101,7 +101,7 @@ constexpr int64_t gates_per_unit(Controller c) { return c == Controller::lstm ? 
 constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforward ? 1 : 4; }
 
 // The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: input, forget, cell and output gate), 3 H
-// (GRU: reset, update, new) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
+// (GRU: reset, update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
 // [R], and sharpness [R] where learned: then the factor on the similarity is sharpness + sharpness_scale softplus(of it),
 // else sharpness. anchor_every 0 keeps nothing for backward.
 struct Cell {
@@ -146,7 +146,7 @@ struct CellBackward {
   const void *kept_gates, *kept_states, *kept_heads;
   const int64_t* slots;
   const void* anchors;
-  // Before the nonlinearities. The GRU's new gate has the hidden state's part inside a product, so that its gradient
+  // Before the nonlinearities. The GRU's candidate has the hidden state's part inside a product, so that its gradient
   // differs from the input's: all of them again in grad_hidden_gates, which is null for the others.
   void *grad_gates, *grad_hidden_gates, *grad_heads;
   void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
