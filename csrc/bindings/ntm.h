@@ -5,22 +5,22 @@
 namespace mann_fast {
 namespace {
 
-// H = R + W heads, those that read first.
+// Read heads first, then write heads.
 struct NtmShape {
-  int64_t T, B, N, D, H, W, R, shifts;
+  int64_t T, B, N, D, heads, W, R, shifts;
   NtmShape(const Tensor& memory, const Tensor& weights, const Tensor& keys, const Tensor& shift, const Tensor& erase)
-      : T(keys.size(0)), B(memory.size(0)), N(memory.size(1)), D(memory.size(2)), H(weights.size(1)), W(erase.size(2)),
-        R(H - W), shifts(shift.size(3)) {
+      : T(keys.size(0)), B(memory.size(0)), N(memory.size(1)), D(memory.size(2)), heads(weights.size(1)), W(erase.size(2)),
+        R(heads - W), shifts(shift.size(3)) {
     STD_TORCH_CHECK(R >= 0 && shifts % 2 == 1, "there are more write heads than heads, or an even number of shifts");
   }
   // Makes each contiguous, of the shape that the kernel will index.
   void check(Tensor& memory, Tensor& weights, Tensor& keys, Tensor& sharpness, Tensor& gates, Tensor& shift,
              Tensor& sharpening, Tensor& erase, Tensor& add) const {
     memory = input(memory, {B, N, D});
-    weights = input(weights, {B, H, N});
-    keys = input(keys, {T, B, H, D});
-    for (Tensor* per_head : {&sharpness, &gates, &sharpening}) *per_head = input(*per_head, {T, B, H});
-    shift = input(shift, {T, B, H, shifts});
+    weights = input(weights, {B, heads, N});
+    keys = input(keys, {T, B, heads, D});
+    for (Tensor* per_head : {&sharpness, &gates, &sharpening}) *per_head = input(*per_head, {T, B, heads});
+    shift = input(shift, {T, B, heads, shifts});
     for (Tensor* written : {&erase, &add}) *written = input(*written, {T, B, W, D});
   }
 };
@@ -30,11 +30,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ntm_scan(Tensor memory, Tenso
                                                             Tensor gates, Tensor shift, Tensor sharpening, Tensor erase,
                                                             Tensor add, bool read_first, double eps, int64_t anchor_every) {
   const NtmShape shape(memory, weights, keys, shift, erase);
-  const auto [T, B, N, D, H, W, R, shifts] =
-      std::tie(shape.T, shape.B, shape.N, shape.D, shape.H, shape.W, shape.R, shape.shifts);
+  const auto [T, B, N, D, heads, W, R, shifts] =
+      std::tie(shape.T, shape.B, shape.N, shape.D, shape.heads, shape.W, shape.R, shape.shifts);
   shape.check(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add);
-  Tensor reads = empty(keys, {T, B, R, D}), out_memory = empty(memory, {B, N, D}), out_weights = empty(memory, {B, H, N});
-  Tensor history = empty(memory, anchor_every > 0 ? Shape{T, B, H, N} : Shape{0});
+  Tensor reads = empty(keys, {T, B, R, D}), out_memory = empty(memory, {B, N, D}), out_weights = empty(memory, {B, heads, N});
+  Tensor history = empty(memory, anchor_every > 0 ? Shape{T, B, heads, N} : Shape{0});
   Tensor anchors = empty(memory, anchor_every > 0 ? anchors_shape(T, anchor_every, B, D, N) : Shape{0});
   Device(memory).run(NtmScan{
       T, B, N, D, R, W, shifts, dtype_of(memory), dtype_of(keys), read_first, eps, anchor_every, data(memory),
@@ -50,18 +50,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor memory, Tensor weights, Tensor keys, Tensor sharpness, Tensor gates, Tensor shift, Tensor sharpening,
     Tensor erase, Tensor add, Tensor history, Tensor anchors, bool read_first, double eps, int64_t anchor_every) {
   const NtmShape shape(memory, weights, keys, shift, erase);
-  const auto [T, B, N, D, H, W, R, shifts] =
-      std::tie(shape.T, shape.B, shape.N, shape.D, shape.H, shape.W, shape.R, shape.shifts);
+  const auto [T, B, N, D, heads, W, R, shifts] =
+      std::tie(shape.T, shape.B, shape.N, shape.D, shape.heads, shape.W, shape.R, shape.shifts);
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
   grad_reads = input(grad_reads, {T, B, R, D});
   grad_memory = input(grad_memory, {B, N, D});
-  grad_weights = input(grad_weights, {B, H, N});
+  grad_weights = input(grad_weights, {B, heads, N});
   shape.check(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add);
-  history = input(history, {T, B, H, N});
+  history = input(history, {T, B, heads, N});
   anchors = input(anchors, anchors_shape(T, anchor_every, B, D, N));
-  Tensor grad_in_memory = empty(memory, {B, N, D}), grad_in_weights = empty(memory, {B, H, N});
-  Tensor grad_keys = empty(keys, {T, B, H, D}), grad_sharpness = empty(keys, {T, B, H}), grad_gates = empty(keys, {T, B, H});
-  Tensor grad_shift = empty(keys, {T, B, H, shifts}), grad_sharpening = empty(keys, {T, B, H});
+  Tensor grad_in_memory = empty(memory, {B, N, D}), grad_in_weights = empty(memory, {B, heads, N});
+  Tensor grad_keys = empty(keys, {T, B, heads, D}), grad_sharpness = empty(keys, {T, B, heads}), grad_gates = empty(keys, {T, B, heads});
+  Tensor grad_shift = empty(keys, {T, B, heads, shifts}), grad_sharpening = empty(keys, {T, B, heads});
   Tensor grad_erase = empty(keys, {T, B, W, D}), grad_add = empty(keys, {T, B, W, D});
   Device(memory).run(NtmScanBackward{
       T, B, N, D, R, W, shifts, dtype_of(memory), dtype_of(keys), read_first, eps, anchor_every, data(grad_reads),

@@ -331,7 +331,7 @@ inline void add_gradient_and_dot(const T* block, T* grad, int64_t ld, int64_t co
 // ---- one row of slots -------------------------------------------------------------------------------------------
 
 // Similarity of one head: scores[i] = beta * dots[i] * q[i] with q[i] = 1 / sqrt(key_square * squares[i] + eps); returns the
-// greatest. Slots from `valid` on are padding and get -inf. q may be null.
+// maximum. Slots from `valid` on are padding and get -inf. q may be null.
 template <class T>
 inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t valid, T key_square, T beta, T eps, T* q,
                      T* scores) {
@@ -342,20 +342,20 @@ inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t val
     store(scores + i, load(dots + i) * inverse * beta);
   }
   for (int64_t i = valid; i < count; ++i) scores[i] = -infinity;
-  Vec<T> greatest = splat<T>(-infinity);
+  Vec<T> maximum = splat<T>(-infinity);
   for (int64_t i = 0; i < count; i += width<T>) {
     const Vec<T> c = load(scores + i);
-    greatest = c > greatest ? c : greatest;
+    maximum = c > maximum ? c : maximum;
   }
-  return greatest_lane<T>(greatest);
+  return maximum_lane<T>(maximum);
 }
 
-// scores[i] = exp(scores[i] - greatest), in place; returns the sum.
+// scores[i] = exp(scores[i] - maximum), in place; returns the sum.
 template <class T>
-inline T exp_slots(T* scores, int64_t count, T greatest) {
+inline T exp_slots(T* scores, int64_t count, T maximum) {
   Vec<T> total{};
   for (int64_t i = 0; i < count; i += width<T>) {
-    const Vec<T> e = exp_nonpositive(load(scores + i) - greatest);
+    const Vec<T> e = exp_nonpositive(load(scores + i) - maximum);
     store(scores + i, e);
     total += e;
   }

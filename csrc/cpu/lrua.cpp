@@ -54,19 +54,19 @@ bool least_used(const LeastUsed& a, const Parallel& parallel) {
 // ---- lrua_write -------------------------------------------------------------------------------------------------
 
 template <class T>
-void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R, T* gate, T* keep) {
-  const T* logits = widen(gate_logits, input, offset, R, keep);
-  for (int64_t r = 0; r < R; ++r) sigmoids(logits[r], gate + r, keep + r);
+void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R, T* gate, T* rest) {
+  const T* logits = widen(gate_logits, input, offset, R, rest);
+  for (int64_t r = 0; r < R; ++r) sigmoids(logits[r], gate + r, rest + r);
 }
 
 template <class T>
 struct WriteScratch {
-  T *block, *read_weights, *write_weights, *vector, *gate, *keep, *usage;
+  T *block, *read_weights, *write_weights, *vector, *gate, *rest, *usage;
   Int<T>*order, *least;
   WriteScratch(Arena& arena, const LruaWrite& a)
       : block(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)),
         write_weights(arena.take<T>(a.R * tile)), vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)),
-        keep(arena.take<T>(a.R)), usage(arena.take<T>(padded_slots(a.N))),
+        rest(arena.take<T>(a.R)), usage(arena.take<T>(padded_slots(a.N))),
         order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.R)) {}
 };
 
@@ -78,13 +78,13 @@ void write_part(const LruaWrite& a, int64_t b, Range slots, WriteScratch<T>& s) 
   T* write_weights = static_cast<T*>(a.write_weights) + b * a.R * a.N;
   const int64_t* chosen = a.slots + b * a.R;
   const T* vector = widen(a.write_vector, a.input, b * a.R * a.D, a.R * a.D, s.vector);
-  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.keep);
+  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.rest);
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
     load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
     load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
     // Row pointers moved back by lo, so that slots keep their numbers; only [lo, lo + count) is touched.
-    mix_write_weights<T>(s.read_weights - lo, tile, a.R, {lo, lo + count}, s.gate, s.keep, chosen, a.shared_target,
+    mix_write_weights<T>(s.read_weights - lo, tile, a.R, {lo, lo + count}, s.gate, s.rest, chosen, a.shared_target,
                          s.write_weights - lo);
     if (chosen[0] >= lo && chosen[0] < end) clear_slot(s.block, tile, a.D, chosen[0] - lo);
     write_slots(static_cast<const T*>(s.block), s.block, tile, count, a.D, a.R, s.write_weights, vector);
@@ -110,11 +110,11 @@ bool lrua_write(const LruaWrite& a, const Parallel& parallel) {
 
 template <class T>
 struct WriteBackwardScratch {
-  T *grad, *read_weights, *write_weights, *grad_write_weights, *vector, *gate, *keep, *grad_vector, *grad_gate;
+  T *grad, *read_weights, *write_weights, *grad_write_weights, *vector, *gate, *rest, *grad_vector, *grad_gate;
   WriteBackwardScratch(Arena& arena, const LruaWriteBackward& a)
       : grad(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)),
         write_weights(arena.take<T>(a.R * tile)), grad_write_weights(arena.take<T>(a.R * tile)),
-        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), keep(arena.take<T>(a.R)),
+        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), rest(arena.take<T>(a.R)),
         grad_vector(arena.take<T>(a.R * a.D)), grad_gate(arena.take<T>(a.R)) {}
 };
 
@@ -128,7 +128,7 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
   T* grad_read_weights = static_cast<T*>(a.grad_read_weights) + b * a.R * a.N;
   const int64_t* chosen = a.slots + b * a.R;
   const T* vector = widen(a.write_vector, a.input, b * a.R * a.D, a.R * a.D, s.vector);
-  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.keep);
+  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.rest);
   for (int64_t j = 0; j < a.R * a.D; ++j) s.grad_vector[j] = 0;
   for (int64_t r = 0; r < a.R; ++r) s.grad_gate[r] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
@@ -137,14 +137,14 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
     if (grad_memory) load_slots(grad_memory, a.N, a.D, lo, lo + count, s.grad, tile);
     else std::memset(s.grad, 0, a.D * tile * sizeof(T));
     load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
-    mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.keep, chosen, a.shared_target,
+    mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.rest, chosen, a.shared_target,
                          s.write_weights - lo);
     dot_slots(static_cast<const T*>(s.grad), tile, count, a.D, a.R, vector, s.grad_write_weights);
     for (int64_t r = 0; r < a.R; ++r) {
       T* g = s.grad_write_weights + r * tile;
       if (grad_write_weights)
         for (int64_t i = lo; i < end; ++i) g[i - lo] += grad_write_weights[r * a.N + i];
-      s.grad_gate[r] += gate_gradient<T>(g - lo, s.read_weights + r * tile - lo, r, a.R, range, s.gate[r], s.keep[r],
+      s.grad_gate[r] += gate_gradient<T>(g - lo, s.read_weights + r * tile - lo, r, a.R, range, s.gate[r], s.rest[r],
                                          chosen, a.shared_target);
       for (int64_t i = lo; i < end; ++i) grad_read_weights[r * a.N + i] = g[i - lo] * s.gate[r];
     }

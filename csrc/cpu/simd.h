@@ -302,7 +302,7 @@ inline T sum_lanes(Vec<T> v) {
   return reduce_lanes<width<T>>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 template <class T>
-inline T greatest_lane(Vec<T> v) {  // a NaN loses
+inline T maximum_lane(Vec<T> v) {  // a NaN loses
   return reduce_lanes<width<T>>(v, [](Vec<T> a, Vec<T> b) { return b > a ? b : a; });
 }
 template <class T>

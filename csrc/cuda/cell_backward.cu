@@ -1,9 +1,9 @@
 // cell backward: all steps in one launch. The gradient of every weight is one product over all steps after it, from the gradients
 // of gates and heads before their nonlinearities.
 //
-// Takes `anchor_every` steps at a time: every block replays its sample's memory from the anchor, and meets nobody. A step back: add up
-// what reached the reads of the own sample, and its memory's step back (two meetings of the block); tell the gradients of its heads |
-// meet | back through heads and controller of own units, and their part of what goes round | meet |.
+// Takes `anchor_every` steps at a time: every block replays its sample's memory from the anchor, without a barrier. A step back: add up
+// what reached the reads of the own sample, and its memory's step back (two barriers of the block); tell the gradients of its heads |
+// barrier | back through heads and controller of own units, and their part of what goes round | barrier |.
 #include "cell.cuh"
 #include "lrua_backward.cuh"
 
@@ -241,7 +241,7 @@ struct CellBack {
       stream.ask(place.row(last_first, place.rank));
       stream.put(memory.inputs(0));
     }
-    place.meet();
+    place.barrier();
     for (int first = last_first; first >= 0; first -= memory.every) {
       const int count = steps - first < memory.every ? steps - first : memory.every;
       if (present) memory.replay_all(stream, first, count);
@@ -260,7 +260,7 @@ struct CellBack {
         }
         Kept kept;
         ask(t, gpu::thread(), kept);
-        place.meet();
+        place.barrier();
         multiply(plan, shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products);
         gpu::sync();
         control(t, kept);
@@ -268,7 +268,7 @@ struct CellBack {
         if (present && next >= 0) stream.ask(place.row(next, place.rank));
         multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
         if (present && next >= 0) stream.put(memory.inputs(memory.visits));
-        place.meet();
+        place.barrier();
       }
     }
     end();

@@ -1,6 +1,6 @@
 // lrua_scan backward: one launch for all steps.
 //
-// Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one meeting a step; then goes back
+// Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one barrier a step; then goes back
 // through them with two. Similarities beyond a bound cost the replay one more.
 #include "kernels.h"
 #include "lrua_backward.cuh"

@@ -45,10 +45,10 @@ void compare(const char* name, Run function, const Case& c) {
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
   for (size_t j = 0; j < expected.size(); ++j) {
     const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
-    double greatest = 1e-3;
-    for (int64_t i = 0; i < expected[j].count; ++i) greatest = std::max(greatest, std::abs(expected[j][i]));
+    double maximum = 1e-3;
+    for (int64_t i = 0; i < expected[j].count; ++i) maximum = std::max(maximum, std::abs(expected[j][i]));
     for (int64_t i = 0; i < expected[j].count; ++i)
-      if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * greatest))
+      if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * maximum))
         fail("result " + std::to_string(j) + " differs at " + std::to_string(i) + ": " + std::to_string(actual[j][i]) +
              ", expected " + std::to_string(expected[j][i]));
   }

@@ -184,7 +184,7 @@ Results scan(const Kernels& k, const Case& c) {
   const Array keys = random.normal(c.input, vectors_count), vectors = random.normal(c.input, vectors_count);
   const Array gates = random.normal(c.input, gates_count);
   const auto sharpness = optional(c.sharp, random.positive(c.input, gates_count));
-  // So large that an exponential needs the greatest similarity taken off; with an eps that keeps the cosines so small that
+  // So large that an exponential needs the maximum similarity taken off; with an eps that keeps the cosines so small that
   // the softmax does not saturate, since nothing is left of its gradients then.
   const bool large = sharpness && c.shared_target;
   const double eps = large ? 1e4 : 1e-6;
@@ -290,20 +290,20 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
 Results ntm(const Kernels& k, const Case& c) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
-  const int64_t W = c.R - 1, H = c.R + W, shifts = 3, rows = c.T * c.B;
+  const int64_t W = c.R - 1, heads = c.R + W, shifts = 3, rows = c.T * c.B;
   const Array memory = random.normal(c.state, c.B * c.N * c.D);
-  Array weights = random.positive(c.state, c.B * H * c.N);
+  Array weights = random.positive(c.state, c.B * heads * c.N);
   for (int64_t i = 0; i < weights.count; ++i) weights.set(i, weights[i] / static_cast<double>(c.N));
-  const Array keys = random.normal(c.input, rows * H * c.D);
-  Array sharpness = random.positive(c.input, rows * H);
+  const Array keys = random.normal(c.input, rows * heads * c.D);
+  Array sharpness = random.positive(c.input, rows * heads);
   for (int64_t i = 0; c.sharp && i < sharpness.count; ++i) sharpness.set(i, 60 * sharpness[i]);  // some beyond the bound of exp
-  const Array gates = random.positive(c.input, rows * H), shift = random.positive(c.input, rows * H * shifts);
-  Array sharpening = random.positive(c.input, rows * H);
+  const Array gates = random.positive(c.input, rows * heads), shift = random.positive(c.input, rows * heads * shifts);
+  Array sharpening = random.positive(c.input, rows * heads);
   for (int64_t i = 0; i < sharpening.count; ++i) sharpening.set(i, 1 + 3 * sharpening[i]);
   const Array erase = random.positive(c.input, rows * W * c.D), add = random.normal(c.input, rows * W * c.D);
   const int64_t kept = c.anchor_every > 0 ? rows : 0;
   Array reads(c.input, rows * c.R * c.D), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
-  Array history(c.state, kept * H * c.N), anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
+  Array history(c.state, kept * heads * c.N), anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
   succeeded(k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
                         pointer(memory), pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift),
                         pointer(sharpening), pointer(erase), pointer(add), reads.data.get(), out_memory.data.get(),
@@ -316,8 +316,8 @@ Results ntm(const Kernels& k, const Case& c) {
     const auto grad_memory = optional(present & 2, random.normal(c.state, memory.count));
     const auto grad_weights = optional(present & 4, random.normal(c.state, weights.count));
     Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, weights.count), grad_keys(c.input, keys.count);
-    Array grad_sharpness(c.input, rows * H), grad_gates(c.input, rows * H), grad_shift(c.input, shift.count);
-    Array grad_sharpening(c.input, rows * H), grad_erase(c.input, erase.count), grad_add(c.input, add.count);
+    Array grad_sharpness(c.input, rows * heads), grad_gates(c.input, rows * heads), grad_shift(c.input, shift.count);
+    Array grad_sharpening(c.input, rows * heads), grad_erase(c.input, erase.count), grad_add(c.input, add.count);
     succeeded(k.ntm_scan_backward(
         {c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(grad_reads),
          pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(weights), pointer(keys), pointer(sharpness),
