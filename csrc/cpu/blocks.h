@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "../include/half.h"
-#include "kernels.h"
 #include "simd.h"
+#include "tasks.h"
 
 namespace mann_fast {
 namespace {
@@ -19,9 +19,6 @@ inline void for_heads(int64_t heads, Body body) {  // in groups of at most 4, wh
   if (heads - first == 2) body(first, std::integral_constant<int, 2>());
   if (heads - first == 1) body(first, std::integral_constant<int, 1>());
 }
-
-// Ops that go over a memory once take it in tiles of so many slots: 128 x D numbers stay in the nearer caches.
-constexpr int64_t tile = 128;
 
 // ---- layout and dtype -------------------------------------------------------------------------------------------
 
@@ -334,7 +331,7 @@ inline void add_gradient_and_dot(const T* block, T* grad, int64_t ld, int64_t co
 // ---- one row of slots -------------------------------------------------------------------------------------------
 
 // Similarity of one head: scores[i] = beta * dots[i] * q[i] with q[i] = 1 / sqrt(key_square * squares[i] + eps); returns the
-// greatest. Slots from `valid` on are padding and get -inf. q may be null.
+// maximum. Slots from `valid` on are padding and get -inf. q may be null.
 template <class T>
 inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t valid, T key_square, T beta, T eps, T* q,
                      T* scores) {
@@ -345,20 +342,20 @@ inline T score_slots(const T* dots, const T* squares, int64_t count, int64_t val
     store(scores + i, load(dots + i) * inverse * beta);
   }
   for (int64_t i = valid; i < count; ++i) scores[i] = -infinity;
-  Vec<T> greatest = splat<T>(-infinity);
+  Vec<T> maximum = splat<T>(-infinity);
   for (int64_t i = 0; i < count; i += width<T>) {
     const Vec<T> c = load(scores + i);
-    greatest = c > greatest ? c : greatest;
+    maximum = c > maximum ? c : maximum;
   }
-  return greatest_lane<T>(greatest);
+  return maximum_lane<T>(maximum);
 }
 
-// scores[i] = exp(scores[i] - greatest), in place; returns the sum.
+// scores[i] = exp(scores[i] - maximum), in place; returns the sum.
 template <class T>
-inline T exp_slots(T* scores, int64_t count, T greatest) {
+inline T exp_slots(T* scores, int64_t count, T maximum) {
   Vec<T> total{};
   for (int64_t i = 0; i < count; i += width<T>) {
-    const Vec<T> e = exp_nonpositive(load(scores + i) - greatest);
+    const Vec<T> e = exp_nonpositive(load(scores + i) - maximum);
     store(scores + i, e);
     total += e;
   }
@@ -458,64 +455,6 @@ inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slo
   *slot = position;
   order[position] = taken<T>;
 }
-
-// ---- threads and scratch ----------------------------------------------------------------------------------------
-
-template <class Task>
-inline void parallel_run(const Parallel& parallel, int64_t tasks, Task task) {
-  if (tasks == 1 || parallel.threads == 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-    return;
-  }
-  parallel.run(tasks, [](void* context, int64_t index) { (*static_cast<Task*>(context))(index); }, &task);
-}
-
-// How many tasks are worth their start: about 20,000 multiply-adds each at least.
-inline int64_t worthwhile_tasks(const Parallel& parallel, int64_t parts, double multiply_adds) {
-  const int64_t by_work = static_cast<int64_t>(multiply_adds / 20000) + 1;
-  int64_t tasks = parts < parallel.threads ? parts : parallel.threads;
-  tasks = tasks < by_work ? tasks : by_work;
-  return tasks > 1 ? tasks : 1;
-}
-
-// Part `index` of [0, total) in `parts` parts whose borders are multiples of `step`.
-struct Range {
-  int64_t lo, hi;
-};
-inline Range part_of(int64_t total, int64_t parts, int64_t index, int64_t step = 1) {
-  const int64_t steps = (total + step - 1) / step;
-  const int64_t lo = steps * index / parts * step, hi = steps * (index + 1) / parts * step;
-  return {lo < total ? lo : total, hi < total ? hi : total};
-}
-
-// Hands out 64-byte aligned arrays; without a base it only counts, so that one description gives size and layout.
-class Arena {
- public:
-  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-  template <class U>
-  U* take(int64_t count) {
-    U* array = base_ == nullptr ? nullptr : reinterpret_cast<U*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(U) + 63) / 64 * 64;
-    return array;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : data_(scratch_allocate(bytes)) {}
-  ~Scratch() { scratch_free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return static_cast<char*>(data_); }
-
- private:
-  void* data_;
-};
 
 }  // namespace
 }  // namespace mann_fast

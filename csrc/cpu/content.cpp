@@ -1,20 +1,11 @@
 // content_read, forward and backward: one pass over the memory in tiles of slots, with an online softmax as in flash
-// attention (Dao et al. 2022). The weights are made from the similarities when the greatest of all is known, so that equal
+// attention (Dao et al. 2022). The weights are made from the similarities when the maximum of all is known, so that equal
 // slots get equal bits whatever tile they fall in.
 #include "blocks.h"
 
 namespace mann_fast {
 namespace MANN_FAST_ISA {
 namespace {
-
-// Samples are split over the threads; where there are fewer samples than threads, so are the slots of each.
-struct Split {
-  int64_t parts;  // of each sample
-  Split(const Parallel& parallel, int64_t B, int64_t N, int64_t D, int64_t R) {
-    const double multiply_adds = static_cast<double>(N) * static_cast<double>(D) * static_cast<double>(2 * R + 1);
-    parts = B >= parallel.threads ? 1 : worthwhile_tasks(parallel, (N + tile - 1) / tile, multiply_adds);
-  }
-};
 
 // ---- forward: the slots as they lie, [count][ld], ld a multiple of the vector width -------------------------------
 // To transpose a memory that is gone over once would take as long as the rest.
@@ -73,19 +64,15 @@ inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t 
 }
 
 template <class T>
-struct ReadPart {  // what one part of a sample's slots leaves for the others
-  T *greatest, *total, *read;  // [R], [R], [R, ld]: sum and read are relative to the part's own greatest similarity
-  ReadPart(Arena& arena, const ContentRead& a)
-      : greatest(arena.take<T>(a.R)), total(arena.take<T>(a.R)), read(arena.take<T>(a.R * padded<T>(a.D))) {}
-};
-
-template <class T>
 struct ReadScratch {
   T *rows, *dots, *squares, *key, *padded_key, *sharpness, *sums;
+  // What one part of a sample's slots leaves for the others, [R], [R], [R, ld]: relative to the part's own maximum.
+  T *maximum, *total, *read;
   ReadScratch(Arena& arena, const ContentRead& a)
       : rows(arena.take<T>(padded<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
         key(arena.take<T>(a.R * a.D)), padded_key(arena.take<T>(a.R * padded<T>(a.D))),
-        sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)) {}
+        sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)), maximum(arena.take<T>(a.R)),
+        total(arena.take<T>(a.R)), read(arena.take<T>(a.R * padded<T>(a.D))) {}
 };
 
 template <class T>
@@ -98,7 +85,7 @@ void pad_rows(const T* from, int64_t rows, int64_t D, int64_t padded_rows, int64
 }
 
 template <class T>
-void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, ReadScratch<T>& s) {
+void read_part(const ContentRead& a, int64_t b, Range slots, ReadScratch<T>& s) {
   const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
   const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.key);
@@ -106,10 +93,10 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
   const int64_t ld = padded<T>(a.D);
   pad_rows(key, a.R, a.D, a.R, ld, s.padded_key);
   for (int64_t r = 0; r < a.R; ++r) {
-    part.greatest[r] = -std::numeric_limits<T>::infinity();
-    part.total[r] = 0;
+    s.maximum[r] = -std::numeric_limits<T>::infinity();
+    s.total[r] = 0;
   }
-  for (int64_t j = 0; j < a.R * ld; ++j) part.read[j] = 0;
+  for (int64_t j = 0; j < a.R * ld; ++j) s.read[j] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
     const T* rows = memory + lo * a.D;
@@ -120,34 +107,35 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadPart<T>& part, 
     dot_and_square_rows(rows, ld, count, a.R, static_cast<const T*>(s.padded_key), s.dots, s.squares);
     for (int64_t r = 0; r < a.R; ++r) {
       T* row = s.dots + r * tile;
-      const T greatest = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),
+      const T maximum = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),
                                         sharpness ? sharpness[r] : T(1), static_cast<T>(a.eps), nullptr, row);
-      if (greatest > part.greatest[r]) {  // what was summed so far is relative to a smaller maximum
-        const T factor = std::exp(part.greatest[r] - greatest);
-        part.total[r] *= factor;
-        for (int64_t d = 0; d < ld; ++d) part.read[r * ld + d] *= factor;
-        part.greatest[r] = greatest;
+      if (maximum > s.maximum[r]) {  // what was summed so far is relative to a smaller maximum
+        const T factor = std::exp(s.maximum[r] - maximum);
+        s.total[r] *= factor;
+        for (int64_t d = 0; d < ld; ++d) s.read[r * ld + d] *= factor;
+        s.maximum[r] = maximum;
       }
       std::memcpy(weights + r * a.N + lo, row, valid * sizeof(T));
-      part.total[r] += exp_slots(row, count, part.greatest[r]);
+      s.total[r] += exp_slots(row, count, s.maximum[r]);
     }
-    add_weighted_rows(rows, ld, count, a.R, static_cast<const T*>(s.dots), part.read);
+    add_weighted_rows(rows, ld, count, a.R, static_cast<const T*>(s.dots), s.read);
   }
 }
 
 // Sum and read of all parts, and the similarities that lie in `weights` made into weights.
 template <class T>
-void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, int64_t count, ReadScratch<T>& s) {
+void combine_parts(const ContentRead& a, int64_t b, const ReadScratch<T>* parts, int64_t count) {
+  const ReadScratch<T>& s = parts[0];
   T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
   for (int64_t r = 0; r < a.R; ++r) {
-    T greatest = parts[0].greatest[r], total = 0;
+    T maximum = parts[0].maximum[r], total = 0;
     for (int64_t p = 1; p < count; ++p)
-      greatest = parts[p].greatest[r] > greatest ? parts[p].greatest[r] : greatest;
-    for (int64_t p = 0; p < count; ++p) total += parts[p].total[r] * std::exp(parts[p].greatest[r] - greatest);
+      maximum = parts[p].maximum[r] > maximum ? parts[p].maximum[r] : maximum;
+    for (int64_t p = 0; p < count; ++p) total += parts[p].total[r] * std::exp(parts[p].maximum[r] - maximum);
     T* read = s.sums + r * a.D;
     for (int64_t d = 0; d < a.D; ++d) read[d] = 0;
     for (int64_t p = 0; p < count; ++p) {
-      const T factor = std::exp(parts[p].greatest[r] - greatest) / total;
+      const T factor = std::exp(parts[p].maximum[r] - maximum) / total;
       for (int64_t d = 0; d < a.D; ++d) read[d] += parts[p].read[r * padded<T>(a.D) + d] * factor;
     }
     const T inverse = T(1) / total;
@@ -155,7 +143,7 @@ void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, in
       const int64_t valid = a.N - lo < tile ? a.N - lo : tile, count = padded_slots(valid);
       load_tile_rows(weights + r * a.N + lo, 1, a.N, valid, count, s.dots);
       for (int64_t i = 0; i < count; i += width<T>)
-        store(s.dots + i, exp_nonpositive(load(s.dots + i) - greatest) * inverse);
+        store(s.dots + i, exp_nonpositive(load(s.dots + i) - maximum) * inverse);
       std::memcpy(weights + r * a.N + lo, s.dots, valid * sizeof(T));
     }
   }
@@ -164,65 +152,30 @@ void combine_parts(const ContentRead& a, int64_t b, const ReadPart<T>* parts, in
 
 template <class T>
 bool content_read(const ContentRead& a, const Parallel& parallel) {
-  const Split split(parallel, a.B, a.N, a.D, a.R);
-  const int64_t parts = split.parts;
-  Arena size;
-  ReadPart<T>(size, a), ReadScratch<T>(size, a);
-  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (2 * a.R + 1));
-  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  if (parts == 1) {
-    parallel_run(parallel, tasks, [&](int64_t task) {
-      Arena arena(scratch.data() + task * size.used());
-      ReadPart<T> part(arena, a);
-      ReadScratch<T> s(arena, a);
-      const Range samples = part_of(a.B, tasks, task);
-      for (int64_t b = samples.lo; b < samples.hi; ++b) {
-        read_part<T>(a, b, {0, a.N}, part, s);
-        combine_parts<T>(a, b, &part, 1, s);
-      }
-    });
-    return true;
-  }
-  const Scratch views(parts * sizeof(ReadPart<T>));
-  if (views.data() == nullptr) return false;
-  ReadPart<T>* all = reinterpret_cast<ReadPart<T>*>(views.data());
-  for (int64_t b = 0; b < a.B; ++b) {
-    parallel_run(parallel, parts, [&](int64_t p) {
-      Arena arena(scratch.data() + p * size.used());
-      all[p] = ReadPart<T>(arena, a);
-      ReadScratch<T> s(arena, a);
-      read_part<T>(a, b, part_of(a.N, parts, p, tile), all[p], s);
-    });
-    Arena arena(scratch.data());
-    ReadPart<T>(arena, a);
-    ReadScratch<T> s(arena, a);
-    combine_parts<T>(a, b, all, parts, s);
-  }
-  return true;
+  const int64_t multiply_adds = a.D * (2 * a.R + 1);
+  return run_samples_or_slots<ReadScratch<T>>(
+      a, parallel, multiply_adds, multiply_adds, [](int64_t, ReadScratch<T>&) {},
+      [&](int64_t b, Range slots, ReadScratch<T>& s) { read_part(a, b, slots, s); },
+      [&](int64_t b, const ReadScratch<T>* parts, int64_t count) { combine_parts(a, b, parts, count); });
 }
 
-template <class T>
-struct BackwardPart {
-  T *grad_key, *grad_sharpness, *grad_key_square;  // [R, D], [R], [R]
-  BackwardPart(Arena& arena, const ContentReadBackward& a)
-      : grad_key(arena.take<T>(a.R * a.D)), grad_sharpness(arena.take<T>(a.R)), grad_key_square(arena.take<T>(a.R)) {}
-};
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct BackwardScratch {
   T *block, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *key, *sharpness, *grad_read, *read, *delta;
+  T *grad_key, *grad_sharpness, *grad_key_square;  // of one part of a sample's slots: [R, D], [R], [R]
   BackwardScratch(Arena& arena, const ContentReadBackward& a)
       : block(arena.take<T>(a.D * tile)), grad(arena.take<T>(a.D * tile)), dots(arena.take<T>(a.R * tile)),
         q(arena.take<T>(tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
         squares(arena.take<T>(tile)), grad_squares(arena.take<T>(tile)), key(arena.take<T>(a.R * a.D)),
         sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * a.D)), read(arena.take<T>(a.R * a.D)),
-        delta(arena.take<T>(a.R)) {}
+        delta(arena.take<T>(a.R)), grad_key(arena.take<T>(a.R * a.D)), grad_sharpness(arena.take<T>(a.R)),
+        grad_key_square(arena.take<T>(a.R)) {}
 };
 
 template <class T>
-void backward_part(const ContentReadBackward& a, int64_t b, Range slots, BackwardPart<T>& part, BackwardScratch<T>& s) {
+void backward_part(const ContentReadBackward& a, int64_t b, Range slots, BackwardScratch<T>& s) {
   const int64_t numbers = a.R * a.D;
   const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
@@ -240,9 +193,9 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, Backwar
     if (grad_weights)
       for (int64_t i = 0; i < a.N; ++i) delta += grad_weights[r * a.N + i] * weights[r * a.N + i];
     s.delta[r] = delta;
-    part.grad_sharpness[r] = part.grad_key_square[r] = 0;
+    s.grad_sharpness[r] = s.grad_key_square[r] = 0;
   }
-  for (int64_t j = 0; j < numbers; ++j) part.grad_key[j] = 0;
+  for (int64_t j = 0; j < numbers; ++j) s.grad_key[j] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
     load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
@@ -260,8 +213,8 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, Backwar
         store(s.q + i, inverse_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
       const ScoreGradient<T> grad = score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, s.delta[r],
                                                       key_square, beta, g, s.grad_squares);
-      part.grad_sharpness[r] += grad.beta;
-      part.grad_key_square[r] += grad.key_square;
+      s.grad_sharpness[r] += grad.beta;
+      s.grad_key_square[r] += grad.key_square;
     }
     std::memset(s.grad, 0, a.D * tile * sizeof(T));
     if (grad_read)
@@ -270,16 +223,15 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, Backwar
     else
       add_gradient<T, false, true>(s.block, s.grad, tile, count, a.D, a.R, nullptr, nullptr, s.grad_weights, key,
                                    s.grad_squares);
-    weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.grad_weights, part.grad_key);
+    weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.grad_weights, s.grad_key);
     store_slots(static_cast<const T*>(s.grad), tile, a.N, a.D, lo, lo + count, grad_memory);
   }
 }
 
 template <class T>
-void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardPart<T>* parts, int64_t count,
-                      BackwardScratch<T>& s) {
-  const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.key);
-  BackwardPart<T> sum = parts[0];
+void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardScratch<T>* parts, int64_t count) {
+  const BackwardScratch<T>& sum = parts[0];
+  const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, sum.key);
   for (int64_t p = 1; p < count; ++p) {
     for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_key[j] += parts[p].grad_key[j];
     for (int64_t r = 0; r < a.R; ++r) {
@@ -295,57 +247,16 @@ void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardPar
 
 template <class T>
 bool content_read_backward(const ContentReadBackward& a, const Parallel& parallel) {
-  const Split split(parallel, a.B, a.N, a.D, a.R);
-  const int64_t parts = split.parts;
-  Arena size;
-  BackwardPart<T>(size, a), BackwardScratch<T>(size, a);
-  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (6 * a.R + 2));
-  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  if (parts == 1) {
-    parallel_run(parallel, tasks, [&](int64_t task) {
-      Arena arena(scratch.data() + task * size.used());
-      BackwardPart<T> part(arena, a);
-      BackwardScratch<T> s(arena, a);
-      const Range samples = part_of(a.B, tasks, task);
-      for (int64_t b = samples.lo; b < samples.hi; ++b) {
-        backward_part<T>(a, b, {0, a.N}, part, s);
-        combine_backward<T>(a, b, &part, 1, s);
-      }
-    });
-    return true;
-  }
-  const Scratch views(parts * sizeof(BackwardPart<T>));
-  if (views.data() == nullptr) return false;
-  BackwardPart<T>* all = reinterpret_cast<BackwardPart<T>*>(views.data());
-  for (int64_t b = 0; b < a.B; ++b) {
-    parallel_run(parallel, parts, [&](int64_t p) {
-      Arena arena(scratch.data() + p * size.used());
-      all[p] = BackwardPart<T>(arena, a);
-      BackwardScratch<T> s(arena, a);
-      backward_part<T>(a, b, part_of(a.N, parts, p, tile), all[p], s);
-    });
-    Arena arena(scratch.data());
-    BackwardPart<T>(arena, a);
-    BackwardScratch<T> s(arena, a);
-    combine_backward<T>(a, b, all, parts, s);
-  }
-  return true;
-}
-
-bool read(const ContentRead& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? content_read<double>(a, parallel) : content_read<float>(a, parallel);
-}
-bool read_backward(const ContentReadBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? content_read_backward<double>(a, parallel)
-                                   : content_read_backward<float>(a, parallel);
+  // In as many parts as forward.
+  return run_samples_or_slots<BackwardScratch<T>>(
+      a, parallel, a.D * (2 * a.R + 1), a.D * (6 * a.R + 2), [](int64_t, BackwardScratch<T>&) {},
+      [&](int64_t b, Range slots, BackwardScratch<T>& s) { backward_part(a, b, slots, s); },
+      [&](int64_t b, const BackwardScratch<T>* parts, int64_t count) { combine_backward(a, b, parts, count); });
 }
 
 }  // namespace
 
-extern const ContentKernels content_kernels;
-const ContentKernels content_kernels = {read, read_backward};
+MANN_FAST_CONTENT_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

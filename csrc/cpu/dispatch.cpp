@@ -6,25 +6,18 @@
 
 namespace mann_fast {
 
-namespace baseline {
-extern const ContentKernels content_kernels;
-extern const LruaKernels lrua_kernels;
-extern const CellKernels cell_kernels;
-extern const NtmKernels ntm_kernels;
-}  // namespace baseline
+// What csrc/cpu/*.cpp define, compiled once for each instruction set.
+#define MANN_FAST_DECLARE(op, Arguments) bool op(const Arguments&, const Parallel&);
+#define MANN_FAST_FUNCTION(op, Arguments) op,
+#define MANN_FAST_TABLE(isa)                                      \
+  namespace isa {                                                 \
+  MANN_FAST_OPS(MANN_FAST_DECLARE)                                \
+  const Kernels table = {#isa, MANN_FAST_OPS(MANN_FAST_FUNCTION)}; \
+  }
+MANN_FAST_TABLE(baseline)
 #ifdef __x86_64__
-namespace avx2 {
-extern const ContentKernels content_kernels;
-extern const LruaKernels lrua_kernels;
-extern const CellKernels cell_kernels;
-extern const NtmKernels ntm_kernels;
-}  // namespace avx2
-namespace avx512 {
-extern const ContentKernels content_kernels;
-extern const LruaKernels lrua_kernels;
-extern const CellKernels cell_kernels;
-extern const NtmKernels ntm_kernels;
-}  // namespace avx512
+MANN_FAST_TABLE(avx2)
+MANN_FAST_TABLE(avx512)
 #endif
 
 namespace {
@@ -42,14 +35,12 @@ bool supported(const char* isa) {
   return false;
 }
 
-Kernels table([[maybe_unused]] const char* isa) {
+const Kernels* table([[maybe_unused]] const char* isa) {
 #ifdef __x86_64__
-  if (std::strcmp(isa, "avx512") == 0)
-    return {"avx512", avx512::content_kernels, avx512::lrua_kernels, avx512::cell_kernels, avx512::ntm_kernels};
-  if (std::strcmp(isa, "avx2") == 0)
-    return {"avx2", avx2::content_kernels, avx2::lrua_kernels, avx2::cell_kernels, avx2::ntm_kernels};
+  if (std::strcmp(isa, "avx512") == 0) return &avx512::table;
+  if (std::strcmp(isa, "avx2") == 0) return &avx2::table;
 #endif
-  return {"baseline", baseline::content_kernels, baseline::lrua_kernels, baseline::cell_kernels, baseline::ntm_kernels};
+  return &baseline::table;
 }
 
 }  // namespace
@@ -60,9 +51,7 @@ const Kernels* kernels() {
     if (forced != nullptr && *forced != '\0') return supported(forced) ? forced : static_cast<const char*>(nullptr);
     return supported("avx512") ? "avx512" : supported("avx2") ? "avx2" : "baseline";
   }();
-  if (isa == nullptr) return nullptr;
-  static const Kernels chosen = table(isa);
-  return &chosen;
+  return isa == nullptr ? nullptr : table(isa);
 }
 
 void* scratch_allocate(size_t bytes) {

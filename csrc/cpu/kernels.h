@@ -1,6 +1,6 @@
 // The CPU kernels: one table of functions per instruction set, which take ../include/arguments.h.
 #pragma once
-#include "../include/arguments.h"
+#include "../include/ops.h"
 
 namespace mann_fast {
 
@@ -10,36 +10,12 @@ struct Parallel {
   void (*run)(int64_t tasks, void (*task)(void* context, int64_t index), void* context);
 };
 
-// One table per instruction set. Each function returns false where scratch memory could not be had.
-struct ContentKernels {
-  bool (*read)(const ContentRead&, const Parallel&);
-  bool (*read_backward)(const ContentReadBackward&, const Parallel&);
-};
-
-struct LruaKernels {
-  bool (*least_used)(const LeastUsed&, const Parallel&);
-  bool (*write)(const LruaWrite&, const Parallel&);
-  bool (*write_backward)(const LruaWriteBackward&, const Parallel&);
-  bool (*scan)(const LruaScan&, const Parallel&);
-  bool (*scan_backward)(const LruaScanBackward&, const Parallel&);
-};
-
-struct CellKernels {
-  bool (*forward)(const Cell&, const Parallel&);
-  bool (*backward)(const CellBackward&, const Parallel&);
-};
-
-struct NtmKernels {
-  bool (*scan)(const NtmScan&, const Parallel&);
-  bool (*scan_backward)(const NtmScanBackward&, const Parallel&);
-};
-
+// A function for each op, which returns false where scratch memory could not be had.
 struct Kernels {
   const char* isa;
-  ContentKernels content;
-  LruaKernels lrua;
-  CellKernels cell;
-  NtmKernels ntm;
+#define MANN_FAST_MEMBER(op, Arguments) bool (*op)(const Arguments&, const Parallel&);
+  MANN_FAST_OPS(MANN_FAST_MEMBER)
+#undef MANN_FAST_MEMBER
 };
 
 // The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where that names an instruction set which

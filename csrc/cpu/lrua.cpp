@@ -25,70 +25,48 @@ int compare_ranked(const void* a, const void* b) {
 }
 
 template <class T>
-bool least_used(const LeastUsed& a, const Parallel& parallel) {
-  const int64_t ld = padded_slots(a.N);
-  const bool sorted = a.n > 32;  // from about here a sort beats taking one slot after the other
-  const auto layout = [&](Arena& arena, T*& usage, Int<T>*& order, Int<T>*& least, Ranked<T>*& ranked) {
-    usage = arena.take<T>(ld);
-    order = arena.take<Int<T>>(ld);
-    least = arena.take<Int<T>>(a.n);
-    ranked = arena.take<Ranked<T>>(sorted ? a.N : 0);
-  };
+struct LeastUsedScratch {
   T* usage;
   Int<T>*order, *least;
   Ranked<T>* ranked;
-  Arena size;
-  layout(size, usage, order, least, ranked);
-  const int64_t tasks =
-      worthwhile_tasks(parallel, a.B, static_cast<double>(a.B) * static_cast<double>(a.N) * (sorted ? 20.0 : 1.0 + a.n));
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    T* usage;
-    Int<T>*order, *least;
-    Ranked<T>* ranked;
-    Arena arena(scratch.data() + task * size.used());
-    layout(arena, usage, order, least, ranked);
-    const Range samples = part_of(a.B, tasks, task);
-    for (int64_t b = samples.lo; b < samples.hi; ++b) {
-      load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, usage, ld);
-      order_slots(usage, ld, a.N, order);
-      int64_t* slots = a.slots + b * a.n;
-      if (!sorted) {
-        select_slots<T>(order, ld, a.n, least, slots);
-        continue;
-      }
-      for (int64_t i = 0; i < a.N; ++i) ranked[i] = {order[i], static_cast<Int<T>>(i)};
-      std::qsort(ranked, a.N, sizeof(Ranked<T>), compare_ranked<T>);
-      for (int64_t i = 0; i < a.n; ++i) slots[i] = ranked[i].slot;
-    }
+  LeastUsedScratch(Arena& arena, const LeastUsed& a, bool sorted)
+      : usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))),
+        least(arena.take<Int<T>>(a.n)), ranked(arena.take<Ranked<T>>(sorted ? a.N : 0)) {}
+};
+
+template <class T>
+bool least_used(const LeastUsed& a, const Parallel& parallel) {
+  const int64_t ld = padded_slots(a.N);
+  const bool sorted = a.n > 32;  // from about here a sort beats taking one slot after the other
+  const double work = static_cast<double>(a.B) * static_cast<double>(a.N) * (sorted ? 20.0 : 1.0 + a.n);
+  const auto make = [&](Arena& arena) { return LeastUsedScratch<T>(arena, a, sorted); };
+  return run_items(parallel, a.B, worthwhile_tasks(parallel, a.B, work), make, [&](int64_t b, LeastUsedScratch<T>& s) {
+    load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
+    order_slots(s.usage, ld, a.N, s.order);
+    int64_t* slots = a.slots + b * a.n;
+    if (!sorted) return select_slots<T>(s.order, ld, a.n, s.least, slots);
+    for (int64_t i = 0; i < a.N; ++i) s.ranked[i] = {s.order[i], static_cast<Int<T>>(i)};
+    std::qsort(s.ranked, a.N, sizeof(Ranked<T>), compare_ranked<T>);
+    for (int64_t i = 0; i < a.n; ++i) slots[i] = s.ranked[i].slot;
   });
-  return true;
 }
 
 // ---- lrua_write -------------------------------------------------------------------------------------------------
 
 template <class T>
-void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R, T* gate, T* keep) {
-  const T* logits = widen(gate_logits, input, offset, R, keep);
-  for (int64_t r = 0; r < R; ++r) sigmoids(logits[r], gate + r, keep + r);
-}
-
-// Parts of one sample's slots for ops that go over the memory once: more than one only where samples are few.
-int64_t slot_parts(const Parallel& parallel, int64_t B, int64_t N, int64_t D, int64_t R) {
-  if (B >= parallel.threads) return 1;
-  const double multiply_adds = static_cast<double>(N) * static_cast<double>(D) * static_cast<double>(R + 4);
-  return worthwhile_tasks(parallel, (N + tile - 1) / tile, multiply_adds);
+void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R, T* gate, T* rest) {
+  const T* logits = widen(gate_logits, input, offset, R, rest);
+  for (int64_t r = 0; r < R; ++r) sigmoids(logits[r], gate + r, rest + r);
 }
 
 template <class T>
 struct WriteScratch {
-  T *block, *read_weights, *write_weights, *vector, *gate, *keep, *usage;
+  T *block, *read_weights, *write_weights, *vector, *gate, *rest, *usage;
   Int<T>*order, *least;
   WriteScratch(Arena& arena, const LruaWrite& a)
       : block(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)),
         write_weights(arena.take<T>(a.R * tile)), vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)),
-        keep(arena.take<T>(a.R)), usage(arena.take<T>(padded_slots(a.N))),
+        rest(arena.take<T>(a.R)), usage(arena.take<T>(padded_slots(a.N))),
         order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.R)) {}
 };
 
@@ -100,13 +78,13 @@ void write_part(const LruaWrite& a, int64_t b, Range slots, WriteScratch<T>& s) 
   T* write_weights = static_cast<T*>(a.write_weights) + b * a.R * a.N;
   const int64_t* chosen = a.slots + b * a.R;
   const T* vector = widen(a.write_vector, a.input, b * a.R * a.D, a.R * a.D, s.vector);
-  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.keep);
+  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.rest);
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
     load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
     load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
     // Row pointers moved back by lo, so that slots keep their numbers; only [lo, lo + count) is touched.
-    mix_write_weights<T>(s.read_weights - lo, tile, a.R, {lo, lo + count}, s.gate, s.keep, chosen, a.shared_target,
+    mix_write_weights<T>(s.read_weights - lo, tile, a.R, {lo, lo + count}, s.gate, s.rest, chosen, a.shared_target,
                          s.write_weights - lo);
     if (chosen[0] >= lo && chosen[0] < end) clear_slot(s.block, tile, a.D, chosen[0] - lo);
     write_slots(static_cast<const T*>(s.block), s.block, tile, count, a.D, a.R, s.write_weights, vector);
@@ -118,51 +96,25 @@ void write_part(const LruaWrite& a, int64_t b, Range slots, WriteScratch<T>& s) 
 
 template <class T>
 bool lrua_write(const LruaWrite& a, const Parallel& parallel) {
-  const int64_t parts = slot_parts(parallel, a.B, a.N, a.D, a.R);
-  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (a.R + 4));
-  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
-  Arena size;
-  WriteScratch<T>(size, a);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  const auto choose = [&](int64_t b, WriteScratch<T>& s) {
-    const int64_t ld = padded_slots(a.N);
-    load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
-    order_slots(s.usage, ld, a.N, s.order);
-    select_slots<T>(s.order, ld, a.R, s.least, a.slots + b * a.R);
-  };
-  if (parts == 1) {
-    parallel_run(parallel, tasks, [&](int64_t task) {
-      Arena arena(scratch.data() + task * size.used());
-      WriteScratch<T> s(arena, a);
-      const Range samples = part_of(a.B, tasks, task);
-      for (int64_t b = samples.lo; b < samples.hi; ++b) {
-        choose(b, s);
-        write_part<T>(a, b, {0, a.N}, s);
-      }
-    });
-    return true;
-  }
-  for (int64_t b = 0; b < a.B; ++b) {
-    Arena arena(scratch.data());
-    WriteScratch<T> s(arena, a);
-    choose(b, s);
-    parallel_run(parallel, parts, [&](int64_t p) {
-      Arena arena(scratch.data() + p * size.used());
-      WriteScratch<T> s(arena, a);
-      write_part<T>(a, b, part_of(a.N, parts, p, tile), s);
-    });
-  }
-  return true;
+  const int64_t ld = padded_slots(a.N), multiply_adds = a.D * (a.R + 4);
+  return run_samples_or_slots<WriteScratch<T>>(
+      a, parallel, multiply_adds, multiply_adds,
+      [&](int64_t b, WriteScratch<T>& s) {
+        load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
+        order_slots(s.usage, ld, a.N, s.order);
+        select_slots<T>(s.order, ld, a.R, s.least, a.slots + b * a.R);
+      },
+      [&](int64_t b, Range slots, WriteScratch<T>& s) { write_part<T>(a, b, slots, s); },
+      [](int64_t, const WriteScratch<T>*, int64_t) {});
 }
 
 template <class T>
 struct WriteBackwardScratch {
-  T *grad, *read_weights, *write_weights, *grad_write_weights, *vector, *gate, *keep, *grad_vector, *grad_gate;
+  T *grad, *read_weights, *write_weights, *grad_write_weights, *vector, *gate, *rest, *grad_vector, *grad_gate;
   WriteBackwardScratch(Arena& arena, const LruaWriteBackward& a)
       : grad(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)),
         write_weights(arena.take<T>(a.R * tile)), grad_write_weights(arena.take<T>(a.R * tile)),
-        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), keep(arena.take<T>(a.R)),
+        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), rest(arena.take<T>(a.R)),
         grad_vector(arena.take<T>(a.R * a.D)), grad_gate(arena.take<T>(a.R)) {}
 };
 
@@ -176,7 +128,7 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
   T* grad_read_weights = static_cast<T*>(a.grad_read_weights) + b * a.R * a.N;
   const int64_t* chosen = a.slots + b * a.R;
   const T* vector = widen(a.write_vector, a.input, b * a.R * a.D, a.R * a.D, s.vector);
-  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.keep);
+  load_gates(a.gate_logit, a.input, b * a.R, a.R, s.gate, s.rest);
   for (int64_t j = 0; j < a.R * a.D; ++j) s.grad_vector[j] = 0;
   for (int64_t r = 0; r < a.R; ++r) s.grad_gate[r] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
@@ -185,14 +137,14 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
     if (grad_memory) load_slots(grad_memory, a.N, a.D, lo, lo + count, s.grad, tile);
     else std::memset(s.grad, 0, a.D * tile * sizeof(T));
     load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
-    mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.keep, chosen, a.shared_target,
+    mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.rest, chosen, a.shared_target,
                          s.write_weights - lo);
     dot_slots(static_cast<const T*>(s.grad), tile, count, a.D, a.R, vector, s.grad_write_weights);
     for (int64_t r = 0; r < a.R; ++r) {
       T* g = s.grad_write_weights + r * tile;
       if (grad_write_weights)
         for (int64_t i = lo; i < end; ++i) g[i - lo] += grad_write_weights[r * a.N + i];
-      s.grad_gate[r] += gate_gradient<T>(g - lo, s.read_weights + r * tile - lo, r, a.R, range, s.gate[r], s.keep[r],
+      s.grad_gate[r] += gate_gradient<T>(g - lo, s.read_weights + r * tile - lo, r, a.R, range, s.gate[r], s.rest[r],
                                          chosen, a.shared_target);
       for (int64_t i = lo; i < end; ++i) grad_read_weights[r * a.N + i] = g[i - lo] * s.gate[r];
     }
@@ -204,46 +156,19 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
 
 template <class T>
 bool lrua_write_backward(const LruaWriteBackward& a, const Parallel& parallel) {
-  const int64_t parts = slot_parts(parallel, a.B, a.N, a.D, 2 * a.R);
-  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (2 * a.R + 4));
-  const int64_t tasks = parts > 1 ? parts : worthwhile_tasks(parallel, a.B, work);
-  Arena size;
-  WriteBackwardScratch<T>(size, a);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  const auto finish = [&](int64_t b, WriteBackwardScratch<T>& s) {
-    narrow(s.grad_vector, a.R * a.D, a.grad_write_vector, a.input, b * a.R * a.D);
-    narrow(s.grad_gate, a.R, a.grad_gate_logit, a.input, b * a.R);
-  };
-  if (parts == 1) {
-    parallel_run(parallel, tasks, [&](int64_t task) {
-      Arena arena(scratch.data() + task * size.used());
-      WriteBackwardScratch<T> s(arena, a);
-      const Range samples = part_of(a.B, tasks, task);
-      for (int64_t b = samples.lo; b < samples.hi; ++b) {
-        write_backward_part<T>(a, b, {0, a.N}, s);
-        finish(b, s);
-      }
-    });
-    return true;
-  }
-  for (int64_t b = 0; b < a.B; ++b) {
-    parallel_run(parallel, parts, [&](int64_t p) {
-      Arena arena(scratch.data() + p * size.used());
-      WriteBackwardScratch<T> s(arena, a);
-      write_backward_part<T>(a, b, part_of(a.N, parts, p, tile), s);
-    });
-    Arena arena(scratch.data());
-    WriteBackwardScratch<T> sum(arena, a);
-    for (int64_t p = 1; p < parts; ++p) {
-      Arena arena(scratch.data() + p * size.used());
-      const WriteBackwardScratch<T> s(arena, a);
-      for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_vector[j] += s.grad_vector[j];
-      for (int64_t r = 0; r < a.R; ++r) sum.grad_gate[r] += s.grad_gate[r];
-    }
-    finish(b, sum);
-  }
-  return true;
+  const int64_t multiply_adds = a.D * (2 * a.R + 4);
+  return run_samples_or_slots<WriteBackwardScratch<T>>(
+      a, parallel, multiply_adds, multiply_adds, [](int64_t, WriteBackwardScratch<T>&) {},
+      [&](int64_t b, Range slots, WriteBackwardScratch<T>& s) { write_backward_part<T>(a, b, slots, s); },
+      [&](int64_t b, const WriteBackwardScratch<T>* parts, int64_t count) {
+        const WriteBackwardScratch<T>& sum = parts[0];
+        for (int64_t p = 1; p < count; ++p) {
+          for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_vector[j] += parts[p].grad_vector[j];
+          for (int64_t r = 0; r < a.R; ++r) sum.grad_gate[r] += parts[p].grad_gate[r];
+        }
+        narrow(sum.grad_vector, a.R * a.D, a.grad_write_vector, a.input, b * a.R * a.D);
+        narrow(sum.grad_gate, a.R, a.grad_gate_logit, a.input, b * a.R);
+      });
 }
 
 // ---- lrua_scan --------------------------------------------------------------------------------------------------
@@ -256,9 +181,7 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
   for (int64_t t = 0; t < a.T; ++t) {
     s.in.load(a, t, b);
     s.in.fetch(a, t + 1, b);
-    T* anchor = every > 0 && t > 0 && t % every == 0
-                    ? static_cast<T*>(a.anchors) + ((t / every - 1) * a.B + b) * (D + R) * scan.ld
-                    : nullptr;
+    T* anchor = has_anchor(t, every) ? static_cast<T*>(a.anchors) + anchor_offset(t, every, a.B, b, D + R, N) : nullptr;
     step_sample(scan, static_cast<T>(a.usage_decay), every > 0 ? a.slots + (t * a.B + b) * R : nullptr, anchor, parallel,
                 s);
     narrow(s.reads, R * D, a.reads, a.input, (t * a.B + b) * R * D);
@@ -268,7 +191,7 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
 }
 
 // Runs sample(b, scan, arena) for all samples: on as many threads as there are samples, or one sample after the other with
-// its slots in parts where the memory is large enough that meeting twice a step pays.
+// its slots in parts where the memory is large enough that two barriers a step pay.
 template <class T, class Arguments, class Scratchpad, class Sample>
 bool run_scan(const Arguments& a, const Parallel& parallel, Scan<T> scan, double work_per_slot, Scratchpad scratchpad,
               Sample sample) {
@@ -278,19 +201,9 @@ bool run_scan(const Arguments& a, const Parallel& parallel, Scan<T> scan, double
   const int64_t tasks =
       scan.parts > 1 ? 1
                      : worthwhile_tasks(parallel, a.B, static_cast<double>(a.B) * static_cast<double>(a.T + 1) * step);
-  Arena size;
-  scratchpad(size, scan);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    const Range samples = part_of(a.B, tasks, task);
-    for (int64_t b = samples.lo; b < samples.hi; ++b) {
-      Arena arena(scratch.data() + task * size.used());
-      auto s = scratchpad(arena, scan);
-      sample(b, scan, s);
-    }
-  });
-  return true;
+  return run_items(
+      parallel, a.B, tasks, [&](Arena& arena) { return scratchpad(arena, scan); },
+      [&](int64_t b, auto& s) { sample(b, scan, s); });
 }
 
 template <class T>
@@ -310,10 +223,10 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
     return from == nullptr ? nullptr : static_cast<const T*>(from) + b * size;
   };
   begin_backward(scan, of_sample(a.grad_memory, N * D), of_sample(a.grad_read_weights, R * N), parallel, s);
-  for (int64_t first = a.T > 0 ? (a.T - 1) / every * every : -1; first >= 0; first -= every) {
+  for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
     const int64_t steps = a.T - first < every ? a.T - first : every;
     const T* anchor =
-        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + ((first / every - 1) * a.B + b) * (D + R) * scan.ld;
+        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D + R, N);
     begin_replay(scan, anchor, of_sample(a.memory, N * D), of_sample(a.read_weights, R * N), s);
     for (int64_t step = 0; step < steps; ++step) {
       s.in.load(a, first + step, b);
@@ -346,28 +259,9 @@ bool lrua_scan_backward(const LruaScanBackward& a, const Parallel& parallel) {
       [&](int64_t b, const Scan<T>& scan, ScanBackwardScratch<T>& s) { scan_backward_sample(a, scan, b, parallel, s); });
 }
 
-// ---- by dtype ---------------------------------------------------------------------------------------------------
-
-bool least_used_any(const LeastUsed& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? least_used<double>(a, parallel) : least_used<float>(a, parallel);
-}
-bool write_any(const LruaWrite& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_write<double>(a, parallel) : lrua_write<float>(a, parallel);
-}
-bool write_backward_any(const LruaWriteBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_write_backward<double>(a, parallel) : lrua_write_backward<float>(a, parallel);
-}
-bool scan_any(const LruaScan& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_scan<double>(a, parallel) : lrua_scan<float>(a, parallel);
-}
-bool scan_backward_any(const LruaScanBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? lrua_scan_backward<double>(a, parallel) : lrua_scan_backward<float>(a, parallel);
-}
-
 }  // namespace
 
-extern const LruaKernels lrua_kernels;
-const LruaKernels lrua_kernels = {least_used_any, write_any, write_backward_any, scan_any, scan_backward_any};
+MANN_FAST_LRUA_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

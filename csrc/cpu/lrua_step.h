@@ -1,10 +1,10 @@
 // One step of the memory for one sample, forward and backward: what lrua_scan and the whole MANN sequence have in common.
 //
 // A sample's memory is held in cache, slots in lanes. A step is three phases: every slot is written and compared; every slot
-// is weighed and read, now that the greatest similarity is known; the weights are normalised, usage is updated and the least
-// used slots are found. The slots of a sample may be in parts, a task each; the tasks meet between phases.
+// is weighed and read, now that the maximum similarity is known; the weights are normalised, usage is updated and the least
+// used slots are found. The slots of a sample may be in parts, a task each, with a barrier between phases.
 //
-// Backward replays a few steps from an anchor into memories kept side by side in cache, then goes back through them.
+// Backward replays a few steps from an anchor into memories side by side in cache, then goes back through them.
 #pragma once
 #include "blocks.h"
 
@@ -13,26 +13,26 @@ namespace {
 
 // ---- pieces -----------------------------------------------------------------------------------------------------
 
-// write_weights = gate * read_weights + keep * target for slots [lo, hi).
+// write_weights = gate * read_weights + rest * target, with rest = 1 - gate, for slots [lo, hi).
 template <class T>
-void mix_write_weights(const T* read_weights, int64_t ld, int64_t R, Range range, const T* gate, const T* keep,
+void mix_write_weights(const T* read_weights, int64_t ld, int64_t R, Range range, const T* gate, const T* rest,
                        const int64_t* slots, bool shared_target, T* write_weights) {
   for (int64_t r = 0; r < R; ++r) {
     T* row = write_weights + r * ld;
     for (int64_t i = range.lo; i < range.hi; i += width<T>) store(row + i, load(read_weights + r * ld + i) * gate[r]);
     for (int64_t j = shared_target ? 0 : r; j < (shared_target ? R : r + 1); ++j)
-      if (slots[j] >= range.lo && slots[j] < range.hi) row[slots[j]] += keep[r];
+      if (slots[j] >= range.lo && slots[j] < range.hi) row[slots[j]] += rest[r];
   }
 }
 
 // dL/d(gate logit) of head r from g = dL/d(write weights): its share of the slots of `range`.
 template <class T>
-T gate_gradient(const T* g, const T* read_weights, int64_t r, int64_t R, Range range, T gate, T keep,
+T gate_gradient(const T* g, const T* read_weights, int64_t r, int64_t R, Range range, T gate, T rest,
                 const int64_t* slots, bool shared_target) {
   T sum = dot_rows(g + range.lo, read_weights + range.lo, range.hi - range.lo);
   for (int64_t j = shared_target ? 0 : r; j < (shared_target ? R : r + 1); ++j)
     if (slots[j] >= range.lo && slots[j] < range.hi) sum -= g[slots[j]];
-  return sum * gate * keep;
+  return sum * gate * rest;
 }
 
 template <class T>
@@ -60,9 +60,9 @@ struct Scan {
 template <class T>
 struct StepInputs {  // of one sample and step
   const T *key, *vector, *beta;
-  T *gate, *keep, *key_square, *key_buffer, *vector_buffer, *beta_buffer;
+  T *gate, *rest, *key_square, *key_buffer, *vector_buffer, *beta_buffer;
   StepInputs(Arena& arena, int64_t R, int64_t D)
-      : gate(arena.take<T>(R)), keep(arena.take<T>(R)), key_square(arena.take<T>(R)),
+      : gate(arena.take<T>(R)), rest(arena.take<T>(R)), key_square(arena.take<T>(R)),
         key_buffer(arena.take<T>(R * D)), vector_buffer(arena.take<T>(R * D)), beta_buffer(arena.take<T>(R)) {}
 
   // All of the dtype of the state: key and vector [R, D], logits of the gates and sharpness [R].
@@ -70,7 +70,7 @@ struct StepInputs {  // of one sample and step
     key = key_now;
     vector = vector_now;
     beta = beta_now;
-    for (int64_t r = 0; r < R; ++r) sigmoids(gate_logits[r], gate + r, keep + r);
+    for (int64_t r = 0; r < R; ++r) sigmoids(gate_logits[r], gate + r, rest + r);
     for (int64_t r = 0; r < R; ++r) key_square[r] = square_sum(key + r * D, D);
   }
 
@@ -81,7 +81,7 @@ struct StepInputs {  // of one sample and step
       for (int64_t r = 0; r < a.R; ++r) beta_buffer[r] = 1;
     set(a.R, a.D, widen(a.keys, a.input, row * a.D, a.R * a.D, key_buffer),
         widen(a.write_vectors, a.input, row * a.D, a.R * a.D, vector_buffer),
-        widen(a.gate_logits, a.input, row, a.R, keep),
+        widen(a.gate_logits, a.input, row, a.R, rest),
         a.sharpness ? widen(a.sharpness, a.input, row, a.R, beta_buffer) : beta_buffer);
   }
 
@@ -97,16 +97,16 @@ struct StepInputs {  // of one sample and step
 };
 
 template <class T>
-struct Softmax {  // of each part: the greatest similarity, and the sum of weights relative to the greatest of all; [parts, R]
-  T *greatest, *total, *scale;
+struct Softmax {  // of each part: the maximum similarity, and the sum of weights relative to the maximum of all; [parts, R]
+  T *maximum, *total, *scale;
   Softmax(Arena& arena, int64_t parts, int64_t R)
-      : greatest(arena.take<T>(parts * R)), total(arena.take<T>(parts * R)), scale(arena.take<T>(R)) {}
+      : maximum(arena.take<T>(parts * R)), total(arena.take<T>(parts * R)), scale(arena.take<T>(R)) {}
 
-  // Leaves the greatest of all parts in the first.
-  void combine_greatest(int64_t parts, int64_t R) {
+  // Leaves the maximum over all parts in the first.
+  void combine_maximum(int64_t parts, int64_t R) {
     for (int64_t p = 1; p < parts; ++p)
       for (int64_t r = 0; r < R; ++r)
-        greatest[r] = greatest[p * R + r] > greatest[r] ? greatest[p * R + r] : greatest[r];
+        maximum[r] = maximum[p * R + r] > maximum[r] ? maximum[p * R + r] : maximum[r];
   }
   // What all weights are to be multiplied by.
   void combine_total(int64_t parts, int64_t R) {
@@ -129,7 +129,7 @@ void write_and_compare(const Scan<T>& scan, const StepInputs<T>& in, const int64
                        const StepArrays<T>& x, Softmax<T>& softmax, T* column) {
   const Range range = scan.part(p);
   const int64_t lo = range.lo, count = range.hi - range.lo, ld = scan.ld, D = scan.D, R = scan.R;
-  mix_write_weights(static_cast<const T*>(x.before), ld, R, range, in.gate, in.keep, slots, scan.shared_target,
+  mix_write_weights(static_cast<const T*>(x.before), ld, R, range, in.gate, in.rest, slots, scan.shared_target,
                     x.write_weights);
   if (scan.read_first)
     dot_and_square_slots(static_cast<const T*>(x.from + lo), ld, count, D, R, in.key, x.dots + lo, x.squares + lo);
@@ -143,12 +143,12 @@ void write_and_compare(const Scan<T>& scan, const StepInputs<T>& in, const int64
   else
     write_dot_and_square_slots(static_cast<const T*>(x.from + lo), x.to + lo, ld, count, D, R, x.write_weights + lo,
                                in.vector, in.key, x.dots + lo, x.squares + lo);
-  if (erases && x.from != x.to)  // a replay keeps the memory before the step as it was
+  if (erases && x.from != x.to)  // a replay needs the memory before the step as it was
     for (int64_t d = 0; d < D; ++d) x.from[d * ld + slots[0]] = column[d];
   for (int64_t r = 0; r < R; ++r) {
     T* weights = x.read_weights + r * ld + lo;
     T* q = x.q == nullptr ? nullptr : x.q + r * ld + lo;
-    softmax.greatest[p * R + r] = score_slots<T>(x.dots + r * ld + lo, x.squares + lo, count, scan.valid(range),
+    softmax.maximum[p * R + r] = score_slots<T>(x.dots + r * ld + lo, x.squares + lo, count, scan.valid(range),
                                                  in.key_square[r], in.beta[r], scan.eps, q, weights);
   }
 }
@@ -159,7 +159,7 @@ void weigh(const Scan<T>& scan, int64_t p, T* read_weights, Softmax<T>& softmax)
   const Range range = scan.part(p);
   for (int64_t r = 0; r < scan.R; ++r)
     softmax.total[p * scan.R + r] =
-        exp_slots(read_weights + r * scan.ld + range.lo, range.hi - range.lo, softmax.greatest[r]);
+        exp_slots(read_weights + r * scan.ld + range.lo, range.hi - range.lo, softmax.maximum[r]);
 }
 
 // ---- forward -----------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ void step_sample(const Scan<T>& scan, T usage_decay, int64_t* slots, T* anchor, 
     }
     write_and_compare(scan, s.in, s.slots, p, arrays, s.softmax, s.columns + p * D);
   });
-  s.softmax.combine_greatest(parts, R);
+  s.softmax.combine_maximum(parts, R);
   parallel_run(parallel, parts, [&](int64_t p) {
     const Range range = scan.part(p);
     weigh(scan, p, s.read_weights, s.softmax);
@@ -359,11 +359,11 @@ void back_through_step(const Scan<T>& scan, int64_t p, const int64_t* slots, int
   else
     add_gradient_and_dot<T, false, true>(after + lo, grad, ld, count, D, R, none, none, grad_dots + lo, s.in.key,
                                          s.grad_squares + lo, s.in.vector, out);
-  mix_write_weights(weights_before, ld, R, range, s.in.gate, s.in.keep, slots, scan.shared_target, s.write_weights);
+  mix_write_weights(weights_before, ld, R, range, s.in.gate, s.in.rest, slots, scan.shared_target, s.write_weights);
   weighted_sums<T, false>(grad, ld, count, D, R, s.write_weights + lo, s.grad_vector + p * R * D);
   for (int64_t r = 0; r < R; ++r) {
     const T* g = s.grad_write_weights + r * ld;
-    s.grad_gate[p * R + r] = gate_gradient(g, weights_before + r * ld, r, R, range, s.in.gate[r], s.in.keep[r], slots,
+    s.grad_gate[p * R + r] = gate_gradient(g, weights_before + r * ld, r, R, range, s.in.gate[r], s.in.rest[r], slots,
                                            scan.shared_target);
     for (int64_t i = range.lo; i < range.hi; i += width<T>)
       store(s.grad_read_weights + r * ld + i, load(g + i) * s.in.gate[r]);
@@ -416,7 +416,7 @@ void replay_step(const Scan<T>& scan, const int64_t* slots, int64_t step, const 
   parallel_run(parallel, parts, [&](int64_t p) {
     write_and_compare(scan, s.in, slots, p, arrays, s.softmax, s.columns + p * D);
   });
-  s.softmax.combine_greatest(parts, R);
+  s.softmax.combine_maximum(parts, R);
   parallel_run(parallel, parts, [&](int64_t p) { weigh(scan, p, arrays.read_weights, s.softmax); });
   s.softmax.combine_total(parts, R);
   parallel_run(parallel, parts, [&](int64_t p) {

@@ -1,7 +1,7 @@
 // ntm_scan (a step is a scan of one, an address a step without write heads), forward and backward.
 //
 // One sample's memory is held in cache through all T steps, slots in lanes, as in lrua.cpp. An erase cannot be undone where weight
-// times erase nears 1, so backward never divides: it replays the writes, whose weights are kept, from a memory saved every
+// times erase nears 1, so backward never divides: it replays the writes, whose weights are remaining, from a memory saved every
 // so many steps, and goes back through the replayed memories.
 #include "blocks.h"
 
@@ -11,11 +11,11 @@ namespace {
 
 template <class T>
 struct Sizes {
-  int64_t N, D, R, W, H, shifts, ld, extended;
+  int64_t N, D, R, W, heads, shifts, ld, extended;  // heads: R that read, then W that write
   T eps;
   template <class Arguments>
   explicit Sizes(const Arguments& a)
-      : N(a.N), D(a.D), R(a.R), W(a.W), H(a.R + a.W), shifts(a.shifts), ld(padded_slots(a.N)),
+      : N(a.N), D(a.D), R(a.R), W(a.W), heads(a.R + a.W), shifts(a.shifts), ld(padded_slots(a.N)),
         extended(ld + a.shifts + width<T>), eps(static_cast<T>(a.eps)) {}
 };
 
@@ -23,8 +23,8 @@ template <class T>
 struct Inputs {  // of one sample and step
   const T *key, *sharpness, *gate, *shift, *sharpening, *erase, *add;
   T *buffers[7], *key_square;
-  Inputs(Arena& arena, const Sizes<T>& n) : key_square(arena.take<T>(n.H)) {
-    const int64_t counts[] = {n.H * n.D, n.H, n.H, n.H * n.shifts, n.H, n.W * n.D, n.W * n.D};
+  Inputs(Arena& arena, const Sizes<T>& n) : key_square(arena.take<T>(n.heads)) {
+    const int64_t counts[] = {n.heads * n.D, n.heads, n.heads, n.heads * n.shifts, n.heads, n.W * n.D, n.W * n.D};
     for (int i = 0; i < 7; ++i) buffers[i] = arena.take<T>(counts[i]);
   }
   template <class Arguments>
@@ -32,28 +32,28 @@ struct Inputs {  // of one sample and step
     const auto take = [&](const void* from, int64_t count, T* buffer) {
       return widen(from, a.input, row * count, count, buffer);
     };
-    key = take(a.keys, n.H * n.D, buffers[0]);
-    sharpness = take(a.sharpness, n.H, buffers[1]);
-    gate = take(a.gates, n.H, buffers[2]);
-    shift = take(a.shift, n.H * n.shifts, buffers[3]);
-    sharpening = take(a.sharpening, n.H, buffers[4]);
+    key = take(a.keys, n.heads * n.D, buffers[0]);
+    sharpness = take(a.sharpness, n.heads, buffers[1]);
+    gate = take(a.gates, n.heads, buffers[2]);
+    shift = take(a.shift, n.heads * n.shifts, buffers[3]);
+    sharpening = take(a.sharpening, n.heads, buffers[4]);
     erase = take(a.erase, n.W * n.D, buffers[5]);
     add = take(a.add, n.W * n.D, buffers[6]);
-    for (int64_t h = 0; h < n.H; ++h) key_square[h] = square_sum(key + h * n.D, n.D);
+    for (int64_t h = 0; h < n.heads; ++h) key_square[h] = square_sum(key + h * n.D, n.D);
   }
 };
 
 // ---- addressing -----------------------------------------------------------------------------------------------------
 
 template <class T>
-struct Address {  // rows [H][ld]: what backward goes through again; squares is of the memory that was addressed last
+struct Address {  // rows [R+W][ld]: what backward goes through again; squares is of the memory that was addressed last
   T *dots, *q, *squares, *by_content, *gated, *relative, *weights;
-  T *greatest;  // [H], of the shifted weights
+  T *maximum;  // [R+W], of the shifted weights
   T* ring;      // the slots of one head, and on both sides those that a shift brings round
   Address(Arena& arena, const Sizes<T>& n)
-      : dots(arena.take<T>(n.H * n.ld)), q(arena.take<T>(n.H * n.ld)), squares(arena.take<T>(n.ld)),
-        by_content(arena.take<T>(n.H * n.ld)), gated(arena.take<T>(n.H * n.ld)), relative(arena.take<T>(n.H * n.ld)),
-        weights(arena.take<T>(n.H * n.ld)), greatest(arena.take<T>(n.H)), ring(arena.take<T>(n.extended)) {}
+      : dots(arena.take<T>(n.heads * n.ld)), q(arena.take<T>(n.heads * n.ld)), squares(arena.take<T>(n.ld)),
+        by_content(arena.take<T>(n.heads * n.ld)), gated(arena.take<T>(n.heads * n.ld)), relative(arena.take<T>(n.heads * n.ld)),
+        weights(arena.take<T>(n.heads * n.ld)), maximum(arena.take<T>(n.heads)), ring(arena.take<T>(n.extended)) {}
 };
 
 // ring[k] = row[(k - reach) mod N] for k in [0, N + 2 reach).
@@ -78,9 +78,9 @@ void address(const Sizes<T>& n, const Inputs<T>& in, const T* memory, const T* p
   for (int64_t h = first; h < first + count; ++h) {
     const int64_t row = h * n.ld;
     T *content = x.by_content + row, *gated = x.gated + row, *relative = x.relative + row, *weights = x.weights + row;
-    const T greatest = score_slots<T>(x.dots + row, x.squares, n.ld, n.N, in.key_square[h], in.sharpness[h], n.eps, x.q + row,
+    const T maximum = score_slots<T>(x.dots + row, x.squares, n.ld, n.N, in.key_square[h], in.sharpness[h], n.eps, x.q + row,
                                       content);
-    scale_slots(content, n.ld, T(1) / exp_slots(content, n.ld, greatest));
+    scale_slots(content, n.ld, T(1) / exp_slots(content, n.ld, maximum));
     const T gate = in.gate[h];
     for (int64_t i = 0; i < n.ld; i += width<T>)
       store(gated + i, load(content + i) * gate + load(previous + row + i) * (T(1) - gate));
@@ -96,8 +96,8 @@ void address(const Sizes<T>& n, const Inputs<T>& in, const T* memory, const T* p
       const Vec<T> s = load(relative + i);
       most = s > most ? s : most;
     }
-    x.greatest[h] = greatest_lane<T>(most);
-    const T inverse = T(1) / x.greatest[h];
+    x.maximum[h] = maximum_lane<T>(most);
+    const T inverse = T(1) / x.maximum[h];
     Vec<T> total{};
     for (int64_t i = 0; i < n.ld; i += width<T>) {
       const Vec<T> u = load(relative + i) * inverse, p = power(u, in.sharpening[h]);
@@ -114,13 +114,13 @@ template <class T>
 void erase_and_add(const Sizes<T>& n, const T* weights, const T* erase, const T* add, const T* from, T* to) {
   for (int64_t d = 0; d < n.D; ++d)
     for (int64_t i = 0; i < n.ld; i += width<T>) {
-      Vec<T> kept = splat<T>(1), added{};
+      Vec<T> remaining = splat<T>(1), added{};
       for (int64_t w = 0; w < n.W; ++w) {
         const Vec<T> weight = load(weights + w * n.ld + i);
-        kept *= T(1) - weight * erase[w * n.D + d];
+        remaining *= T(1) - weight * erase[w * n.D + d];
         added += weight * add[w * n.D + d];
       }
-      store(to + d * n.ld + i, load(from + d * n.ld + i) * kept + added);
+      store(to + d * n.ld + i, load(from + d * n.ld + i) * remaining + added);
     }
 }
 
@@ -132,22 +132,22 @@ struct ForwardScratch {
   Address<T> x;
   T *memory, *previous, *reads;
   ForwardScratch(Arena& arena, const Sizes<T>& n)
-      : in(arena, n), x(arena, n), memory(arena.take<T>(n.D * n.ld)), previous(arena.take<T>(n.H * n.ld)),
+      : in(arena, n), x(arena, n), memory(arena.take<T>(n.D * n.ld)), previous(arena.take<T>(n.heads * n.ld)),
         reads(arena.take<T>(n.R * n.D)) {}
 };
 
 template <class T>
 void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<T>& s) {
   load_slots(static_cast<const T*>(a.memory) + b * n.N * n.D, n.N, n.D, 0, n.ld, s.memory, n.ld);
-  load_rows(static_cast<const T*>(a.weights) + b * n.H * n.N, n.H, n.N, 0, n.ld, s.previous, n.ld);
+  load_rows(static_cast<const T*>(a.weights) + b * n.heads * n.N, n.heads, n.N, 0, n.ld, s.previous, n.ld);
   const auto read = [&] {
     weighted_sums<T, false>(s.memory, n.ld, n.ld, n.D, n.R, s.x.weights, s.reads);
   };
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t row = t * a.B + b;
     s.in.load(a, n, row);
-    if (a.anchor_every > 0 && t > 0 && t % a.anchor_every == 0)
-      std::memcpy(static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + b) * n.D * n.ld, s.memory,
+    if (has_anchor(t, a.anchor_every))
+      std::memcpy(static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, b, n.D, n.N), s.memory,
                   n.D * n.ld * sizeof(T));
     address(n, s.in, static_cast<const T*>(s.memory), static_cast<const T*>(s.previous), n.R, n.W, s.x);
     if (a.read_first) {
@@ -161,11 +161,11 @@ void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<
     }
     narrow(s.reads, n.R * n.D, a.reads, a.input, row * n.R * n.D);
     if (a.anchor_every > 0)
-      store_rows(static_cast<const T*>(s.x.weights), n.ld, n.H, n.N, 0, n.ld, static_cast<T*>(a.history) + row * n.H * n.N);
-    std::memcpy(s.previous, s.x.weights, n.H * n.ld * sizeof(T));
+      store_rows(static_cast<const T*>(s.x.weights), n.ld, n.heads, n.N, 0, n.ld, static_cast<T*>(a.history) + row * n.heads * n.N);
+    std::memcpy(s.previous, s.x.weights, n.heads * n.ld * sizeof(T));
   }
   store_slots(static_cast<const T*>(s.memory), n.ld, n.N, n.D, 0, n.ld, static_cast<T*>(a.out_memory) + b * n.N * n.D);
-  store_rows(static_cast<const T*>(s.previous), n.ld, n.H, n.N, 0, n.ld, static_cast<T*>(a.out_weights) + b * n.H * n.N);
+  store_rows(static_cast<const T*>(s.previous), n.ld, n.heads, n.N, 0, n.ld, static_cast<T*>(a.out_weights) + b * n.heads * n.N);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -174,15 +174,15 @@ template <class T>
 struct BackwardScratch {
   Inputs<T> in;
   Address<T> x;
-  T *memories, *previous, *grad_memory, *grad_weights;  // grad_weights [H][ld]: of the weights that a step comes out with
+  T *memories, *previous, *grad_memory, *grad_weights;  // grad_weights [R+W][ld]: of the weights that a step comes out with
   T *grad_row, *grad_squares, *grad_read;
   T *grad_key, *grad_sharpness, *grad_gate, *grad_shift, *grad_sharpening, *grad_erase, *grad_add;
   BackwardScratch(Arena& arena, const Sizes<T>& n, int64_t steps)
-      : in(arena, n), x(arena, n), memories(arena.take<T>((steps + 1) * n.D * n.ld)), previous(arena.take<T>(n.H * n.ld)),
-        grad_memory(arena.take<T>(n.D * n.ld)), grad_weights(arena.take<T>(n.H * n.ld)),
-        grad_row(arena.take<T>(n.H * n.ld)), grad_squares(arena.take<T>(n.ld)), grad_read(arena.take<T>(n.R * n.D)),
-        grad_key(arena.take<T>(n.H * n.D)), grad_sharpness(arena.take<T>(n.H)), grad_gate(arena.take<T>(n.H)),
-        grad_shift(arena.take<T>(n.H * n.shifts)), grad_sharpening(arena.take<T>(n.H)),
+      : in(arena, n), x(arena, n), memories(arena.take<T>((steps + 1) * n.D * n.ld)), previous(arena.take<T>(n.heads * n.ld)),
+        grad_memory(arena.take<T>(n.D * n.ld)), grad_weights(arena.take<T>(n.heads * n.ld)),
+        grad_row(arena.take<T>(n.heads * n.ld)), grad_squares(arena.take<T>(n.ld)), grad_read(arena.take<T>(n.R * n.D)),
+        grad_key(arena.take<T>(n.heads * n.D)), grad_sharpness(arena.take<T>(n.heads)), grad_gate(arena.take<T>(n.heads)),
+        grad_shift(arena.take<T>(n.heads * n.shifts)), grad_sharpening(arena.take<T>(n.heads)),
         grad_erase(arena.take<T>(n.W * n.D)), grad_add(arena.take<T>(n.W * n.D)) {}
 };
 
@@ -198,7 +198,7 @@ void address_backward(const Sizes<T>& n, const T* memory, int64_t first, int64_t
     const int64_t row = h * ld;
     const T *u = s.x.relative + row, *w = s.x.weights + row, *content = s.x.by_content + row;
     T *grad = s.grad_weights + row, *of_content = s.grad_row + row;
-    const T gamma = in.sharpening[h], inverse = T(1) / s.x.greatest[h];
+    const T gamma = in.sharpening[h], inverse = T(1) / s.x.maximum[h];
     // Sharpening: w = u^gamma over its sum. With g - mean, dL/d(u^gamma) is (g - mean) over the sum, so w (g - mean) is
     // u^gamma dL/d(u^gamma), and w / u^gamma the inverse of the sum, the same for all: taken where u is 1.
     const T mean = dot_rows(w, static_cast<const T*>(grad), ld);
@@ -274,9 +274,9 @@ void write_backward(const Sizes<T>& n, const T* before, BackwardScratch<T>& s) {
       s.grad_add[w * n.D + d] = sum_lanes<T>(of_add);
     }
     for (int64_t i = 0; i < n.ld; i += width<T>) {
-      Vec<T> kept = splat<T>(1);
-      for (int64_t w = 0; w < n.W; ++w) kept *= T(1) - load(weights + w * n.ld + i) * s.in.erase[w * n.D + d];
-      store(grad + i, load(grad + i) * kept);
+      Vec<T> remaining = splat<T>(1);
+      for (int64_t w = 0; w < n.W; ++w) remaining *= T(1) - load(weights + w * n.ld + i) * s.in.erase[w * n.D + d];
+      store(grad + i, load(grad + i) * remaining);
     }
   }
 }
@@ -295,19 +295,20 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
   const int64_t ld = n.ld, D = n.D, block = D * ld, every = a.anchor_every;
   if (a.grad_memory) load_slots(static_cast<const T*>(a.grad_memory) + b * n.N * D, n.N, D, 0, ld, s.grad_memory, ld);
   else std::memset(s.grad_memory, 0, block * sizeof(T));
-  if (a.grad_weights) load_rows(static_cast<const T*>(a.grad_weights) + b * n.H * n.N, n.H, n.N, 0, ld, s.grad_weights, ld);
-  else std::memset(s.grad_weights, 0, n.H * ld * sizeof(T));
+  if (a.grad_weights) load_rows(static_cast<const T*>(a.grad_weights) + b * n.heads * n.N, n.heads, n.N, 0, ld, s.grad_weights, ld);
+  else std::memset(s.grad_weights, 0, n.heads * ld * sizeof(T));
   const T* history = static_cast<const T*>(a.history);
-  for (int64_t first = a.T > 0 ? (a.T - 1) / every * every : -1; first >= 0; first -= every) {
+  for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
     const int64_t steps = a.T - first < every ? a.T - first : every;
     if (first > 0)
-      std::memcpy(s.memories, static_cast<const T*>(a.anchors) + ((first / every - 1) * a.B + b) * block, block * sizeof(T));
+      std::memcpy(s.memories, static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D, n.N),
+                  block * sizeof(T));
     else
       load_slots(static_cast<const T*>(a.memory) + b * n.N * D, n.N, D, 0, ld, s.memories, ld);
     for (int64_t step = 0; step < steps; ++step) {  // the writes again
       const int64_t row = (first + step) * a.B + b;
       s.in.load(a, n, row);
-      load_rows(history + row * n.H * n.N, n.H, n.N, 0, ld, s.x.weights, ld);
+      load_rows(history + row * n.heads * n.N, n.heads, n.N, 0, ld, s.x.weights, ld);
       erase_and_add(n, s.x.weights + n.R * ld, s.in.erase, s.in.add, static_cast<const T*>(s.memories + step * block),
                     s.memories + (step + 1) * block);
     }
@@ -315,12 +316,12 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
       const int64_t t = first + step, row = t * a.B + b;
       const T *before = s.memories + step * block, *after = before + block;
       s.in.load(a, n, row);
-      const T* came = t > 0 ? history + (row - a.B) * n.H * n.N : static_cast<const T*>(a.weights) + b * n.H * n.N;
-      load_rows(came, n.H, n.N, 0, ld, s.previous, ld);
+      const T* came = t > 0 ? history + (row - a.B) * n.heads * n.N : static_cast<const T*>(a.weights) + b * n.heads * n.N;
+      load_rows(came, n.heads, n.N, 0, ld, s.previous, ld);
       const T* grad_read =
           a.grad_reads ? widen(a.grad_reads, a.input, row * n.R * D, n.R * D, s.grad_read) : nullptr;
       const T* previous = s.previous;
-      // A head's own arrays are kept apart, but squares are of one memory: so the heads of each go forward and back together.
+      // A head's own arrays are apart, but squares are of one memory: so the heads of each go forward and back together.
       address(n, s.in, before, previous, n.R, n.W, s.x);
       if (a.read_first) {
         address(n, s.in, before, previous, 0, n.R, s.x);
@@ -336,66 +337,49 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
         address(n, s.in, before, previous, n.R, n.W, s.x);
         address_backward(n, before, n.R, n.W, s);
       }
-      narrow(s.grad_key, n.H * D, a.grad_keys, a.input, row * n.H * D);
-      narrow(s.grad_sharpness, n.H, a.grad_sharpness, a.input, row * n.H);
-      narrow(s.grad_gate, n.H, a.grad_gates, a.input, row * n.H);
-      narrow(s.grad_shift, n.H * n.shifts, a.grad_shift, a.input, row * n.H * n.shifts);
-      narrow(s.grad_sharpening, n.H, a.grad_sharpening, a.input, row * n.H);
+      narrow(s.grad_key, n.heads * D, a.grad_keys, a.input, row * n.heads * D);
+      narrow(s.grad_sharpness, n.heads, a.grad_sharpness, a.input, row * n.heads);
+      narrow(s.grad_gate, n.heads, a.grad_gates, a.input, row * n.heads);
+      narrow(s.grad_shift, n.heads * n.shifts, a.grad_shift, a.input, row * n.heads * n.shifts);
+      narrow(s.grad_sharpening, n.heads, a.grad_sharpening, a.input, row * n.heads);
       narrow(s.grad_erase, n.W * D, a.grad_erase, a.input, row * n.W * D);
       narrow(s.grad_add, n.W * D, a.grad_add, a.input, row * n.W * D);
     }
   }
   store_slots(static_cast<const T*>(s.grad_memory), ld, n.N, D, 0, ld, static_cast<T*>(a.grad_in_memory) + b * n.N * D);
-  store_rows(static_cast<const T*>(s.grad_weights), ld, n.H, n.N, 0, ld, static_cast<T*>(a.grad_in_weights) + b * n.H * n.N);
+  store_rows(static_cast<const T*>(s.grad_weights), ld, n.heads, n.N, 0, ld, static_cast<T*>(a.grad_in_weights) + b * n.heads * n.N);
 }
 
-// ---- samples over threads, by dtype -----------------------------------------------------------------------------------
+// ---- samples over threads -----------------------------------------------------------------------------------
 
 template <class T, class Arguments, class Scratchpad, class Sample>
 bool run_samples(const Arguments& a, const Parallel& parallel, double multiply_adds, Scratchpad scratchpad, Sample sample) {
   const Sizes<T> n(a);
   const double work = static_cast<double>(a.B) * static_cast<double>(a.T + 1) * static_cast<double>(a.N) *
-                      (static_cast<double>(a.D) * multiply_adds + 20.0) * static_cast<double>(n.H + 1);
-  const int64_t tasks = worthwhile_tasks(parallel, a.B, work);
-  Arena size;
-  scratchpad(size, n);
-  const Scratch scratch(tasks * size.used());
-  if (scratch.data() == nullptr) return false;
-  parallel_run(parallel, tasks, [&](int64_t task) {
-    const Range samples = part_of(a.B, tasks, task);
-    Arena arena(scratch.data() + task * size.used());
-    auto s = scratchpad(arena, n);
-    for (int64_t b = samples.lo; b < samples.hi; ++b) sample(n, b, s);
-  });
-  return true;
+                      (static_cast<double>(a.D) * multiply_adds + 20.0) * static_cast<double>(n.heads + 1);
+  return run_items(
+      parallel, a.B, worthwhile_tasks(parallel, a.B, work), [&](Arena& arena) { return scratchpad(arena, n); },
+      [&](int64_t b, auto& s) { sample(n, b, s); });
 }
 
 template <class T>
-bool scan(const NtmScan& a, const Parallel& parallel) {
+bool ntm_scan(const NtmScan& a, const Parallel& parallel) {
   return run_samples<T>(
       a, parallel, 3, [](Arena& arena, const Sizes<T>& n) { return ForwardScratch<T>(arena, n); },
       [&](const Sizes<T>& n, int64_t b, ForwardScratch<T>& s) { scan_sample(a, n, b, s); });
 }
 
 template <class T>
-bool scan_backward(const NtmScanBackward& a, const Parallel& parallel) {
+bool ntm_scan_backward(const NtmScanBackward& a, const Parallel& parallel) {
   const int64_t steps = a.T < a.anchor_every ? a.T : a.anchor_every;
   return run_samples<T>(
       a, parallel, 10, [&](Arena& arena, const Sizes<T>& n) { return BackwardScratch<T>(arena, n, steps); },
       [&](const Sizes<T>& n, int64_t b, BackwardScratch<T>& s) { scan_backward_sample(a, n, b, s); });
 }
 
-bool scan_any(const NtmScan& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? scan<double>(a, parallel) : scan<float>(a, parallel);
-}
-bool scan_backward_any(const NtmScanBackward& a, const Parallel& parallel) {
-  return a.state == Dtype::float64 ? scan_backward<double>(a, parallel) : scan_backward<float>(a, parallel);
-}
-
 }  // namespace
 
-extern const NtmKernels ntm_kernels;
-const NtmKernels ntm_kernels = {scan_any, scan_backward_any};
+MANN_FAST_NTM_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

@@ -302,12 +302,25 @@ inline T sum_lanes(Vec<T> v) {
   return reduce_lanes<width<T>>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 template <class T>
-inline T greatest_lane(Vec<T> v) {  // a NaN loses
+inline T maximum_lane(Vec<T> v) {  // a NaN loses
   return reduce_lanes<width<T>>(v, [](Vec<T> a, Vec<T> b) { return b > a ? b : a; });
 }
 template <class T>
 inline Int<T> least_lane(IntVec<T> v) {
   return reduce_lanes<width<T>>(v, [](IntVec<T> a, IntVec<T> b) { return b < a ? b : a; });
+}
+
+// The first `count` numbers of a vector, or all of it where there are more; the others are 0.
+template <class T>
+Vec<T> load_some(const T* from, int64_t count) {
+  if (count >= width<T>) return load(from);
+  Vec<T> v{};
+  std::memcpy(&v, from, count * sizeof(T));
+  return v;
+}
+template <class T>
+void store_some(T* to, Vec<T> v, int64_t count) {
+  std::memcpy(to, &v, count >= width<T> ? sizeof v : count * sizeof(T));
 }
 
 }  // namespace

@@ -28,17 +28,10 @@ class Cuda {
 #endif
 
   void probe() { ran(cuda::usable()); }
-  void run(const ContentRead& a) { ran(cuda::content_read(a, queue())); }
-  void run(const ContentReadBackward& a) { ran(cuda::content_read_backward(a, queue())); }
-  void run(const LeastUsed& a) { ran(cuda::least_used(a, queue())); }
-  void run(const LruaWrite& a) { ran(cuda::lrua_write(a, queue())); }
-  void run(const LruaWriteBackward& a) { ran(cuda::lrua_write_backward(a, queue())); }
-  void run(const LruaScan& a) { ran(cuda::lrua_scan(a, queue())); }
-  void run(const LruaScanBackward& a) { ran(cuda::lrua_scan_backward(a, queue())); }
-  void run(const Cell& a) { ran(cuda::cell(a, queue())); }
-  void run(const CellBackward& a) { ran(cuda::cell_backward(a, queue())); }
-  void run(const NtmScan& a) { ran(cuda::ntm_scan(a, queue())); }
-  void run(const NtmScanBackward& a) { ran(cuda::ntm_scan_backward(a, queue())); }
+#define MANN_FAST_RUN(op, Arguments) \
+  void run(const Arguments& a) { ran(cuda::op(a, queue())); }
+  MANN_FAST_OPS(MANN_FAST_RUN)
+#undef MANN_FAST_RUN
 
  private:
   cuda::Queue queue() {
@@ -72,7 +65,7 @@ bool cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controller, b
                bool wide) {
   const auto sized = [&](auto a) {
     a.N = N, a.D = D, a.R = R, a.H = H;
-    a.dtype = wide ? Dtype::float64 : Dtype::float32;
+    a.state = wide ? Dtype::float64 : Dtype::float32;
     a.controller = static_cast<Controller>(controller);
     a.separate_vector = separate_vector, a.learned_sharpness = learned_sharpness;
     return a;
@@ -89,15 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
   m.impl("probe", TORCH_BOX(&mann_fast::probe));
-  m.impl("content_read", TORCH_BOX(&mann_fast::content_read<mann_fast::Cuda>));
-  m.impl("content_read_backward", TORCH_BOX(&mann_fast::content_read_backward<mann_fast::Cuda>));
-  m.impl("least_used", TORCH_BOX(&mann_fast::least_used<mann_fast::Cuda>));
-  m.impl("lrua_write", TORCH_BOX(&mann_fast::lrua_write<mann_fast::Cuda>));
-  m.impl("lrua_write_backward", TORCH_BOX(&mann_fast::lrua_write_backward<mann_fast::Cuda>));
-  m.impl("lrua_scan", TORCH_BOX(&mann_fast::lrua_scan<mann_fast::Cuda>));
-  m.impl("lrua_scan_backward", TORCH_BOX(&mann_fast::lrua_scan_backward<mann_fast::Cuda>));
-  m.impl("cell", TORCH_BOX(&mann_fast::cell<mann_fast::Cuda>));
-  m.impl("cell_backward", TORCH_BOX(&mann_fast::cell_backward<mann_fast::Cuda>));
-  m.impl("ntm_scan", TORCH_BOX(&mann_fast::ntm_scan<mann_fast::Cuda>));
-  m.impl("ntm_scan_backward", TORCH_BOX(&mann_fast::ntm_scan_backward<mann_fast::Cuda>));
+#define MANN_FAST_REGISTER(op, Arguments) m.impl(#op, TORCH_BOX(&mann_fast::op<mann_fast::Cuda>));
+  MANN_FAST_OPS(MANN_FAST_REGISTER)
+#undef MANN_FAST_REGISTER
 }

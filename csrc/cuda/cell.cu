@@ -1,7 +1,7 @@
 // cell forward: controller, heads and memory for all steps in one launch.
 //
-// A step: the gates of own units from what goes round, the controller, the units' part of every head | meet | tell all blocks the
-// hidden state; add up the heads of the own sample, and its memory's step (two meetings of the block); tell the reads | meet |.
+// A step: the gates of own units from what goes round, the controller, the units' part of every head | barrier | tell all blocks the
+// hidden state; add up the heads of the own sample, and its memory's step (two barriers of the block); tell the reads | barrier |.
 #include "cell.cuh"
 #include "lrua_forward.cuh"
 
@@ -124,10 +124,10 @@ struct CellForward {
       }
       if (a.anchor_every == 0 || !item.there) continue;
       const int64_t row = place.row(t, item.m);
-      T* keep = static_cast<T*>(a.kept_gates) + row * per_unit * plan.H + item.unit;
+      T* to = static_cast<T*>(a.kept_gates) + row * per_unit * plan.H + item.unit;
 #pragma unroll
       for (int g = 0; g < 4; ++g)
-        if (g < per_unit) keep[g * plan.H] = kept[g];
+        if (g < per_unit) to[g * plan.H] = kept[g];
       if (plan.recurrent) static_cast<T*>(a.kept_states)[row * plan.H + item.unit] = now;
     }
   }
@@ -165,7 +165,7 @@ struct CellForward {
     gpu::sync();
     const Inputs<T> in = memory.inputs(0);
     put_sharpness(a, plan.memory, in);
-    place.meet();
+    place.barrier();
     for (int64_t t = 0; t < a.T; ++t) {
       T asked[4];
       ask(t, gpu::thread(), asked);
@@ -174,7 +174,7 @@ struct CellForward {
       control(t, asked);
       gpu::sync();
       multiply(plan, shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products);
-      place.meet();
+      place.barrier();
       tell_hidden(t);
       if (present) {
         take_heads(t, in);
@@ -184,7 +184,7 @@ struct CellForward {
         memory.weigh_and_use();
         tell_reads(t);
       }
-      place.meet();
+      place.barrier();
     }
     for (int i = gpu::thread(); plan.controller == Controller::lstm && i < plan.items(); i += gpu::threads()) {
       const Item item = place.item(i);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(most_threads, 1) cell_kernel(const __grid_cons
 }
 
 LruaScan memory_of(const Cell& a) {
-  return {a.T, a.B, a.N, a.D, a.R, a.dtype, a.dtype, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
+  return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
           a.memory, a.read_weights, a.usage, nullptr, nullptr, nullptr, nullptr, nullptr,
           a.out_memory, a.out_read_weights, a.out_usage, a.slots, a.anchors};
 }
@@ -217,11 +217,11 @@ const char* cell_of(const Cell& a, const Queue& queue) {
 }  // namespace
 
 const char* cell(const Cell& a, const Queue& queue) {
-  return a.dtype == Dtype::float64 ? cell_of<double>(a, queue) : cell_of<float>(a, queue);
+  return a.state == Dtype::float64 ? cell_of<double>(a, queue) : cell_of<float>(a, queue);
 }
 
 const char* cell_unable(const Cell& a) {
-  return a.dtype == Dtype::float64 ? no_room<CellForwardSide<double>, double>(a, kernel<double>)
+  return a.state == Dtype::float64 ? no_room<CellForwardSide<double>, double>(a, kernel<double>)
                                    : no_room<CellForwardSide<float>, float>(a, kernel<float>);
 }
 

@@ -1,7 +1,7 @@
 // What the two directions of cell share: which block holds which weights, and products with weights in shared memory.
 //
 // A cluster of blocks takes a few samples through all steps. A block holds the weights of its share of the hidden units for
-// all steps, and at most one sample's memory. It has all that its own units need, so that two meetings a step are
+// all steps, and at most one sample's memory. It has all that its own units need, so that two barriers a step are
 // enough: forward, when the units' part of every head is known, and when the reads are; back the same the other way round.
 #pragma once
 #include "kernels.h"
@@ -139,7 +139,7 @@ struct CellPlace {
     return {m, own, unit(own), own * plan.lanes + m, i < plan.items() && unit(own) < plan.H && there(m)};
   }
 
-  __device__ __forceinline__ void meet() const {
+  __device__ __forceinline__ void barrier() const {
     if (plan.cluster > 1) gpu::sync_cluster();
     else gpu::sync();
   }
@@ -170,7 +170,7 @@ __device__ __forceinline__ void put_head(const Arguments& a, const Plan& memory,
     if (j < size) in.keys[at] = value;
     if (j >= size || !a.separate_vector) in.vectors[at] = value;
   } else if (j < vectors + memory.R) {
-    gate_shares(value, in.gate[j - vectors], in.keep[j - vectors]);
+    gate_shares(value, in.gate[j - vectors], in.rest[j - vectors]);
   } else {
     const T softplus = (value > 0 ? value : T(0)) + log1p(exp(-fabs(value)));
     in.beta[j - vectors - memory.R] = static_cast<T>(a.sharpness) + static_cast<T>(a.sharpness_scale) * softplus;

@@ -1,9 +1,9 @@
 // cell backward: all steps in one launch. The gradient of every weight is one product over all steps after it, from the gradients
 // of gates and heads before their nonlinearities.
 //
-// Takes `anchor_every` steps at a time: every block replays its sample's memory from the anchor, and meets nobody. A step back: add up
-// what reached the reads of the own sample, and its memory's step back (two meetings of the block); tell the gradients of its heads |
-// meet | back through heads and controller of own units, and their part of what goes round | meet |.
+// Takes `anchor_every` steps at a time: every block replays its sample's memory from the anchor, without a barrier. A step back: add up
+// what reached the reads of the own sample, and its memory's step back (two barriers of the block); tell the gradients of its heads |
+// barrier | back through heads and controller of own units, and their part of what goes round | barrier |.
 #include "cell.cuh"
 #include "lrua_backward.cuh"
 
@@ -233,7 +233,7 @@ struct CellBack {
 
   __device__ __forceinline__ void run() {
     HeadStream<T> stream(a, plan);
-    const int steps = static_cast<int>(a.T), last_first = steps > 0 ? (steps - 1) / memory.every * memory.every : -1;
+    const int steps = static_cast<int>(a.T), last_first = static_cast<int>(last_replay(a.T, memory.every));
     begin();
     gpu::sync();
     for (int visit = 0; visit < 2; ++visit) put_sharpness(a, plan.memory, memory.inputs(visit));
@@ -241,7 +241,7 @@ struct CellBack {
       stream.ask(place.row(last_first, place.rank));
       stream.put(memory.inputs(0));
     }
-    place.meet();
+    place.barrier();
     for (int first = last_first; first >= 0; first -= memory.every) {
       const int count = steps - first < memory.every ? steps - first : memory.every;
       if (present) memory.replay_all(stream, first, count);
@@ -260,7 +260,7 @@ struct CellBack {
         }
         Kept kept;
         ask(t, gpu::thread(), kept);
-        place.meet();
+        place.barrier();
         multiply(plan, shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products);
         gpu::sync();
         control(t, kept);
@@ -268,7 +268,7 @@ struct CellBack {
         if (present && next >= 0) stream.ask(place.row(next, place.rank));
         multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
         if (present && next >= 0) stream.put(memory.inputs(memory.visits));
-        place.meet();
+        place.barrier();
       }
     }
     end();
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 LruaScanBackward memory_of(const CellBackward& a) {
-  return {a.T, a.B, a.N, a.D, a.R, a.dtype, a.dtype, a.read_first, a.shared_target, a.eps, a.anchor_every,
+  return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.eps, a.anchor_every,
           nullptr, a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr,
           a.slots, a.anchors, a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr};
 }
@@ -301,11 +301,11 @@ const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
 }  // namespace
 
 const char* cell_backward(const CellBackward& a, const Queue& queue) {
-  return a.dtype == Dtype::float64 ? cell_backward_of<double>(a, queue) : cell_backward_of<float>(a, queue);
+  return a.state == Dtype::float64 ? cell_backward_of<double>(a, queue) : cell_backward_of<float>(a, queue);
 }
 
 const char* cell_backward_unable(const CellBackward& a) {
-  return a.dtype == Dtype::float64 ? no_room<CellBackwardSide<double>, double>(a, kernel<double>)
+  return a.state == Dtype::float64 ? no_room<CellBackwardSide<double>, double>(a, kernel<double>)
                                    : no_room<CellBackwardSide<float>, float>(a, kernel<float>);
 }
 

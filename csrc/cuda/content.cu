@@ -1,8 +1,8 @@
 // content_read: similarity, softmax and weighted read in one pass over the memory, and its backward in one more.
 //
 // A block takes 128 slots of a sample and holds them in registers (a slot wider than 64 numbers: it goes over them twice, the
-// second time through the cache). Where a sample has more, the parts of its blocks meet in a second, small kernel. Weights are
-// exponentials relative to the greatest similarity of all, so that equal slots have equal bits whichever block took them.
+// second time through the cache). Where a sample has more, the parts of its blocks come together in a second, small kernel. Weights are
+// exponentials relative to the maximum similarity of all, so that equal slots have equal bits whichever block took them.
 #include "kernels.h"
 #include "parts.cuh"
 #include "scan.cuh"
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
   }
   if (parts > 1) {
     for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) {
-      out.most[gpu::block() * a.R + r] = slots.greatest(shared.most, r);
+      out.most[gpu::block() * a.R + r] = slots.maximum(shared.most, r);
       out.sums[gpu::block() * a.R + r] = slots.total(shared.sums, r, plan.heads);
     }
   } else {
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a,
   const int64_t sample = gpu::block() / parts, part = gpu::block() % parts, first = part * span;
   const int64_t count = a.N - first < span ? a.N - first : span;
   const T* most = in.most + sample * parts * a.R;
-  const auto greatest = [&](int64_t r) {
+  const auto maximum = [&](int64_t r) {
     T all = -INFINITY;
     for (int64_t p = 0; p < parts; ++p) {
       const T value = most[p * a.R + r];
@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a,
   };
   T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N + first;
   for (int64_t r = 0; r < a.R; ++r) {
-    const T all = greatest(r), scale = T(1) / total(r, all);
+    const T all = maximum(r), scale = T(1) / total(r, all);
     for (int64_t n = gpu::thread(); n < count; n += gpu::threads()) weights[r * a.N + n] = exp(weights[r * a.N + n] - all) * scale;
   }
   for (int64_t i = part * gpu::threads() + gpu::thread(); i < a.R * a.D; i += parts * gpu::threads()) {
     const int64_t r = i / a.D;
-    const T all = greatest(r);
+    const T all = maximum(r);
     T read = 0;
     for (int64_t p = 0; p < parts; ++p)
       read += in.reads[(sample * parts + p) * a.R * a.D + i] * exp(most[p * a.R + r] - all);

@@ -48,7 +48,7 @@ __device__ inline unsigned char* shared_memory() {
   return bytes;
 }
 
-// All threads of the block meet; what each had written, all see.
+// A barrier of the block; what each thread had written, all see.
 __device__ inline void sync() { __syncthreads(); }
 __device__ inline void sync_warp() { __syncwarp(); }
 
@@ -63,7 +63,7 @@ __device__ inline T shuffle(T value, int lane) {
 }
 __device__ inline unsigned warp_min(unsigned value) { return __reduce_min_sync(~0u, value); }
 
-// The blocks of a cluster: they meet, and reach the same place of each other's shared memory.
+// The blocks of a cluster: a barrier, and they reach the same place of each other's shared memory.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void sync_cluster() { cooperative_groups::this_cluster().sync(); }
 template <class T>

@@ -62,10 +62,10 @@ struct Write {
   __device__ void weigh(const Arguments& a, int64_t span) const {
     for (int64_t i = gpu::thread(); i < a.R * count; i += gpu::threads()) {
       const int64_t r = i / count, slot = first + i % count;
-      T gate, keep;
-      gate_shares(load_as<T>(a.gate_logit, a.input, sample * a.R + r), gate, keep);
+      T gate, rest;
+      gate_shares(load_as<T>(a.gate_logit, a.input, sample * a.R + r), gate, rest);
       const T before = static_cast<const T*>(a.read_weights)[(sample * a.R + r) * a.N + slot];
-      weights[r * span + slot - first] = gate * before + (is_target(a, r, slot) ? keep : T(0));
+      weights[r * span + slot - first] = gate * before + (is_target(a, r, slot) ? rest : T(0));
     }
     gpu::sync();
   }
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(most_threads, 1)
   }
   gpu::sync();
   for (int64_t r = warp; r < a.R; r += warps) {
-    T gate, keep, of_gate = 0;
-    gate_shares(load_as<T>(a.gate_logit, a.input, sample * a.R + r), gate, keep);
+    T gate, rest, of_gate = 0;
+    gate_shares(load_as<T>(a.gate_logit, a.input, sample * a.R + r), gate, rest);
     for (int64_t n = lane; n < write.count; n += 32) {
       const int64_t at = (sample * a.R + r) * a.N + first + n;
       const T target = write.is_target(a, r, first + n) ? T(1) : T(0);
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(most_threads, 1)
       static_cast<T*>(a.grad_read_weights)[at] = gate * grads[r * span + n];
     }
     of_gate = add_warp<1>(of_gate);
-    if (lane == 0) of_gates[(part * a.B + sample) * a.R + r] = of_gate * (gate * keep);
+    if (lane == 0) of_gates[(part * a.B + sample) * a.R + r] = of_gate * (gate * rest);
   }
   for (int64_t i = gpu::thread(); i < a.R * a.D; i += gpu::threads()) {
     const int64_t r = i / a.D, d = i % a.D;

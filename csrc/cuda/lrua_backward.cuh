@@ -71,7 +71,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
+    const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
     if (first > 0) this->take_rows(anchor + a.D * ld, ld, read_weights(0));
@@ -95,7 +95,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
             f(m);
           };
           this->compare(in, 0, plan.heads, g, bounded, open, read_weights(step + 1), sums() + place.warp * plan.heads,
-                        small.exchange.greatest + place.warp * plan.heads, dots(step), squares(step));
+                        small.exchange.maximum + place.warp * plan.heads, dots(step), squares(step));
         } else {
           for (int k = 0; k < this->pieces(); ++k) {
             Tile<T, C> m;
@@ -106,7 +106,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
         }
       }
     }
-    if (!bounded) this->soften(0, plan.heads, small.exchange.greatest, read_weights(step + 1), sums() + place.warp * plan.heads);
+    if (!bounded) this->soften(0, plan.heads, small.exchange.maximum, read_weights(step + 1), sums() + place.warp * plan.heads);
   }
 
   // The gradient that reaches this step's read weights, and its mean under them.
@@ -230,7 +230,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
           const int r = first + place.own_head + j, at = r * plan.span + own_slot;
           if (r >= plan.R) continue;
           const T target = this->is_target(in.slots, r, first_slot + own_slot) ? T(1) : T(0);
-          of_gate[j] += sum[j] * (read_weights(step)[at] - target) * (in.gate[r] * in.keep[r]);
+          of_gate[j] += sum[j] * (read_weights(step)[at] - target) * (in.gate[r] * in.rest[r]);
           if (place.owner) per_slot.later[at] = sum[j] * in.gate[r];
         }
       }

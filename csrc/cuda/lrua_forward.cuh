@@ -117,12 +117,12 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
     return chosen;
   }
 
-  __device__ __forceinline__ void keep(int64_t t, const int* chosen) {
+  __device__ __forceinline__ void save(int64_t t, const int* chosen) {
     if (rank == 0 && place.warp == 0)
       for (int r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
-    if (t == 0 || t % a.anchor_every != 0) return;
+    if (!has_anchor(t, a.anchor_every)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * (a.D + a.R) * ld;
+    T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
@@ -137,7 +137,7 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
     for (int g = 0; g < this->groups(); ++g) {
       const auto compare = [&] {
         this->compare(in, 0, plan.heads, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
-                      sums + place.warp * plan.heads, small.exchange.greatest + place.warp * plan.heads,
+                      sums + place.warp * plan.heads, small.exchange.maximum + place.warp * plan.heads,
                       static_cast<T*>(nullptr), static_cast<T*>(nullptr));
       };
 #pragma unroll 1
@@ -150,7 +150,7 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
         }
       }
     }
-    if (!bounded) this->soften(0, plan.heads, small.exchange.greatest, per_slot.read_weights, sums + place.warp * plan.heads);
+    if (!bounded) this->soften(0, plan.heads, small.exchange.maximum, per_slot.read_weights, sums + place.warp * plan.heads);
     gpu::sync_warp();
   }
 
@@ -187,10 +187,10 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
     }
   }
 
-  // Step t up to the sums that all must know, before a meeting,
+  // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
     const int* chosen = choose();
-    if (a.anchor_every > 0) keep(t, chosen);
+    if (a.anchor_every > 0) save(t, chosen);
     write_and_compare(in, chosen, small.exchange.sums);
     read();
   }

@@ -1,7 +1,7 @@
 // lrua_scan forward (a step is a scan of one): one launch for all steps.
 //
-// A step: choose the slots from what every warp found least used; write; compare; tell sums and reads | meet | weights, usage,
-// the least used of the warp; the next step's inputs put in their places | meet |. Two meetings a step; similarities beyond a
+// A step: choose the slots from what every warp found least used; write; compare; tell sums and reads | barrier | weights, usage,
+// the least used of the warp; the next step's inputs put in their places | barrier |. Two barriers a step; similarities beyond a
 // bound cost one more.
 #include "kernels.h"
 #include "lrua_forward.cuh"

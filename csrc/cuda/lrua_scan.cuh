@@ -9,11 +9,11 @@ namespace cuda {
 template <class T>
 struct Inputs {
   using Number = T;
-  T *keys, *vectors, *grads, *gate, *keep, *beta;
+  T *keys, *vectors, *grads, *gate, *rest, *beta;
   int* slots;
   __device__ __host__ Inputs(Carver& carver, const Plan& plan, bool backward)
       : keys(carver.take<T>((backward ? 3 : 2) * plan.heads * plan.columns)), vectors(keys + plan.heads * plan.columns),
-        grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), keep(carver.take<T>(plan.heads)),
+        grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), rest(carver.take<T>(plan.heads)),
         beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
 };
 
@@ -21,13 +21,13 @@ struct Inputs {
 template <class T>
 struct Exchange {
   using Bits = typename Order<T>::Bits;
-  T *sums, *greatest;     // [2, warps, heads] and [warps, heads]
+  T *sums, *maximum;     // [2, warps, heads] and [warps, heads]
   T *reads, *of_vectors;  // [warps, heads, columns]: reads, or gradients of keys; gradients of write vectors
   T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
   Bits* orders;           // [warps, heads]: the least used of each warp
   int *candidates, *chosen;
   __device__ __host__ Exchange(Carver& carver, const Plan& plan, bool backward)
-      : sums(carver.take<T>(2 * plan.warps * plan.heads)), greatest(carver.take<T>(plan.warps * plan.heads)),
+      : sums(carver.take<T>(2 * plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
         reads(carver.take<T>(plan.warps * plan.heads * plan.columns)),
         of_vectors(carver.take<T>(backward ? plan.warps * plan.heads * plan.columns : 0)),
         scalars(carver.take<T>(backward ? 3 * plan.warps * plan.heads : 0)),
@@ -95,7 +95,7 @@ class Stream {
       return;
     }
     const int rest = i - vectors() * size, r = rest % plan_.R;
-    if (rest < plan_.R) gate_shares(value, in.gate[r], in.keep[r]);
+    if (rest < plan_.R) gate_shares(value, in.gate[r], in.rest[r]);
     else if (rest < 2 * plan_.R) in.beta[r] = value;
     else in.slots[r] = static_cast<int>(value);
   }
@@ -126,7 +126,7 @@ struct LruaThread : Thread<T, C, H, RESIDENT, ALONE> {
           const int r = first + place.own_head + j;
           T weight = 0;
           if (r < plan.R) weight = in.gate[r] * read_weights[r * plan.span + own_slot];
-          if (r < plan.R && is_target(chosen, r, first_slot + own_slot)) weight += in.keep[r];
+          if (r < plan.R && is_target(chosen, r, first_slot + own_slot)) weight += in.rest[r];
           if (place.owner) write_weights[r * plan.span + own_slot] = weight;
         }
       }

@@ -1,6 +1,6 @@
 // lrua_scan backward: one launch for all steps.
 //
-// Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one meeting a step; then goes back
+// Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one barrier a step; then goes back
 // through them with two. Similarities beyond a bound cost the replay one more.
 #include "kernels.h"
 #include "lrua_backward.cuh"
@@ -37,7 +37,7 @@ struct BackwardScan : LruaBackward<T, C, H, RESIDENT> {
 
   __device__ __forceinline__ void run() {
     Stream<T, LruaScanBackward> stream(a, plan);
-    const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
+    const int64_t last_first = last_replay(a.T, every);
     if (a.T > 0) stream.ask(last_first * a.B + sample);
     this->begin();
     small.in.clear();

@@ -1,7 +1,7 @@
 // ntm_scan forward (a step is a scan of one, an address a step without write heads): one launch for all steps.
 //
-// Heads that address one memory: compare, tell the sums of exponentials | meet | shift, tell the greatest of the warp and the
-// sum of the powers relative to it | meet | weights; read; erase and add. Read first, all heads do so at once: two meetings a
+// Heads that address one memory: compare, tell the sums of exponentials | barrier | shift, tell the maximum of the warp and the
+// sum of the powers relative to it | barrier | weights; read; erase and add. Read first, all heads do so at once: two barriers a
 // step. Write first, those that write and then those that read: four. Similarities beyond a bound cost one more.
 #include "kernels.h"
 #include "ntm_scan.cuh"
@@ -16,12 +16,12 @@ struct Forward {
   struct Small {
     InputTurns<NtmInputs<T>> in;
     T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights of the step before, then new
-    T *sums, *greatest, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and powers
+    T *sums, *maximum, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and powers
     T* reads;                            // [warps, reading heads, columns]
     __device__ __host__ Small(Carver& carver, const Plan& plan)
         : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)),
           weights(carver.take<T>(plan.heads * plan.span)),
-          sums(carver.take<T>(plan.warps * plan.heads)), greatest(carver.take<T>(plan.warps * plan.heads)),
+          sums(carver.take<T>(plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
           most(carver.take<T>(plan.warps * plan.heads)), powers(carver.take<T>(plan.warps * plan.heads)),
           reads(carver.take<T>(plan.warps * plan.reads * plan.columns)) {}
   };
@@ -70,23 +70,23 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     this->take_rows(static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
   }
 
-  __device__ __forceinline__ void keep_memory(int64_t t) {
+  __device__ __forceinline__ void save_memory(int64_t t) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + ((t / a.anchor_every - 1) * a.B + sample) * a.D * ld;
+    T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
   }
 
   // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's
-  // inputs are put in their places, between the two meetings.
+  // inputs are put in their places, between the two barriers.
   __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool puts) {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
       this->compare(in, first, last, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, small.content,
-                    small.sums + place.warp * plan.heads, small.greatest + place.warp * plan.heads, static_cast<T*>(nullptr),
+                    small.sums + place.warp * plan.heads, small.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
                     static_cast<T*>(nullptr));
-    if (!bounded) this->soften(first, last, small.greatest, small.content, small.sums + place.warp * plan.heads);
+    if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
     this->sync();
     this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
                 [&](int h, bool there, bool speaks, T most) { raise(in, h, there, speaks, most); });
@@ -97,7 +97,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     gpu::sync_warp();
   }
 
-  // Powers of a head's shifted weights, relative to the greatest of the warp, so that none underflows that counts.
+  // Powers of a head's shifted weights, relative to the maximum of the warp, so that none underflows that counts.
   __device__ __forceinline__ void raise(const NtmInputs<T>& in, int h, bool there, bool speaks, T most) {
     T sum = 0;
     for (int g = 0; g < this->groups(); ++g) {
@@ -117,15 +117,15 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     }
   }
 
-  // Weights from the powers, now that the greatest of all warps is known.
+  // Weights from the powers, now that the maximum of all warps is known.
   __device__ __forceinline__ void weigh(const NtmInputs<T>& in, int first, int last) {
     this->with_heads(first, last, [&](int h, bool there, bool) {
-      const T greatest = this->greatest_told(small.most, h), gamma = in.gamma[h];
+      const T maximum = this->maximum_told(small.most, h), gamma = in.gamma[h];
       T total = 0;
       for (int w = place.lane % warp_slots; w < plan.warps * plan.cluster; w += warp_slots)
-        total += this->told(small.powers, w, h) * power(this->told(small.most, w, h) / greatest, gamma);
+        total += this->told(small.powers, w, h) * power(this->told(small.most, w, h) / maximum, gamma);
       total = add_half(total);
-      const T scale = power(small.most[place.warp * plan.heads + h] / greatest, gamma) / total;
+      const T scale = power(small.most[place.warp * plan.heads + h] / maximum, gamma) / total;
       for (int g = 0; g < this->groups(); ++g) {
         const int at = h * plan.span + this->half_slot(g);
         if (there) small.weights[at] = per_slot.shifted[at] * scale;
@@ -181,7 +181,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     for (int64_t t = 0; t < a.T; ++t) {
       const NtmInputs<T> in = inputs(t);
       if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
-      if (a.anchor_every > 0 && t > 0 && t % a.anchor_every == 0) keep_memory(t);
+      if (has_anchor(t, a.anchor_every)) save_memory(t);
       if (a.read_first) {
         address(in, 0, heads, t, true);
         read();

@@ -122,7 +122,7 @@ __device__ __forceinline__ T add_half(T value) {
   return value;
 }
 template <class T>
-__device__ __forceinline__ T greatest_half(T value) {
+__device__ __forceinline__ T maximum_half(T value) {
 #pragma unroll
   for (int mask = 8; mask >= 1; mask /= 2) {
     const T other = gpu::shuffle_xor(value, mask);
@@ -175,12 +175,12 @@ struct NtmThread : Thread<T, C, 1, RESIDENT> {
   __device__ __forceinline__ T content_scale(T* sums, int h) const { return T(1) / this->total(sums, h, plan.heads); }
 
   // Shifted weights of the warp's slots, in `out` [heads, span]; then, a head for each half of the warp, f(h, there, speaks,
-  // the greatest of them).
+  // the maximum of them).
   template <class F>
   __device__ __forceinline__ void shift(const NtmInputs<T>& in, int first, int last, T* content, T* previous, T* sums,
                                         T* out, F f) const {
     with_heads(first, last, [&](int h, bool there, bool speaks) {
-      const T gate = in.gate[h], by_content = gate * content_scale(sums, h), keep = T(1) - gate;
+      const T gate = in.gate[h], by_content = gate * content_scale(sums, h), rest = T(1) - gate;
       T most = 0;
       for (int g = 0; g < this->groups(); ++g) {
         const int own = half_slot(g), slot = first_slot + own;
@@ -189,24 +189,24 @@ struct NtmThread : Thread<T, C, 1, RESIDENT> {
           int by = first_origin();
           for (int j = 0; j < plan.shifts; ++j, by = next_origin(by)) {
             const int from = round(slot, by);
-            sum += in.shift[h * plan.shifts + j] * (by_content * at(content, h, from) + keep * at(previous, h, from));
+            sum += in.shift[h * plan.shifts + j] * (by_content * at(content, h, from) + rest * at(previous, h, from));
           }
         }
         most = sum > most || sum != sum ? sum : most;
         if (there) out[h * plan.span + own] = sum;
       }
-      f(h, there, speaks, greatest_half(most));
+      f(h, there, speaks, maximum_half(most));
     });
   }
 
-  // The greatest of what all warps have told of a head.
-  __device__ __forceinline__ T greatest_told(T* of_warps, int h) const {
+  // The maximum of what all warps have told of a head.
+  __device__ __forceinline__ T maximum_told(T* of_warps, int h) const {
     T most = 0;
     for (int w = place.lane % warp_slots; w < plan.warps * plan.cluster; w += warp_slots) {
       const T value = told(of_warps, w, h);
       most = value > most || value != value ? value : most;
     }
-    return greatest_half(most);
+    return maximum_half(most);
   }
 
   // Erases and adds what the heads that write have weights [heads, span] for.

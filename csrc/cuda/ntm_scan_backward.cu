@@ -2,8 +2,8 @@
 //
 // Takes `anchor_every` steps at a time: replays their writes from the anchor, whose weights are kept, so that no warp needs
 // another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
-// sums of exponentials | meet | shift; tell the greatest | meet | back through sharpening; tell gradients of the shift | meet |
-// back through shift, gate, softmax and similarity. Read first, all heads do so at once: three meetings a step. Write first,
+// sums of exponentials | barrier | shift; tell the maximum | barrier | back through sharpening; tell gradients of the shift | barrier |
+// back through shift, gate, softmax and similarity. Read first, all heads do so at once: three barriers a step. Write first,
 // those that read and then those that write: six. An erase is never undone by a division.
 #include "kernels.h"
 #include "ntm_scan.cuh"
@@ -23,13 +23,13 @@ struct Backward {
     InputTurns<NtmInputs<T>> in;
     // [heads, span], which all warps see: as forward; weights of the step before; gradient of the shifted weights.
     T *content, *previous, *of_shifted;
-    T *sums, *greatest, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the greatest weight
+    T *sums, *maximum, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the maximum weight
     T *of_keys, *of_erase, *of_add;             // [warps, heads or writing heads, columns]
     T* scalars;                                 // [warps, heads, of_shift + shifts]
     __device__ __host__ Small(Carver& carver, const Plan& plan)
         : in(carver, plan, true), content(carver.take<T>(plan.heads * plan.span)), previous(carver.take<T>(plan.heads * plan.span)),
           of_shifted(carver.take<T>(plan.heads * plan.span)), sums(carver.take<T>(plan.warps * plan.heads)),
-          greatest(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
+          maximum(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
           means(carver.take<T>(plan.warps * plan.heads)), peaks(carver.take<T>(plan.warps * plan.heads)),
           of_keys(carver.take<T>(plan.warps * plan.heads * plan.columns)),
           of_erase(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
@@ -100,7 +100,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + ((first / a.anchor_every - 1) * a.B + sample) * a.D * ld;
+    const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D, a.N);
     const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
   }
@@ -209,7 +209,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     written_row = row;
   }
 
-  // The warp's part of each head's mean gradient under its weights, and its greatest weight.
+  // The warp's part of each head's mean gradient under its weights, and its maximum weight.
   __device__ __forceinline__ void tell_means(int first, int last) {
     gpu::sync_warp();
     this->with_heads(first, last, [&](int h, bool, bool speaks) {
@@ -220,26 +220,26 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         peak = per_slot.now[at] > peak ? per_slot.now[at] : peak;
       }
       mean = add_half(mean);
-      peak = greatest_half(peak);
+      peak = maximum_half(peak);
       if (!speaks) return;
       this->tell(small.means, h, mean);
       this->tell(small.peaks, h, peak);
     });
   }
 
-  // weight = u^gamma over its sum, with u the shifted weights in their greatest. A weight over its u^gamma is the same for all
-  // slots, the greatest weight, for there u is 1.
+  // weight = u^gamma over its sum, with u the shifted weights in their maximum. A weight over its u^gamma is the same for all
+  // slots, the maximum weight, for there u is 1.
   __device__ __forceinline__ void through_sharpening(const NtmInputs<T>& in, int first, int last) {
     this->with_heads(first, last, [&](int h, bool there, bool speaks) {
-      const T greatest = this->greatest_told(small.most, h), peak = this->greatest_told(small.peaks, h);
-      const T mean = this->total(small.means, h, plan.heads), gamma = in.gamma[h], scale = gamma * peak / greatest;
-      const T gate = in.gate[h], keep = T(1) - gate, content_scale = this->content_scale(small.sums, h);
+      const T maximum = this->maximum_told(small.most, h), peak = this->maximum_told(small.peaks, h);
+      const T mean = this->total(small.means, h, plan.heads), gamma = in.gamma[h], scale = gamma * peak / maximum;
+      const T gate = in.gate[h], rest = T(1) - gate, content_scale = this->content_scale(small.sums, h);
       T gradient_of_gamma = 0;
       for (int g = 0; g < this->groups(); ++g) {
         const int slot = this->half_slot(g), at = h * plan.span + slot;
         T of = 0;
         if (there && first_slot + slot < plan.N) {
-          const T u = per_slot.shifted[at] / greatest, centred = per_slot.later[at] - mean;
+          const T u = per_slot.shifted[at] / maximum, centred = per_slot.later[at] - mean;
           gradient_of_gamma += per_slot.now[at] * centred * log(u > T(0) ? u : T(1));
           of = power(u, gamma - T(1)) * centred * scale;
         }
@@ -260,7 +260,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
           const int from = this->round(first_slot + slot, by);
           const T of = small.of_shifted[h * plan.span + slot];
           const T content = content_scale * this->at(small.content, h, from), previous = this->at(small.previous, h, from);
-          of_share += of * (gate * content + keep * previous);
+          of_share += of * (gate * content + rest * previous);
           gradient_of_gate += share * of * (content - previous);
           mean_content += share * of * content;
         }
@@ -361,9 +361,9 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
       this->compare(in, first, last, g, bounded, open(g), small.content, small.sums + place.warp * plan.heads,
-                    small.greatest + place.warp * plan.heads, per_slot.dots, per_slot.squares);
+                    small.maximum + place.warp * plan.heads, per_slot.dots, per_slot.squares);
     tell_means(first, last);
-    if (!bounded) this->soften(first, last, small.greatest, small.content, small.sums + place.warp * plan.heads);
+    if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
     this->sync();
     give_told();
     this->shift(in, first, last, small.content, small.previous, small.sums, per_slot.shifted,
@@ -434,7 +434,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   }
 
   __device__ __forceinline__ void run() {
-    const int64_t last_first = a.T > 0 ? (a.T - 1) / every * every : -1;
+    const int64_t last_first = last_replay(a.T, every);
     if (a.T > 0) stream.ask(last_first * a.B + sample);
     begin();
     small.in.clear();

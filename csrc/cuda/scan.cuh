@@ -98,7 +98,7 @@ struct Thread {
     }
     return sum;
   }
-  __device__ __forceinline__ T greatest(T* of_warps, int r) const {
+  __device__ __forceinline__ T maximum(T* of_warps, int r) const {
     T most = -INFINITY;
     for (int block = 0; block < blocks(); ++block) {
       const T* from = blocks() > 1 ? gpu::of_block(of_warps, block) : of_warps;
@@ -243,11 +243,11 @@ struct Thread {
         }
       }
       if (bounded) tell_sums(result, first, g > 0, sums);
-      else tell_greatest(result, first, g > 0, most);
+      else tell_maximum(result, first, g > 0, most);
     }
   }
 
-  // Turns similarities beyond the bound into exponentials, when all blocks have told their greatest, and tells the warp's
+  // Turns similarities beyond the bound into exponentials, when all blocks have told their maximum, and tells the warp's
   // sums.
   __device__ __forceinline__ void soften(int first_head, int last_head, T* most, T* out, T* sums) const {
     sync();
@@ -259,7 +259,7 @@ struct Thread {
         for (int j = 0; j < OWN; ++j) {
           const int r = first + place.own_head + j;
           const bool valid = first_slot + own_slot < plan.N && r < plan.R;
-          result[j] = valid ? exp(out[r * plan.span + own_slot] - greatest(most, r)) : T(0);
+          result[j] = valid ? exp(out[r * plan.span + own_slot] - maximum(most, r)) : T(0);
         }
         if (H == 1) gpu::sync_warp();  // two lanes read what one of them writes
 #pragma unroll
@@ -283,7 +283,7 @@ struct Thread {
       }
     }
   }
-  __device__ __forceinline__ void tell_greatest(const T* own_values, int first, bool add, T* most) const {
+  __device__ __forceinline__ void tell_maximum(const T* own_values, int first, bool add, T* most) const {
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
       T value = own_values[j];

@@ -75,11 +75,11 @@ __device__ inline void store_as(void* data, Dtype dtype, int64_t i, T value) {
 
 // The two shares of a gate; neither loses its last bits where the other is near 1.
 template <class T>
-__device__ inline void gate_shares(T logit, T& gate, T& keep) {
+__device__ inline void gate_shares(T logit, T& gate, T& rest) {
   const T e = exp(-fabs(logit)), larger = T(1) / (T(1) + e), smaller = e * larger;
   gate = logit >= 0 ? larger : smaller;
-  keep = logit >= 0 ? smaller : larger;
-  if (logit != logit) gate = keep = logit;
+  rest = logit >= 0 ? smaller : larger;
+  if (logit != logit) gate = rest = logit;
 }
 
 // Carves arrays out of a piece of memory; with a null base it only counts bytes.

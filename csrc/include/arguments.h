@@ -13,6 +13,17 @@ enum class Dtype { float32, float64, bfloat16, float16 };
 constexpr int64_t slot_padding = 16;
 constexpr int64_t padded_slots(int64_t num_slots) { return (num_slots + slot_padding - 1) / slot_padding * slot_padding; }
 
+// Anchors [count, B, rows, padded N] of a scan: its state, slots in lanes, as it was before steps every, 2 every, ...; backward
+// replays from them. Rows are the memory's D, and with LRUA the read weights' R. every 0 keeps none.
+constexpr int64_t anchors_count(int64_t T, int64_t every) { return every > 0 && T > 0 ? (T - 1) / every : 0; }
+constexpr bool has_anchor(int64_t t, int64_t every) { return every > 0 && t > 0 && t % every == 0; }
+// Where the anchor of sample b before step t begins.
+constexpr int64_t anchor_offset(int64_t t, int64_t every, int64_t B, int64_t b, int64_t rows, int64_t N) {
+  return ((t / every - 1) * B + b) * rows * padded_slots(N);
+}
+// The first step of the last replay: that of its anchor, 0 where there is none, -1 without steps.
+constexpr int64_t last_replay(int64_t T, int64_t every) { return T > 0 ? anchors_count(T, every) * every : -1; }
+
 struct ContentRead {
   int64_t B, N, D, R;
   Dtype state, input;
@@ -56,8 +67,7 @@ struct LruaWriteBackward {
   void *grad_in_memory, *grad_read_weights, *grad_write_vector, *grad_gate_logit;
 };
 
-// Anchors [ceil(T / anchor_every) - 1, B, D + R, padded N]: the memory, slots in lanes, and the read weights as they were
-// before steps anchor_every, 2 anchor_every, ... anchor_every 0 keeps neither anchors nor slots.
+// Anchors have D + R rows. anchor_every 0 keeps neither anchors nor slots.
 struct LruaScan {
   int64_t T, B, N, D, R;
   Dtype state, input;
@@ -90,13 +100,13 @@ enum class Controller { lstm, gru, feedforward };
 constexpr int64_t gates_per_unit(Controller c) { return c == Controller::lstm ? 4 : c == Controller::gru ? 3 : 1; }
 constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforward ? 1 : 4; }
 
-// The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: admit, keep, candidate, expose), 3 H (GRU: reset,
-// update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
+// The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: input, forget, cell and output gate), 3 H
+// (GRU: reset, update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
 // [R], and sharpness [R] where learned: then the factor on the similarity is sharpness + sharpness_scale softplus(of it),
 // else sharpness. anchor_every 0 keeps nothing for backward.
 struct Cell {
   int64_t T, B, H, N, D, R;
-  Dtype dtype;    // float32 or float64, of everything
+  Dtype state;    // float32 or float64, of everything
   bool bfloat16;  // float32 only: what the products of each step take is rounded to it
   Controller controller;
   bool separate_vector, learned_sharpness;
@@ -120,7 +130,7 @@ struct Cell {
 
 struct CellBackward {
   int64_t T, B, H, N, D, R;
-  Dtype dtype;
+  Dtype state;
   bool bfloat16;
   Controller controller;
   bool separate_vector, learned_sharpness;
@@ -142,18 +152,19 @@ struct CellBackward {
   void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
 };
 
-// H = R + W heads, those that read first. Anchors [ceil(T / anchor_every) - 1, B, D, padded N]: the memory, slots in lanes, before
-// steps anchor_every, 2 anchor_every, ... anchor_every 0 keeps neither anchors nor history.
+// R + W heads: read heads first, then write heads. Anchors have D rows. anchor_every 0 keeps neither anchors nor history.
 struct NtmScan {
   int64_t T, B, N, D, R, W, shifts;  // shifts: 2 S + 1
   Dtype state, input;
   bool read_first;
   double eps;
   int64_t anchor_every;
-  const void *memory, *weights;                           // [B, N, D], [B, H, N]
-  const void *keys, *sharpness, *gates, *shift, *sharpening;  // [T, B, H, D], [T, B, H] twice, [T, B, H, shifts], [T, B, H]
+  const void *memory, *weights;                           // [B, N, D], [B, R+W, N]
+  const void *keys, *sharpness, *gates;                   // [T, B, R+W, D], [T, B, R+W], [T, B, R+W]
+  const void *shift, *sharpening;                         // [T, B, R+W, shifts], [T, B, R+W]
   const void *erase, *add;                                // [T, B, W, D]
-  void *reads, *out_memory, *out_weights, *history, *anchors;  // [T, B, R, D]; history [T, B, H, N]: weights of every step
+  void *reads, *out_memory, *out_weights;                 // reads [T, B, R, D]
+  void *history, *anchors;                                // history [T, B, R+W, N]: the weights of every step
 };
 
 struct NtmScanBackward {

@@ -33,13 +33,8 @@ bool run(const Arguments& a, const Parallel&) {
   return true;
 }
 
-const Kernels emulated = {
-    "cuda",
-    {run<ContentRead, cuda::content_read>, run<ContentReadBackward, cuda::content_read_backward>},
-    {run<LeastUsed, cuda::least_used>, run<LruaWrite, cuda::lrua_write>, run<LruaWriteBackward, cuda::lrua_write_backward>,
-     run<LruaScan, cuda::lrua_scan>, run<LruaScanBackward, cuda::lrua_scan_backward>},
-    {run<Cell, cuda::cell>, run<CellBackward, cuda::cell_backward>},
-    {run<NtmScan, cuda::ntm_scan>, run<NtmScanBackward, cuda::ntm_scan_backward>}};
+#define MANN_FAST_FUNCTION(op, Arguments) run<Arguments, cuda::op>,
+const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION)};
 
 template <class Run>
 void compare(const char* name, Run function, const Case& c) {
@@ -50,10 +45,10 @@ void compare(const char* name, Run function, const Case& c) {
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
   for (size_t j = 0; j < expected.size(); ++j) {
     const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
-    double greatest = 1e-3;
-    for (int64_t i = 0; i < expected[j].count; ++i) greatest = std::max(greatest, std::abs(expected[j][i]));
+    double maximum = 1e-3;
+    for (int64_t i = 0; i < expected[j].count; ++i) maximum = std::max(maximum, std::abs(expected[j][i]));
     for (int64_t i = 0; i < expected[j].count; ++i)
-      if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * greatest))
+      if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * maximum))
         fail("result " + std::to_string(j) + " differs at " + std::to_string(i) + ": " + std::to_string(actual[j][i]) +
              ", expected " + std::to_string(expected[j][i]));
   }

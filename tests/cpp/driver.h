@@ -110,7 +110,7 @@ Results content(const Kernels& k, const Case& c) {
   const Array memory = random.normal(c.state, c.B * c.N * c.D), key = random.normal(c.input, c.B * c.R * c.D);
   const auto sharpness = optional(c.sharp, random.positive(c.input, c.B * c.R));
   Array read(c.input, c.B * c.R * c.D), weights(c.state, c.B * c.R * c.N);
-  succeeded(k.content.read({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(memory), pointer(key), pointer(sharpness),
+  succeeded(k.content_read({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(memory), pointer(key), pointer(sharpness),
                             read.data.get(), weights.data.get()},
                            parallel));
   for (int64_t row = 0; row < c.B * c.R; ++row) {
@@ -123,7 +123,7 @@ Results content(const Kernels& k, const Case& c) {
     const auto grad_read = optional(of_read, random.normal(c.input, c.B * c.R * c.D));
     const auto grad_weights = optional(!of_read || c.shared_target, random.normal(c.state, c.B * c.R * c.N));
     Array grad_memory(c.state, memory.count), grad_key(c.input, key.count), grad_sharpness(c.input, c.sharp ? c.B * c.R : 0);
-    succeeded(k.content.read_backward(
+    succeeded(k.content_read_backward(
         {c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(grad_read), pointer(grad_weights), pointer(memory),
          pointer(key), pointer(sharpness), pointer(read), pointer(weights), grad_memory.data.get(), grad_key.data.get(),
          c.sharp ? grad_sharpness.data.get() : nullptr},
@@ -145,12 +145,12 @@ Results write(const Kernels& k, const Case& c) {
   const Array gates = random.normal(c.input, c.B * c.R);
   for (const int64_t n : {int64_t(0), c.R, c.N}) {
     std::vector<int64_t> slots(c.B * n, -1);
-    succeeded(k.lrua.least_used({c.B, c.N, n, c.state, pointer(usage), slots.data()}, parallel));
+    succeeded(k.least_used({c.B, c.N, n, c.state, pointer(usage), slots.data()}, parallel));
     check_slots(slots, c.B, n, c.N);
   }
   std::vector<int64_t> slots(c.B * c.R, -1);
   Array out_memory(c.state, memory.count), write_weights(c.state, read_weights.count);
-  succeeded(k.lrua.write(
+  succeeded(k.lrua_write(
       {c.B, c.N, c.D, c.R, c.state, c.input, c.shared_target, pointer(memory), pointer(read_weights), pointer(usage),
        pointer(vectors), pointer(gates), out_memory.data.get(), write_weights.data.get(), slots.data()},
       parallel));
@@ -161,7 +161,7 @@ Results write(const Kernels& k, const Case& c) {
     const auto grad_weights = optional(!of_memory || c.sharp, random.normal(c.state, read_weights.count));
     Array grad_in_memory(c.state, memory.count), grad_read_weights(c.state, read_weights.count);
     Array grad_vectors(c.input, vectors.count), grad_gates(c.input, gates.count);
-    succeeded(k.lrua.write_backward(
+    succeeded(k.lrua_write_backward(
         {c.B, c.N, c.D, c.R, c.state, c.input, c.shared_target, pointer(grad_memory), pointer(grad_weights),
          pointer(read_weights), pointer(vectors), pointer(gates), slots.data(), grad_in_memory.data.get(),
          grad_read_weights.data.get(), grad_vectors.data.get(), grad_gates.data.get()},
@@ -184,17 +184,16 @@ Results scan(const Kernels& k, const Case& c) {
   const Array keys = random.normal(c.input, vectors_count), vectors = random.normal(c.input, vectors_count);
   const Array gates = random.normal(c.input, gates_count);
   const auto sharpness = optional(c.sharp, random.positive(c.input, gates_count));
-  // So large that an exponential needs the greatest similarity taken off; with an eps that keeps the cosines so small that
+  // So large that an exponential needs the maximum similarity taken off; with an eps that keeps the cosines so small that
   // the softmax does not saturate, since nothing is left of its gradients then.
   const bool large = sharpness && c.shared_target;
   const double eps = large ? 1e4 : 1e-6;
   for (int64_t i = 0; large && i < gates_count; ++i) sharpness->set(i, 60 * (*sharpness)[i]);
-  const int64_t anchors_count = c.T > 0 && c.anchor_every > 0 ? (c.T - 1) / c.anchor_every : 0;
-  Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
+  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
   std::vector<int64_t> slots(c.anchor_every > 0 ? gates_count : 0, -1);
   Array reads(c.input, vectors_count), out_memory(c.state, memory.count), out_weights(c.state, read_weights.count);
   Array out_usage(c.state, usage.count);
-  succeeded(k.lrua.scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps,
+  succeeded(k.lrua_scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps,
                          c.anchor_every, pointer(memory), pointer(read_weights), pointer(usage), pointer(keys),
                          pointer(vectors), pointer(gates), pointer(sharpness), reads.data.get(), out_memory.data.get(),
                          out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
@@ -209,7 +208,7 @@ Results scan(const Kernels& k, const Case& c) {
       Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, read_weights.count);
       Array grad_keys(c.input, vectors_count), grad_vectors(c.input, vectors_count), grad_gates(c.input, gates_count);
       Array grad_sharpness(c.input, c.sharp ? gates_count : 0);
-      succeeded(k.lrua.scan_backward(
+      succeeded(k.lrua_scan_backward(
           {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, eps, c.anchor_every,
            pointer(grad_reads), pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(read_weights),
            pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness), slots.data(), anchors.data.get(),
@@ -243,14 +242,13 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   };
   const auto hidden_weight = optional(recurrent, weight(G * H, H)), hidden_bias = optional(recurrent, normal(G));
   const Array reads_weight = weight(G * ld - 3, RD), head_weight = weight(heads * H, H), head_bias = normal(heads);
-  const int64_t anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
-  Array anchors(c.state, anchors_count * c.B * (c.D + c.R) * padded_slots(c.N));
+  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
   Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
   Array kept_heads(c.state, kept * heads);
   std::vector<int64_t> slots(kept * c.R, -1);
   Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, lstm ? c.B * H : 0), out_memory(c.state, memory.count);
   Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
-  succeeded(k.cell.forward(
+  succeeded(k.cell(
       {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95,
        1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state), pointer(memory), pointer(read_weights),
        pointer(usage), pointer(reads), pointer(hidden_weight), pointer(hidden_bias), pointer(reads_weight), ld,
@@ -270,7 +268,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
       Array grad_heads(c.state, kept_heads.count), grad_hidden(c.state, recurrent ? c.B * H : 0);
       Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
       Array grad_in_weights(c.state, read_weights.count), grad_reads(c.state, reads.count);
-      succeeded(k.cell.backward(
+      succeeded(k.cell_backward(
           {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target,
            1e-6, c.anchor_every, pointer(grad_output), pointer(grad_cell), pointer(grad_memory), pointer(grad_weights),
            pointer(hidden), pointer(state), pointer(memory), pointer(read_weights), pointer(hidden_weight),
@@ -292,21 +290,21 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
 Results ntm(const Kernels& k, const Case& c) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
-  const int64_t W = c.R - 1, H = c.R + W, shifts = 3, rows = c.T * c.B;
+  const int64_t W = c.R - 1, heads = c.R + W, shifts = 3, rows = c.T * c.B;
   const Array memory = random.normal(c.state, c.B * c.N * c.D);
-  Array weights = random.positive(c.state, c.B * H * c.N);
+  Array weights = random.positive(c.state, c.B * heads * c.N);
   for (int64_t i = 0; i < weights.count; ++i) weights.set(i, weights[i] / static_cast<double>(c.N));
-  const Array keys = random.normal(c.input, rows * H * c.D);
-  Array sharpness = random.positive(c.input, rows * H);
+  const Array keys = random.normal(c.input, rows * heads * c.D);
+  Array sharpness = random.positive(c.input, rows * heads);
   for (int64_t i = 0; c.sharp && i < sharpness.count; ++i) sharpness.set(i, 60 * sharpness[i]);  // some beyond the bound of exp
-  const Array gates = random.positive(c.input, rows * H), shift = random.positive(c.input, rows * H * shifts);
-  Array sharpening = random.positive(c.input, rows * H);
+  const Array gates = random.positive(c.input, rows * heads), shift = random.positive(c.input, rows * heads * shifts);
+  Array sharpening = random.positive(c.input, rows * heads);
   for (int64_t i = 0; i < sharpening.count; ++i) sharpening.set(i, 1 + 3 * sharpening[i]);
   const Array erase = random.positive(c.input, rows * W * c.D), add = random.normal(c.input, rows * W * c.D);
-  const int64_t kept = c.anchor_every > 0 ? rows : 0, anchors_count = c.T > 0 && kept > 0 ? (c.T - 1) / c.anchor_every : 0;
+  const int64_t kept = c.anchor_every > 0 ? rows : 0;
   Array reads(c.input, rows * c.R * c.D), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
-  Array history(c.state, kept * H * c.N), anchors(c.state, anchors_count * c.B * c.D * padded_slots(c.N));
-  succeeded(k.ntm.scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
+  Array history(c.state, kept * heads * c.N), anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
+  succeeded(k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
                         pointer(memory), pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift),
                         pointer(sharpening), pointer(erase), pointer(add), reads.data.get(), out_memory.data.get(),
                         out_weights.data.get(), history.data.get(), anchors.data.get()},
@@ -318,9 +316,9 @@ Results ntm(const Kernels& k, const Case& c) {
     const auto grad_memory = optional(present & 2, random.normal(c.state, memory.count));
     const auto grad_weights = optional(present & 4, random.normal(c.state, weights.count));
     Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, weights.count), grad_keys(c.input, keys.count);
-    Array grad_sharpness(c.input, rows * H), grad_gates(c.input, rows * H), grad_shift(c.input, shift.count);
-    Array grad_sharpening(c.input, rows * H), grad_erase(c.input, erase.count), grad_add(c.input, add.count);
-    succeeded(k.ntm.scan_backward(
+    Array grad_sharpness(c.input, rows * heads), grad_gates(c.input, rows * heads), grad_shift(c.input, shift.count);
+    Array grad_sharpening(c.input, rows * heads), grad_erase(c.input, erase.count), grad_add(c.input, add.count);
+    succeeded(k.ntm_scan_backward(
         {c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(grad_reads),
          pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(weights), pointer(keys), pointer(sharpness),
          pointer(gates), pointer(shift), pointer(sharpening), pointer(erase), pointer(add), pointer(history),

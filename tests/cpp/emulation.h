@@ -209,9 +209,9 @@ MANN_FAST_SCHEDULER inline void run_warp(Fiber* lanes, int count) {
   for (int i = 0; i < count; ++i) order[i] = i;
   for (;;) {
     for (int i = count - 1; i > 0; --i) {
-      const int j = static_cast<int>(draw(static_cast<uint64_t>(i) + 1)), kept = order[i];
+      const int j = static_cast<int>(draw(static_cast<uint64_t>(i) + 1)), chosen = order[i];
       order[i] = order[j];
-      order[j] = kept;
+      order[j] = chosen;
     }
     int waiting = 0;
     for (int i = 0; i < count; ++i) {

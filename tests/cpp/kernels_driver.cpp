@@ -18,12 +18,12 @@ void check(const char* name, Run run, const Kernels& k, Case c) {
   const Results one = run(k, c);
   for (size_t j = 0; j < one.size(); ++j) {
     const double tolerance = one[j].dtype == Dtype::float64 ? 1e-9 : one[j].dtype == Dtype::float32 ? 1e-3 : 5e-2;
-    double greatest = 1e-3;
-    for (int64_t i = 0; i < one[j].count; ++i) greatest = std::max(greatest, std::abs(one[j][i]));
+    double maximum = 1e-3;
+    for (int64_t i = 0; i < one[j].count; ++i) maximum = std::max(maximum, std::abs(one[j][i]));
     for (int64_t i = 0; i < one[j].count; ++i) {
       if (!std::isfinite(one[j][i]) || !std::isfinite(several[j][i]))
         fail("result " + std::to_string(j) + " is not finite at " + std::to_string(i));
-      if (std::abs(one[j][i] - several[j][i]) > tolerance * greatest)
+      if (std::abs(one[j][i] - several[j][i]) > tolerance * maximum)
         fail("result " + std::to_string(j) + " depends on the threads at " + std::to_string(i));
     }
   }

@@ -1,0 +1,59 @@
+// Tensors in and out of the raw ops, for the bindings of every family of ops.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../include/arguments.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace mann_fast {
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "mann_fast ops take float32, float64, bfloat16 and float16 only");
+  }
+  return Dtype::float32;
+}
+
+// A contiguous tensor of the shape that the kernel will index.
+Tensor input(const Tensor& tensor, const Shape& shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  STD_TORCH_CHECK(same, "a tensor has another shape than this op's other arguments ask for");
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::optional<Tensor> input(const std::optional<Tensor>& tensor, const Shape& shape) {
+  return tensor ? std::optional<Tensor>(input(*tensor, shape)) : std::nullopt;
+}
+
+const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+Tensor empty_slots(const Tensor& like, const Shape& shape) {
+  return torch::stable::new_empty(like, shape, std::make_optional(ScalarType::Long));
+}
+
+// Anchors of B samples with so many rows of N slots each (../include/arguments.h).
+Shape anchors_shape(int64_t T, int64_t anchor_every, int64_t B, int64_t rows, int64_t N) {
+  return {anchors_count(T, anchor_every), B, rows, padded_slots(N)};
+}
+
+}  // namespace
+}  // namespace mann_fast

@@ -1,0 +1,29 @@
+// Every raw op, once: its name in torch.ops and the structure of its arguments (arguments.h). The declarations of the kernels,
+// the table of each instruction set, both registrations with torch and the tests' drivers are made from these lists.
+#pragma once
+#include "arguments.h"
+
+#define MANN_FAST_CONTENT_OPS(OP) \
+  OP(content_read, ContentRead)   \
+  OP(content_read_backward, ContentReadBackward)
+
+#define MANN_FAST_LRUA_OPS(OP)                \
+  OP(least_used, LeastUsed)                   \
+  OP(lrua_write, LruaWrite)                   \
+  OP(lrua_write_backward, LruaWriteBackward)  \
+  OP(lrua_scan, LruaScan)                     \
+  OP(lrua_scan_backward, LruaScanBackward)
+
+#define MANN_FAST_CELL_OPS(OP) \
+  OP(cell, Cell)               \
+  OP(cell_backward, CellBackward)
+
+#define MANN_FAST_NTM_OPS(OP) \
+  OP(ntm_scan, NtmScan)       \
+  OP(ntm_scan_backward, NtmScanBackward)
+
+#define MANN_FAST_OPS(OP)   \
+  MANN_FAST_CONTENT_OPS(OP) \
+  MANN_FAST_LRUA_OPS(OP)    \
+  MANN_FAST_CELL_OPS(OP)    \
+  MANN_FAST_NTM_OPS(OP)
