@@ -43,12 +43,12 @@ struct Parts {
 };
 
 // The memory's pieces: held in registers, or fetched again each time.
-template <class T, int C, int H, bool RESIDENT>
-struct Slots : Thread<T, C, H, RESIDENT> {
+template <class T, int C, int HEADS, bool RESIDENT>
+struct Slots : Thread<T, C, HEADS, RESIDENT> {
   const T* memory;
   Tile<T, C> held;
   __device__ __forceinline__ Slots(const Plan& plan, int part, double eps, const T* memory)
-      : Thread<T, C, H, RESIDENT>(plan, part, eps), memory(memory) {
+      : Thread<T, C, HEADS, RESIDENT>(plan, part, eps), memory(memory) {
     if (RESIDENT) this->take(memory, this->plan.D, 1, 0, 0, held);
   }
   template <class F>
@@ -63,7 +63,7 @@ struct Slots : Thread<T, C, H, RESIDENT> {
   }
 };
 
-template <class T, int C, int H, bool RESIDENT>
+template <class T, int C, int HEADS, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_constant__ ContentRead a,
                                                                const __grid_constant__ Plan plan, int64_t parts, Parts<T> out) {
   const int64_t sample = gpu::block() / parts;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
   const Shared<T> shared(carver, plan, false);
   load_keys(a.key, a.input, sample, plan, shared.keys);
   load_sharpness(a.sharpness, a.input, sample, plan, shared.beta);
-  Slots<T, C, H, RESIDENT> slots(plan, part, a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  Slots<T, C, HEADS, RESIDENT> slots(plan, part, a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
   const auto& place = slots.place;
   T* most = shared.most + place.warp * plan.heads;
   T* sums = shared.sums + place.warp * plan.heads;
@@ -85,12 +85,12 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
   slots.soften(0, plan.heads, shared.most, shared.weights, sums);
   gpu::sync_warp();
   for (int k = 0; k < slots.pieces(); ++k)
-    for (int first = 0; first < plan.heads; first += H) {
-      T sum[H * C] = {};
-      Four<T> own[H];
+    for (int first = 0; first < plan.heads; first += HEADS) {
+      T sum[HEADS * C] = {};
+      Four<T> own[HEADS];
       slots.load_weights(shared.weights, first, slots.slots(0), own);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<H, C>(m, own, sum); });
-      store_warp_sums<H, C>(sum, place.lane, shared.read + (place.warp * plan.heads + first) * plan.columns + slots.first_column(k),
+      slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<HEADS, C>(m, own, sum); });
+      store_warp_sums<HEADS, C>(sum, place.lane, shared.read + (place.warp * plan.heads + first) * plan.columns + slots.first_column(k),
                             plan.columns);
     }
   gpu::sync();
@@ -147,18 +147,18 @@ __global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a,
 }
 
 // Gradients of keys and sharpness are this block's part, [parts, B, R, D] and [parts, B, R].
-template <class T, int C, int H, bool RESIDENT>
+template <class T, int C, int HEADS, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1)
     read_backward_kernel(const __grid_constant__ ContentReadBackward a, const __grid_constant__ Plan plan, int64_t parts,
                          T* of_keys, T* of_sharpness) {
-  constexpr int OWN = Place<H>::OWN;
+  constexpr int OWN = Place<HEADS>::OWN;
   const int64_t sample = gpu::block() / parts, part = gpu::block() % parts;
   Carver carver(gpu::shared_memory());
   const Shared<T> shared(carver, plan, true);
   load_keys(a.key, a.input, sample, plan, shared.keys);
   load_keys(a.grad_read, a.input, sample, plan, shared.grads);
   load_sharpness(a.sharpness, a.input, sample, plan, shared.beta);
-  Slots<T, C, H, RESIDENT> slots(plan, static_cast<int>(part), a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  Slots<T, C, HEADS, RESIDENT> slots(plan, static_cast<int>(part), a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
   const auto& place = slots.place;
   const T* weights = static_cast<const T*>(a.weights) + sample * a.R * a.N;
   const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + sample * a.R * a.N : nullptr;
@@ -179,19 +179,19 @@ __global__ void __launch_bounds__(most_threads, 1)
   T squares[lane_slots] = {};
   for (int k = 0; k < slots.pieces(); ++k) slots.with_piece(k, [&](const Tile<T, C>& m) { add_squares<C>(m, squares); });
   add_lanes<4, 1, lane_slots>(squares, place.lane);
-  for (int first = 0; first < plan.heads; first += H) {
-    T dots[lane_slots * H] = {}, grads[lane_slots * H] = {}, key_squares[H] = {}, own_key[OWN];
+  for (int first = 0; first < plan.heads; first += HEADS) {
+    T dots[lane_slots * HEADS] = {}, grads[lane_slots * HEADS] = {}, key_squares[HEADS] = {}, own_key[OWN];
     for (int k = 0; k < slots.pieces(); ++k) {
-      T rows[H][C];
-      load_rows<H, C>(shared.keys + first * plan.columns + slots.first_column(k), plan.columns, rows);
-      add_row_squares<H, C>(rows, key_squares);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, rows, dots); });
-      load_rows<H, C>(shared.grads + first * plan.columns + slots.first_column(k), plan.columns, rows);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, rows, grads); });
+      T rows[HEADS][C];
+      load_rows<HEADS, C>(shared.keys + first * plan.columns + slots.first_column(k), plan.columns, rows);
+      add_row_squares<HEADS, C>(rows, key_squares);
+      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, dots); });
+      load_rows<HEADS, C>(shared.grads + first * plan.columns + slots.first_column(k), plan.columns, rows);
+      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, grads); });
     }
-    add_lanes<4, 1, lane_slots * H>(dots, place.lane);
-    add_lanes<4, 1, lane_slots * H>(grads, place.lane);
-    own_key_squares<H>(place, key_squares, own_key);
+    add_lanes<4, 1, lane_slots * HEADS>(dots, place.lane);
+    add_lanes<4, 1, lane_slots * HEADS>(grads, place.lane);
+    own_key_squares<HEADS>(place, key_squares, own_key);
     T of_beta[OWN], of_key[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
@@ -215,28 +215,28 @@ __global__ void __launch_bounds__(most_threads, 1)
   T* grad_memory = static_cast<T*>(a.grad_memory) + sample * a.N * a.D;
   for (int k = 0; k < slots.pieces(); ++k) {
     Tile<T, C> grad = {};
-    for (int first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += HEADS) {
       const int corner = first * plan.columns + slots.first_column(k);
-      Four<T> own[H];
-      T rows[H][C], sum[H * C] = {};
+      Four<T> own[HEADS];
+      T rows[HEADS][C], sum[HEADS * C] = {};
 #pragma unroll
-      for (int h = 0; h < H; ++h)
+      for (int h = 0; h < HEADS; ++h)
 #pragma unroll
         for (int s = 0; s < lane_slots; ++s) {
           const int n = slots.first_slot + slots.slots(0) + s;
           own[h].at[s] = a.grad_read && first + h < a.R && n < a.N ? weights[(first + h) * a.N + n] : T(0);
         }
-      load_rows<H, C>(shared.grads + corner, plan.columns, rows);
-      add_products<H, C>(own, rows, grad);
+      load_rows<HEADS, C>(shared.grads + corner, plan.columns, rows);
+      add_products<HEADS, C>(own, rows, grad);
       slots.load_weights(shared.weights, first, slots.slots(0), own);
-      load_rows<H, C>(shared.keys + corner, plan.columns, rows);
-      add_products<H, C>(own, rows, grad);
+      load_rows<HEADS, C>(shared.keys + corner, plan.columns, rows);
+      add_products<HEADS, C>(own, rows, grad);
       slots.with_piece(k, [&](const Tile<T, C>& m) {
-        add_weighted<H, C>(m, own, sum);
+        add_weighted<HEADS, C>(m, own, sum);
         slots.load_weights(shared.of_squares, first, slots.slots(0), own);
-        add_by_norm<H, C>(m, own, grad);
+        add_by_norm<HEADS, C>(m, own, grad);
       });
-      store_warp_sums<H, C>(sum, place.lane, shared.read + place.warp * plan.heads * plan.columns + corner, plan.columns);
+      store_warp_sums<HEADS, C>(sum, place.lane, shared.read + place.warp * plan.heads * plan.columns + corner, plan.columns);
     }
     slots.give(grad, a.N, a.D, 1, 0, k, grad_memory);
   }

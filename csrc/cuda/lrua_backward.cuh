@@ -31,9 +31,9 @@ struct Backward {
   };
 };
 
-template <class T, int C, int H, bool RESIDENT, bool ALONE = false>
-struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
-  using Base = LruaThread<T, C, H, RESIDENT, ALONE>;
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false>
+struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
+  using Base = LruaThread<T, C, HEADS, RESIDENT, ALONE>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScanBackward& a;
   const int64_t sample;
@@ -113,16 +113,16 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ void gather(const Inputs<T>& in, int step) {
     for (int g = 0; g < this->groups(); ++g) {
       const int own_slot = this->own(g);
-      for (int first = 0; first < plan.heads; first += H) {
-        T sum[lane_slots * H] = {}, mean[OWN];
+      for (int first = 0; first < plan.heads; first += HEADS) {
+        T sum[lane_slots * HEADS] = {}, mean[OWN];
         for (int k = 0; of_reads && k < this->pieces(); ++k) {
-          T rows[H][C];
-          load_rows<H, C>(in.grads + first * plan.columns + this->first_column(k), plan.columns, rows);
+          T rows[HEADS][C];
+          load_rows<HEADS, C>(in.grads + first * plan.columns + this->first_column(k), plan.columns, rows);
           Tile<T, C> m;
           load_tile(memory(step + 1), this->piece(g, k), m);
-          add_dots<H, C>(m, rows, sum);
+          add_dots<HEADS, C>(m, rows, sum);
         }
-        if (of_reads) add_lanes<4, 1, lane_slots * H>(sum, place.lane);
+        if (of_reads) add_lanes<4, 1, lane_slots * HEADS>(sum, place.lane);
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
           const int at = (first + place.own_head + j) * plan.span + own_slot;
@@ -138,19 +138,19 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
   // From the gradient of the weights to that of the dot products and squares; own lanes only.
   __device__ __forceinline__ void through_softmax(const Inputs<T>& in, int step) {
     T* scalars = small.exchange.scalars + place.warp * 3 * plan.heads;
-    for (int first = 0; first < plan.heads; first += H) {
-      T mean[OWN], key_squares[H] = {}, own_key[OWN];
+    for (int first = 0; first < plan.heads; first += HEADS) {
+      T mean[OWN], key_squares[HEADS] = {}, own_key[OWN];
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
         const int r = first + place.own_head + j;
         mean[j] = r < plan.R ? this->total(sums(), r, plan.heads) : T(0);
       }
       for (int k = 0; k < this->pieces(); ++k) {
-        T keys[H][C];
-        load_rows<H, C>(in.keys + first * plan.columns + this->first_column(k), plan.columns, keys);
-        add_row_squares<H, C>(keys, key_squares);
+        T keys[HEADS][C];
+        load_rows<HEADS, C>(in.keys + first * plan.columns + this->first_column(k), plan.columns, keys);
+        add_row_squares<HEADS, C>(keys, key_squares);
       }
-      own_key_squares<H>(place, key_squares, own_key);
+      own_key_squares<HEADS>(place, key_squares, own_key);
       T of_beta[OWN] = {}, of_key[OWN] = {};
       for (int g = 0; g < this->groups(); ++g) {
         const int own_slot = this->own(g);
@@ -161,7 +161,7 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
           const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean[j]);
           const ScoreGradient<T> of =
               score_gradient(of_score, dots(step)[at], in.beta[r], own_key[j], square, this->eps);
-          if (H == 1) gpu::sync_warp();  // two lanes read what one of them writes
+          if (HEADS == 1) gpu::sync_warp();  // two lanes read what one of them writes
           if (place.owner) {
             per_slot.grads[at] = of.dot;
             per_slot.of_squares[at] = of.slot_square;
@@ -180,31 +180,31 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
     T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
     const T* addressed = memory(a.read_first ? step : step + 1);
     for (int k = 0; k < this->pieces(); ++k) {
-      for (int first = 0; first < plan.heads; first += H) {
+      for (int first = 0; first < plan.heads; first += HEADS) {
         const int corner = first * plan.columns + this->first_column(k);
-        T sum[H * C] = {};
+        T sum[HEADS * C] = {};
         for (int g = 0; g < this->groups(); ++g) {
           with_grad<true>(g, k, [&](Tile<T, C>& grad) {
-            Four<T> weights[H];
-            T rows[H][C];
+            Four<T> weights[HEADS];
+            T rows[HEADS][C];
             if (through_weights && of_reads) {
               this->load_weights(read_weights(step + 1), first, this->slots(g), weights);
-              load_rows<H, C>(in.grads + corner, plan.columns, rows);
-              add_products<H, C>(weights, rows, grad);
+              load_rows<HEADS, C>(in.grads + corner, plan.columns, rows);
+              add_products<HEADS, C>(weights, rows, grad);
             }
             if (!of_similarity) return;
             this->load_weights(per_slot.grads, first, this->slots(g), weights);
-            load_rows<H, C>(in.keys + corner, plan.columns, rows);
-            add_products<H, C>(weights, rows, grad);
+            load_rows<HEADS, C>(in.keys + corner, plan.columns, rows);
+            add_products<HEADS, C>(weights, rows, grad);
             Tile<T, C> m;
             load_tile(addressed, this->piece(g, k), m);
-            add_weighted<H, C>(m, weights, sum);
+            add_weighted<HEADS, C>(m, weights, sum);
             this->load_weights(per_slot.of_squares, first, this->slots(g), weights);
-            add_by_norm<H, C>(m, weights, grad);
+            add_by_norm<HEADS, C>(m, weights, grad);
           });
         }
         if (!of_similarity) continue;
-        store_warp_sums<H, C>(sum, place.lane, of_keys + corner, plan.columns);
+        store_warp_sums<HEADS, C>(sum, place.lane, of_keys + corner, plan.columns);
       }
     }
   }
@@ -214,16 +214,16 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ void through_write(const Inputs<T>& in, int step) {
     T* of_vectors = small.exchange.of_vectors + place.warp * plan.heads * plan.columns;
     T* of_gates = small.exchange.scalars + (place.warp * 3 + 2) * plan.heads;
-    for (int first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += HEADS) {
       T of_gate[OWN] = {};
       for (int g = 0; g < this->groups(); ++g) {
-        T sum[lane_slots * H] = {};
+        T sum[lane_slots * HEADS] = {};
         for (int k = 0; k < this->pieces(); ++k) {
-          T rows[H][C];
-          load_rows<H, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
-          with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_dots<H, C>(grad, rows, sum); });
+          T rows[HEADS][C];
+          load_rows<HEADS, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
+          with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_dots<HEADS, C>(grad, rows, sum); });
         }
-        add_lanes<4, 1, lane_slots * H>(sum, place.lane);
+        add_lanes<4, 1, lane_slots * HEADS>(sum, place.lane);
         const int own_slot = this->own(g);
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
@@ -236,13 +236,13 @@ struct LruaBackward : LruaThread<T, C, H, RESIDENT, ALONE> {
       }
       this->tell_sums(of_gate, first, false, of_gates);
       for (int k = 0; k < this->pieces(); ++k) {
-        T sum[H * C] = {};
+        T sum[HEADS * C] = {};
         for (int g = 0; g < this->groups(); ++g) {
-          Four<T> weights[H];
+          Four<T> weights[HEADS];
           this->load_weights(per_slot.write_weights, first, this->slots(g), weights);
-          with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_weighted<H, C>(grad, weights, sum); });
+          with_grad<false>(g, k, [&](Tile<T, C>& grad) { add_weighted<HEADS, C>(grad, weights, sum); });
         }
-        store_warp_sums<H, C>(sum, place.lane, of_vectors + first * plan.columns + this->first_column(k), plan.columns);
+        store_warp_sums<HEADS, C>(sum, place.lane, of_vectors + first * plan.columns + this->first_column(k), plan.columns);
       }
     }
     for (int g = 0; g < this->groups(); ++g)

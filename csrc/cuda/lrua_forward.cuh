@@ -27,9 +27,9 @@ struct Forward {
   };
 };
 
-template <class T, int C, int H, bool RESIDENT, bool ALONE = false>
-struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
-  using Base = LruaThread<T, C, H, RESIDENT, ALONE>;
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false>
+struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
+  using Base = LruaThread<T, C, HEADS, RESIDENT, ALONE>;
   using Bits = typename Order<T>::Bits;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScan& a;
@@ -158,14 +158,14 @@ struct LruaForward : LruaThread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ void read() {
     T* to = small.exchange.reads + place.warp * plan.heads * plan.columns;
     for (int k = 0; k < this->pieces(); ++k)
-      for (int first = 0; first < plan.heads; first += H) {
-        T sum[H * C] = {};
+      for (int first = 0; first < plan.heads; first += HEADS) {
+        T sum[HEADS * C] = {};
         for (int g = 0; g < this->groups(); ++g) {
-          Four<T> weights[H];
+          Four<T> weights[HEADS];
           this->load_weights(per_slot.read_weights, first, this->slots(g), weights);
-          with_piece<false>(g, k, [&](Tile<T, C>& m) { add_weighted<H, C>(m, weights, sum); });
+          with_piece<false>(g, k, [&](Tile<T, C>& m) { add_weighted<HEADS, C>(m, weights, sum); });
         }
-        store_warp_sums<H, C>(sum, place.lane, to + first * plan.columns + this->first_column(k), plan.columns);
+        store_warp_sums<HEADS, C>(sum, place.lane, to + first * plan.columns + this->first_column(k), plan.columns);
       }
   }
 

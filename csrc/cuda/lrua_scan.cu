@@ -10,9 +10,9 @@ namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T, int C, int H, bool RESIDENT>
-struct ForwardScan : LruaForward<T, C, H, RESIDENT> {
-  using Base = LruaForward<T, C, H, RESIDENT>;
+template <class T, int C, int HEADS, bool RESIDENT>
+struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
+  using Base = LruaForward<T, C, HEADS, RESIDENT>;
   using Base::a, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small;
 
   __device__ __forceinline__ ForwardScan(const LruaScan& a, const Plan& plan, Places places)
@@ -45,10 +45,10 @@ struct ForwardScan : LruaForward<T, C, H, RESIDENT> {
   }
 };
 
-template <class T, int C, int H, bool RESIDENT>
+template <class T, int C, int HEADS, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1) forward_kernel(const __grid_constant__ LruaScan a,
                                                                   const __grid_constant__ Plan plan, unsigned char* scratch) {
-  ForwardScan<T, C, H, RESIDENT>(a, plan, Places(plan, scratch)).run();
+  ForwardScan<T, C, HEADS, RESIDENT>(a, plan, Places(plan, scratch)).run();
 }
 
 template <class T>

@@ -107,9 +107,9 @@ class Stream {
 };
 
 // A scan of a least-recently-used-access memory as one thread sees it.
-template <class T, int C, int H, bool RESIDENT, bool ALONE>
-struct LruaThread : Thread<T, C, H, RESIDENT, ALONE> {
-  using Base = Thread<T, C, H, RESIDENT, ALONE>;
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE>
+struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE> {
+  using Base = Thread<T, C, HEADS, RESIDENT, ALONE>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot;
   bool shared_target;
 
@@ -120,7 +120,7 @@ struct LruaThread : Thread<T, C, H, RESIDENT, ALONE> {
   __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights, T* write_weights) const {
     for (int g = 0; g < this->groups(); ++g) {
       const int own_slot = this->own(g);
-      for (int first = 0; first < plan.heads; first += H) {
+      for (int first = 0; first < plan.heads; first += HEADS) {
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
           const int r = first + place.own_head + j;
@@ -147,12 +147,12 @@ struct LruaThread : Thread<T, C, H, RESIDENT, ALONE> {
 #pragma unroll
         for (int c = 0; c < C; ++c) m.at[s][c] = 0;
       }
-    for (int first = 0; first < plan.heads; first += H) {
-      Four<T> weights[H];
-      T rows[H][C];
+    for (int first = 0; first < plan.heads; first += HEADS) {
+      Four<T> weights[HEADS];
+      T rows[HEADS][C];
       this->load_weights(write_weights, first, this->slots(g), weights);
-      load_rows<H, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
-      add_products<H, C>(weights, rows, m);
+      load_rows<HEADS, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
+      add_products<HEADS, C>(weights, rows, m);
     }
   }
 };

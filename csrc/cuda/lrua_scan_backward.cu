@@ -9,9 +9,9 @@ namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T, int C, int H, bool RESIDENT>
-struct BackwardScan : LruaBackward<T, C, H, RESIDENT> {
-  using Base = LruaBackward<T, C, H, RESIDENT>;
+template <class T, int C, int HEADS, bool RESIDENT>
+struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
+  using Base = LruaBackward<T, C, HEADS, RESIDENT>;
   using Base::a, Base::every, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small, Base::visits;
 
   __device__ __forceinline__ BackwardScan(const LruaScanBackward& a, const Plan& plan, int every, Places places)
@@ -65,11 +65,11 @@ struct BackwardScan : LruaBackward<T, C, H, RESIDENT> {
   }
 };
 
-template <class T, int C, int H, bool RESIDENT>
+template <class T, int C, int HEADS, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1) backward_kernel(const __grid_constant__ LruaScanBackward a,
                                                                    const __grid_constant__ Plan plan, int every,
                                                                    unsigned char* scratch) {
-  BackwardScan<T, C, H, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
+  BackwardScan<T, C, HEADS, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
 }
 
 template <class T>

@@ -99,7 +99,6 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   }
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
-    const int64_t ld = mann_fast::padded_slots(plan.N);
     const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D, a.N);
     const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));

@@ -17,7 +17,7 @@ struct Plan {
   int reads, shifts;  // of ntm_scan only: heads that read, which come first; moves
   bool resident;      // the memory is in registers: one group of 16 slots a warp, one piece of columns
   int piece_columns;  // C: columns of a lane in a piece
-  int heads_at_once;  // H
+  int heads_at_once;  // HEADS
   int least_warps;       // that there shall be, whether they have slots or not
   bool slots_anywhere;   // what is kept per slot may be in device memory beside a memory in registers
   int warps, cluster;
@@ -59,11 +59,11 @@ struct InputTurns {
 };
 
 // A scan as one thread sees it. ALONE: no sample has more than one block.
-template <class T, int C, int H, bool RESIDENT, bool ALONE = false>
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false>
 struct Thread {
-  static constexpr int OWN = Place<H>::OWN;
+  static constexpr int OWN = Place<HEADS>::OWN;
   const Plan& plan;
-  const Place<H> place;
+  const Place<HEADS> place;
   int rank;            // of the block in its sample
   int first_slot;      // of the block
   T eps;
@@ -201,9 +201,9 @@ struct Thread {
     return all;
   }
 
-  __device__ __forceinline__ void load_weights(const T* rows, int first, int slot, Four<T> (&out)[H]) const {
+  __device__ __forceinline__ void load_weights(const T* rows, int first, int slot, Four<T> (&out)[HEADS]) const {
 #pragma unroll
-    for (int h = 0; h < H; ++h) out[h] = load_four(rows + (first + h) * plan.span + slot);
+    for (int h = 0; h < HEADS; ++h) out[h] = load_four(rows + (first + h) * plan.span + slot);
   }
 
   // Similarities of the group's slots to the keys of heads [first_head, last_head), in `out` [heads, span]: their exponentials
@@ -218,16 +218,16 @@ struct Thread {
     for (int k = 0; k < pieces(); ++k) open(k, [&](const Tile<T, C>& m) { add_squares<C>(m, own_squares); });
     add_lanes<4, 1, lane_slots>(own_squares, place.lane);
     if (squares && place.owner && place.own_head == 0) squares[own_slot] = own_squares[0];
-    for (int first = first_head; first < last_head; first += H) {
-      T sum[lane_slots * H] = {}, key_squares[H] = {}, own_key[OWN];
+    for (int first = first_head; first < last_head; first += HEADS) {
+      T sum[lane_slots * HEADS] = {}, key_squares[HEADS] = {}, own_key[OWN];
       for (int k = 0; k < pieces(); ++k) {
-        T keys[H][C];
-        load_rows<H, C>(in.keys + first * plan.columns + first_column(k), plan.columns, keys);
-        open(k, [&](const Tile<T, C>& m) { add_dots<H, C>(m, keys, sum); });
-        add_row_squares<H, C>(keys, key_squares);
+        T keys[HEADS][C];
+        load_rows<HEADS, C>(in.keys + first * plan.columns + first_column(k), plan.columns, keys);
+        open(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, keys, sum); });
+        add_row_squares<HEADS, C>(keys, key_squares);
       }
-      add_lanes<4, 1, lane_slots * H>(sum, place.lane);
-      own_key_squares<H>(place, key_squares, own_key);
+      add_lanes<4, 1, lane_slots * HEADS>(sum, place.lane);
+      own_key_squares<HEADS>(place, key_squares, own_key);
       T result[OWN];
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
@@ -253,7 +253,7 @@ struct Thread {
     sync();
     for (int g = 0; g < groups(); ++g) {
       const int own_slot = own(g);
-      for (int first = first_head; first < last_head; first += H) {
+      for (int first = first_head; first < last_head; first += HEADS) {
         T result[OWN];
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
@@ -261,7 +261,7 @@ struct Thread {
           const bool valid = first_slot + own_slot < plan.N && r < plan.R;
           result[j] = valid ? exp(out[r * plan.span + own_slot] - maximum(most, r)) : T(0);
         }
-        if (H == 1) gpu::sync_warp();  // two lanes read what one of them writes
+        if (HEADS == 1) gpu::sync_warp();  // two lanes read what one of them writes
 #pragma unroll
         for (int j = 0; j < OWN; ++j)
           if (place.owner) out[(first + place.own_head + j) * plan.span + own_slot] = result[j];
@@ -274,7 +274,7 @@ struct Thread {
     T value[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; ++j) value[j] = own_values[j];
-    add_owners<H>(value);
+    add_owners<HEADS>(value);
     if (place.lane < 2 && place.owner) {
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
@@ -300,7 +300,7 @@ struct Thread {
 
   // Multiplies own weights [heads, span] by one over the sums of their heads.
   __device__ __forceinline__ void normalise(T* sums, T* weights) const {
-    for (int first = 0; first < plan.heads; first += H) {
+    for (int first = 0; first < plan.heads; first += HEADS) {
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
         const int r = first + place.own_head + j;

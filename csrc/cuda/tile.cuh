@@ -151,36 +151,36 @@ __device__ __forceinline__ T add_warp(T value) {
 
 // ---- a thread's place -----------------------------------------------------------------------------------------------
 
-// With H heads at a time, a lane comes out of a sum over columns with OWN heads of one slot: its own.
-template <int H>
+// With HEADS heads at a time, a lane comes out of a sum over columns with OWN heads of one slot: its own.
+template <int HEADS>
 struct Place {
-  static constexpr int OWN = sums_kept<4, 1, lane_slots * H>();
+  static constexpr int OWN = sums_kept<4, 1, lane_slots * HEADS>();
   int lane, warp, warps, column, group, own_slot, own_head;
   bool owner;
   __device__ Place()
       : lane(gpu::thread() % 32), warp(gpu::thread() / 32), warps(gpu::threads() / 32), column(lane % column_lanes),
-        group(lane / column_lanes), own_slot(group * lane_slots + first_sum<4, 1, lane_slots * H>(lane) / H),
-        own_head(first_sum<4, 1, lane_slots * H>(lane) % H), owner(has_sums<4, 1, lane_slots * H>(lane)) {}
+        group(lane / column_lanes), own_slot(group * lane_slots + first_sum<4, 1, lane_slots * HEADS>(lane) / HEADS),
+        own_head(first_sum<4, 1, lane_slots * HEADS>(lane) % HEADS), owner(has_sums<4, 1, lane_slots * HEADS>(lane)) {}
 };
 
-// |key|^2 of a lane's own heads, from the squares of its columns of H keys.
-template <int H, class T>
-__device__ __forceinline__ void own_key_squares(const Place<H>& p, T* squares, T* own) {
-  add_lanes<4, 1, H>(squares, p.lane);
+// |key|^2 of a lane's own heads, from the squares of its columns of HEADS keys.
+template <int HEADS, class T>
+__device__ __forceinline__ void own_key_squares(const Place<HEADS>& p, T* squares, T* own) {
+  add_lanes<4, 1, HEADS>(squares, p.lane);
 #pragma unroll
-  for (int j = 0; j < Place<H>::OWN; ++j) {
+  for (int j = 0; j < Place<HEADS>::OWN; ++j) {
     const int head = p.own_head + j;
-    const int holder = H == 4 ? 2 * head : H == 2 ? 4 * head : 0;
+    const int holder = HEADS == 4 ? 2 * head : HEADS == 2 ? 4 * head : 0;
     own[j] = gpu::shuffle(squares[0], p.group * column_lanes + holder);
   }
 }
 
 // Sums over the lanes that own the same heads of other slots: over every bit of the lane but the last, which tells heads
-// apart, or holds the same twice where H is 1.
-template <int H, class T>
+// apart, or holds the same twice where HEADS is 1.
+template <int HEADS, class T>
 __device__ __forceinline__ void add_owners(T* own) {
 #pragma unroll
-  for (int j = 0; j < Place<H>::OWN; ++j) own[j] = add_warp<2>(own[j]);
+  for (int j = 0; j < Place<HEADS>::OWN; ++j) own[j] = add_warp<2>(own[j]);
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -214,15 +214,15 @@ __device__ __forceinline__ void store_tile(T* tiles, int64_t piece, const Tile<T
   for (int i = 0; i < lane_slots * C; ++i) to[static_cast<int64_t>(i) * gpu::threads()] = m.at[i / C][i % C];
 }
 
-// dots[s H + h] += columns of slot s times columns of row h, for rows [H][ld] from this lane's first column on.
-template <int H, int C, class T>
-__device__ __forceinline__ void add_dots(const Tile<T, C>& m, const T (&rows)[H][C], T* dots) {
+// dots[s HEADS + h] += columns of slot s times columns of row h, for rows [HEADS][ld] from this lane's first column on.
+template <int HEADS, int C, class T>
+__device__ __forceinline__ void add_dots(const Tile<T, C>& m, const T (&rows)[HEADS][C], T* dots) {
 #pragma unroll
   for (int s = 0; s < lane_slots; ++s)
 #pragma unroll
-    for (int h = 0; h < H; ++h)
+    for (int h = 0; h < HEADS; ++h)
 #pragma unroll
-      for (int c = 0; c < C; ++c) dots[s * H + h] += m.at[s][c] * rows[h][c];
+      for (int c = 0; c < C; ++c) dots[s * HEADS + h] += m.at[s][c] * rows[h][c];
 }
 
 template <int C, class T>
@@ -234,27 +234,27 @@ __device__ __forceinline__ void add_squares(const Tile<T, C>& m, T* squares) {
 }
 
 // squares[h] += squares of this lane's columns of row h.
-template <int H, int C, class T>
-__device__ __forceinline__ void add_row_squares(const T (&rows)[H][C], T* squares) {
+template <int HEADS, int C, class T>
+__device__ __forceinline__ void add_row_squares(const T (&rows)[HEADS][C], T* squares) {
 #pragma unroll
-  for (int h = 0; h < H; ++h)
+  for (int h = 0; h < HEADS; ++h)
 #pragma unroll
     for (int c = 0; c < C; ++c) squares[h] += rows[h][c] * rows[h][c];
 }
 
-template <int H, int C, class T>
-__device__ __forceinline__ void load_rows(const T* rows, int64_t ld, T (&out)[H][C]) {
+template <int HEADS, int C, class T>
+__device__ __forceinline__ void load_rows(const T* rows, int64_t ld, T (&out)[HEADS][C]) {
 #pragma unroll
-  for (int h = 0; h < H; ++h)
+  for (int h = 0; h < HEADS; ++h)
 #pragma unroll
     for (int c = 0; c < C; ++c) out[h][c] = rows[h * ld + c * column_lanes];
 }
 
 // m.at[s] += sum over heads of weights[h][s] rows[h].
-template <int H, int C, class T>
-__device__ __forceinline__ void add_products(const Four<T> (&weights)[H], const T (&rows)[H][C], Tile<T, C>& m) {
+template <int HEADS, int C, class T>
+__device__ __forceinline__ void add_products(const Four<T> (&weights)[HEADS], const T (&rows)[HEADS][C], Tile<T, C>& m) {
 #pragma unroll
-  for (int h = 0; h < H; ++h)
+  for (int h = 0; h < HEADS; ++h)
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s)
 #pragma unroll
@@ -262,10 +262,10 @@ __device__ __forceinline__ void add_products(const Four<T> (&weights)[H], const 
 }
 
 // sums[h C + c] += sum over slots of weights[h][s] m.at[s][c].
-template <int H, int C, class T>
-__device__ __forceinline__ void add_weighted(const Tile<T, C>& m, const Four<T> (&weights)[H], T* sums) {
+template <int HEADS, int C, class T>
+__device__ __forceinline__ void add_weighted(const Tile<T, C>& m, const Four<T> (&weights)[HEADS], T* sums) {
 #pragma unroll
-  for (int h = 0; h < H; ++h)
+  for (int h = 0; h < HEADS; ++h)
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s)
 #pragma unroll
@@ -273,13 +273,13 @@ __device__ __forceinline__ void add_weighted(const Tile<T, C>& m, const Four<T> 
 }
 
 // grad.at[s] += 2 m.at[s] times the sum over heads of of_squares[h][s]: what reaches a slot by its norm.
-template <int H, int C, class T>
-__device__ __forceinline__ void add_by_norm(const Tile<T, C>& m, const Four<T> (&of_squares)[H], Tile<T, C>& grad) {
+template <int HEADS, int C, class T>
+__device__ __forceinline__ void add_by_norm(const Tile<T, C>& m, const Four<T> (&of_squares)[HEADS], Tile<T, C>& grad) {
 #pragma unroll
   for (int s = 0; s < lane_slots; ++s) {
     T factor = 0;
 #pragma unroll
-    for (int h = 0; h < H; ++h) factor += of_squares[h].at[s];
+    for (int h = 0; h < HEADS; ++h) factor += of_squares[h].at[s];
 #pragma unroll
     for (int c = 0; c < C; ++c) grad.at[s][c] += 2 * factor * m.at[s][c];
   }
@@ -298,14 +298,14 @@ __device__ __forceinline__ ScoreGradient<T> score_gradient(T of_score, T dot, T 
   return {of_score * beta * q, of_product * key_square, of_product * slot_square, of_cosine};
 }
 
-// Weighted sums over the slots of a warp, from what its lanes have, to [H][ld], this lane's first column on.
-template <int H, int C, class T>
+// Weighted sums over the slots of a warp, from what its lanes have, to [HEADS][ld], this lane's first column on.
+template <int HEADS, int C, class T>
 __device__ __forceinline__ void store_warp_sums(T* sums, int lane, T* to, int64_t ld) {
-  add_lanes<16, 8, H * C>(sums, lane);
-  if (!has_sums<16, 8, H * C>(lane)) return;
-  const int first = first_sum<16, 8, H * C>(lane);
+  add_lanes<16, 8, HEADS * C>(sums, lane);
+  if (!has_sums<16, 8, HEADS * C>(lane)) return;
+  const int first = first_sum<16, 8, HEADS * C>(lane);
 #pragma unroll
-  for (int i = 0; i < sums_kept<16, 8, H * C>(); ++i) to[(first + i) / C * ld + (first + i) % C * column_lanes] = sums[i];
+  for (int i = 0; i < sums_kept<16, 8, HEADS * C>(); ++i) to[(first + i) / C * ld + (first + i) % C * column_lanes] = sums[i];
 }
 
 }  // namespace cuda
