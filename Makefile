@@ -24,8 +24,8 @@ OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/tes
 ifndef WHOLE
 WHOLE := $(shell $(PYTHON) scripts/whole.py)
 endif
-# Of the op tests, where a target runs reduced.
-REDUCED = $(if $(filter $@,$(WHOLE)),,-m "not once and not thorough")
+# Of the op tests: what is the same whatever kernels implement an op is shown by make test, and by make nightly everywhere.
+MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check nightly build lint abi isas triton cuda emulate sanitize wheel clean
@@ -46,12 +46,12 @@ demo: build
 	$(BIN)/mann-fast demo
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: lint abi isas triton cuda emulate sanitize wheel
 
 nightly:
-	$(MAKE) --jobs 2 --output-sync=target check WHOLE="isas triton emulate sanitize wheel"
+	$(MAKE) --jobs 2 --output-sync=target check WHOLE="once isas triton emulate sanitize wheel"
 	$(PYTHON) scripts/whole.py --passed
 
 lint: $(VENV)/installed
@@ -65,11 +65,11 @@ abi: build
 
 # The op tests on every instruction set, with memory that nobody has written filled with NaN.
 isas: build
-	$(BIN)/python scripts/test_isas.py $(REDUCED) $(OP_TESTS)
+	$(BIN)/python scripts/test_isas.py $(MARKS) $(OP_TESTS)
 
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
 triton: build
-	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(REDUCED) $(OP_TESTS)
+	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(MARKS) $(OP_TESTS)
 	$(BIN)/python scripts/triton_aot.py
 
 # The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.
@@ -80,7 +80,7 @@ cuda: build
 # is to run on a GPU.
 emulate: build
 	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
-	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(REDUCED) $(OP_TESTS)
+	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(MARKS) $(OP_TESTS)
 	MANN_FAST_EMULATION=build/emulated/cuda.so $(BIN)/python benchmarks/gpu_check --sanitizer-target cuda
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.

@@ -26,9 +26,9 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
     return {
         "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
+        "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
         "cuda": missing("cuda") or _cuda(op, num_slots, slot_size),
         "triton": missing("triton") or _triton(op, num_slots, slot_size, num_heads),
-        "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
     }
 
 
