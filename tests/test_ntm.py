@@ -70,7 +70,7 @@ def compare(actual, expected, tolerance, gradient_tolerance):
     for i, (x, y) in enumerate(zip(actual[0], expected[0], strict=True)):
         assert worst_error(x, y, batch_axis=1 if i == 0 else 0) < tolerance, i
     # Below this a gradient is 0 but for rounding, as of a single slot's or a single move's.
-    rounding = 1e-13 * max(1.0, *(y.abs().max().item() for y in expected[1] if y.numel()))
+    rounding = 1e-13 * max([1.0, *(y.abs().max().item() for y in expected[1] if y.numel())])
     for name, x, y in zip(NAMES, actual[1], expected[1], strict=True):
         axis = 0 if name in NAMES[:3] else 1
         if y.numel() and y.abs().max() < rounding:
