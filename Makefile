@@ -95,6 +95,6 @@ wheel: build
 	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) $(OP_TESTS) tests/test_pretrained.py
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
 	rm -f mann_fast/_C.abi3.so* mann_fast/_build_info.json*
 	find . -name __pycache__ -prune -exec rm -rf {} +
