@@ -21,8 +21,8 @@ constexpr bool has_anchor(int64_t t, int64_t every) { return every > 0 && t > 0 
 constexpr int64_t anchor_offset(int64_t t, int64_t every, int64_t B, int64_t b, int64_t rows, int64_t N) {
   return ((t / every - 1) * B + b) * rows * padded_slots(N);
 }
-// The first step of the last replay: that of its anchor, 0 where there is none, -1 without steps.
-constexpr int64_t last_replay(int64_t T, int64_t every) { return T > 0 ? anchors_count(T, every) * every : -1; }
+// The first step of the last replay, for backward, where every > 0: that of its anchor, 0 where there is none, -1 without steps.
+constexpr int64_t last_replay(int64_t T, int64_t every) { return T > 0 ? (T - 1) / every * every : -1; }
 
 struct ContentRead {
   int64_t B, N, D, R;
