@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from .._anchors import anchors_shape
 from ._declare import Argument, Op, Output, Sizes, always, sizes_of
@@ -24,7 +25,7 @@ LIBRARIES = {backend: torch.library.Library(name, "DEF") for backend, name in NA
 OPS: dict[str, Op] = {}  # every declared op, by name
 
 _raw: dict[tuple[str, str], Any] = {}  # of an op's name and a backend, the raw op
-_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+_functions: dict[tuple[str, str], type[_SingleLevelFunction]] = {}
 
 
 def declare(op: Op) -> Op:
@@ -74,16 +75,16 @@ def _asks_gradient(values: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
 
 
-def _apply(function: type[torch.autograd.Function], values: Sequence[Any]) -> Any:
-    """``function.apply`` at the level of the transform that is being carried out, and without the 30 us that binding the
-    values to a signature takes."""
+def _apply(function: type[_SingleLevelFunction], values: Sequence[Any]) -> Any:
+    """``function.apply`` at the level of the transform that is being carried out. (torch.autograd.Function would hand the call
+    to all of them, and bind the values to a signature, which takes 30 us.)"""
     for i in function.constants:
         if values[i].requires_grad:
             values = (*values[:i], values[i].detach(), *values[i + 1 :])
     if torch._C._are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*values)
-    return super(torch.autograd.Function, function).apply(*values)
+            return function.apply(*values)
+    return function.apply(*values)
 
 
 def _below(op: Any, values: Sequence[Any]) -> Any:
@@ -105,7 +106,7 @@ def _recorded() -> bool:
     )
 
 
-def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> type[torch.autograd.Function]:
+def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> type[_SingleLevelFunction]:
     """The Function around an op: forward keeps what backward takes."""
     arguments = [a.name for a in op.arguments]
     everything = [*op.names, *(f"output {x.name}" for x in op.outputs)]
@@ -119,7 +120,7 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
     outer = [i for i, x in enumerate(op.outputs) if x in op.outer]
     differentiable = [i for i, a in enumerate(op.arguments) if a.differentiable]
 
-    class Differentiated(torch.autograd.Function):
+    class Differentiated(_SingleLevelFunction):
         constants = [i for i, a in enumerate(op.arguments) if not a.differentiable]
 
         @staticmethod
@@ -157,10 +158,10 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
     return Differentiated
 
 
-def _refused(op: Op, backward_op: Any) -> type[torch.autograd.Function]:
+def _refused(op: Op, backward_op: Any) -> type[_SingleLevelFunction]:
     """The Function around an op's backward, whose results raise where they are themselves differentiated."""
 
-    class Refused(torch.autograd.Function):
+    class Refused(_SingleLevelFunction):
         constants = ()
 
         @staticmethod
@@ -206,7 +207,7 @@ class _Raw:
         torch.library.register_fake(self.qualified, fake, lib=self.library)
         torch.library.register_vmap(self.qualified, self._batched, lib=self.library)
 
-    def differentiate(self, function: type[torch.autograd.Function]) -> None:
+    def differentiate(self, function: type[_SingleLevelFunction]) -> None:
         def autograd(*values):
             if forward_ad._current_level >= 0 or _asks_gradient(values):
                 return _apply(function, values)
