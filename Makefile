@@ -21,9 +21,7 @@ BIN := $(VENV)/bin
 OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py
 
 # Targets that leave nothing out: those of which a file has changed since make nightly last passed.
-ifndef WHOLE
-WHOLE := $(shell $(PYTHON) scripts/whole.py)
-endif
+WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)
 # Of the op tests: what is the same whatever kernels implement an op is shown by make test, and by make nightly everywhere.
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 

@@ -8,6 +8,7 @@ The commit is in .ci/nightly. Where the history does not reach back to it, every
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ FILES = {
 
 
 def git(*arguments: str) -> str | None:
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else None
 
@@ -35,7 +38,7 @@ def main(arguments: list[str]) -> int:
             git("rev-parse", "HEAD") or sys.exit("make nightly is remembered in a git checkout only")
         )
         return 0
-    changed = git("diff", "--name-only", PASSED.read_text().strip())
+    changed = git("diff", "--name-only", PASSED.read_text().strip()) if PASSED.exists() else None
     if changed is None:
         print(
             f"no history back to the commit in {PASSED.relative_to(ROOT)}: nothing runs whole",

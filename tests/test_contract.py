@@ -11,6 +11,8 @@ import torch
 from cases import BACKEND, RAW_OPS, needs_kernels, worst_error
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from mann_fast import ops, reference
 from mann_fast.ops._declare import sizes_of
@@ -412,6 +414,40 @@ def test_second_derivatives_of_a_compiled_call_are_refused(op):
     with pytest.raises(RuntimeError, match="second derivative|double backward"):
         (first,) = torch.autograd.grad(torch.compile(function)(leaf, *tensors[1:]), leaf, create_graph=True)
         first.square().sum().backward()
+
+
+@pytest.mark.once
+@every_gradient
+def test_second_derivatives_of_a_linear_loss_are_refused_or_zero(op):
+    """By each argument alone, the incoming gradient a constant: an error, or no history where the op is linear in it."""
+    values = sample(op)
+    for place in differentiable(op, values):
+        given = list(values)
+        leaf = given[place] = values[place].clone().requires_grad_()
+        loss = sum(x.sum() for x in public_outputs(op, raw(op)(*given)))
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        if first.requires_grad:
+            with pytest.raises(NotImplementedError, match="has no second derivative"):
+                first.square().sum().backward()
+        else:
+            assert (op.name, op.arguments[place].name) == ("lrua_write", "memory")
+
+
+@pytest.mark.once
+@every_gradient
+def test_checkpoint_without_reentering(op):
+    values = sample(op)
+    function, tensors = function_of(op, values)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    loss = checkpoint(function, *leaves, use_reentrant=False)
+    assert_close(torch.autograd.grad(loss, leaves), plain_gradient(op, values))
+
+
+@pytest.mark.once
+def test_symbolic_sizes_outside_of_compile():
+    memory, key = torch.randn(2, 6, 4), torch.randn(2, 3, 4)
+    traced = make_fx(lambda m, k: ops.content_read(m, k), tracing_mode="symbolic")(memory, key)
+    assert_close(traced(memory, key), ops.content_read(memory, key))
 
 
 @pytest.mark.once

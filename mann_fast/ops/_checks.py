@@ -38,7 +38,10 @@ def check_tensors(
     except AttributeError:  # not a tensor
         return _check_tensors(arguments, names, values, steps, dict(known))
     key = (id(arguments), steps, known, *kinds)
-    sizes = _passed.get(key)
+    try:
+        sizes = _passed.get(key)
+    except TypeError:  # symbolic sizes, as make_fx has them, cannot be looked up
+        return _check_tensors(arguments, names, values, steps, dict(known))
     if sizes is None:
         if len(_passed) > 1000:
             _passed.clear()

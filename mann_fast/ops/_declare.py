@@ -93,8 +93,8 @@ class Op:
     ops that keep anchors, whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
     extents: of the sizes, those of axes that no argument has. An axis may also have the name of an option.
     results, gradients: where the raw backward gives something else than the gradient of every differentiable argument:
-    what it gives, and a function of the Function's ctx and these results that makes the gradients of them. also_saved:
-    what that function needs in ctx.saved_tensors besides.
+    what it gives, and a function of the Function's ctx, its saved tensors and these results that makes the gradients of
+    them. also_saved: what that function needs saved besides.
     """
 
     name: str

@@ -115,8 +115,10 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
         for name in (*op.saved, *op.also_saved)
     ]
     options = [everything.index(option.name) for option in op.backward_options]
-    constant = [i for i, x in enumerate(op.outputs) if x not in op.outer]
-    perhaps = [i for i, x in enumerate(op.outputs) if x in op.outer and x.when is not always]
+    # What is kept counts as differentiable: so backward, which takes it, refuses to be differentiated whatever asks for it.
+    constant = [i for i, x in enumerate(op.outputs) if x.integer or not x.differentiable]
+    kept = [i for i, x in enumerate(op.outputs) if x.kept and i not in constant]
+    perhaps = [i for i, x in enumerate(op.outputs) if i not in constant and (x.kept or x.when is not always)]
     outer = [i for i, x in enumerate(op.outputs) if x in op.outer]
     differentiable = [i for i, a in enumerate(op.arguments) if a.differentiable]
 
@@ -138,13 +140,16 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
 
         @staticmethod
         def backward(ctx, *grads):
+            if any(grads[i] is not None for i in kept):
+                raise NotImplementedError(f"what {op.name} keeps for its backward has no gradient")
             grads = [grads[i] for i in outer]
             if all(grad is None for grad in grads):
                 return (None,) * len(op.names)
-            values = (*grads, *ctx.saved_tensors[: len(op.saved)], *ctx.options)
+            tensors = ctx.saved_tensors  # once: a checkpoint hands each out one time
+            values = (*grads, *tensors[: len(op.saved)], *ctx.options)
             results = backward_op(*values) if _recorded() else _below(backward_op, values)
             if op.gradients:
-                results = op.gradients(ctx, results)
+                results = op.gradients(ctx, tensors, results)
             of_values, needed = [None] * len(op.names), ctx.needs_input_grad
             for i, result in zip(differentiable, results, strict=True):
                 if needed[i]:  # else it may be the empty one of an argument that did not come

@@ -33,11 +33,11 @@ WRITE_VECTORS = ("separate", "key")
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 
 
-def _gradients(ctx: Any, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of all that is differentiable, in the order of the arguments: the weights' are one product each, of the
     gradients of gates and heads at all steps with what they met there."""
-    reads, output = ctx.saved_tensors[-2:]
-    hidden, head_weight = ctx.saved_tensors[0], ctx.saved_tensors[6]
+    reads, output = tensors[-2:]
+    hidden, head_weight = tensors[0], tensors[6]
     needed = dict(zip(CELL.names, ctx.needs_input_grad, strict=True))
     products = torch.bfloat16 if ctx.options[BFLOAT16] else output.dtype
     size = head_weight.shape[1]
@@ -193,7 +193,7 @@ def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
     return _fitting[key]
 
 
-_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _backend._load_cuda
+_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
 
 
 def cell(
