@@ -94,5 +94,5 @@ wheel: build
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
-	rm -f mann_fast/_C.abi3.so* mann_fast/_build_info.json*
+	rm -f mann_fast/_C.abi3.so* mann_fast/_C_cuda.abi3.so* mann_fast/_build_info.json*
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """ops.cell against its reference: values, gradients, and what is promised beside them."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cases import (
     worst_error,
 )
 
-from mann_fast import ops, reference
+from mann_fast import MemoryLayer, ops, reference
 from mann_fast.reference.cell import CONTROLLERS, head_sizes
 
 pytestmark = [
@@ -445,3 +446,22 @@ def test_wrong_options_are_named():
         TypeError, match="hidden_weight must be None for a feed-forward controller, got Tensor"
     ):
         ops.cell(inputs[0], (), memory, inputs[6], torch.zeros(4, 4), *inputs[8:], controller="feedforward")
+
+
+@pytest.mark.skipif(BACKEND == "cpp", reason="only the CUDA kernels are asked for room")
+def test_asking_for_room_is_no_part_of_an_exported_graph(monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["mann_fast.ops.cell"], "_fitting", {}
+    )  # as at the first call of a process
+    layer = MemoryLayer(3, 5, num_slots=6, slot_size=4, num_heads=2)
+    program = torch.export.export(layer, (torch.randn(4, 2, 3),), strict=False)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "mann_fast_cuda.cell.default" in called and not any("cell_fits" in name for name in called)
+
+
+@needs_cpp
+def test_shapes_alone_have_gradients_of_shapes():
+    inputs = [x.to("meta").requires_grad_(i != CONSTANT) for i, x in enumerate(cell_inputs(3, 2, 4, 6, 3, 2))]
+    wanted = [x for x in inputs if x.requires_grad]
+    gradients = torch.autograd.grad(call(ops.cell, inputs)["output"].sum(), wanted)
+    assert [x.shape for x in gradients] == [x.shape for x in wanted]

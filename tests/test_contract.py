@@ -333,6 +333,15 @@ def test_vmap(op, place):
 
 
 @pytest.mark.once
+@every_op
+def test_vmap_over_nothing_is_refused(op):
+    in_dims = tuple([0] * len(op.arguments) + [None] * len(op.options))
+    values = [x.expand(0, *x.shape) if isinstance(x, torch.Tensor) else x for x in sample(op)]
+    with pytest.raises(ValueError, match=f"{op.name} cannot be mapped over an axis of size 0"):
+        vmap(raw(op), in_dims)(*values)
+
+
+@pytest.mark.once
 @every_gradient
 @pytest.mark.parametrize("place", PLACES)
 def test_gradient_of_vmap_and_vmap_of_gradient(op, place):

@@ -119,19 +119,7 @@ class Memory(ABC):
         which may be None unless ``record``.
         """
 
-    def cell(
-        self,
-        gates: Tensor,
-        state: tuple[Tensor, ...],
-        memory: Any,
-        reads: Tensor,
-        hidden_weight: Tensor | None,
-        hidden_bias: Tensor | None,
-        reads_weight: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor,
-        *,
-        controller: str,
-    ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-        """A whole sequence with a built-in controller in one call, as :func:`mann_fast.ops.cell`; called where ``fused``."""
+    def cell(self, *tensors: Any, controller: str) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+        """A whole sequence with a built-in controller in one call, with the tensors and results of :func:`mann_fast.ops.cell`;
+        called where ``fused``."""
         raise NotImplementedError(f"{type(self).__name__} has no whole sequence in one call")

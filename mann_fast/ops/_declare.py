@@ -182,10 +182,10 @@ def sizes_of(arguments, values) -> Sizes:
     """The size of every axis, from tensors that are known to agree."""
     sizes: Sizes = {}
     for argument, value in zip(arguments, values, strict=True):
-        names = () if value is None else argument.names_of(value.dim())
-        if (
-            value is not None and len(names) == value.dim()
-        ):  # else it is the empty one of an output that there was not
+        if value is None:
+            continue
+        names = argument.names_of(value.dim())
+        if len(names) == value.dim():  # else it is the empty one of an output that there was not
             for axis, size in zip(names, value.shape, strict=True):
                 sizes.setdefault(axis, size)
     return sizes

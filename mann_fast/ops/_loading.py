@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._register import LIBRARIES
 
@@ -22,12 +24,17 @@ EMULATION = os.environ.get("MANN_FAST_EMULATION")
 
 # Of every backend that has been tried: None if it can be used, else why not.
 _missing: dict[str, str | None] = {}
+_loading = threading.Lock()
 
 
 def missing(backend: str) -> str | None:
     """None if the kernels of this backend can be used, else why not. Loads them at the first call."""
     if backend not in _missing:
-        _missing[backend] = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}[backend]()
+        # The first call may come while something traces, which must not see the loading.
+        with _loading, _disable_current_modes():
+            if backend not in _missing:  # another thread may have been first
+                load = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}[backend]
+                _missing[backend] = load()
     return _missing[backend]
 
 

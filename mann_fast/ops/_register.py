@@ -225,6 +225,8 @@ class _Raw:
         """vmap: what is mapped over joins the samples, which are a batch already; one call for each where it is a tensor that
         all samples share, as weights are."""
         count, size = len(self.arguments), info.batch_size
+        if size == 0:  # nothing of which to learn how many samples each has
+            raise ValueError(f"{self.name} cannot be mapped over an axis of size 0")
         tensors = list(zip(self.arguments, values[:count], in_dims[:count], strict=True))
         if any(dim is not None and "B" not in a.names for a, _, dim in tensors):
             return self._one_by_one(size, in_dims, values)
@@ -275,8 +277,7 @@ def _fakes(outputs: Sequence[Output], op: Op, values: dict[str, Any], sizes: Siz
     sizes |= op.extents(sizes)
     keeps = op.interval is not None and values["anchor_every"] != 0
     if keeps:
-        shape = anchors_shape(sizes["T"], sizes["B"], sizes.get("D"), sizes["N"], values["anchor_every"])
-        sizes["A"], sizes["P"] = shape[0], shape[-1]
+        sizes["A"], *_, sizes["P"] = anchors_shape(sizes["T"], 0, 0, sizes["N"], values["anchor_every"])
     results = []
     for output in outputs:
         like, names = values[output.like], output.argument.names if steps else output.argument.step_names

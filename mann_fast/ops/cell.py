@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import reference
 from .._anchors import lrua_interval
@@ -58,7 +59,9 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         hidden_bias = grad_hidden_gates.sum((0, 1))
     if needed["head_bias"]:
         head_bias = grad_heads.sum((0, 1))
-    with torch.autocast(output.device.type, enabled=False):  # backward may be called inside the caller's
+    kind = output.device.type
+    autocast = torch.amp.is_autocast_available(kind)  # backward may be called inside the caller's
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         met = output.to(products)
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
@@ -188,7 +191,8 @@ def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
     """Whether the CUDA kernels have room for a network of these sizes: N, D, R, H, and the choices of cell_fits."""
     key = (device, wide, *sizes)
     if key not in _fitting:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device, _disable_current_modes():  # no part of what may be tracing this call
             _fitting[key] = torch.ops.mann_fast_cuda.cell_fits(*sizes, wide)
     return _fitting[key]
 
