@@ -276,8 +276,10 @@ def _fakes(outputs: Sequence[Output], op: Op, values: dict[str, Any], sizes: Siz
     sizes = {"T": 1, **sizes, **{option.name: values.get(option.name) for option in op.options}}
     sizes |= op.extents(sizes)
     keeps = op.interval is not None and values["anchor_every"] != 0
-    if keeps:
+    if keeps and "A" not in sizes:
         sizes["A"], *_, sizes["P"] = anchors_shape(sizes["T"], 0, 0, sizes["N"], values["anchor_every"])
+        if isinstance(sizes["A"], torch.SymInt) and sizes["A"].node.maybe_as_int() is None:
+            sizes["A"] = torch.library.get_ctx().new_dynamic_size()
     results = []
     for output in outputs:
         like, names = values[output.like], output.argument.names if steps else output.argument.step_names
