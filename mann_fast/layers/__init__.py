@@ -5,6 +5,16 @@ from .lrua import LRUA
 from .memory import MemoryLayer
 from .ntm import NTM, Content
 from .registry import MEMORIES
-from .state import MemoryState
+from .state import MemoryState, register_state
 
-__all__ = ["LRUA", "MEMORIES", "NTM", "Content", "Memory", "MemoryLayer", "MemoryState", "MemoryWeights"]
+__all__ = [
+    "LRUA",
+    "MEMORIES",
+    "NTM",
+    "Content",
+    "Memory",
+    "MemoryLayer",
+    "MemoryState",
+    "MemoryWeights",
+    "register_state",
+]
