@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from ..ops._checks import HALF_DTYPES
-from ..reference.lrua import LRUAState
-from ..reference.ntm import NTMState
-from .base import MemoryWeights, StateLike
+from .base import StateLike
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -156,7 +154,3 @@ def register_state(kind: type[Any]) -> None:
         name = f"{kind.__module__}.{kind.__qualname__}"
         _pytree._register_namedtuple(kind, serialized_type_name=name)
         torch.serialization.add_safe_globals([kind])
-
-
-for _kind in (MemoryState, LRUAState, NTMState, MemoryWeights):
-    register_state(_kind)

@@ -34,8 +34,10 @@ class LRUAState(NamedTuple):
         device: torch.device | str | None = None,
     ) -> LRUAState:
         """The state at the start of a sequence: every slot filled with ``value``, weights and usage one-hot at slot 0."""
+        # In torch.jit's traces sizes are tensors, whose values are nobody's to look at.
+        traced = isinstance(batch, Tensor) and torch.jit.is_tracing()
         for name, size, least in (
-            ("batch", batch, 0),
+            ("batch", 0 if traced else batch, 0),
             ("num_slots", num_slots, 1),
             ("slot_size", slot_size, 1),
             ("num_heads", num_heads, 1),
