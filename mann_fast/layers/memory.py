@@ -297,6 +297,8 @@ class MemoryLayer(nn.Module):
             x = x.unsqueeze(1)
         elif self.batch_first:
             x = x.transpose(0, 1)
+        if torch.jit.is_tracing() and x.shape[0] == 0:
+            raise ValueError("x must have T >= 1 in torch.jit.trace: no step is what it would go on doing, got T = 0")
         if state is None:
             state = self.initial_state(x.shape[1]).to(x.dtype)
         else:
@@ -352,7 +354,7 @@ class MemoryLayer(nn.Module):
             controller=self.kind,
         )
         reads = state.reads.clone() if x.shape[0] == 0 else output[-1, :, self.hidden_size :].clone()
-        if self.projection is None and output.requires_grad:
+        if self.projection is None and (output.requires_grad or torch.jit.is_tracing()):
             output = output.clone()  # backward needs it as it is; callers may change theirs in place
         return output, MemoryState(controller, memory, reads.view_as(state.reads))
 
