@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from .._onnx import exporting
 from ._loading import EMULATION, missing
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
@@ -44,7 +45,8 @@ def backend(name: str) -> Iterator[None]:
     name: ``"auto"`` (the first that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
     ``"cuda"`` (CUDA C++ kernels, CUDA tensors), ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under
     TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call
-    raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference. Backward
+    raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference, which also
+    serves what ``torch.onnx.export`` exports. Backward
     always runs on the backend that forward used. The choice is one global of the process and holds for all threads. The
     environment variable MANN_FAST_BACKEND sets it at the first op.
 
@@ -90,7 +92,7 @@ def serving(device: torch.device) -> str:
     global _selected
     if _selected is None:
         _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
-    if _selected == "reference":
+    if _selected == "reference" or (_selected == "auto" and exporting()):
         return "reference"
     if _selected != "auto":
         reason = unable(_selected, device)
