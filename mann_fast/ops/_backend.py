@@ -16,7 +16,8 @@ NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 # The kernels of each, and of which device they take tensors; besides those, "meta" (shapes alone).
 DEVICES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
-_selected: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
+_selected: str | None = None  # by `with backend(...)`
+_default: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
 _said: set[str] = set()
 
 
@@ -36,6 +37,16 @@ def _check_name(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
     return name
+
+
+def _from_environment() -> str:
+    global _default
+    if _default is None:
+        _default = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
+    return _default
+
+
+_from_environment._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
 
 
 @contextmanager
@@ -89,16 +100,14 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 def serving(device: torch.device) -> str:
     """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
-    global _selected
-    if _selected is None:
-        _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
-    if _selected == "reference" or (_selected == "auto" and exporting()):
+    selected = _selected or _from_environment()
+    if selected == "reference" or (selected == "auto" and exporting()):
         return "reference"
-    if _selected != "auto":
-        reason = unable(_selected, device)
+    if selected != "auto":
+        reason = unable(selected, device)
         if reason is None:
-            return _selected
-        raise RuntimeError(f"backend {_selected!r} cannot serve this call: {reason}")
+            return selected
+        raise RuntimeError(f"backend {selected!r} cannot serve this call: {reason}")
     reasons = []
     for name in ("cuda", "triton") if device.type == "cuda" else ("cpp",):
         reason = unable(name, device)
