@@ -361,11 +361,11 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
         """The same one step after the other, with the weights of each where ``record``."""
         controller, memory, reads = state
-        size = sum(self.memory.head_sizes())
+        size, calling = sum(self.memory.head_sizes()), self._calling(x.dtype)
         outputs, recorded = [], []
         for now in x.unbind(0):
             z = torch.cat([now, reads.flatten(1)], dim=1)
-            with self._calling(x.dtype):
+            with calling:
                 hidden, controller = controllers.step(
                     self.kind, self.controller, z, controller, self.hidden_size
                 )
