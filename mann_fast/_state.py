@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,19 +34,19 @@ def check_initial(kind: str, value: object, dtype: torch.dtype, **sizes: tuple[o
         raise TypeError(f"dtype of an {kind} state must be torch.float32 or torch.float64, got {dtype}")
 
 
-def is_plain(state: object) -> bool:
+def is_plain(state: object) -> TypeGuard[Sequence[Any]]:
     """A tuple or list that is no NamedTuple: what many a program makes of nested tuples that it maps over."""
     return isinstance(state, (tuple, list)) and not hasattr(state, "_fields")
 
 
 def describe(state: object) -> str:
-    return f"a {type(state).__name__} of {len(state)}" if is_plain(state) else type(state).__name__  # type: ignore[arg-type]
+    return f"a {type(state).__name__} of {len(state)}" if is_plain(state) else type(state).__name__
 
 
-def map_tensors(function: Callable[..., Tensor], state: Tree, *others: Tree) -> Tree:
+def map_tensors(function: Callable[..., Any], state: Tree, *others: Tree) -> Tree:
     """``function`` of every tensor of nested tuples, and of those in the same place of others of the same form."""
     if not isinstance(state, (tuple, list)):
-        return function(state, *others)  # type: ignore[return-value]
+        return function(state, *others)
     parts = [map_tensors(function, *part) for part in zip(state, *others, strict=True)]
     return tuple(parts) if is_plain(state) else type(state)(*parts)  # type: ignore[return-value]
 
@@ -60,17 +60,20 @@ def tensors_of(state: object) -> Iterator[Any]:
         yield state
 
 
-def check_alike(name: str, state: object, like: Any, axes: int, batch: Sequence[int]) -> None:
+def check_alike(name: str, state: Any, like: Any, axes: int, batch: Sequence[int]) -> None:
     """That ``state`` has tensors as ``like`` has, but of the leading sizes ``batch``, where like has ``axes`` of them.
 
     Raises TypeError, ValueError, and RuntimeError for another device.
     """
     if not isinstance(like, Tensor):
-        alike = is_plain(state) and len(state) == len(like) if is_plain(like) else type(state) is type(like)  # type: ignore[arg-type]
+        if is_plain(like):
+            alike = is_plain(state) and len(state) == len(like)
+        else:
+            alike = type(state) is type(like)
         if not alike:
             raise TypeError(f"{name} must be {describe(like)}, got {describe(state)}")
         fields = getattr(like, "_fields", None)
-        for i, (part, like_part) in enumerate(zip(state, like, strict=True)):  # type: ignore[call-overload]
+        for i, (part, like_part) in enumerate(zip(state, like, strict=True)):
             of_part = f"{name}[{i}]" if fields is None else f"{name}.{fields[i]}"
             check_alike(of_part, part, like_part, axes, batch)
         return
@@ -100,9 +103,9 @@ class State:
         """[B], or [] of an unbatched state."""
         return getattr(self, self._sized_by).shape[:-2]
 
-    def map(self, function: Callable[..., Tensor], *others: Self) -> Self:
-        """A state of ``function(tensor)`` for every tensor; with other states ``function(tensor, other, ...)``, called with the
-        tensors in the same place of all."""
+    def map(self, function: Callable[..., Any], *others: Self) -> Self:
+        """A state with ``function(tensor)`` in place of every tensor; with other states of the same form
+        ``function(tensor, other, ...)`` of those in the same place."""
         return map_tensors(function, self, *others)
 
     def clone(self) -> Self:

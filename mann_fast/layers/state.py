@@ -103,8 +103,8 @@ def as_state(state: object, like: StateLike, controller: tuple[str, ...] | None)
 
     controller: the names of its tensors, None where they are its own to check. Raises as :meth:`MemoryLayer.forward`.
     """
-    if is_plain(state) and len(state) == len(MemoryState._fields):  # type: ignore[arg-type]
-        state = MemoryState(*state)  # type: ignore[misc]
+    if is_plain(state) and len(state) == len(MemoryState._fields):
+        state = MemoryState(*state)
     if not isinstance(state, MemoryState):
         plain = f"a plain tuple ({', '.join(MemoryState._fields)})"
         raise TypeError(f"state must be a MemoryState, {plain} or None, got {describe(state)}")
@@ -116,7 +116,7 @@ def as_state(state: object, like: StateLike, controller: tuple[str, ...] | None)
     well_formed = isinstance(kept, tuple) and (controller is None or len(kept) == len(controller))
     if not (well_formed and isinstance(memory, like.type)):
         kind = "a controller's state" if controller is None else f"({', '.join(controller)})"
-        came = f"{describe(kept)}, {describe(memory)} and reads"
+        came = f"{describe(state.controller)}, {describe(state.memory)} and reads"
         raise TypeError(
             f"state must be a MemoryState of {kind}, an {like.type.__name__} and reads, got one of {came}"
         )
