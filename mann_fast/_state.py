@@ -89,7 +89,7 @@ def check_alike(name: str, state: Any, like: Any, axes: int, batch: Sequence[int
 
 
 class State:
-    """The methods of a state, which is a NamedTuple of tensors [B, ...] and of tuples of them. All are differentiable.
+    """The methods of a state, which is a NamedTuple of tensors [B, ...] and of tuples of them; all but detach differentiable.
 
     (A second base: a class of typing.NamedTuple can have no other, only a subclass of one.)
     """
