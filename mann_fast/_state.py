@@ -120,7 +120,7 @@ class State:
         """Move or convert every tensor, as ``Tensor.to``."""
         return self.map(lambda x: x.to(*args, **kwargs))
 
-    def select(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor) -> Self:
+    def select(self, index: int | slice | list[int] | list[bool] | Tensor) -> Self:
         """The samples ``index`` of a batch: of every tensor ``tensor[index]``.
 
         Args:
