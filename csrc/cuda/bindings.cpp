@@ -38,8 +38,8 @@ class Cuda {
     return {stream_,
             [](void* self, size_t bytes) -> void* {
               Cuda& cuda = *static_cast<Cuda*>(self);
-              cuda.scratch_.push_back(torch::stable::new_empty(cuda.like_, {static_cast<int64_t>(bytes)},
-                                                               std::make_optional(ScalarType::Byte)));
+              cuda.scratch_.push_back(
+                  torch::stable::new_empty(cuda.like_, {static_cast<int64_t>(bytes)}, std::make_optional(ScalarType::Byte)));
               return cuda.scratch_.back().mutable_data_ptr();
             },
             this};

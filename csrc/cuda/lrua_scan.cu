@@ -46,8 +46,8 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
 };
 
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) forward_kernel(const __grid_constant__ LruaScan a,
-                                                                  const __grid_constant__ Plan plan, unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    forward_kernel(const __grid_constant__ LruaScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
   ForwardScan<T, C, HEADS, RESIDENT>(a, plan, Places(plan, scratch)).run();
 }
 

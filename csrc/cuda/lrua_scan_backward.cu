@@ -66,9 +66,9 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
 };
 
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) backward_kernel(const __grid_constant__ LruaScanBackward a,
-                                                                   const __grid_constant__ Plan plan, int every,
-                                                                   unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    backward_kernel(const __grid_constant__ LruaScanBackward a, const __grid_constant__ Plan plan, int every,
+                    unsigned char* scratch) {
   BackwardScan<T, C, HEADS, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
 }
 

@@ -42,13 +42,14 @@ const char* with_tile(const Plan& plan, F f) {
   const std::integral_constant<int, 8> eight;
   if constexpr (sizeof(T) == 8) return f(four, std::false_type());
   else if (!plan.resident) return f(eight, std::false_type());
-  else
+  else {
     switch (plan.piece_columns) {
       case 2: return f(std::integral_constant<int, 2>(), std::true_type());
       case 4: return f(four, std::true_type());
       case 5: return f(std::integral_constant<int, 5>(), std::true_type());
       default: return f(eight, std::true_type());
     }
+  }
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

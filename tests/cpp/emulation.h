@@ -79,7 +79,7 @@ struct Fiber {
   int thread = 0, block = 0;
   unsigned exchanges = 0;
   int met_block = 0, met_warp = 0;  // barriers so far
-  bool orders = false;  // the warp-wide stop is sync_warp, not a shuffle
+  bool orders = false;              // the warp-wide stop is sync_warp, not a shuffle
 };
 
 struct Machine {
@@ -354,9 +354,7 @@ MANN_FAST_SCHEDULER T exchange_with(T value, int lane) {
 
 inline MANN_FAST_SCHEDULER int thread() { return emulation::machine().current->thread; }
 inline MANN_FAST_SCHEDULER int threads() { return emulation::machine().threads; }
-inline MANN_FAST_SCHEDULER int64_t block() {
-  return emulation::machine().first_block + emulation::machine().current->block;
-}
+inline MANN_FAST_SCHEDULER int64_t block() { return emulation::machine().first_block + emulation::machine().current->block; }
 inline MANN_FAST_SCHEDULER unsigned char* shared_memory() {
   return emulation::machine().shared[emulation::machine().current->block];
 }
@@ -367,9 +365,7 @@ inline MANN_FAST_SCHEDULER void sync() {
 inline MANN_FAST_SCHEDULER void sync_cluster() {
   emulation::barrier(emulation::Stop::cluster, &emulation::machine().cluster_tag);
 }
-inline MANN_FAST_SCHEDULER void sync_warp() {
-  emulation::barrier(emulation::Stop::lanes, &emulation::own_warp().order_tag);
-}
+inline MANN_FAST_SCHEDULER void sync_warp() { emulation::barrier(emulation::Stop::lanes, &emulation::own_warp().order_tag); }
 
 template <class T>
 T shuffle_xor(T value, int mask) {
