@@ -297,8 +297,7 @@ auto kernel = [](auto c, auto resident) { return cell_backward_kernel<T, decltyp
 
 template <class T>
 const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
-  const int64_t every = a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every;
-  return launch_cell<CellBackwardSide<T>, T>(a, memory_of(a), every, queue, kernel<T>);
+  return launch_cell<CellBackwardSide<T>, T>(a, memory_of(a), every_of(a), queue, kernel<T>);
 }
 
 }  // namespace

@@ -209,9 +209,16 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 template <class T>
-const char* scan(const NtmScan& a, const Queue& queue) {
+const char* plan_of(const NtmScan& a, Plan& plan) {
   if (const char* why = ntm_too_large(a)) return why;
-  const Plan plan = plan_scan<Forward<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
+  plan = plan_scan<Forward<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan(const NtmScan& a, const Queue& queue) {
+  Plan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_tile<T>(plan, [&](auto c, auto resident) {
@@ -225,6 +232,12 @@ const char* scan(const NtmScan& a, const Queue& queue) {
 
 const char* ntm_scan(const NtmScan& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan<double>(a, queue) : scan<float>(a, queue);
+}
+const char* ntm_scan_layout(const NtmScan& a, Layout& layout) {
+  Plan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

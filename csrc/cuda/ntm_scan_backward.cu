@@ -476,15 +476,21 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 template <class T>
-const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
-  const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
+const char* plan_of(const NtmScanBackward& a, Plan& plan) {
   if (const char* why = ntm_too_large(a)) return why;
-  const Plan plan = plan_scan<Backward<T>, T>(ntm_sizes_of(a), a.B, every, gpu::limits());
+  plan = plan_scan<Backward<T>, T>(ntm_sizes_of(a), a.B, every_of(a), gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
+  Plan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_tile<T>(plan, [&](auto c, auto resident) {
     return gpu::launch(ntm_backward_kernel<T, decltype(c)::value, decltype(resident)::value>,
-                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every_of(a),
                        static_cast<unsigned char*>(scratch));
   });
 }
@@ -493,6 +499,12 @@ const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
 
 const char* ntm_scan_backward(const NtmScanBackward& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan_backward<double>(a, queue) : scan_backward<float>(a, queue);
+}
+const char* ntm_scan_backward_layout(const NtmScanBackward& a, Layout& layout) {
+  Plan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

@@ -286,6 +286,7 @@ MANN_FAST_SCHEDULER inline void run(const Launch& how, const std::function<void(
   m.scheduler.tsan = __tsan_get_current_fiber();
 #endif
   m.threads = how.threads;
+  m.shared_bytes = how.shared;
   m.cluster = how.cluster;
   m.kernel = &kernel;
   for (int b = 0; b < how.cluster; ++b) m.shared[b] = static_cast<unsigned char*>(std::malloc(how.shared + 1));
@@ -411,3 +412,9 @@ const char* usable(Kernel) {
 
 }  // namespace gpu
 }  // namespace mann_fast
+
+// For tests in Python: blocks of a cluster, warps of a block and bytes of its shared memory in this thread's last launch.
+extern "C" __attribute__((visibility("default"), used)) inline void mann_fast_last_launch(int64_t* how) {
+  const auto& m = mann_fast::gpu::emulation::machine();
+  how[0] = m.cluster, how[1] = m.threads / mann_fast::gpu::warp_size, how[2] = static_cast<int64_t>(m.shared_bytes);
+}
