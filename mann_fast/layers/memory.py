@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -245,21 +246,25 @@ class MemoryLayer(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: Literal[False] = False
+        self,
+        x: Tensor,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        return_weights: Literal[False] = False,
     ) -> tuple[Tensor, MemoryState]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: Literal[True]
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: Literal[True]
     ) -> tuple[Tensor, MemoryState, MemoryWeights]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: bool
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: bool
     ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]: ...
 
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: bool = False
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: bool = False
     ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]:
         """Run over a sequence.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -124,21 +125,25 @@ class MemoryStack(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: Literal[False] = False
+        self,
+        x: Tensor,
+        state: StackState | Sequence[Any] | None = None,
+        *,
+        return_weights: Literal[False] = False,
     ) -> tuple[Tensor, StackState]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: Literal[True]
+        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: Literal[True]
     ) -> tuple[Tensor, StackState, tuple[MemoryWeights, ...]]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: bool
+        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: bool
     ) -> tuple[Tensor, StackState] | tuple[Tensor, StackState, tuple[MemoryWeights, ...]]: ...
 
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: bool = False
+        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: bool = False
     ) -> tuple[Tensor, StackState] | tuple[Tensor, StackState, tuple[MemoryWeights, ...]]:
         """Run over a sequence.
 
