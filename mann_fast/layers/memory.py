@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
+from .._onnx import exporting
 from .._state import check_size
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
 from . import controllers
@@ -315,7 +317,9 @@ class MemoryLayer(nn.Module):
         elif self.batch_first:
             x = x.transpose(0, 1)
         if torch.jit.is_tracing() and x.shape[0] == 0:
-            raise ValueError("x must have T >= 1 in torch.jit.trace: no step is what it would go on doing, got T = 0")
+            raise ValueError(
+                "x must have T >= 1 in torch.jit.trace: no step is what it would go on doing, got T = 0"
+            )
         if state is None:
             state = self.initial_state(x.shape[1]).to(x.dtype)
         else:
@@ -379,36 +383,67 @@ class MemoryLayer(nn.Module):
         self, x: Tensor, state: MemoryState, record: bool
     ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
         """The same one step after the other, with the weights of each where ``record``."""
-        controller, memory, reads = state
-        size, calling = sum(self.memory.head_sizes()), self._calling(x.dtype)
+        start, calling = state, self._calling(x.dtype)
+        if torch.compiler.is_compiling() and self.memory.scans and self.kind != "module" and not record:
+            if x.shape[0] > 0 and not exporting() and not self._has_to_call():
+                return (*self._scan(x, state, calling), None)
         outputs, recorded = [], []
         for now in x.unbind(0):
-            z = torch.cat([now, reads.flatten(1)], dim=1)
-            with calling:
-                hidden, controller = controllers.step(
-                    self.kind, self.controller, z, controller, self.hidden_size
-                )
-                values = self.heads(hidden)
-            if not isinstance(values, Tensor) or values.shape != (x.shape[1], size):
-                came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"heads must return values of shape [B, V] = {[x.shape[1], size]}, got {came}"
-                )
-            reads, memory, weights = self._access(values, memory, record)
-            outputs.append(torch.cat([hidden, reads.flatten(1)], dim=1))
+            output, state, weights = self._step(now, state, record, calling)
+            outputs.append(output)
             recorded.append(weights)
         if outputs:
             output = torch.stack(outputs)
         else:
-            output = x.new_empty(0, x.shape[1], self.hidden_size + reads.shape[1:].numel())
-            controller, memory, reads = state.clone()
-        state = MemoryState(controller, memory, reads)
+            output = x.new_empty(0, x.shape[1], self.hidden_size + state.reads.shape[1:].numel())
+            state = start.clone()
         if not record:
             return output, state, None
         if not recorded:  # a step for its sizes
-            values = x.new_zeros(x.shape[1], size)
-            recorded.append(self._access(values, memory, record)[2])
+            values = x.new_zeros(x.shape[1], sum(self.memory.head_sizes()))
+            recorded.append(self._access(values, state.memory, record)[2])
         return output, state, stack_weights(recorded, x.shape[0])
+
+    def _scan(
+        self, x: Tensor, state: MemoryState, calling: contextlib.AbstractContextManager[Any]
+    ) -> tuple[Tensor, MemoryState]:
+        """The same for a compiler, which sees one step for any number of them."""
+
+        kind = type(state.memory)
+
+        def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
+            return part.clone(memory_format=torch.contiguous_format)
+
+        def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
+            return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
+
+        def named(carried: tuple[Any, ...]) -> MemoryState:
+            controller, memory, reads = carried
+            return MemoryState(tuple(controller), kind(*memory), reads)
+
+        def step(carried: tuple[Any, ...], now: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+            output, state, _ = self._step(now, named(carried), False, calling)
+            return plain(state), output
+
+        carried, output = scan(step, plain(state), x)
+        return output, named(carried)
+
+    def _step(
+        self, now: Tensor, state: MemoryState, record: bool, calling: contextlib.AbstractContextManager[Any]
+    ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
+        """One step of input [B, input_size]: hidden state and reads [B, H + R D], the next state, and the weights where
+        ``record``. ``calling``: :meth:`_calling`, once for all steps."""
+        controller, memory, reads = state
+        z = torch.cat([now, reads.flatten(1)], dim=1)
+        with calling:
+            hidden, controller = controllers.step(self.kind, self.controller, z, controller, self.hidden_size)
+            values = self.heads(hidden)
+        expected = [now.shape[0], sum(self.memory.head_sizes())]
+        if not isinstance(values, Tensor) or list(values.shape) != expected:
+            came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"heads must return values of shape [B, V] = {expected}, got {came}")
+        reads, memory, weights = self._access(values, memory, record)
+        return torch.cat([hidden, reads.flatten(1)], dim=1), MemoryState(controller, memory, reads), weights
 
     def _access(self, values: Tensor, state: Any, record: bool) -> tuple[Tensor, Any, MemoryWeights | None]:
         """A step of the memory, by the values of the heads."""
