@@ -316,7 +316,7 @@ class MemoryLayer(nn.Module):
             x = x.unsqueeze(1)
         elif self.batch_first:
             x = x.transpose(0, 1)
-        if torch.jit.is_tracing() and x.shape[0] == 0:
+        if torch.jit.is_tracing() and x.shape[0] == 0:  # type: ignore[attr-defined]
             raise ValueError(
                 "x must have T >= 1 in torch.jit.trace: no step is what it would go on doing, got T = 0"
             )
@@ -375,7 +375,8 @@ class MemoryLayer(nn.Module):
             controller=self.kind,
         )
         reads = state.reads.clone() if x.shape[0] == 0 else output[-1, :, self.hidden_size :].clone()
-        if self.projection is None and (output.requires_grad or torch.jit.is_tracing()):
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined] # it may run where gradients are asked for
+        if self.projection is None and (output.requires_grad or traced):
             output = output.clone()  # backward needs it as it is; callers may change theirs in place
         return output, MemoryState(controller, memory, reads.view_as(state.reads))
 
@@ -384,9 +385,8 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
         """The same one step after the other, with the weights of each where ``record``."""
         start, calling = state, self._calling(x.dtype)
-        if torch.compiler.is_compiling() and self.memory.scans and self.kind != "module" and not record:
-            if x.shape[0] > 0 and not exporting() and not self._has_to_call():
-                return (*self._scan(x, state, calling), None)
+        if self._scans(x) and not record:
+            return (*self._scan(x, state, calling), None)
         outputs, recorded = [], []
         for now in x.unbind(0):
             output, state, weights = self._step(now, state, record, calling)
@@ -403,6 +403,14 @@ class MemoryLayer(nn.Module):
             values = x.new_zeros(x.shape[1], sum(self.memory.head_sizes()))
             recorded.append(self._access(values, state.memory, record)[2])
         return output, state, stack_weights(recorded, x.shape[0])
+
+    def _scans(self, x: Tensor) -> bool:
+        """Whether a compiler that may run the steps for another T can take one of them for all. (torch.compile does not say
+        whether T is a symbol, torch.export does.)"""
+        if not (self.memory.scans and torch.compiler.is_compiling()) or self.kind == "module" or exporting():
+            return False
+        symbolic = torch.compiler.is_dynamo_compiling() or isinstance(x.shape[0], torch.SymInt)
+        return symbolic and x.shape[0] > 0 and not self._has_to_call()
 
     def _scan(
         self, x: Tensor, state: MemoryState, calling: contextlib.AbstractContextManager[Any]
