@@ -278,6 +278,8 @@ def _fakes(outputs: Sequence[Output], op: Op, values: dict[str, Any], sizes: Siz
     keeps = op.interval is not None and values["anchor_every"] != 0
     if keeps and "A" not in sizes:
         sizes["A"], *_, sizes["P"] = anchors_shape(sizes["T"], 0, 0, sizes["N"], values["anchor_every"])
+        # Where T is a symbol, their number is one of its own that is found at run time: of an expression of T torch would ask
+        # whether it is 0 or 1, and compile each answer apart.
         if isinstance(sizes["A"], torch.SymInt) and sizes["A"].node.maybe_as_int() is None:
             sizes["A"] = torch.library.get_ctx().new_dynamic_size()
     results = []
