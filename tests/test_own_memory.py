@@ -41,7 +41,7 @@ def make_layer(page, **options):
 def test_the_page_runs(tmp_path, monkeypatch):
     """Trains, resets, shows, saves and exports."""
     examples = blocks()
-    assert len(examples) == 6 and examples[0].count("\n") < 80
+    assert len(examples) == 7 and examples[0].count("\n") < 80
     monkeypatch.chdir(tmp_path)
     found = {}
     for example in examples:
