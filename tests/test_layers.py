@@ -552,6 +552,8 @@ def test_copies_give_the_same_output():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x)[0], output)
         assert repr(other) == repr(layer)
+        assert vars(other.memory) == vars(layer.memory)
+    assert b"StateLike" not in pickle.dumps(layer)
     assert_states_equal(copy.deepcopy(state.detach()), state)
     assert_states_equal(pickle.loads(pickle.dumps(state.detach())), state)
 
@@ -759,5 +761,5 @@ def test_refuses_what_is_no_state():
     ):
         layer(x[:, 0], state)
     packed = nn.utils.rnn.pack_padded_sequence(x, [3, 2])
-    with pytest.raises(TypeError, match="x must be a tensor, got PackedSequence"):
+    with pytest.raises(TypeError, match="x must be a tensor, got PackedSequence: run on the padded tensor"):
         layer(packed)

@@ -1,7 +1,6 @@
 """MemoryLayer: a controller with heads on a memory (Santoro et al. 2016, arXiv 1605.06065; Graves et al. 2014, 1410.5401)."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: Hugging Face's mixin for models reads those of __init__, to know what a file holds.
 import contextlib
 import warnings
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from .._state import check_size
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
@@ -131,7 +131,7 @@ class MemoryLayer(nn.Module):
         self._adjust_parameters()
 
     @classmethod
-    def preset(cls, name: str, input_size: int, **overrides: Any) -> MemoryLayer:
+    def preset(cls, name: str, input_size: int, **overrides: Any) -> "MemoryLayer":
         """A layer with the options of a published variant; see docs/variants.md.
 
         Args:
@@ -425,6 +425,11 @@ class MemoryLayer(nn.Module):
         return reads, state, weights
 
     def _check_input(self, x: object, device: torch.device) -> None:
+        if isinstance(x, PackedSequence):
+            raise TypeError(
+                "x must be a tensor, got PackedSequence: run on the padded tensor, which pad_packed_sequence gives, and pack "
+                "or mask the output; steps of padding change none before them"
+            )
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
