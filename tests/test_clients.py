@@ -30,7 +30,7 @@ def test_the_edits_of_the_page_are_those_of_these_programs():
     """Between blank lines: what an edit makes is in this file, what it found there is not."""
     here = "".join(Path(__file__).read_text(encoding="utf-8").split())
     edits = re.findall(r"```diff\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(edits) == 8
+    assert len(edits) == 9
     for edit in "\n".join(edits).split("\n\n"):
         lines = edit.splitlines()
         made = "".join("".join(line[1:] for line in lines if line[0] != "-").split())
@@ -522,3 +522,22 @@ def test_trainer(package, tmp_path, kind):
     assert measured["eval_loss"] < 0.3 and measured["eval_accuracy"] == 1
     trainer.save_model(str(tmp_path))
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_accelerate(package):
+    accelerate = package("accelerate")
+    model = Tagger(24)
+    expected = model(SEQUENCES)
+    try:
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+        state = prepared.rnn(SEQUENCES)[1]
+        assert (prepared(SEQUENCES) - expected).abs().max() < 0.1
+        sent = accelerate.utils.send_to_device({"state": state}, "cpu")["state"]
+        assert type(sent) is type(state) and prepared.rnn(SEQUENCES, sent)[0].shape == (4, 5, 24)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = Tagger(24)
+    expected = model(SEQUENCES)
+    with torch.no_grad():
+        offloaded = accelerate.cpu_offload(model, preload_module_classes=["MemoryLayer"])
+        assert offloaded.rnn.heads.weight.is_meta and torch.equal(offloaded(SEQUENCES), expected)

@@ -1,6 +1,7 @@
 """MemoryLayer against two slow implementations; and what users do with it: carry, save, convert, compile."""
 
 import copy
+import inspect
 import pickle
 import re
 import subprocess
@@ -556,6 +557,11 @@ def test_copies_give_the_same_output():
     assert b"StateLike" not in pickle.dumps(layer)
     assert_states_equal(copy.deepcopy(state.detach()), state)
     assert_states_equal(pickle.loads(pickle.dumps(state.detach())), state)
+
+
+def test_annotations_are_types():
+    """As Hugging Face's mixin for models reads them (tests/test_clients.py)."""
+    assert inspect.signature(MemoryLayer).parameters["dtype"].annotation == torch.dtype | None
 
 
 def test_state_dict_is_standard():
