@@ -289,7 +289,7 @@ class Captioner(nn.Module):
 
 
 def test_captioner():
-    images = torch.rand(4, 1, 8, 8)
+    images = torch.randn(4, 1, 8, 8)
     sentences = [[2, 3, 4, 2, 5, 1], [3, 3, 2, 1], [4, 2, 1], [5, 1]]  # 1 is the end
     lengths = [len(words) for words in sentences]
     captions = pad_sequence([torch.tensor(words) for words in sentences], batch_first=True)
@@ -313,13 +313,13 @@ def test_captioner():
         assert (a - b).abs().max() <= 1e-8 * b.abs().max()
 
     model.float()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for _ in range(100):
         loss = F.cross_entropy(model(images, captions, lengths), targets)
         model.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.3
+    assert loss < 0.1
     for words, expected in zip(model.sample(images, max(lengths)).tolist(), sentences, strict=True):
         assert words[: len(expected)] == expected
 
