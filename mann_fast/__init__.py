@@ -1,10 +1,10 @@
 """mann_fast: fused external-memory ops, layers and models for PyTorch."""
 
 from . import ops, reference
-from .layers import MemoryLayer, MemoryState
+from .layers import MemoryLayer, MemoryStack, MemoryState
 from .models import MANN
 from .ops import backend, backends
 
 __version__ = "0.1.0"
 
-__all__ = ["MANN", "MemoryLayer", "MemoryState", "backend", "backends", "ops", "reference"]
+__all__ = ["MANN", "MemoryLayer", "MemoryStack", "MemoryState", "backend", "backends", "ops", "reference"]

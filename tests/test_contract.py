@@ -188,6 +188,18 @@ def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
     assert all(x.is_contiguous() for x in results)
 
 
+@every_op
+def test_autocast_changes_nothing(op):
+    values = sample(op, dtype=torch.float32)
+    expected = torch.utils._pytree.tree_leaves(raw(op)(*values))
+    gradients = plain_gradient(op, values) if op.saved else ()
+    with torch.autocast(torch.empty(0).device.type, torch.bfloat16):
+        results = torch.utils._pytree.tree_leaves(raw(op)(*values))
+        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+        for x, y in zip(plain_gradient(op, values) if op.saved else (), gradients, strict=True):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+
+
 @pytest.mark.filterwarnings(
     "ignore:All-NaN slice:RuntimeWarning"
 )  # of NumPy, in which Triton's interpreter computes
@@ -543,6 +555,54 @@ def test_the_reference_supports_what_the_ops_refuse(name, call):
     several = torch.stack([x, x.flip(0), -x])
     expected = torch.stack([grad(loss)(y) for y in several])
     assert_close([vmap(grad(loss))(several)], [expected], 1e-9)
+
+
+def public_calls():
+    """Every public function in float32, with what test_the_reference_supports draws for those that are there."""
+    state = reference.LRUAState.initial(2, 5, 3, 2)
+    keys, gates = torch.randn(3, 2, 2, 3), torch.randn(3, 2, 2)
+    head = reference.NTMHead(
+        keys, gates.exp(), torch.sigmoid(gates), torch.softmax(torch.randn(3, 2, 2, 3), -1), 1 + gates**2
+    )
+    first = reference.NTMHead(*(x[0] for x in head))
+    start = reference.NTMState.initial(2, 5, 3, 2, 2)
+    erase, weights = (
+        torch.sigmoid(keys),
+        (torch.randn(8, 2), torch.randn(8), torch.randn(8, 6), torch.randn(10, 2), torch.randn(10)),
+    )
+    hidden = (torch.randn(2, 2), torch.randn(2, 2))
+    return {
+        "content_read": lambda: ops.content_read(state.memory, keys[0]),
+        "least_used": lambda: ops.least_used(state.usage, 2),
+        "lrua_write": lambda: ops.lrua_write(*state, keys[0], gates[0]),
+        "lrua_step": lambda: ops.lrua_step(state, keys[0], keys[1], gates[0]),
+        "lrua_scan": lambda: ops.lrua_scan(state, keys, keys, gates),
+        "ntm_address": lambda: ops.ntm_address(start.memory, first, start.read_weights),
+        "ntm_step": lambda: ops.ntm_step(start, first, first, erase[0], keys[0]),
+        "ntm_scan": lambda: ops.ntm_scan(start, head, head, erase, keys),
+        "cell": lambda: ops.cell(
+            torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
+            hidden,
+            state,
+            keys[0],
+            *weights,
+            write_vector="key",
+        ),
+    }
+
+
+@pytest.mark.once
+def test_autocast_changes_nothing_where_the_reference_serves():
+    calls = public_calls()
+    assert set(calls) == {name for op in OPS.values() for name in op.public}
+    for name, call in calls.items():
+        with ops.backend("reference"):
+            expected = torch.utils._pytree.tree_leaves(call())
+            with torch.autocast(torch.empty(0).device.type, torch.bfloat16):
+                results = torch.utils._pytree.tree_leaves(call())
+        assert all(
+            x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(results, expected, strict=True)
+        ), name
 
 
 def test_every_public_op_is_declared_and_has_its_reference():

@@ -5,6 +5,18 @@ from .lrua import LRUA
 from .memory import MemoryLayer
 from .ntm import NTM, Content
 from .registry import MEMORIES
+from .stack import MemoryStack, StackState
 from .state import MemoryState
 
-__all__ = ["LRUA", "MEMORIES", "NTM", "Content", "Memory", "MemoryLayer", "MemoryState", "MemoryWeights"]
+__all__ = [
+    "LRUA",
+    "MEMORIES",
+    "NTM",
+    "Content",
+    "Memory",
+    "MemoryLayer",
+    "MemoryStack",
+    "MemoryState",
+    "MemoryWeights",
+    "StackState",
+]

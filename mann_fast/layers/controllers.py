@@ -1,13 +1,17 @@
-"""The built-in controllers of a MemoryLayer, as modules of torch.nn and as functions of their parameters."""
+"""The built-in controllers of a MemoryLayer, as modules that are called and as functions of their parameters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..reference.cell import CONTROLLERS, gru, lstm
 
+# Of parameters; beside them there are those of torch's tracers, and subclasses that compute for themselves, such as DTensor.
+PLAIN = (nn.Parameter, Tensor, type(None))
 MODULES = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "feedforward": nn.Linear}
 
 
@@ -16,43 +20,76 @@ def state_names(kind: str) -> tuple[str, ...]:
     return CONTROLLERS[kind][1] if kind in CONTROLLERS else ()
 
 
-def weights(controller: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Weight and bias of a built-in controller's input, and of its hidden state where it has one; in ``dtype``."""
-    if isinstance(controller, nn.Linear):
-        return controller.weight.to(dtype), controller.bias.to(dtype), None, None
-    assert isinstance(controller, nn.RNNCellBase)
-    assert controller.bias_ih is not None and controller.bias_hh is not None
-    parts = (controller.weight_ih, controller.bias_ih, controller.weight_hh, controller.bias_hh)
-    weight, bias, hidden_weight, hidden_bias = (part.to(dtype) for part in parts)
-    return weight, bias, hidden_weight, hidden_bias
+def obstacle(name: str, module: nn.Module, expected: type[nn.Module]) -> str | None:
+    """None where the parameters of a module, by name, say all that it computes; else why it has to be called itself.
+
+    A parametrized module of torch.nn computes with what its parameters' names give, and needs no call.
+    """
+    kind = parametrize.type_before_parametrizations(module)
+    if kind is not expected:
+        return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.{expected.__name__}"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own"
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks) or nn.modules.module._has_any_global_hook():
+        return f"{name} has hooks"
+    for of, parameter in module._parameters.items():
+        if type(parameter) not in PLAIN and is_traceable_wrapper_subclass(
+            parameter
+        ):  # such as a quantized or a distributed one
+            return f"{name}.{of} is a {type(parameter).__name__}"
+    return None
+
+
+def weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Weight and bias of the input of an ``nn.Linear`` or a cell, and of its hidden state where it has one; in ``dtype``. A
+    bias that it does not have is 0."""
+    if isinstance(module, nn.Linear):
+        return *_convert(module.weight, module.bias, dtype), None, None
+    assert isinstance(module, nn.RNNCellBase)
+    of_input = _convert(module.weight_ih, module.bias_ih, dtype)
+    return *of_input, *_convert(module.weight_hh, module.bias_hh, dtype)
+
+
+def _convert(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = weight.to(dtype)
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
 
 
 def step(
     kind: str, controller: nn.Module, z: Tensor, state: tuple[Tensor, ...], hidden_size: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Hidden state and state after a step, from input and reads z [B, input_size + R D], in z's dtype.
+    """Hidden state and state after a step, from input and reads z [B, input_size + R D].
 
-    Raises ValueError and TypeError where a module of the user's own returns something else.
+    Raises ValueError and TypeError where a module that is not torch's own returns something else.
     """
-    if kind == "module":
+    if kind == "feedforward":
+        hidden, state = torch.tanh(controller(z)), ()
+    elif kind == "module":
         hidden, state = controller(z, state)
-        if not isinstance(hidden, Tensor) or hidden.shape != (z.shape[0], hidden_size):
-            shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            expected = [z.shape[0], hidden_size]
-            raise ValueError(
-                f"controller must return hidden of shape [B, hidden_size] = {expected}, got {shape}"
-            )
-        if not isinstance(state, tuple):
-            raise TypeError(f"controller must return its state as a tuple, got {type(state).__name__}")
-        return hidden, state
-    weight, bias, hidden_weight, hidden_bias = weights(controller, z.dtype)
-    if hidden_weight is None or hidden_bias is None:
-        return torch.tanh(F.linear(z, weight, bias)), ()
-    if torch._C._are_functorch_transforms_active():  # torch's own cells have no batching rule
+    elif (
+        torch._C._are_functorch_transforms_active()
+        and obstacle("controller", controller, MODULES[kind]) is None
+    ):
+        # torch's own cells have no batching rule.
+        weight, bias, hidden_weight, hidden_bias = weights(controller, z.dtype)
+        assert hidden_weight is not None
         gates, recurrent = F.linear(z, weight, bias), F.linear(state[0], hidden_weight, hidden_bias)
-        state = (lstm if kind == "lstm" else gru)(gates, recurrent, *state)
+        hidden, *_ = state = (lstm if kind == "lstm" else gru)(gates, recurrent, *state)
     elif kind == "gru":
-        state = (torch.gru_cell(z, state[0], weight, hidden_weight, bias, hidden_bias),)
+        hidden = controller(z, *state)
+        state = (hidden,)
     else:
-        state = torch.lstm_cell(z, state, weight, hidden_weight, bias, hidden_bias)
-    return state[0], state
+        hidden, *_ = state = controller(z, state)
+    if not isinstance(hidden, Tensor) or hidden.shape != (z.shape[0], hidden_size):
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        expected = [z.shape[0], hidden_size]
+        raise ValueError(f"controller must return hidden of shape [B, hidden_size] = {expected}, got {shape}")
+    if not isinstance(state, tuple):
+        raise TypeError(f"controller must return its state as a tuple, got {type(state).__name__}")
+    return hidden, state

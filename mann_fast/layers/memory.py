@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -16,6 +18,12 @@ from .registry import PRESETS, make_memory, name_of, options_of
 from .state import MemoryState, check_state, memory_dtype
 
 MEMORY_STARTS = ("constant", "learned")
+
+# Of nn.LSTM, with what to do instead.
+ELSEWHERE = {
+    **dict.fromkeys(("num_layers", "dropout", "bidirectional"), "mann_fast.MemoryStack has it"),
+    "proj_size": "output_size is the width of the output; the state is not projected",
+}
 
 
 class MemoryLayer(nn.Module):
@@ -39,6 +47,7 @@ class MemoryLayer(nn.Module):
             starts there.
         output_size: None for hidden_size + num_heads * slot_size (hidden state, then the reads head by head),
             or the width of a linear projection of these.
+        bias: whether controller, heads and projection have biases.
         batch_first: input and output are [B, T, ...] instead of [T, B, ...]. The state is not affected.
         device, dtype: of the parameters. Beside half-precision parameters the memory is float32.
         options: of the memory, with their defaults in its class. Of every memory: num_slots, slot_size, num_heads (N, D and R;
@@ -72,6 +81,7 @@ class MemoryLayer(nn.Module):
         addressing: str | Memory = "lrua",
         memory_start: str = "constant",
         output_size: int | None = None,
+        bias: bool = True,
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -83,19 +93,23 @@ class MemoryLayer(nn.Module):
             check_sizes(output_size=output_size)
         if not isinstance(controller, nn.Module):
             check_choice("controller", controller, tuple(controllers.MODULES))
+        for name, instead in ELSEWHERE.items():
+            if name in options:
+                raise TypeError(f"{name} is no option of MemoryLayer: {instead}")
         memory = make_memory(addressing, options)
         check_choice("memory_start", memory_start, MEMORY_STARTS)
-        if not isinstance(batch_first, bool):
-            raise TypeError(f"batch_first must be a bool, got {type(batch_first).__name__}")
+        for name, value in (("bias", bias), ("batch_first", batch_first)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
         if dtype is not None and dtype not in STATE_DTYPES + HALF_DTYPES:
             raise TypeError(f"dtype must be a floating-point dtype of 16, 32 or 64 bits, got {dtype}")
 
         self.input_size, self.hidden_size = input_size, hidden_size
         self.kind = "module" if isinstance(controller, nn.Module) else controller
-        self.memory_start, self.batch_first = memory_start, batch_first
+        self.memory_start, self.bias, self.batch_first = memory_start, bias, batch_first
         reads_size = memory.num_heads * memory.slot_size
         self.output_size = hidden_size + reads_size if output_size is None else output_size
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         if not isinstance(controller, nn.Module):
             controller = controllers.MODULES[controller](input_size + reads_size, hidden_size, **factory)
         self.controller = controller
@@ -131,6 +145,10 @@ class MemoryLayer(nn.Module):
         options, forget_bias = PRESETS[name]
         layer = cls(input_size, **{**options, **overrides})
         if forget_bias and isinstance(layer.controller, nn.LSTMCell):
+            if layer.controller.bias_ih is None:
+                raise ValueError(
+                    f"bias must be True for the preset {name!r}, which adds to the forget gate's, got False"
+                )
             size = layer.hidden_size
             with torch.no_grad():
                 layer.controller.bias_ih[size : 2 * size] += forget_bias
@@ -164,10 +182,15 @@ class MemoryLayer(nn.Module):
                 self.start.copy_(self._constant_state(1, self.start.dtype, self.start.device).memory[0][0])
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as for a new layer; a controller of your own by its own ``reset_parameters``."""
-        for module in self.children():
+        """Draw all parameters anew, as for a new layer; a module of your own by its own ``reset_parameters``."""
+        for name, module in self.named_children():
+            if not hasattr(module, "reset_parameters"):
+                raise TypeError(f"{name}, a {type(module).__name__}, has no reset_parameters")
             module.reset_parameters()  # type: ignore[operator]
         self._adjust_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: for programs that call ``nn.LSTM.flatten_parameters``."""
 
     def extra_repr(self) -> str:
         sizes = [field.name for field in fields(Memory)]
@@ -178,6 +201,7 @@ class MemoryLayer(nn.Module):
             "addressing": (self.addressing, "lrua"),
             **{name: (getattr(self.memory, name), default) for name, default in defaults.items()},
             "memory_start": (self.memory_start, "constant"),
+            "bias": (self.bias, True),
             "batch_first": (self.batch_first, False),
         }
         shown += [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
@@ -185,12 +209,23 @@ class MemoryLayer(nn.Module):
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state at the start of a sequence, which ``forward`` takes where none is given."""
-        state = self._constant_state(batch, self.heads.weight.dtype, self.heads.weight.device)
+        state = self._constant_state(batch, *self._dtype_and_device())
         if self.start is None:
             return state
         first, *rest = state.memory
         start = self.start.to(first.dtype).repeat(batch, *(1,) * self.start.dim())
         return state._replace(memory=type(state.memory)(start, *rest))
+
+    def _dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
+        """Of the parameters, without computing one that is parametrized; float32 on the CPU where none is floating-point, as of
+        quantized modules."""
+        for module in (self.heads, self.controller):
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.is_floating_point():
+                return weight.dtype, weight.device
+        parts = (part for part in self.parameters() if part.is_floating_point())
+        part = next(parts, None)
+        return (torch.float32, torch.device("cpu")) if part is None else (part.dtype, part.device)
 
     def _constant_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MemoryState:
         """The start of a sequence where it is not learned."""
@@ -236,8 +271,9 @@ class MemoryLayer(nn.Module):
         Raises:
             TypeError, ValueError: wrong type, shape or dtype of x or state; RuntimeError: wrong device.
         """
-        self._check_input(x)
-        dtype, device = self.heads.weight.dtype, x.device.type
+        dtype, on = self._dtype_and_device()
+        self._check_input(x, on)
+        device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and x.is_floating_point() and torch.float64 not in (dtype, x.dtype):
             dtype = torch.get_autocast_dtype(device)
@@ -268,21 +304,41 @@ class MemoryLayer(nn.Module):
             if not batched:
                 state = state._map(lambda part: part.unsqueeze(0))
         weights: MemoryWeights | None = None
-        if self.memory.fused and self.kind != "module" and not return_weights:
+        if self.memory.fused and self.kind != "module" and not return_weights and not self._has_to_call():
             output, state = self._run(x, state)
         else:
             output, state, weights = self._run_by_steps(x, state, return_weights)
         if self.projection is not None:
-            output = F.linear(output, self.projection.weight.to(x.dtype), self.projection.bias.to(x.dtype))
+            with self._calling(x.dtype):
+                output = self.projection(output)
         if not batched:
             output, state = output.squeeze(1), state._map(lambda part: part.squeeze(0))
         elif self.batch_first:
             output = output.transpose(0, 1)
         return (output, state) if weights is None else (output, state, weights)
 
+    def _has_to_call(self) -> bool:
+        """Whether controller or heads do what their parameters do not say; warns of what that costs."""
+        why = controllers.obstacle("heads", self.heads, nn.Linear)
+        why = why or controllers.obstacle("controller", self.controller, controllers.MODULES[self.kind])
+        if why and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"MemoryLayer goes one step after the other, which is slower, for {why}", stacklevel=5
+            )
+        return why is not None
+
+    def _calling(self, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+        """In which submodules compute in this dtype. It keeps no converted weights: the gradients of every step are summed in
+        the parameters' own dtype."""
+        own, device = self._dtype_and_device()
+        if dtype == own:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype, cache_enabled=False)
+
     def _run(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """All steps, in x's dtype: hidden states and reads [T, B, H + R D], and the last state."""
         weight, bias, hidden_weight, hidden_bias = controllers.weights(self.controller, x.dtype)
+        head_weight, head_bias, *_ = controllers.weights(self.heads, x.dtype)
         sizes = [self.input_size, weight.shape[1] - self.input_size]
         input_weight, reads_weight = weight.split_with_sizes(sizes, 1)
         output, controller, memory = self.memory.cell(
@@ -291,11 +347,13 @@ class MemoryLayer(nn.Module):
             hidden_weight,
             hidden_bias,
             reads_weight,
-            self.heads.weight.to(x.dtype),
-            self.heads.bias.to(x.dtype),
+            head_weight,
+            head_bias,
             controller=self.kind,
         )
         reads = state.reads.clone() if x.shape[0] == 0 else output[-1, :, self.hidden_size :].clone()
+        if self.projection is None and output.requires_grad:
+            output = output.clone()  # backward needs it as it is; callers may change theirs in place
         return output, MemoryState(controller, memory, reads.view_as(state.reads))
 
     def _run_by_steps(
@@ -303,12 +361,20 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
         """The same one step after the other, with the weights of each where ``record``."""
         controller, memory, reads = state
+        size, calling = sum(self.memory.head_sizes()), self._calling(x.dtype)
         outputs, recorded = [], []
         for now in x.unbind(0):
             z = torch.cat([now, reads.flatten(1)], dim=1)
-            hidden, controller = controllers.step(self.kind, self.controller, z, controller, self.hidden_size)
-            # Converted at every step, so that under autocast their gradients are summed in float32.
-            values = F.linear(hidden, self.heads.weight.to(x.dtype), self.heads.bias.to(x.dtype))
+            with calling:
+                hidden, controller = controllers.step(
+                    self.kind, self.controller, z, controller, self.hidden_size
+                )
+                values = self.heads(hidden)
+            if not isinstance(values, Tensor) or values.shape != (x.shape[1], size):
+                came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(
+                    f"heads must return values of shape [B, V] = {[x.shape[1], size]}, got {came}"
+                )
             reads, memory, weights = self._access(values, memory, record)
             outputs.append(torch.cat([hidden, reads.flatten(1)], dim=1))
             recorded.append(weights)
@@ -321,7 +387,7 @@ class MemoryLayer(nn.Module):
         if not record:
             return output, state, None
         if not recorded:  # a step for its sizes
-            values = x.new_zeros(x.shape[1], self.heads.out_features)
+            values = x.new_zeros(x.shape[1], size)
             recorded.append(self._access(values, memory, record)[2])
         return output, state, stack_weights(recorded, x.shape[0])
 
@@ -341,14 +407,13 @@ class MemoryLayer(nn.Module):
             raise TypeError(f"{self.addressing}.step must give MemoryWeights where they are asked for")
         return reads, state, weights
 
-    def _check_input(self, x: object) -> None:
+    def _check_input(self, x: object, device: torch.device) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             expected = f"{layout} or [T, input_size] with input_size = {self.input_size}"
             raise ValueError(f"x must have shape {expected}, got {list(x.shape)}")
-        device = self.heads.weight.device
         if x.device != device:
             raise RuntimeError(f"x must be on the device of the parameters, {device}, got {x.device}")
 

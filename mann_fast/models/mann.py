@@ -23,7 +23,7 @@ class MANN(nn.Module):
     Args:
         input_size: width of the input: the image and the label of the step before.
         num_classes: how many logits per step.
-        hidden_size, controller, addressing, memory_start, batch_first, device, dtype, options: as of
+        hidden_size, controller, addressing, memory_start, bias, batch_first, device, dtype, options: as of
             :class:`mann_fast.MemoryLayer`; the controller by its name.
 
     Attributes:
@@ -46,6 +46,7 @@ class MANN(nn.Module):
         controller: str = "lstm",
         addressing: str | Memory = "lrua",
         memory_start: str = "constant",
+        bias: bool = True,
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -59,6 +60,7 @@ class MANN(nn.Module):
             "hidden_size": hidden_size,
             "controller": controller,
             "memory_start": memory_start,
+            "bias": bias,
             "batch_first": batch_first,
         }
         self.config = {
@@ -68,9 +70,20 @@ class MANN(nn.Module):
             **{name: getattr(memory, name) for name in options_of(memory)},
         }
         self.layer = MemoryLayer(**arguments, addressing=memory, device=device, dtype=dtype)
-        with torch.no_grad():
-            next(self.layer.controller.parameters())[:, :input_size] *= INPUT_GAIN  # its weight_ih
         self.classifier = nn.Linear(self.layer.output_size, num_classes, device=device, dtype=dtype)
+        self._adjust_parameters()
+
+    def _adjust_parameters(self) -> None:
+        controller = self.layer.controller
+        of_input = controller.weight_ih if isinstance(controller, nn.RNNCellBase) else controller.weight
+        with torch.no_grad():
+            of_input[:, : self.layer.input_size] *= INPUT_GAIN  # type: ignore[index, operator]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as for a new model."""
+        self.layer.reset_parameters()
+        self.classifier.reset_parameters()
+        self._adjust_parameters()
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """Logits for every step of a sequence.

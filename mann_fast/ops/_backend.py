@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -76,6 +76,13 @@ def _say_once(message: str) -> None:
     if message not in _said and not torch.compiler.is_compiling():
         _said.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Where PyTorch's operations stand in for kernels, which compute in the dtypes that they are given."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def serving(device: torch.device) -> str:

@@ -59,9 +59,7 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         hidden_bias = grad_hidden_gates.sum((0, 1))
     if needed["head_bias"]:
         head_bias = grad_heads.sum((0, 1))
-    kind = output.device.type
-    autocast = torch.amp.is_autocast_available(kind)  # backward may be called inside the caller's
-    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+    with _backend.without_autocast(output.device.type):  # backward may be called inside the caller's
         met = output.to(products)
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
@@ -274,21 +272,22 @@ def cell(
         )
     )
     if not fused or gates.shape[0] == 0:
-        return reference.cell(
-            gates,
-            state,
-            memory,
-            reads,
-            *weights,
-            controller=controller,
-            write_vector=write_vector,
-            sharpness=sharpness,
-            order=order,
-            write_target=write_target,
-            usage_decay=usage_decay,
-            eps=eps,
-            step=reference.lrua_step if backend == "reference" else lrua_step,
-        )
+        with _backend.without_autocast(gates.device.type):
+            return reference.cell(
+                gates,
+                state,
+                memory,
+                reads,
+                *weights,
+                controller=controller,
+                write_vector=write_vector,
+                sharpness=sharpness,
+                order=order,
+                write_target=write_target,
+                usage_decay=usage_decay,
+                eps=eps,
+                step=reference.lrua_step if backend == "reference" else lrua_step,
+            )
     dtype = gates.dtype
     tensors = [gates, *(*state, None, None)[:2], *memory, reads, *weights]
     if dtype in _checks.HALF_DTYPES:

@@ -55,5 +55,6 @@ def content_read(
     _checks.check_eps(eps)
     backend = _backend.serving(memory.device)
     if backend == "reference":
-        return reference.content_read(memory, key, sharpness, eps=eps)
+        with _backend.without_autocast(memory.device.type):
+            return reference.content_read(memory, key, sharpness, eps=eps)
     return call(CONTENT_READ, backend, *tensors, float(eps))

@@ -174,7 +174,8 @@ def lrua_write(
     _checks.check_choice("write_target", write_target, WRITE_TARGETS)
     backend = _backend.serving(memory.device)
     if backend == "reference":
-        return reference.lrua_write(*tensors, write_target=write_target)
+        with _backend.without_autocast(memory.device.type):
+            return reference.lrua_write(*tensors, write_target=write_target)
     return call(LRUA_WRITE, backend, *tensors, write_target == "shared")[:2]
 
 
@@ -194,7 +195,8 @@ def _lrua(
     raw = raw_options(**options)
     backend = _backend.serving(state[0].device)
     if backend == "reference":
-        return function(state, *inputs, **options)
+        with _backend.without_autocast(state[0].device.type):
+            return function(state, *inputs, **options)
     outputs = call(LRUA_SCAN, backend, *tensors, *raw, 0)
     return outputs[0], LRUAState(*outputs[1:4])
 

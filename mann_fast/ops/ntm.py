@@ -106,7 +106,8 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     _checks.check_eps(eps)
     backend = _backend.serving(memory.device)
     if backend == "reference":
-        return reference.ntm_address(memory, head, previous, eps=eps)
+        with _backend.without_autocast(memory.device.type):
+            return reference.ntm_address(memory, head, previous, eps=eps)
     nothing = head[0].new_empty(1, sizes["B"], 0, sizes["D"])
     inputs = (*(x.unsqueeze(0) for x in head), nothing, nothing)
     return call(NTM_SCAN, backend, memory, previous, *inputs, True, float(eps), 0)[2]
@@ -140,7 +141,8 @@ def _ntm(
     backend = _backend.serving(memory.device)
     if backend == "reference":
         function = reference.ntm_scan if steps else reference.ntm_step
-        return function(state, read_head, write_head, erase, add, order=order, eps=eps)
+        with _backend.without_autocast(memory.device.type):
+            return function(state, read_head, write_head, erase, add, order=order, eps=eps)
     inputs = [torch.cat(pair, dim=2 if steps else 1) for pair in zip(read_head, write_head, strict=True)]
     inputs += [erase, add]
     if not steps:
