@@ -8,8 +8,15 @@ import traceback
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
+from mann_fast import MANN, MemoryLayer
 from mann_fast.cli import main
 from mann_fast.data import Dataset, generate_glyphs
 from mann_fast.training import TrainConfig, load_checkpoint, resume_run, start_run, train
@@ -159,3 +166,109 @@ def test_train_under_torchrun(tmp_path):
     assert done.stderr.count("parameters") == 1
     assert main(["train", "--out", str(tmp_path / "alone"), *options]) == 0
     assert_close_checkpoints(tmp_path / "alone", tmp_path / "together")
+
+
+# Wrappers
+
+
+def new_layer(**options):
+    torch.manual_seed(0)
+    sizes = {"num_slots": 6, "slot_size": 4, "num_heads": 2, "output_size": 3}
+    return MemoryLayer(5, 7, **sizes, memory_start="learned", dtype=torch.float64, **options)
+
+
+def trained(layer, x):
+    """Outputs and parameters over three calls that carry the state, with a step of SGD after each."""
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    state, outputs = None, []
+    for part in x.chunk(3):
+        output, state = layer(part, state)
+        state = state.detach()
+        optimizer.zero_grad()
+        output.square().mean().backward()
+        optimizer.step()
+        outputs.append(output.detach())
+    whole = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in layer.parameters()]
+    return torch.cat(outputs), whole
+
+
+def data_parallel(layer):
+    return DistributedDataParallel(layer, find_unused_parameters=True)
+
+
+def sharded_whole(layer):
+    return fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+
+
+def sharded_by_module(layer):
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (layer.heads, layer.controller, layer.projection):
+        fully_shard(module, mesh=mesh)
+    return fully_shard(layer, mesh=mesh)
+
+
+def train_wrapped(wrap, x):
+    """With this process's half of the samples."""
+    return trained(wrap(new_layer()), x.chunk(2, dim=1)[distributed.get_rank()])
+
+
+@pytest.mark.parametrize("wrap", [data_parallel, sharded_whole, sharded_by_module])
+def test_wrapped_layer_trains_as_one_process_does(in_processes, wrap):
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    outputs, parameters = trained(new_layer(), x)
+    first, second = in_processes(2, train_wrapped, wrap, x)
+    torch.testing.assert_close(torch.cat([first[0], second[0]], dim=1), outputs)
+    for found in (first[1], second[1]):
+        torch.testing.assert_close(found, parameters)
+
+
+def train_tensor_parallel(x):
+    mesh = init_device_mesh("cpu", (2,))
+    whole = ColwiseParallel(output_layouts=Replicate())
+    return trained(parallelize_module(new_layer(), mesh, {"heads": whole, "projection": whole}), x)
+
+
+def test_tensor_parallel_linears(in_processes):
+    x = torch.randn(6, 2, 5, dtype=torch.float64)
+    expected = trained(new_layer(), x)
+    for found in in_processes(2, train_tensor_parallel, x):
+        torch.testing.assert_close(found, expected)
+
+
+def shard_without_hooks():
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(2, 1, 5, dtype=torch.float64)
+    for of, name in (("heads", "weight"), ("controller", "bias_hh"), ("", "start")):
+        layer = new_layer()
+        module = layer.get_submodule(of)
+        shard = distribute_tensor(getattr(module, name).detach(), mesh, [Shard(0)])
+        setattr(module, name, nn.Parameter(shard))
+        with pytest.raises(TypeError, match=rf"^{of}\.?{name} must be a whole tensor .* got a DTensor"):
+            layer(x)
+
+
+def test_a_shard_that_nothing_makes_whole_is_named(in_processes):
+    in_processes(2, shard_without_hooks)
+
+
+def save_sharded(folder):
+    model = fully_shard(
+        MANN(5, 3, 7, num_slots=6, num_heads=2, slot_size=4), mesh=init_device_mesh("cpu", (2,))
+    )
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder)
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+
+
+def load_in_one_or_more(folder):
+    model = MANN(5, 3, 7, num_slots=6, num_heads=2, slot_size=4)
+    content = {"model": model.state_dict()}
+    checkpoint.load(content, checkpoint_id=folder)
+    model.load_state_dict(content["model"])
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_distributed_checkpoint_loads_in_any_number_of_processes(in_processes, count, tmp_path):
+    saved, _ = in_processes(2, save_sharded, str(tmp_path))
+    for loaded in in_processes(count, load_in_one_or_more, str(tmp_path)):
+        torch.testing.assert_close(dict(loaded), saved, rtol=0, atol=0)
