@@ -18,12 +18,12 @@ from ..training import (
     SequenceConfig,
     TrainConfig,
     load_checkpoint,
+    processes,
     resume_run,
     start_run,
     summarise,
     summarise_task,
 )
-from ..training import processes
 from ..training import train as train_loop
 from ..training.config import LABELS, MODELS, RunConfig
 from ..training.loop import CHECKPOINT, describe, require_no_run

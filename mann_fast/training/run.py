@@ -34,8 +34,8 @@ class Run:
         self.seconds = 0.0
 
     def descend(self, loss: Tensor, quality: Tensor) -> tuple[float, Tensor]:
-        """One step of AdamW by the loss of this process's part of the batch, a mean. Returns loss and ``quality``, a mean too, of
-        the whole batch; TrainingDiverged where the loss or its gradient is not finite.
+        """One step of AdamW by the loss of this process's part of the batch, a mean. Returns loss and ``quality``, a mean
+        too, of the whole batch; TrainingDiverged where the loss or its gradient is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.step)
