@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mann_fast import MANN, MemoryLayer
+from mann_fast import MANN, MemoryLayer, ops, sharded
 from mann_fast.cli import main
 from mann_fast.data import Dataset, generate_glyphs
 from mann_fast.training import TrainConfig, load_checkpoint, resume_run, start_run, train
@@ -272,3 +272,183 @@ def test_a_distributed_checkpoint_loads_in_any_number_of_processes(in_processes,
     saved, _ = in_processes(2, save_sharded, str(tmp_path))
     for loaded in in_processes(count, load_in_one_or_more, str(tmp_path)):
         torch.testing.assert_close(dict(loaded), saved, rtol=0, atol=0)
+
+
+# Slots sharded over ranks
+
+B, D, R, T = 2, 5, 2, 6
+
+
+def own(x, dim=1):
+    """This rank's slots; the first ranks have one more where they cannot be shared out evenly."""
+    return x.tensor_split(distributed.get_world_size(), dim)[distributed.get_rank()]
+
+
+def whole(x, dim=1):
+    return x
+
+
+def leaf(x):
+    return x.detach().clone().requires_grad_()
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def content_results(read, part, memory, inputs, grads):
+    """Read, and by slots: weights and the memory's gradient; then the other gradients."""
+    memory, inputs = leaf(part(memory)), [x if x is None else leaf(x) for x in inputs]
+    found, weights = read(memory, *inputs)
+    torch.autograd.backward([found, weights], [grads[0], part(grads[1], 2)])
+    return found, [x.grad for x in inputs if x is not None], weights, memory.grad
+
+
+def check_content(num_slots, sharpened):
+    torch.manual_seed(0)
+    inputs = [double(B, R, D), 5 * double(B, R) if sharpened else None]
+    arguments = 10 * double(B, num_slots, D), inputs, (double(B, R, D), double(B, R, num_slots))
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    *same, weights, grad = content_results(ops.content_read, whole, *arguments)
+    found = content_results(lambda *x: sharded.content_read(*x, mesh=mesh), own, *arguments)
+    torch.testing.assert_close(found, (*same, own(weights, 2), own(grad)))
+
+
+@pytest.mark.parametrize("sharpened", [False, True])
+@pytest.mark.parametrize(("count", "num_slots"), [(2, 7), (3, 7), (3, 3)])
+def test_sharded_content_read(in_processes, count, num_slots, sharpened):
+    in_processes(count, check_content, num_slots, sharpened)
+
+
+def check_least_used():
+    group = distributed.group.WORLD
+    usage = torch.tensor([[1.0, 0, -0.0, 0, 2, 0, 0], [3, 2, 1, 1, 1, 2, 3]])
+    usage = torch.cat([usage, torch.rand(1, 7), torch.full((1, 7), torch.nan)])
+    usage[1, 0] = torch.nan
+    usage[3, 5] = torch.inf
+    for dtype in (torch.float32, torch.float64):
+        for n in (0, 1, 2):
+            expected = ops.least_used(usage.to(dtype), n)
+            assert torch.equal(sharded.least_used(own(usage.to(dtype)), n, mesh=group), expected)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sharded_least_used(in_processes, count):
+    in_processes(count, check_least_used)
+
+
+def lrua_results(step, part, state, inputs, grads, options):
+    """Reads and the gradients of what all ranks have; then, by slots, the state and its gradients."""
+    leaves = leaf(part(state.memory)), leaf(part(state.read_weights, 2))
+    inputs = [x if x is None else leaf(x) for x in inputs]
+    state, reads = ops.LRUAState(*leaves, part(state.usage)), []
+    for t in range(T):
+        read, state = step(state, *(x if x is None else x[t] for x in inputs), **options)
+        reads.append(read)
+    reads, (of_reads, of_memory, of_weights) = torch.stack(reads), grads
+    torch.autograd.backward(
+        [reads, state.memory, state.read_weights], [of_reads, part(of_memory), part(of_weights, 2)]
+    )
+    assert not state.usage.requires_grad
+    given = [x.grad for x in inputs if x is not None]
+    return reads, given, state.memory, state.usage, leaves[0].grad, state.read_weights, leaves[1].grad
+
+
+def check_lrua(num_slots, start, sharpened, options):
+    torch.manual_seed(0)
+    state = ops.LRUAState.initial(B, num_slots, D, R, dtype=torch.float64)
+    if not start:
+        state = ops.LRUAState(
+            double(B, num_slots, D), double(B, R, num_slots).softmax(2), double(B, num_slots).exp()
+        )
+    inputs = [double(T, B, R, D), double(T, B, R, D), double(T, B, R)]
+    inputs.append(5 * double(T, B, R).abs() if sharpened else None)
+    grads = double(T, B, R, D), double(B, num_slots, D), double(B, R, num_slots)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    expected = lrua_results(ops.lrua_step, whole, state, inputs, grads, options)
+    found = lrua_results(sharded.lrua_step, own, state, inputs, grads, {**options, "mesh": mesh})
+    expected = (*expected[:2], *map(own, expected[2:5]), *(own(x, 2) for x in expected[5:]))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("write_target", ["per_head", "shared"])
+@pytest.mark.parametrize("order", ["write_first", "read_first"])
+@pytest.mark.parametrize(("count", "num_slots"), [(2, 7), (3, 7), (2, 4)])
+def test_sharded_lrua_step(in_processes, count, num_slots, order, write_target):
+    """From the start, where usages tie, and from a state in use; also where all slots are among the least used."""
+    options = {"order": order, "write_target": write_target, "usage_decay": 0.9, "eps": 1e-3}
+    for start in (True, False):
+        in_processes(count, check_lrua, num_slots, start, start, options)
+
+
+def check_bits(num_slots):
+    """Equal slots keep equal bits, in float32 and beside half-precision keys; and what is sent."""
+    torch.manual_seed(0)
+    state = ops.LRUAState.initial(B, num_slots, D, R, dtype=torch.float32)
+    state = ops.LRUAState(own(state.memory), own(state.read_weights, 2), own(state.usage))
+    sent, gather = [], distributed.all_gather
+    distributed.all_gather = lambda found, x, group: (sent.append(x.shape), gather(found, x, group))
+    try:
+        for t in range(4):
+            inputs = [torch.randn(B, R, D), torch.randn(B, R, D), torch.randn(B, R)]
+            inputs = [x.bfloat16() if t % 2 else x for x in inputs]
+            with torch.no_grad():
+                read, state = sharded.lrua_step(state, *inputs, mesh=distributed.group.WORLD)
+            assert read.dtype == inputs[0].dtype and state.memory.dtype == torch.float32
+    finally:
+        distributed.all_gather = gather
+    assert sent == [(B, R, 2 * D + R + 3)] * 4
+    return read, state
+
+
+def test_equal_slots_of_all_ranks_have_equal_bits(in_processes):
+    answers = in_processes(3, check_bits, 31)
+    assert all(torch.equal(read, answers[0][0]) for read, _ in answers)
+    untouched = [
+        torch.cat([getattr(state, name) for _, state in answers], dim)
+        for name, dim in (("usage", 1), ("read_weights", 2))
+    ]
+    usage, weights = untouched
+    # Four steps with two heads from a start at slot 0: slots 9 on have been written to by nobody.
+    assert (usage[:, 9:] == usage[:, 9:10]).all() and (weights[:, :, 9:] == weights[:, :, 9:10]).all()
+
+
+def check_a_step_with_what_is_not_finite():
+    state = ops.LRUAState(double(3, 6, D), double(3, R, 6).softmax(2), double(3, 6).exp())
+    state.memory[0, state.usage[0].argmin()] = torch.nan  # erased: cleared
+    state.memory[1, state.usage[1].argmax()] = torch.nan  # stays, in its sample
+    inputs = double(3, R, D), double(3, R, D), double(3, R)
+    for order in ("write_first", "read_first"):
+        read, expected = ops.lrua_step(state, *inputs, order=order)
+        mine = ops.LRUAState(own(state.memory), own(state.read_weights, 2), own(state.usage))
+        found, new = sharded.lrua_step(mine, *inputs, order=order, mesh=distributed.group.WORLD)
+        expected = own(expected.memory), own(expected.read_weights, 2), own(expected.usage)
+        torch.testing.assert_close((found, *new), (read, *expected), equal_nan=True)
+
+
+def test_sharded_step_with_what_is_not_finite(in_processes):
+    in_processes(2, check_a_step_with_what_is_not_finite)
+
+
+def check_errors():
+    memory, key = leaf(double(1, 3, D)), double(1, R, D)
+    group = distributed.group.WORLD
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh or a process group, got int"):
+        sharded.content_read(memory, key, mesh=2)
+    with pytest.raises(ValueError, match="mesh must have one dimension"):
+        sharded.content_read(memory, key, mesh=init_device_mesh("cpu", (2, 1)))
+    with pytest.raises(TypeError, match="key must .*float64"):
+        sharded.content_read(memory, key.float(), mesh=group)
+    with pytest.raises(ValueError, match="n must be within"):
+        sharded.least_used(double(1, 3), 4, mesh=group)
+    state = ops.LRUAState.initial(1, 3, D, 4 - 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="usage_decay must be within"):
+        sharded.lrua_step(state, double(1, 3, D), double(1, 3, D), double(1, 3), usage_decay=2, mesh=group)
+    read, _ = sharded.content_read(memory, key, mesh=group)
+    (grad,) = torch.autograd.grad(read.square().sum(), memory, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="twice|no second derivative"):
+        grad.sum().backward()
+
+
+def test_sharded_ops_refuse_what_they_cannot_do(in_processes):
+    in_processes(2, check_errors)
