@@ -4,8 +4,8 @@ Each rank of a group holds some slots of every sample, memory [B, n, D], read we
 numbered through the ranks, in their order. Keys, write vectors, gates and sharpness are the same on all ranks, and so is what
 is read. What a rank sends per sample does not depend on how many slots there are.
 
-Gradients are those of one process, where all ranks run the same backward: with the same gradient of what was read, and each with
-its own of what it holds. They come at the price of two more collectives as small.
+Gradients are those of one process, where all ranks run the same backward: with the same gradient of what was read, and each
+with its own of what it holds. They come at the price of two more collectives as small.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import ops
-from .ops import LRUAState, _checks
+from .ops import LRUAState, _backend, _checks
 from .ops.content import CONTENT_READ
 from .ops.lrua import LRUA_SCAN, STEP_NAMES, raw_options
 from .reference import lrua as reference
@@ -51,7 +51,8 @@ def content_read(
     """
     group = _group(mesh)
     _checks.check_tensors(CONTENT_READ.arguments, CONTENT_READ.names[:3], (memory, key, sharpness))
-    own_key, own_sharpness = _Shared.apply(group, *_wide(memory.dtype, key, sharpness))
+    wide_sharpness = None if sharpness is None else sharpness.to(memory.dtype)
+    own_key, own_sharpness = _Shared.apply(group, key.to(memory.dtype), wide_sharpness)
     read, weights = ops.content_read(memory, own_key, own_sharpness, eps=eps)
     # The logarithm of the sum of this rank's exponentials, from the similarity of the slot with the largest weight.
     largest, slot = weights.max(2)
@@ -129,13 +130,34 @@ def lrua_step(
     group = _group(mesh)
     _checks.check_tuple("state", state, LRUAState)
     tensors = (*state, key, write_vector, gate_logit, sharpness)
-    sizes = _checks.check_tensors(LRUA_SCAN.arguments, STEP_NAMES, tensors, steps=False)
-    raw_options(order, write_target, usage_decay, eps)  # for its checks
-    (memory, read_weights, usage), batch, heads, width = state, sizes["B"], sizes["R"], sizes["D"]
-    inputs = _wide(memory.dtype, key, write_vector, gate_logit, sharpness)
-    own_key, own_vector, own_gate, own_sharpness = _Shared.apply(group, *inputs)
-    wide_key, vector, gate, wide_sharpness = inputs
-    write_first = order == "write_first"
+    _checks.check_tensors(LRUA_SCAN.arguments, STEP_NAMES, tensors, steps=False)
+    read_first, *_ = raw_options(order, write_target, usage_decay, eps)
+    dtype = state[0].dtype
+    wide = key.to(dtype), write_vector.to(dtype), gate_logit.to(dtype)
+    wide_sharpness = None if sharpness is None else sharpness.to(dtype)
+    with _backend.without_autocast(state[0].device.type):
+        read, state = _step(
+            LRUAState(*state), *wide, wide_sharpness, group, read_first, write_target, usage_decay, eps
+        )
+    return read.to(key.dtype), state
+
+
+def _step(
+    state: LRUAState,
+    key: Tensor,
+    vector: Tensor,
+    gate: Tensor,
+    sharpness: Tensor | None,
+    group: distributed.ProcessGroup,
+    read_first: bool,
+    write_target: str,
+    usage_decay: float,
+    eps: float,
+) -> tuple[Tensor, LRUAState]:
+    """The step itself, with everything in the memory's dtype."""
+    memory, read_weights, usage = state
+    batch, heads, width = key.shape
+    own_key, own_vector, own_gate, own_sharpness = _Shared.apply(group, key, vector, gate, sharpness)
 
     # What is not among the R least used slots of this rank is written to by the read weights alone.
     slots = ops.least_used(usage, heads)
@@ -147,7 +169,7 @@ def lrua_step(
     written, write_weights = reference._write(
         others, read_weights, nowhere, own_vector, own_gate, write_target
     )
-    scores = similarity(written if write_first else others, own_key, own_sharpness, eps)
+    scores = similarity(others if read_first else written, own_key, own_sharpness, eps)
     masked = scores.scatter(2, of_weights, -torch.inf)
     largest = masked.detach().amax(2).clamp(min=torch.finfo(memory.dtype).min)  # where there are no others
     shares = (masked - largest.unsqueeze(2)).exp()
@@ -160,9 +182,8 @@ def lrua_step(
     # The R least used slots of all, written and read by every rank alike.
     all_rows, all_weights, all_usage = (x.transpose(0, 1).reshape(batch, -1, x.shape[3]) for x in found[:3])
     chosen = reference.least_used(all_usage.squeeze(2), heads)
-    options = vector, gate, write_target
-    all_written, _ = reference._write(all_rows, all_weights.mT, chosen, *options)
-    all_scores = similarity(all_written if write_first else all_rows, wide_key, wide_sharpness, eps)
+    all_written, _ = reference._write(all_rows, all_weights.mT, chosen, vector, gate, write_target)
+    all_scores = similarity(all_rows if read_first else all_written, key, sharpness, eps)
     reads, sums, maxima = found[3:]
     maximum = torch.maximum(maxima.detach().amax(0), all_scores.detach().amax(2, keepdim=True))
     factors = (maxima.detach() - maximum).exp()
@@ -175,14 +196,14 @@ def lrua_step(
     rows_written, row_write_weights = reference._write(
         rows, row_weights, chosen, own_vector, own_gate, write_target
     )
-    row_scores = similarity(rows_written if write_first else rows, own_key, own_sharpness, eps)
+    row_scores = similarity(rows if read_first else rows_written, own_key, own_sharpness, eps)
     scores = scores.scatter(2, of_weights, row_scores)
     (own_total,) = _Shared.apply(group, total)
     weights = (scores - maximum).exp() / own_total
     memory = written.scatter(1, of_rows, rows_written)
     touched = weights.detach() + write_weights.detach().scatter(2, of_weights, row_write_weights.detach())
     usage = usage_decay * usage.detach() + sum(touched.unbind(1)[1:], start=touched[:, 0])
-    return read.to(key.dtype), LRUAState(memory, weights, usage)
+    return read, LRUAState(memory, weights, usage)
 
 
 def _group(mesh: Mesh) -> distributed.ProcessGroup:
@@ -197,10 +218,6 @@ def _group(mesh: Mesh) -> distributed.ProcessGroup:
     return mesh
 
 
-def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.to(dtype) for x in tensors)
-
-
 def _gather(group: distributed.ProcessGroup, tensor: Tensor) -> Tensor:
     """Those of all ranks, with a leading axis of ranks."""
     found = tensor.new_empty(group.size(), *tensor.shape)
@@ -209,8 +226,8 @@ def _gather(group: distributed.ProcessGroup, tensor: Tensor) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
-    """A rank's tensor to those of all ranks. What is made of them is the same on all, and so is its gradient, of which each takes
-    its own."""
+    """A rank's tensor to those of all ranks. What is made of them is the same on all, and so is its gradient, of which each
+    takes its own."""
 
     @staticmethod
     def forward(ctx: Any, group: distributed.ProcessGroup, tensor: Tensor) -> Tensor:

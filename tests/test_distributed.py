@@ -34,6 +34,7 @@ def work(rank, calls):
     torch.set_num_threads(1)
     while (call := calls.recv()) is not None:
         function, count, store, arguments = call
+        torch.manual_seed(0)
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
         try:
             calls.send((function(*arguments), None))
@@ -384,7 +385,7 @@ def test_sharded_lrua_step(in_processes, count, num_slots, order, write_target):
 def check_bits(num_slots):
     """Equal slots keep equal bits, in float32 and beside half-precision keys; and what is sent."""
     torch.manual_seed(0)
-    state = ops.LRUAState.initial(B, num_slots, D, R, dtype=torch.float32)
+    one = state = ops.LRUAState.initial(B, num_slots, D, R, dtype=torch.float32)
     state = ops.LRUAState(own(state.memory), own(state.read_weights, 2), own(state.usage))
     sent, gather = [], distributed.all_gather
     distributed.all_gather = lambda found, x, group: (sent.append(x.shape), gather(found, x, group))
@@ -392,9 +393,11 @@ def check_bits(num_slots):
         for t in range(4):
             inputs = [torch.randn(B, R, D), torch.randn(B, R, D), torch.randn(B, R)]
             inputs = [x.bfloat16() if t % 2 else x for x in inputs]
-            with torch.no_grad():
+            expected, one = ops.lrua_step(one, *inputs)
+            with torch.autocast("cpu", torch.bfloat16):  # changes nothing
                 read, state = sharded.lrua_step(state, *inputs, mesh=distributed.group.WORLD)
-            assert read.dtype == inputs[0].dtype and state.memory.dtype == torch.float32
+            torch.testing.assert_close(read, expected)
+            torch.testing.assert_close(state.memory, own(one.memory))
     finally:
         distributed.all_gather = gather
     assert sent == [(B, R, 2 * D + R + 3)] * 4
@@ -404,11 +407,8 @@ def check_bits(num_slots):
 def test_equal_slots_of_all_ranks_have_equal_bits(in_processes):
     answers = in_processes(3, check_bits, 31)
     assert all(torch.equal(read, answers[0][0]) for read, _ in answers)
-    untouched = [
-        torch.cat([getattr(state, name) for _, state in answers], dim)
-        for name, dim in (("usage", 1), ("read_weights", 2))
-    ]
-    usage, weights = untouched
+    usage = torch.cat([state.usage for _, state in answers], 1)
+    weights = torch.cat([state.read_weights for _, state in answers], 2)
     # Four steps with two heads from a start at slot 0: slots 9 on have been written to by nobody.
     assert (usage[:, 9:] == usage[:, 9:10]).all() and (weights[:, :, 9:] == weights[:, :, 9:10]).all()
 
