@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -452,3 +454,22 @@ def check_errors():
 
 def test_sharded_ops_refuse_what_they_cannot_do(in_processes):
     in_processes(2, check_errors)
+
+
+# The page about all this
+
+
+def run_examples(page):
+    namespace = {}
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for example in examples:
+        exec(compile(example, str(page), "exec"), namespace)
+    return len(examples), namespace["key"].grad
+
+
+def test_examples_of_the_page_run(in_processes):
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    if not page.exists():
+        pytest.skip("the tests run without the source tree's docs")
+    (count, first), (_, second) = in_processes(2, run_examples, page)
+    assert count == 6 and torch.equal(first, second) and first.abs().sum() > 0
