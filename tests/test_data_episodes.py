@@ -164,6 +164,9 @@ class MadeInWorker(IterableDataset):
         yield Episodes(numbered([3, 3, 3]), ways=2, shots=2, seed=7).sample(2)
 
 
+forking = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
 def loaded(dataset, passes=1, seed=0, context="fork", **options):
     """Inputs of all batches that workers draw in as many passes over a loader."""
     generator = torch.Generator().manual_seed(seed)
@@ -172,6 +175,7 @@ def loaded(dataset, passes=1, seed=0, context="fork", **options):
     return [episode.inputs for _ in range(passes) for episode in loader]
 
 
+@forking
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_of_a_loader_draw_episodes_of_their_own(persistent):
     def draw(seed, loader_seed):
@@ -184,6 +188,7 @@ def test_workers_of_a_loader_draw_episodes_of_their_own(persistent):
     assert len(torch.unique(everything, dim=0)) == 24
 
 
+@forking
 def test_workers_that_are_spawned_draw_what_forked_ones_do():
     episodes = Episodes(generate_glyphs(12), ways=3, shots=2, seed=3)
     spawned = loaded(Batches(episodes), context="spawn", num_workers=1)
@@ -191,6 +196,7 @@ def test_workers_that_are_spawned_draw_what_forked_ones_do():
         assert torch.equal(a, b)
 
 
+@forking
 def test_what_is_seeded_in_a_worker_stays_so():
     expected = Episodes(numbered([3, 3, 3]), ways=2, shots=2, seed=7).sample(2).inputs
     assert all(torch.equal(inputs, expected) for inputs in loaded(MadeInWorker()))

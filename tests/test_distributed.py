@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -65,7 +66,7 @@ def in_processes(tmp_path_factory):
             pipe.send((function, count, str(store), arguments))
         answers = []
         for pipe in pipes[:count]:
-            assert pipe.poll(60), "a process does not answer"
+            assert pipe.poll(120), "a process does not answer"
             answers.append(pipe.recv())
         assert not any(error for _, error in answers), "\n".join(filter(None, (x for _, x in answers)))
         return [result for result, _ in answers]
@@ -254,27 +255,39 @@ def test_a_shard_that_nothing_makes_whole_is_named(in_processes):
     in_processes(2, shard_without_hooks)
 
 
-def save_sharded(folder):
-    model = fully_shard(
-        MANN(5, 3, 7, num_slots=6, num_heads=2, slot_size=4), mesh=init_device_mesh("cpu", (2,))
-    )
-    checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder)
-    return {name: value.full_tensor() for name, value in model.state_dict().items()}
-
-
-def load_in_one_or_more(folder):
+def new_model():
     model = MANN(5, 3, 7, num_slots=6, num_heads=2, slot_size=4)
-    content = {"model": model.state_dict()}
-    checkpoint.load(content, checkpoint_id=folder)
-    model.load_state_dict(content["model"])
-    return model.state_dict()
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def save_sharded(folder):
+    """After a step: parameters, and AdamW's averages of their gradients."""
+    model = fully_shard(new_model()[0], mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 2, 5))[0].square().sum().backward()
+    optimizer.step()
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(parts, checkpoint_id=folder)
+    averages = [optimizer.state[x]["exp_avg"] for x in model.parameters()]
+    return [[x.detach().full_tensor() for x in found] for found in (model.parameters(), averages)]
+
+
+def load_whole(folder):
+    model, optimizer = new_model()
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.load(parts, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    return [x.detach() for x in model.parameters()], [
+        optimizer.state[x]["exp_avg"] for x in model.parameters()
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_distributed_checkpoint_loads_in_any_number_of_processes(in_processes, count, tmp_path):
     saved, _ = in_processes(2, save_sharded, str(tmp_path))
-    for loaded in in_processes(count, load_in_one_or_more, str(tmp_path)):
-        torch.testing.assert_close(dict(loaded), saved, rtol=0, atol=0)
+    for loaded in in_processes(count, load_whole, str(tmp_path)):
+        for found, expected in zip(loaded, saved, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # Slots sharded over ranks
