@@ -55,6 +55,7 @@ nightly:
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.* csrc/*/*.* tests/cpp/*.*
 	$(BIN)/mypy
 
 # Only symbols that the oldest supported torch has, and none that instruction sets share.

@@ -1,6 +1,8 @@
 """What all ops promise alike: registration, compilation, refusals, backends, argument errors."""
 
+import ctypes
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +12,8 @@ from cases import OPTIONS, distinct_state, needs_kernels, scan_inputs, worst_err
 
 import mann_fast
 from mann_fast import ops, reference
+from mann_fast.cli._explain import explain
+from mann_fast.ops._loading import EMULATION
 
 
 def scan(state, inputs, **options):
@@ -304,3 +308,63 @@ def test_importing_compiles_nothing_and_stays_light():
     brought = {name.split(".")[0] for name in modules} - {"mann_fast", "torch"}
     assert brought <= sys.stdlib_module_names, brought  # neither Triton, matplotlib, PIL nor rich
     assert not [name for name in modules if name.startswith(("torch._dynamo", "torch._inductor"))]
+
+
+@pytest.mark.skipif(
+    not EMULATION, reason="only the emulated CUDA kernels can be asked how they were launched"
+)
+@pytest.mark.parametrize(
+    "op, sizes, memories",
+    [
+        ("lrua_scan", (20, 8, 2), ("registers", "registers")),
+        ("lrua_step", (300, 40, 4), ("registers", "registers")),  # in a cluster
+        ("lrua_step", (100, 70, 4), ("shared memory", "shared memory")),
+        ("lrua_step", (4096, 64, 1), ("shared memory", "device memory")),
+        ("ntm_scan", (20, 5, 3), ("registers", "registers")),
+        ("ntm_step", (1100, 64, 1), ("shared memory", "shared memory")),
+        ("ntm_step", (5000, 128, 1), ("device memory", "device memory")),
+    ],
+)
+def test_explain_says_how_the_cuda_kernels_are_launched(op, sizes, memories):
+    library, how, launches = ctypes.CDLL(EMULATION), (ctypes.c_int64 * 3)(), []
+    slots, size, heads = sizes
+    time = (12,) if op.endswith("scan") else ()  # longer than what is replayed at a time
+    vectors, scalars = torch.randn(*time, 1, heads, size), torch.rand(*time, 1, heads)
+    memory = torch.randn(1, slots, size, requires_grad=True)
+    weights = torch.rand(1, heads, slots)
+    with mann_fast.backend("cuda"):
+        if op.startswith("ntm"):
+            head = ops.NTMHead(vectors, scalars, scalars, torch.rand(*scalars.shape, 3), 1 + scalars)
+            none = ops.NTMHead(*(x[..., :0, :] if x.dim() > scalars.dim() else x[..., :0] for x in head))
+            state = ops.NTMState(memory, weights, weights[:, :0])
+            reads, _ = getattr(ops, op)(state, head, none, vectors[..., :0, :], vectors[..., :0, :])
+        else:
+            state = ops.LRUAState(memory, weights, torch.rand(1, slots))
+            reads, _ = getattr(ops, op)(state, vectors, vectors, scalars)
+        library.mann_fast_last_launch(how)
+        launches.append(tuple(how))
+        reads.sum().backward()
+        library.mann_fast_last_launch(how)
+        launches.append(tuple(how))
+    sentence = explain(op, *sizes)["cuda"]
+    said = re.findall(
+        r"(?:forward|backward) a (?:block|cluster of (\d+) blocks) of (\d+) warps per sample, "
+        r"its memory in (\w+(?: memory)?), (\d+) bytes",
+        sentence,
+    )
+    assert [(int(blocks or 1), int(warps), int(shared)) for blocks, warps, _, shared in said] == launches
+    assert tuple(place for _, _, place, _ in said) == memories
+    for place, (blocks, warps, shared) in zip(memories, launches, strict=True):
+        in_registers = blocks * warps * 16 >= slots and size <= 64
+        has_room = blocks * shared >= 4 * slots * size
+        assert {"registers": in_registers, "shared memory": has_room, "device memory": not has_room}[place]
+
+
+@pytest.mark.skipif(not EMULATION, reason="asks the emulated CUDA kernels")
+def test_explain_says_what_the_cuda_kernels_refuse_and_what_depends_on_the_batch():
+    assert explain("lrua_scan", 1 << 24, 4, 1)["cuda"].endswith("the kernel takes fewer than 2^24 slots")
+    assert (
+        "(with as many samples as multiprocessors: a block of 8 warps"
+        in explain("lrua_scan", 1 << 20, 64, 4)["cuda"]
+    )
+    assert "multiprocessors" not in explain("lrua_scan", 128, 40, 4)["cuda"]

@@ -140,9 +140,34 @@ def test_refuses_other_states():
     stack = MemoryStack(4, 6, 2, **SIZES)
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     state = stack.initial_state(3)
-    with pytest.raises(TypeError, match="state must be a StackState of 2 layers, got 1"):
+    with pytest.raises(TypeError, match="state must be a StackState of 2 layers or None, got one of 1"):
         stack(x, StackState(state.layers[:1]))
-    with pytest.raises(TypeError, match="state must be a StackState of 2 layers, got a MemoryState"):
+    with pytest.raises(TypeError, match="state must be a StackState of 2 layers or None, got MemoryState"):
         stack(x, state.layers[0])
     with pytest.raises(ValueError, match="state.controller.hidden must have shape"):
         stack(x[:, :2], state)
+    with pytest.raises(TypeError, match="start must be a StackState of 2 layers or None, got MemoryState"):
+        state.reset(torch.ones(3, dtype=torch.bool), state.layers[0])
+
+
+def test_states_have_the_methods_of_a_layers():
+    stack = MemoryStack(4, 6, 2, memory_start="learned", **SIZES)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    _, state = stack(x)
+    plain = tuple(tuple(part) for part in state)  # as programs leave it that map over tuples
+    for other in (state.detach(), state.clone(), state.unflatten(state.flatten()), plain):
+        assert torch.equal(stack(x, other)[0], stack(x, state)[0])
+    assert not any(part.requires_grad for part in state.detach().flatten())
+    halves = [state.select(slice(0, 1)), state.select([1, 2])]
+    assert torch.equal(stack(x, StackState.cat(halves))[0], stack(x, state)[0])
+    assert (
+        worst_error(stack(x[:, 1], state.select(1))[0].unsqueeze(0), stack(x, state)[0][:, 1].unsqueeze(0))
+        < 1e-11
+    )
+    assert [part.dtype for part in state.to(torch.bfloat16).layers[0].memory] == [torch.float32] * 3
+    done = torch.tensor([False, True, False])
+    output = stack(x, state.reset(done, stack.initial_state(1)))[0]
+    assert worst_error(output[:, 1:2], stack(x[:, 1:2])[0], 1) < 1e-11
+    assert worst_error(output[:, ::2], stack(x, state)[0][:, ::2], 1) < 1e-11
+    constant = state.reset(done).layers[0].memory.memory
+    assert (constant[1] == 1e-6).all() and torch.equal(constant[0], state.layers[0].memory.memory[0])

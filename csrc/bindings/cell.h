@@ -34,11 +34,11 @@ struct CellShape {
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell(
-    Tensor gates, std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory, Tensor read_weights,
-    Tensor usage, Tensor reads, std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_bias,
-    Tensor reads_weight, Tensor head_weight, Tensor head_bias, int64_t controller, bool separate_vector,
-    bool learned_sharpness, double sharpness, double sharpness_scale, bool read_first, bool shared_target,
-    double usage_decay, double eps, bool bfloat16, int64_t anchor_every) {
+    Tensor gates, std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory, Tensor read_weights, Tensor usage,
+    Tensor reads, std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_bias, Tensor reads_weight,
+    Tensor head_weight, Tensor head_bias, int64_t controller, bool separate_vector, bool learned_sharpness, double sharpness,
+    double sharpness_scale, bool read_first, bool shared_target, double usage_decay, double eps, bool bfloat16,
+    int64_t anchor_every) {
   const CellShape shape(gates.size(0), memory, read_weights, head_weight, controller);
   const auto [T, B, H, N, D, R, K, G, kept, heads, kind] = shape;
   shape.check(separate_vector, learned_sharpness, dtype_of(gates), bfloat16, hidden.has_value(), cell.has_value());
@@ -64,14 +64,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor kept_heads = empty(gates, keeps ? Shape{T, B, heads} : Shape{0});
   Tensor slots = empty_slots(gates, keeps ? Shape{T, B, R} : Shape{0});
   Tensor anchors = empty(gates, keeps ? anchors_shape(T, anchor_every, B, D + R, N) : Shape{0});
-  Device(memory).run(Cell{
-      T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
-       read_first, shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden), data(cell), data(memory),
-       data(read_weights), data(usage), data(reads), data(hidden_weight), data(hidden_bias), data(reads_weight),
-       reads_weight.stride(0), data(head_weight), data(head_bias), output.mutable_data_ptr(), out_cell.mutable_data_ptr(),
-       out_memory.mutable_data_ptr(), out_read_weights.mutable_data_ptr(), out_usage.mutable_data_ptr(),
-       kept_gates.mutable_data_ptr(), kept_states.mutable_data_ptr(), kept_heads.mutable_data_ptr(),
-       slots.mutable_data_ptr<int64_t>(), anchors.mutable_data_ptr()});
+  Device(memory).run(Cell{T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness,
+                          sharpness_scale, read_first, shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden),
+                          data(cell), data(memory), data(read_weights), data(usage), data(reads), data(hidden_weight),
+                          data(hidden_bias), data(reads_weight), reads_weight.stride(0), data(head_weight), data(head_bias),
+                          // results
+                          output.mutable_data_ptr(), out_cell.mutable_data_ptr(), out_memory.mutable_data_ptr(),
+                          out_read_weights.mutable_data_ptr(), out_usage.mutable_data_ptr(), kept_gates.mutable_data_ptr(),
+                          kept_states.mutable_data_ptr(), kept_heads.mutable_data_ptr(), slots.mutable_data_ptr<int64_t>(),
+                          anchors.mutable_data_ptr()});
   return {output, out_cell, out_memory, out_read_weights, out_usage, kept_gates, kept_states, kept_heads, slots, anchors};
 }
 
@@ -109,17 +110,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
   Tensor grad_heads = empty(memory, {T, B, heads}), grad_hidden = empty(memory, hidden ? Shape{B, H} : Shape{0});
   Tensor grad_in_cell = empty(memory, cell ? Shape{B, H} : Shape{0}), grad_in_memory = empty(memory, {B, N, D});
   Tensor grad_in_read_weights = empty(memory, {B, R, N}), grad_reads = empty(memory, {B, R, D});
-  Device(memory).run(CellBackward{
-      T, B, H, N, D, R, dtype_of(memory), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
-       read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_cell), data(grad_memory),
-       data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights), data(hidden_weight),
-       data(reads_weight), reads_weight.stride(0), data(head_weight), data(kept_gates), data(kept_states),
-       data(kept_heads), slots.const_data_ptr<int64_t>(), data(anchors), grad_gates.mutable_data_ptr(),
-       gru ? grad_hidden_gates.mutable_data_ptr() : nullptr, grad_heads.mutable_data_ptr(),
-       grad_hidden.mutable_data_ptr(), grad_in_cell.mutable_data_ptr(), grad_in_memory.mutable_data_ptr(),
-       grad_in_read_weights.mutable_data_ptr(), grad_reads.mutable_data_ptr()});
-  return {grad_gates, grad_hidden_gates, grad_heads, grad_hidden, grad_in_cell, grad_in_memory, grad_in_read_weights,
-          grad_reads};
+  Device(memory).run(
+      CellBackward{T, B, H, N, D, R, dtype_of(memory), bfloat16, kind, separate_vector, learned_sharpness, sharpness,
+                   sharpness_scale, read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_cell),
+                   data(grad_memory), data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights),
+                   data(hidden_weight), data(reads_weight), reads_weight.stride(0), data(head_weight), data(kept_gates),
+                   data(kept_states), data(kept_heads), slots.const_data_ptr<int64_t>(), data(anchors),
+                   // results
+                   grad_gates.mutable_data_ptr(), gru ? grad_hidden_gates.mutable_data_ptr() : nullptr,
+                   grad_heads.mutable_data_ptr(), grad_hidden.mutable_data_ptr(), grad_in_cell.mutable_data_ptr(),
+                   grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(), grad_reads.mutable_data_ptr()});
+  return {grad_gates,   grad_hidden_gates, grad_heads,           grad_hidden,
+          grad_in_cell, grad_in_memory,    grad_in_read_weights, grad_reads};
 }
 
 }  // namespace

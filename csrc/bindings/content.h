@@ -12,17 +12,15 @@ std::tuple<Tensor, Tensor> content_read(Tensor memory, Tensor key, std::optional
   key = input(key, {B, R, D});
   sharpness = input(sharpness, {B, R});
   Tensor read = empty(key, {B, R, D}), weights = empty(memory, {B, R, N});
-  Device(memory).run(ContentRead{
-      B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(memory), data(key), data(sharpness),
-       read.mutable_data_ptr(), weights.mutable_data_ptr()});
+  Device(memory).run(ContentRead{B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(memory), data(key), data(sharpness),
+                                 read.mutable_data_ptr(), weights.mutable_data_ptr()});
   return {read, weights};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> content_read_backward(std::optional<Tensor> grad_read,
-                                                         std::optional<Tensor> grad_weights, Tensor memory, Tensor key,
-                                                         std::optional<Tensor> sharpness, Tensor read, Tensor weights,
-                                                         double eps) {
+std::tuple<Tensor, Tensor, Tensor> content_read_backward(std::optional<Tensor> grad_read, std::optional<Tensor> grad_weights,
+                                                         Tensor memory, Tensor key, std::optional<Tensor> sharpness,
+                                                         Tensor read, Tensor weights, double eps) {
   const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = key.size(1);
   grad_read = input(grad_read, {B, R, D});
   grad_weights = input(grad_weights, {B, R, N});
@@ -33,10 +31,10 @@ std::tuple<Tensor, Tensor, Tensor> content_read_backward(std::optional<Tensor> g
   weights = input(weights, {B, R, N});
   Tensor grad_memory = empty(memory, {B, N, D}), grad_key = empty(key, {B, R, D});
   Tensor grad_sharpness = empty(key, sharpness ? Shape{B, R} : Shape{0});
-  Device(memory).run(ContentReadBackward{
-      B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(grad_read), data(grad_weights), data(memory), data(key),
-       data(sharpness), data(read), data(weights), grad_memory.mutable_data_ptr(), grad_key.mutable_data_ptr(),
-       sharpness ? grad_sharpness.mutable_data_ptr() : nullptr});
+  Device(memory).run(ContentReadBackward{B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(grad_read), data(grad_weights),
+                                         data(memory), data(key), data(sharpness), data(read), data(weights),
+                                         grad_memory.mutable_data_ptr(), grad_key.mutable_data_ptr(),
+                                         sharpness ? grad_sharpness.mutable_data_ptr() : nullptr});
   return {grad_memory, grad_key, grad_sharpness};
 }
 

@@ -162,8 +162,8 @@ inline void write_and_dot_columns(const T* from, T* to, int64_t ld, int64_t D, c
 }
 
 template <class T, int WRITE, int DOT, bool SQUARES>
-inline void write_and_dot_heads(const T* from, T* to, int64_t ld, int64_t count, int64_t D, const T* weights,
-                                const T* vectors, const T* keys, T* dots, T* squares) {
+inline void write_and_dot_heads(const T* from, T* to, int64_t ld, int64_t count, int64_t D, const T* weights, const T* vectors,
+                                const T* keys, T* dots, T* squares) {
   constexpr int U = 2 * (WRITE + DOT + 1) + 4 <= vector_registers ? 2 : 1;
   int64_t i = 0;
   for (; i + U * width<T> <= count; i += U * width<T>)
@@ -177,17 +177,16 @@ inline void write_slots(const T* from, T* to, int64_t ld, int64_t count, int64_t
                         const T* vectors) {
   for_heads<T>(R, [&](int64_t r, auto group) {
     write_and_dot_heads<T, group, 0, false>(r == 0 ? from : to, to, ld, count, D, weights + r * ld, vectors + r * D,
-                                            static_cast<const T*>(nullptr), static_cast<T*>(nullptr),
-                                            static_cast<T*>(nullptr));
+                                            static_cast<const T*>(nullptr), static_cast<T*>(nullptr), static_cast<T*>(nullptr));
   });
 }
 
 template <class T>
 inline void dot_slots(const T* block, int64_t ld, int64_t count, int64_t D, int64_t R, const T* keys, T* dots) {
   for_heads<T>(R, [&](int64_t r, auto group) {
-    write_and_dot_heads<T, 0, group, false>(block, static_cast<T*>(nullptr), ld, count, D,
-                                            static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), keys + r * D,
-                                            dots + r * ld, static_cast<T*>(nullptr));
+    write_and_dot_heads<T, 0, group, false>(block, static_cast<T*>(nullptr), ld, count, D, static_cast<const T*>(nullptr),
+                                            static_cast<const T*>(nullptr), keys + r * D, dots + r * ld,
+                                            static_cast<T*>(nullptr));
   });
 }
 
@@ -195,16 +194,15 @@ template <class T>
 inline void dot_and_square_slots(const T* block, int64_t ld, int64_t count, int64_t D, int64_t R, const T* keys, T* dots,
                                  T* squares) {
   for_heads<T>(R, [&](int64_t r, auto group) {
-    write_and_dot_heads<T, 0, group, true>(block, static_cast<T*>(nullptr), ld, count, D,
-                                           static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), keys + r * D,
-                                           dots + r * ld, squares);
+    write_and_dot_heads<T, 0, group, true>(block, static_cast<T*>(nullptr), ld, count, D, static_cast<const T*>(nullptr),
+                                           static_cast<const T*>(nullptr), keys + r * D, dots + r * ld, squares);
   });
 }
 
 // Write, then similarity on what was written: one pass where the heads fit one group, else one per group and kind.
 template <class T>
-inline void write_dot_and_square_slots(const T* from, T* to, int64_t ld, int64_t count, int64_t D, int64_t R,
-                                       const T* weights, const T* vectors, const T* keys, T* dots, T* squares) {
+inline void write_dot_and_square_slots(const T* from, T* to, int64_t ld, int64_t count, int64_t D, int64_t R, const T* weights,
+                                       const T* vectors, const T* keys, T* dots, T* squares) {
   if (R > 4) {
     write_slots(from, to, ld, count, D, R, weights, vectors);
     dot_and_square_slots(static_cast<const T*>(to), ld, count, D, R, keys, dots, squares);
@@ -314,17 +312,17 @@ inline void add_gradient(const T* block, T* grad, int64_t ld, int64_t count, int
 
 // The same, then out[r][i] = sum over d of vectors[r][d] * grad[d][i]: one pass where the heads fit one group.
 template <class T, bool READ, bool DOT>
-inline void add_gradient_and_dot(const T* block, T* grad, int64_t ld, int64_t count, int64_t D, int64_t R,
-                                 const T* weights, const T* grad_reads, const T* grad_dots, const T* keys,
-                                 const T* grad_squares, const T* vectors, T* out) {
+inline void add_gradient_and_dot(const T* block, T* grad, int64_t ld, int64_t count, int64_t D, int64_t R, const T* weights,
+                                 const T* grad_reads, const T* grad_dots, const T* keys, const T* grad_squares,
+                                 const T* vectors, T* out) {
   if (R > 4) {
     add_gradient<T, READ, DOT>(block, grad, ld, count, D, R, weights, grad_reads, grad_dots, keys, grad_squares);
     dot_slots(static_cast<const T*>(grad), ld, count, D, R, vectors, out);
     return;
   }
   for_heads<T>(R, [&](int64_t, auto group) {
-    add_gradient_columns<T, decltype(group)::value, READ, DOT, DOT, true>(
-        block, grad, ld, count, D, weights, grad_reads, grad_dots, keys, grad_squares, vectors, out);
+    add_gradient_columns<T, decltype(group)::value, READ, DOT, DOT, true>(block, grad, ld, count, D, weights, grad_reads,
+                                                                          grad_dots, keys, grad_squares, vectors, out);
   });
 }
 

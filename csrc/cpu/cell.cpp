@@ -163,9 +163,8 @@ struct BackwardBlock {
   typename Memory::Scratch* samples;
   template <class Arguments>
   BackwardBlock(Arena& arena, const Arguments& a, const Sizes& n, const Memory& memory)
-      : round_ld(a.H + padded<T>(n.RD) + width<T>), hidden_ld(padded<T>(a.H)),
-        grad_round(arena.take<T>(block_rows * round_ld)), grad_hidden(arena.take<T>(block_rows * hidden_ld)),
-        grad_state(arena.take<T>(block_rows * a.H)),
+      : round_ld(a.H + padded<T>(n.RD) + width<T>), hidden_ld(padded<T>(a.H)), grad_round(arena.take<T>(block_rows * round_ld)),
+        grad_hidden(arena.take<T>(block_rows * hidden_ld)), grad_state(arena.take<T>(block_rows * a.H)),
         room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.G > memory.heads ? n.G : memory.heads) : 0)),
         samples(arena.take<typename Memory::Scratch>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
@@ -221,8 +220,7 @@ void backward_block(const Arguments& a, const Sizes& n, const Memory& memory, co
             lstm_backward<T>(H, kept, row_of(a.kept_states, row, H), before, round, more, state, gates);
             break;
           case Controller::gru:
-            gru_backward<T>(H, kept, before, round, more, state, gates,
-                            static_cast<T*>(a.grad_hidden_gates) + row * n.G);
+            gru_backward<T>(H, kept, before, round, more, state, gates, static_cast<T*>(a.grad_hidden_gates) + row * n.G);
             break;
           case Controller::feedforward: feedforward_backward<T>(H, kept, round, more, gates); break;
         }

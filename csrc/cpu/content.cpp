@@ -70,9 +70,9 @@ struct ReadScratch {
   T *maximum, *total, *read;
   ReadScratch(Arena& arena, const ContentRead& a)
       : rows(arena.take<T>(padded<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)), squares(arena.take<T>(tile)),
-        key(arena.take<T>(a.R * a.D)), padded_key(arena.take<T>(a.R * padded<T>(a.D))),
-        sharpness(arena.take<T>(a.R)), sums(arena.take<T>(a.R * a.D)), maximum(arena.take<T>(a.R)),
-        total(arena.take<T>(a.R)), read(arena.take<T>(a.R * padded<T>(a.D))) {}
+        key(arena.take<T>(a.R * a.D)), padded_key(arena.take<T>(a.R * padded<T>(a.D))), sharpness(arena.take<T>(a.R)),
+        sums(arena.take<T>(a.R * a.D)), maximum(arena.take<T>(a.R)), total(arena.take<T>(a.R)),
+        read(arena.take<T>(a.R * padded<T>(a.D))) {}
 };
 
 template <class T>
@@ -108,7 +108,7 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadScratch<T>& s) 
     for (int64_t r = 0; r < a.R; ++r) {
       T* row = s.dots + r * tile;
       const T maximum = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),
-                                        sharpness ? sharpness[r] : T(1), static_cast<T>(a.eps), nullptr, row);
+                                       sharpness ? sharpness[r] : T(1), static_cast<T>(a.eps), nullptr, row);
       if (maximum > s.maximum[r]) {  // what was summed so far is relative to a smaller maximum
         const T factor = std::exp(s.maximum[r] - maximum);
         s.total[r] *= factor;
@@ -129,8 +129,7 @@ void combine_parts(const ContentRead& a, int64_t b, const ReadScratch<T>* parts,
   T* weights = static_cast<T*>(a.weights) + b * a.R * a.N;
   for (int64_t r = 0; r < a.R; ++r) {
     T maximum = parts[0].maximum[r], total = 0;
-    for (int64_t p = 1; p < count; ++p)
-      maximum = parts[p].maximum[r] > maximum ? parts[p].maximum[r] : maximum;
+    for (int64_t p = 1; p < count; ++p) maximum = parts[p].maximum[r] > maximum ? parts[p].maximum[r] : maximum;
     for (int64_t p = 0; p < count; ++p) total += parts[p].total[r] * std::exp(parts[p].maximum[r] - maximum);
     T* read = s.sums + r * a.D;
     for (int64_t d = 0; d < a.D; ++d) read[d] = 0;
@@ -142,8 +141,7 @@ void combine_parts(const ContentRead& a, int64_t b, const ReadScratch<T>* parts,
     for (int64_t lo = 0; lo < a.N; lo += tile) {
       const int64_t valid = a.N - lo < tile ? a.N - lo : tile, count = padded_slots(valid);
       load_tile_rows(weights + r * a.N + lo, 1, a.N, valid, count, s.dots);
-      for (int64_t i = 0; i < count; i += width<T>)
-        store(s.dots + i, exp_nonpositive(load(s.dots + i) - maximum) * inverse);
+      for (int64_t i = 0; i < count; i += width<T>) store(s.dots + i, exp_nonpositive(load(s.dots + i) - maximum) * inverse);
       std::memcpy(weights + r * a.N + lo, s.dots, valid * sizeof(T));
     }
   }
@@ -211,8 +209,8 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, Backwar
       const T key_square = square_sum(key + r * a.D, a.D), beta = sharpness ? sharpness[r] : T(1);
       for (int64_t i = 0; i < count; i += width<T>)
         store(s.q + i, inverse_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
-      const ScoreGradient<T> grad = score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, s.delta[r],
-                                                      key_square, beta, g, s.grad_squares);
+      const ScoreGradient<T> grad =
+          score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, s.delta[r], key_square, beta, g, s.grad_squares);
       s.grad_sharpness[r] += grad.beta;
       s.grad_key_square[r] += grad.key_square;
     }

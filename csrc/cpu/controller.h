@@ -101,8 +101,8 @@ void gru_backward(int64_t H, const T* kept, const T* before, const T* grad_hidde
     const int64_t count = H - i;
     const Vec<T> reset = load_some(kept + i, count), update = load_some(kept + H + i, count),
                  candidate = load_some(kept + 2 * H + i, count), shown = load_some(kept + 3 * H + i, count);
-    const Vec<T> grad = load_some(grad_hidden + i, count) + load_some(more_grad_hidden + i, count) +
-                        load_some(grad_state + i, count);
+    const Vec<T> grad =
+        load_some(grad_hidden + i, count) + load_some(more_grad_hidden + i, count) + load_some(grad_state + i, count);
     const Vec<T> grad_candidate = grad * (T(1) - update) * (T(1) - candidate * candidate);
     const Vec<T> grad_reset = grad_candidate * shown * reset * (T(1) - reset);
     const Vec<T> grad_update = grad * (load_some(before + i, count) - candidate) * update * (T(1) - update);

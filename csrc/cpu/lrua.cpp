@@ -30,8 +30,8 @@ struct LeastUsedScratch {
   Int<T>*order, *least;
   Ranked<T>* ranked;
   LeastUsedScratch(Arena& arena, const LeastUsed& a, bool sorted)
-      : usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))),
-        least(arena.take<Int<T>>(a.n)), ranked(arena.take<Ranked<T>>(sorted ? a.N : 0)) {}
+      : usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.n)),
+        ranked(arena.take<Ranked<T>>(sorted ? a.N : 0)) {}
 };
 
 template <class T>
@@ -64,10 +64,9 @@ struct WriteScratch {
   T *block, *read_weights, *write_weights, *vector, *gate, *rest, *usage;
   Int<T>*order, *least;
   WriteScratch(Arena& arena, const LruaWrite& a)
-      : block(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)),
-        write_weights(arena.take<T>(a.R * tile)), vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)),
-        rest(arena.take<T>(a.R)), usage(arena.take<T>(padded_slots(a.N))),
-        order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.R)) {}
+      : block(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)), write_weights(arena.take<T>(a.R * tile)),
+        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), rest(arena.take<T>(a.R)),
+        usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.R)) {}
 };
 
 template <class T>
@@ -112,17 +111,15 @@ template <class T>
 struct WriteBackwardScratch {
   T *grad, *read_weights, *write_weights, *grad_write_weights, *vector, *gate, *rest, *grad_vector, *grad_gate;
   WriteBackwardScratch(Arena& arena, const LruaWriteBackward& a)
-      : grad(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)),
-        write_weights(arena.take<T>(a.R * tile)), grad_write_weights(arena.take<T>(a.R * tile)),
-        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), rest(arena.take<T>(a.R)),
-        grad_vector(arena.take<T>(a.R * a.D)), grad_gate(arena.take<T>(a.R)) {}
+      : grad(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)), write_weights(arena.take<T>(a.R * tile)),
+        grad_write_weights(arena.take<T>(a.R * tile)), vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)),
+        rest(arena.take<T>(a.R)), grad_vector(arena.take<T>(a.R * a.D)), grad_gate(arena.take<T>(a.R)) {}
 };
 
 template <class T>
 void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, WriteBackwardScratch<T>& s) {
   const T* grad_memory = a.grad_memory ? static_cast<const T*>(a.grad_memory) + b * a.N * a.D : nullptr;
-  const T* grad_write_weights =
-      a.grad_write_weights ? static_cast<const T*>(a.grad_write_weights) + b * a.R * a.N : nullptr;
+  const T* grad_write_weights = a.grad_write_weights ? static_cast<const T*>(a.grad_write_weights) + b * a.R * a.N : nullptr;
   const T* read_weights = static_cast<const T*>(a.read_weights) + b * a.R * a.N;
   T* grad_in_memory = static_cast<T*>(a.grad_in_memory) + b * a.N * a.D;
   T* grad_read_weights = static_cast<T*>(a.grad_read_weights) + b * a.R * a.N;
@@ -137,15 +134,14 @@ void write_backward_part(const LruaWriteBackward& a, int64_t b, Range slots, Wri
     if (grad_memory) load_slots(grad_memory, a.N, a.D, lo, lo + count, s.grad, tile);
     else std::memset(s.grad, 0, a.D * tile * sizeof(T));
     load_tile_rows(read_weights + lo, a.R, a.N, end - lo, count, s.read_weights);
-    mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.rest, chosen, a.shared_target,
-                         s.write_weights - lo);
+    mix_write_weights<T>(s.read_weights - lo, tile, a.R, range, s.gate, s.rest, chosen, a.shared_target, s.write_weights - lo);
     dot_slots(static_cast<const T*>(s.grad), tile, count, a.D, a.R, vector, s.grad_write_weights);
     for (int64_t r = 0; r < a.R; ++r) {
       T* g = s.grad_write_weights + r * tile;
       if (grad_write_weights)
         for (int64_t i = lo; i < end; ++i) g[i - lo] += grad_write_weights[r * a.N + i];
-      s.grad_gate[r] += gate_gradient<T>(g - lo, s.read_weights + r * tile - lo, r, a.R, range, s.gate[r], s.rest[r],
-                                         chosen, a.shared_target);
+      s.grad_gate[r] += gate_gradient<T>(g - lo, s.read_weights + r * tile - lo, r, a.R, range, s.gate[r], s.rest[r], chosen,
+                                         a.shared_target);
       for (int64_t i = lo; i < end; ++i) grad_read_weights[r * a.N + i] = g[i - lo] * s.gate[r];
     }
     weighted_sums<T, true>(s.grad, tile, count, a.D, a.R, s.write_weights, s.grad_vector);
@@ -182,8 +178,7 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
     s.in.load(a, t, b);
     s.in.fetch(a, t + 1, b);
     T* anchor = has_anchor(t, every) ? static_cast<T*>(a.anchors) + anchor_offset(t, every, a.B, b, D + R, N) : nullptr;
-    step_sample(scan, static_cast<T>(a.usage_decay), every > 0 ? a.slots + (t * a.B + b) * R : nullptr, anchor, parallel,
-                s);
+    step_sample(scan, static_cast<T>(a.usage_decay), every > 0 ? a.slots + (t * a.B + b) * R : nullptr, anchor, parallel, s);
     narrow(s.reads, R * D, a.reads, a.input, (t * a.B + b) * R * D);
   }
   end_sample(scan, static_cast<T*>(a.out_memory) + b * N * D, static_cast<T*>(a.out_read_weights) + b * R * N,
@@ -199,8 +194,7 @@ bool run_scan(const Arguments& a, const Parallel& parallel, Scan<T> scan, double
   scan.parts = 1;
   if (a.B < parallel.threads && step > 400000) scan.parts = worthwhile_tasks(parallel, scan.ld / 64, step / 8);
   const int64_t tasks =
-      scan.parts > 1 ? 1
-                     : worthwhile_tasks(parallel, a.B, static_cast<double>(a.B) * static_cast<double>(a.T + 1) * step);
+      scan.parts > 1 ? 1 : worthwhile_tasks(parallel, a.B, static_cast<double>(a.B) * static_cast<double>(a.T + 1) * step);
   return run_items(
       parallel, a.B, tasks, [&](Arena& arena) { return scratchpad(arena, scan); },
       [&](int64_t b, auto& s) { sample(b, scan, s); });
@@ -225,8 +219,7 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
   begin_backward(scan, of_sample(a.grad_memory, N * D), of_sample(a.grad_read_weights, R * N), parallel, s);
   for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
     const int64_t steps = a.T - first < every ? a.T - first : every;
-    const T* anchor =
-        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D + R, N);
+    const T* anchor = first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D + R, N);
     begin_replay(scan, anchor, of_sample(a.memory, N * D), of_sample(a.read_weights, R * N), s);
     for (int64_t step = 0; step < steps; ++step) {
       s.in.load(a, first + step, b);
@@ -245,8 +238,8 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
       if (a.grad_sharpness) narrow(s.grad_sharpness, R, a.grad_sharpness, a.input, row);
     }
   }
-  end_backward(scan, static_cast<T*>(a.grad_in_memory) + b * N * D,
-               static_cast<T*>(a.grad_in_read_weights) + b * R * N, parallel, s);
+  end_backward(scan, static_cast<T*>(a.grad_in_memory) + b * N * D, static_cast<T*>(a.grad_in_read_weights) + b * R * N,
+               parallel, s);
 }
 
 template <class T>

@@ -37,17 +37,15 @@ struct LruaHeads {
   int64_t RD, squashed, heads;
   Scan<T> scan;
   explicit LruaHeads(const Arguments& a)
-      : a(a), RD(a.R * a.D), squashed(a.separate_vector ? 2 * RD : RD),
-        heads(squashed + (a.learned_sharpness ? 2 : 1) * a.R),
+      : a(a), RD(a.R * a.D), squashed(a.separate_vector ? 2 * RD : RD), heads(squashed + (a.learned_sharpness ? 2 : 1) * a.R),
         scan{a.N, a.D, a.R, padded_slots(a.N), 1, a.read_first, a.shared_target, static_cast<T>(a.eps)} {}
 
   // Hands a row of head values to the memory's step.
   void set(const T* values, StepInputs<T>& in) const {
     for (int64_t r = 0; r < a.R; ++r)
-      in.beta_buffer[r] =
-          a.learned_sharpness
-              ? static_cast<T>(a.sharpness) + static_cast<T>(a.sharpness_scale) * softplus(values[squashed + a.R + r])
-              : static_cast<T>(a.sharpness);
+      in.beta_buffer[r] = a.learned_sharpness ? static_cast<T>(a.sharpness) +
+                                                    static_cast<T>(a.sharpness_scale) * softplus(values[squashed + a.R + r])
+                                              : static_cast<T>(a.sharpness);
     in.set(a.R, a.D, values, a.separate_vector ? values + RD : values, values + squashed, in.beta_buffer);
   }
   const T* of_sample(const void* from, int64_t b, int64_t size) const {
@@ -94,8 +92,7 @@ struct LruaBackward : LruaHeads<T, CellBackward> {
   }
   void begin_replay(int64_t first, int64_t b, Scratch& s) const {
     const T* anchor =
-        first == 0 ? nullptr
-                   : static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, b, a.D + a.R, a.N);
+        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, b, a.D + a.R, a.N);
     mann_fast::begin_replay(scan, anchor, this->of_sample(a.memory, b, a.N * a.D),
                             this->of_sample(a.read_weights, b, a.R * a.N), s);
   }

@@ -27,8 +27,8 @@ void mix_write_weights(const T* read_weights, int64_t ld, int64_t R, Range range
 
 // dL/d(gate logit) of head r from g = dL/d(write weights): its share of the slots of `range`.
 template <class T>
-T gate_gradient(const T* g, const T* read_weights, int64_t r, int64_t R, Range range, T gate, T rest,
-                const int64_t* slots, bool shared_target) {
+T gate_gradient(const T* g, const T* read_weights, int64_t r, int64_t R, Range range, T gate, T rest, const int64_t* slots,
+                bool shared_target) {
   T sum = dot_rows(g + range.lo, read_weights + range.lo, range.hi - range.lo);
   for (int64_t j = shared_target ? 0 : r; j < (shared_target ? R : r + 1); ++j)
     if (slots[j] >= range.lo && slots[j] < range.hi) sum -= g[slots[j]];
@@ -62,8 +62,8 @@ struct StepInputs {  // of one sample and step
   const T *key, *vector, *beta;
   T *gate, *rest, *key_square, *key_buffer, *vector_buffer, *beta_buffer;
   StepInputs(Arena& arena, int64_t R, int64_t D)
-      : gate(arena.take<T>(R)), rest(arena.take<T>(R)), key_square(arena.take<T>(R)),
-        key_buffer(arena.take<T>(R * D)), vector_buffer(arena.take<T>(R * D)), beta_buffer(arena.take<T>(R)) {}
+      : gate(arena.take<T>(R)), rest(arena.take<T>(R)), key_square(arena.take<T>(R)), key_buffer(arena.take<T>(R * D)),
+        vector_buffer(arena.take<T>(R * D)), beta_buffer(arena.take<T>(R)) {}
 
   // All of the dtype of the state: key and vector [R, D], logits of the gates and sharpness [R].
   void set(int64_t R, int64_t D, const T* key_now, const T* vector_now, const T* gate_logits, const T* beta_now) {
@@ -80,8 +80,7 @@ struct StepInputs {  // of one sample and step
     if (!a.sharpness)
       for (int64_t r = 0; r < a.R; ++r) beta_buffer[r] = 1;
     set(a.R, a.D, widen(a.keys, a.input, row * a.D, a.R * a.D, key_buffer),
-        widen(a.write_vectors, a.input, row * a.D, a.R * a.D, vector_buffer),
-        widen(a.gate_logits, a.input, row, a.R, rest),
+        widen(a.write_vectors, a.input, row * a.D, a.R * a.D, vector_buffer), widen(a.gate_logits, a.input, row, a.R, rest),
         a.sharpness ? widen(a.sharpness, a.input, row, a.R, beta_buffer) : beta_buffer);
   }
 
@@ -105,8 +104,7 @@ struct Softmax {  // of each part: the maximum similarity, and the sum of weight
   // Leaves the maximum over all parts in the first.
   void combine_maximum(int64_t parts, int64_t R) {
     for (int64_t p = 1; p < parts; ++p)
-      for (int64_t r = 0; r < R; ++r)
-        maximum[r] = maximum[p * R + r] > maximum[r] ? maximum[p * R + r] : maximum[r];
+      for (int64_t r = 0; r < R; ++r) maximum[r] = maximum[p * R + r] > maximum[r] ? maximum[p * R + r] : maximum[r];
   }
   // What all weights are to be multiplied by.
   void combine_total(int64_t parts, int64_t R) {
@@ -125,8 +123,8 @@ struct StepArrays {  // rows [R][ld] and [ld]; from and to: [D][ld]. q may be nu
 
 // First phase, slots of part p: write, and similarities in the place of the new read weights.
 template <class T>
-void write_and_compare(const Scan<T>& scan, const StepInputs<T>& in, const int64_t* slots, int64_t p,
-                       const StepArrays<T>& x, Softmax<T>& softmax, T* column) {
+void write_and_compare(const Scan<T>& scan, const StepInputs<T>& in, const int64_t* slots, int64_t p, const StepArrays<T>& x,
+                       Softmax<T>& softmax, T* column) {
   const Range range = scan.part(p);
   const int64_t lo = range.lo, count = range.hi - range.lo, ld = scan.ld, D = scan.D, R = scan.R;
   mix_write_weights(static_cast<const T*>(x.before), ld, R, range, in.gate, in.rest, slots, scan.shared_target,
@@ -141,15 +139,15 @@ void write_and_compare(const Scan<T>& scan, const StepInputs<T>& in, const int64
   if (scan.read_first)
     write_slots(static_cast<const T*>(x.from + lo), x.to + lo, ld, count, D, R, x.write_weights + lo, in.vector);
   else
-    write_dot_and_square_slots(static_cast<const T*>(x.from + lo), x.to + lo, ld, count, D, R, x.write_weights + lo,
-                               in.vector, in.key, x.dots + lo, x.squares + lo);
+    write_dot_and_square_slots(static_cast<const T*>(x.from + lo), x.to + lo, ld, count, D, R, x.write_weights + lo, in.vector,
+                               in.key, x.dots + lo, x.squares + lo);
   if (erases && x.from != x.to)  // a replay needs the memory before the step as it was
     for (int64_t d = 0; d < D; ++d) x.from[d * ld + slots[0]] = column[d];
   for (int64_t r = 0; r < R; ++r) {
     T* weights = x.read_weights + r * ld + lo;
     T* q = x.q == nullptr ? nullptr : x.q + r * ld + lo;
     softmax.maximum[p * R + r] = score_slots<T>(x.dots + r * ld + lo, x.squares + lo, count, scan.valid(range),
-                                                 in.key_square[r], in.beta[r], scan.eps, q, weights);
+                                                in.key_square[r], in.beta[r], scan.eps, q, weights);
   }
 }
 
@@ -158,8 +156,7 @@ template <class T>
 void weigh(const Scan<T>& scan, int64_t p, T* read_weights, Softmax<T>& softmax) {
   const Range range = scan.part(p);
   for (int64_t r = 0; r < scan.R; ++r)
-    softmax.total[p * scan.R + r] =
-        exp_slots(read_weights + r * scan.ld + range.lo, range.hi - range.lo, softmax.maximum[r]);
+    softmax.total[p * scan.R + r] = exp_slots(read_weights + r * scan.ld + range.lo, range.hi - range.lo, softmax.maximum[r]);
 }
 
 // ---- forward -----------------------------------------------------------------------------------------
@@ -236,11 +233,10 @@ void begin_sample(const Scan<T>& scan, const T* memory, const T* read_weights, c
 // One step with the inputs in s.in; the reads come to lie in s.reads [R, D]. The slots chosen go to `slots`, memory and read
 // weights as they were before the step to `anchor`, unless these are null.
 template <class T>
-void step_sample(const Scan<T>& scan, T usage_decay, int64_t* slots, T* anchor, const Parallel& parallel,
-                 ScanScratch<T>& s) {
+void step_sample(const Scan<T>& scan, T usage_decay, int64_t* slots, T* anchor, const Parallel& parallel, ScanScratch<T>& s) {
   const int64_t D = scan.D, R = scan.R, ld = scan.ld, parts = scan.parts;
-  const StepArrays<T> arrays = {s.memory, s.memory, s.read_weights, s.write_weights, s.read_weights, s.dots, s.squares,
-                                nullptr};
+  const StepArrays<T> arrays = {s.memory,       s.memory, s.read_weights, s.write_weights,
+                                s.read_weights, s.dots,   s.squares,      nullptr};
   choose_slots(scan, s);
   if (slots != nullptr)
     for (int64_t j = 0; j < R; ++j) slots[j] = s.slots[j];
@@ -249,8 +245,7 @@ void step_sample(const Scan<T>& scan, T usage_decay, int64_t* slots, T* anchor, 
     if (anchor != nullptr) {
       const size_t bytes = (range.hi - range.lo) * sizeof(T);
       for (int64_t d = 0; d < D; ++d) std::memcpy(anchor + d * ld + range.lo, s.memory + d * ld + range.lo, bytes);
-      for (int64_t r = 0; r < R; ++r)
-        std::memcpy(anchor + (D + r) * ld + range.lo, s.read_weights + r * ld + range.lo, bytes);
+      for (int64_t r = 0; r < R; ++r) std::memcpy(anchor + (D + r) * ld + range.lo, s.read_weights + r * ld + range.lo, bytes);
     }
     write_and_compare(scan, s.in, s.slots, p, arrays, s.softmax, s.columns + p * D);
   });
@@ -258,8 +253,7 @@ void step_sample(const Scan<T>& scan, T usage_decay, int64_t* slots, T* anchor, 
   parallel_run(parallel, parts, [&](int64_t p) {
     const Range range = scan.part(p);
     weigh(scan, p, s.read_weights, s.softmax);
-    weighted_sums<T, false>(s.memory + range.lo, ld, range.hi - range.lo, D, R, s.read_weights + range.lo,
-                            s.reads + p * R * D);
+    weighted_sums<T, false>(s.memory + range.lo, ld, range.hi - range.lo, D, R, s.read_weights + range.lo, s.reads + p * R * D);
   });
   s.softmax.combine_total(parts, R);
   for (int64_t r = 0; r < R; ++r) {
@@ -290,11 +284,10 @@ struct ScanBackwardScratch {
   // One replay: memories and read weights before each of its steps and after the last, similarity of each step.
   T *memories, *read_weights, *dots, *q, *squares;
   T *write_weights, *grad_memory, *grad_read_weights, *grad_weights, *grad_write_weights, *grad_squares, *columns;
-  T *grad_read, *delta;                                                       // [R, D]; [parts, R]
+  T *grad_read, *delta;                                                      // [R, D]; [parts, R]
   T *grad_key, *grad_vector, *grad_key_square, *grad_sharpness, *grad_gate;  // of each part: [R, D] and [R]
   ScanBackwardScratch(Arena& arena, const Scan<T>& scan, int64_t steps)
-      : in(arena, scan.R, scan.D), softmax(arena, scan.parts, scan.R),
-        memories(arena.take<T>((steps + 1) * scan.D * scan.ld)),
+      : in(arena, scan.R, scan.D), softmax(arena, scan.parts, scan.R), memories(arena.take<T>((steps + 1) * scan.D * scan.ld)),
         read_weights(arena.take<T>((steps + 1) * scan.R * scan.ld)), dots(arena.take<T>(steps * scan.R * scan.ld)),
         q(arena.take<T>(steps * scan.R * scan.ld)), squares(arena.take<T>(steps * scan.ld)),
         write_weights(arena.take<T>(scan.R * scan.ld)), grad_memory(arena.take<T>(scan.D * scan.ld)),
@@ -351,11 +344,10 @@ void back_through_step(const Scan<T>& scan, int64_t p, const int64_t* slots, int
   if (scan.read_first && grad_read)
     add_gradient_and_dot<T, true, false>(after + lo, grad, ld, count, D, R, weights + lo, grad_read, none, none, none,
                                          s.in.vector, out);
-  else if (scan.read_first)
-    dot_slots(static_cast<const T*>(grad), ld, count, D, R, s.in.vector, out);
+  else if (scan.read_first) dot_slots(static_cast<const T*>(grad), ld, count, D, R, s.in.vector, out);
   else if (grad_read)
-    add_gradient_and_dot<T, true, true>(after + lo, grad, ld, count, D, R, weights + lo, grad_read, grad_dots + lo,
-                                        s.in.key, s.grad_squares + lo, s.in.vector, out);
+    add_gradient_and_dot<T, true, true>(after + lo, grad, ld, count, D, R, weights + lo, grad_read, grad_dots + lo, s.in.key,
+                                        s.grad_squares + lo, s.in.vector, out);
   else
     add_gradient_and_dot<T, false, true>(after + lo, grad, ld, count, D, R, none, none, grad_dots + lo, s.in.key,
                                          s.grad_squares + lo, s.in.vector, out);
@@ -363,15 +355,13 @@ void back_through_step(const Scan<T>& scan, int64_t p, const int64_t* slots, int
   weighted_sums<T, false>(grad, ld, count, D, R, s.write_weights + lo, s.grad_vector + p * R * D);
   for (int64_t r = 0; r < R; ++r) {
     const T* g = s.grad_write_weights + r * ld;
-    s.grad_gate[p * R + r] = gate_gradient(g, weights_before + r * ld, r, R, range, s.in.gate[r], s.in.rest[r], slots,
-                                           scan.shared_target);
-    for (int64_t i = range.lo; i < range.hi; i += width<T>)
-      store(s.grad_read_weights + r * ld + i, load(g + i) * s.in.gate[r]);
+    s.grad_gate[p * R + r] =
+        gate_gradient(g, weights_before + r * ld, r, R, range, s.in.gate[r], s.in.rest[r], slots, scan.shared_target);
+    for (int64_t i = range.lo; i < range.hi; i += width<T>) store(s.grad_read_weights + r * ld + i, load(g + i) * s.in.gate[r]);
   }
   if (slots[0] >= range.lo && slots[0] < range.hi) clear_slot(s.grad_memory, ld, D, slots[0]);
   if (scan.read_first)
-    add_gradient<T, false, true>(before + lo, grad, ld, count, D, R, none, none, grad_dots + lo, s.in.key,
-                                 s.grad_squares + lo);
+    add_gradient<T, false, true>(before + lo, grad, ld, count, D, R, none, none, grad_dots + lo, s.in.key, s.grad_squares + lo);
 }
 
 // Takes in the gradients [N, D] and [R, N] of the last memory and read weights; null stands for zero.
@@ -393,8 +383,7 @@ void begin_backward(const Scan<T>& scan, const T* grad_memory, const T* grad_rea
 
 // Starts a replay: from an anchor, or where that is null from the memory [N, D] and read weights [R, N] of the start.
 template <class T>
-void begin_replay(const Scan<T>& scan, const T* anchor, const T* memory, const T* read_weights,
-                  ScanBackwardScratch<T>& s) {
+void begin_replay(const Scan<T>& scan, const T* anchor, const T* memory, const T* read_weights, ScanBackwardScratch<T>& s) {
   if (anchor != nullptr) {
     std::memcpy(s.memories, anchor, scan.D * scan.ld * sizeof(T));
     std::memcpy(s.read_weights, anchor + scan.D * scan.ld, scan.R * scan.ld * sizeof(T));
@@ -406,16 +395,20 @@ void begin_replay(const Scan<T>& scan, const T* anchor, const T* memory, const T
 
 // Step number `step` of the replay, with the inputs in s.in.
 template <class T>
-void replay_step(const Scan<T>& scan, const int64_t* slots, int64_t step, const Parallel& parallel,
-                 ScanBackwardScratch<T>& s) {
+void replay_step(const Scan<T>& scan, const int64_t* slots, int64_t step, const Parallel& parallel, ScanBackwardScratch<T>& s) {
   const int64_t D = scan.D, R = scan.R, ld = scan.ld, parts = scan.parts;
   T* memory = s.memories + step * D * ld;
   T* read_weights = s.read_weights + step * R * ld;
-  const StepArrays<T> arrays = {memory, memory + D * ld, read_weights, s.write_weights, read_weights + R * ld,
-                                s.dots + step * R * ld, s.squares + step * ld, s.q + step * R * ld};
-  parallel_run(parallel, parts, [&](int64_t p) {
-    write_and_compare(scan, s.in, slots, p, arrays, s.softmax, s.columns + p * D);
-  });
+  const StepArrays<T> arrays = {memory,
+                                memory + D * ld,
+                                read_weights,
+                                s.write_weights,
+                                read_weights + R * ld,
+                                s.dots + step * R * ld,
+                                s.squares + step * ld,
+                                s.q + step * R * ld};
+  parallel_run(parallel, parts,
+               [&](int64_t p) { write_and_compare(scan, s.in, slots, p, arrays, s.softmax, s.columns + p * D); });
   s.softmax.combine_maximum(parts, R);
   parallel_run(parallel, parts, [&](int64_t p) { weigh(scan, p, arrays.read_weights, s.softmax); });
   s.softmax.combine_total(parts, R);
@@ -458,8 +451,7 @@ void end_backward(const Scan<T>& scan, T* grad_memory, T* grad_read_weights, con
   parallel_run(parallel, scan.parts, [&](int64_t p) {
     const Range range = scan.part(p);
     store_slots(static_cast<const T*>(s.grad_memory + range.lo), scan.ld, scan.N, scan.D, range.lo, range.hi, grad_memory);
-    store_rows(static_cast<const T*>(s.grad_read_weights), scan.ld, scan.R, scan.N, range.lo, range.hi,
-               grad_read_weights);
+    store_rows(static_cast<const T*>(s.grad_read_weights), scan.ld, scan.R, scan.N, range.lo, range.hi, grad_read_weights);
   });
 }
 }  // namespace

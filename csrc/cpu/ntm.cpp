@@ -48,12 +48,13 @@ struct Inputs {  // of one sample and step
 template <class T>
 struct Address {  // rows [R+W][ld]: what backward goes through again; squares is of the memory that was addressed last
   T *dots, *q, *squares, *by_content, *gated, *relative, *weights;
-  T *maximum;  // [R+W], of the shifted weights
-  T* ring;      // the slots of one head, and on both sides those that a shift brings round
+  T* maximum;  // [R+W], of the shifted weights
+  T* ring;     // the slots of one head, and on both sides those that a shift brings round
   Address(Arena& arena, const Sizes<T>& n)
       : dots(arena.take<T>(n.heads * n.ld)), q(arena.take<T>(n.heads * n.ld)), squares(arena.take<T>(n.ld)),
-        by_content(arena.take<T>(n.heads * n.ld)), gated(arena.take<T>(n.heads * n.ld)), relative(arena.take<T>(n.heads * n.ld)),
-        weights(arena.take<T>(n.heads * n.ld)), maximum(arena.take<T>(n.heads)), ring(arena.take<T>(n.extended)) {}
+        by_content(arena.take<T>(n.heads * n.ld)), gated(arena.take<T>(n.heads * n.ld)),
+        relative(arena.take<T>(n.heads * n.ld)), weights(arena.take<T>(n.heads * n.ld)), maximum(arena.take<T>(n.heads)),
+        ring(arena.take<T>(n.extended)) {}
 };
 
 // ring[k] = row[(k - reach) mod N] for k in [0, N + 2 reach).
@@ -78,8 +79,8 @@ void address(const Sizes<T>& n, const Inputs<T>& in, const T* memory, const T* p
   for (int64_t h = first; h < first + count; ++h) {
     const int64_t row = h * n.ld;
     T *content = x.by_content + row, *gated = x.gated + row, *relative = x.relative + row, *weights = x.weights + row;
-    const T maximum = score_slots<T>(x.dots + row, x.squares, n.ld, n.N, in.key_square[h], in.sharpness[h], n.eps, x.q + row,
-                                      content);
+    const T maximum =
+        score_slots<T>(x.dots + row, x.squares, n.ld, n.N, in.key_square[h], in.sharpness[h], n.eps, x.q + row, content);
     scale_slots(content, n.ld, T(1) / exp_slots(content, n.ld, maximum));
     const T gate = in.gate[h];
     for (int64_t i = 0; i < n.ld; i += width<T>)
@@ -140,9 +141,7 @@ template <class T>
 void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<T>& s) {
   load_slots(static_cast<const T*>(a.memory) + b * n.N * n.D, n.N, n.D, 0, n.ld, s.memory, n.ld);
   load_rows(static_cast<const T*>(a.weights) + b * n.heads * n.N, n.heads, n.N, 0, n.ld, s.previous, n.ld);
-  const auto read = [&] {
-    weighted_sums<T, false>(s.memory, n.ld, n.ld, n.D, n.R, s.x.weights, s.reads);
-  };
+  const auto read = [&] { weighted_sums<T, false>(s.memory, n.ld, n.ld, n.D, n.R, s.x.weights, s.reads); };
   for (int64_t t = 0; t < a.T; ++t) {
     const int64_t row = t * a.B + b;
     s.in.load(a, n, row);
@@ -161,11 +160,13 @@ void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<
     }
     narrow(s.reads, n.R * n.D, a.reads, a.input, row * n.R * n.D);
     if (a.anchor_every > 0)
-      store_rows(static_cast<const T*>(s.x.weights), n.ld, n.heads, n.N, 0, n.ld, static_cast<T*>(a.history) + row * n.heads * n.N);
+      store_rows(static_cast<const T*>(s.x.weights), n.ld, n.heads, n.N, 0, n.ld,
+                 static_cast<T*>(a.history) + row * n.heads * n.N);
     std::memcpy(s.previous, s.x.weights, n.heads * n.ld * sizeof(T));
   }
   store_slots(static_cast<const T*>(s.memory), n.ld, n.N, n.D, 0, n.ld, static_cast<T*>(a.out_memory) + b * n.N * n.D);
-  store_rows(static_cast<const T*>(s.previous), n.ld, n.heads, n.N, 0, n.ld, static_cast<T*>(a.out_weights) + b * n.heads * n.N);
+  store_rows(static_cast<const T*>(s.previous), n.ld, n.heads, n.N, 0, n.ld,
+             static_cast<T*>(a.out_weights) + b * n.heads * n.N);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -295,7 +296,8 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
   const int64_t ld = n.ld, D = n.D, block = D * ld, every = a.anchor_every;
   if (a.grad_memory) load_slots(static_cast<const T*>(a.grad_memory) + b * n.N * D, n.N, D, 0, ld, s.grad_memory, ld);
   else std::memset(s.grad_memory, 0, block * sizeof(T));
-  if (a.grad_weights) load_rows(static_cast<const T*>(a.grad_weights) + b * n.heads * n.N, n.heads, n.N, 0, ld, s.grad_weights, ld);
+  if (a.grad_weights)
+    load_rows(static_cast<const T*>(a.grad_weights) + b * n.heads * n.N, n.heads, n.N, 0, ld, s.grad_weights, ld);
   else std::memset(s.grad_weights, 0, n.heads * ld * sizeof(T));
   const T* history = static_cast<const T*>(a.history);
   for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
@@ -303,8 +305,7 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
     if (first > 0)
       std::memcpy(s.memories, static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D, n.N),
                   block * sizeof(T));
-    else
-      load_slots(static_cast<const T*>(a.memory) + b * n.N * D, n.N, D, 0, ld, s.memories, ld);
+    else load_slots(static_cast<const T*>(a.memory) + b * n.N * D, n.N, D, 0, ld, s.memories, ld);
     for (int64_t step = 0; step < steps; ++step) {  // the writes again
       const int64_t row = (first + step) * a.B + b;
       s.in.load(a, n, row);
@@ -318,8 +319,7 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
       s.in.load(a, n, row);
       const T* came = t > 0 ? history + (row - a.B) * n.heads * n.N : static_cast<const T*>(a.weights) + b * n.heads * n.N;
       load_rows(came, n.heads, n.N, 0, ld, s.previous, ld);
-      const T* grad_read =
-          a.grad_reads ? widen(a.grad_reads, a.input, row * n.R * D, n.R * D, s.grad_read) : nullptr;
+      const T* grad_read = a.grad_reads ? widen(a.grad_reads, a.input, row * n.R * D, n.R * D, s.grad_read) : nullptr;
       const T* previous = s.previous;
       // A head's own arrays are apart, but squares are of one memory: so the heads of each go forward and back together.
       address(n, s.in, before, previous, n.R, n.W, s.x);
@@ -347,7 +347,8 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
     }
   }
   store_slots(static_cast<const T*>(s.grad_memory), ld, n.N, D, 0, ld, static_cast<T*>(a.grad_in_memory) + b * n.N * D);
-  store_rows(static_cast<const T*>(s.grad_weights), ld, n.heads, n.N, 0, ld, static_cast<T*>(a.grad_in_weights) + b * n.heads * n.N);
+  store_rows(static_cast<const T*>(s.grad_weights), ld, n.heads, n.N, 0, ld,
+             static_cast<T*>(a.grad_in_weights) + b * n.heads * n.N);
 }
 
 // ---- samples over threads -----------------------------------------------------------------------------------

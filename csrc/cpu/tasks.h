@@ -121,7 +121,7 @@ bool run_samples_or_slots(const Arguments& a, const Parallel& parallel, int64_t 
 }  // namespace mann_fast
 
 // Defines a kernel from a template of its name over the dtype of the state; for the lists of ../include/ops.h.
-#define MANN_FAST_BY_DTYPE(op, Arguments)                                                      \
-  bool op(const Arguments& a, const Parallel& parallel) {                                      \
-    return a.state == Dtype::float64 ? op<double>(a, parallel) : op<float>(a, parallel);       \
+#define MANN_FAST_BY_DTYPE(op, Arguments)                                                \
+  bool op(const Arguments& a, const Parallel& parallel) {                                \
+    return a.state == Dtype::float64 ? op<double>(a, parallel) : op<float>(a, parallel); \
   }

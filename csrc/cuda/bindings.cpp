@@ -16,6 +16,8 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace mann_fast {
 namespace {
 
+void launched(const char* why) { STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel cannot be launched: ", why); }
+
 // The device of a tensor, its current stream, and scratch memory that goes back to torch's allocator after the launch.
 class Cuda {
  public:
@@ -27,9 +29,9 @@ class Cuda {
   explicit Cuda(const Tensor& like) : like_(like) {}
 #endif
 
-  void probe() { ran(cuda::usable()); }
+  void probe() { launched(cuda::usable()); }
 #define MANN_FAST_RUN(op, Arguments) \
-  void run(const Arguments& a) { ran(cuda::op(a, queue())); }
+  void run(const Arguments& a) { launched(cuda::op(a, queue())); }
   MANN_FAST_OPS(MANN_FAST_RUN)
 #undef MANN_FAST_RUN
 
@@ -38,13 +40,12 @@ class Cuda {
     return {stream_,
             [](void* self, size_t bytes) -> void* {
               Cuda& cuda = *static_cast<Cuda*>(self);
-              cuda.scratch_.push_back(torch::stable::new_empty(cuda.like_, {static_cast<int64_t>(bytes)},
-                                                               std::make_optional(ScalarType::Byte)));
+              cuda.scratch_.push_back(
+                  torch::stable::new_empty(cuda.like_, {static_cast<int64_t>(bytes)}, std::make_optional(ScalarType::Byte)));
               return cuda.scratch_.back().mutable_data_ptr();
             },
             this};
   }
-  static void ran(const char* why) { STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel cannot be launched: ", why); }
 
   const Tensor& like_;
 #ifndef MANN_FAST_EMULATION
@@ -73,11 +74,43 @@ bool cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controller, b
   return cuda::cell_unable(sized(Cell{})) == nullptr && cuda::cell_backward_unable(sized(CellBackward{})) == nullptr;
 }
 
+// How a scan takes each of B samples in float32, on the current device; backward where anchor_every > 0.
+using Layout = std::tuple<int64_t, int64_t, std::string, int64_t>;
+
+template <class Arguments>
+Layout layout(const char* (*lay_out)(const Arguments&, cuda::Layout&), const Arguments& a) {
+  cuda::Layout layout{};
+  launched(lay_out(a, layout));
+  return {layout.blocks, layout.warps, layout.memory, static_cast<int64_t>(layout.shared)};
+}
+
+Layout lrua_scan_layout(int64_t B, int64_t N, int64_t D, int64_t R, int64_t anchor_every) {
+  const auto sized = [&](auto a) {
+    a.T = a.anchor_every = anchor_every;
+    a.B = B, a.N = N, a.D = D, a.R = R;
+    return a;
+  };
+  if (anchor_every > 0) return layout(cuda::lrua_scan_backward_layout, sized(LruaScanBackward{}));
+  return layout(cuda::lrua_scan_layout, sized(LruaScan{}));
+}
+
+Layout ntm_scan_layout(int64_t B, int64_t N, int64_t D, int64_t R, int64_t W, int64_t shifts, int64_t anchor_every) {
+  const auto sized = [&](auto a) {
+    a.T = a.anchor_every = anchor_every;
+    a.B = B, a.N = N, a.D = D, a.R = R, a.W = W, a.shifts = shifts;
+    return a;
+  };
+  if (anchor_every > 0) return layout(cuda::ntm_scan_backward_layout, sized(NtmScanBackward{}));
+  return layout(cuda::ntm_scan_layout, sized(NtmScan{}));
+}
+
 }  // namespace
 }  // namespace mann_fast
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
   m.impl("cell_fits", TORCH_BOX(&mann_fast::cell_fits));
+  m.impl("lrua_scan_layout", TORCH_BOX(&mann_fast::lrua_scan_layout));
+  m.impl("ntm_scan_layout", TORCH_BOX(&mann_fast::ntm_scan_layout));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {

@@ -25,8 +25,8 @@ struct CellForwardSide {
           gate_weights(carver.take<T>(plan.round * gates_ld)), head_weights(carver.take<T>(plan.units * heads_ld)),
           bias(carver.take<T>(plan.columns)), round(carver.take<T>(plan.round * plan.lanes)),
           hidden(carver.take<T>(plan.items())), state(carver.take<T>(plan.recurrent ? plan.items() : 0)),
-          products(carver.take<T>(plan.lanes * (slices_of(plan.columns) * gates_ld > heads_ld
-                                                    ? slices_of(plan.columns) * gates_ld : heads_ld))) {}
+          products(carver.take<T>(
+              plan.lanes * (slices_of(plan.columns) * gates_ld > heads_ld ? slices_of(plan.columns) * gates_ld : heads_ld))) {}
   };
 };
 
@@ -42,7 +42,8 @@ struct CellForward {
   __device__ __forceinline__ CellForward(const Cell& a, const LruaScan& of_memory, const CellPlan& plan, Carver carver,
                                          unsigned char* scratch)
       : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
-        memory(of_memory, plan.memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0), shared(carver, plan) {}
+        memory(of_memory, plan.memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0),
+        shared(carver, plan) {}
 
   __device__ __forceinline__ void begin() {
     const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
@@ -54,7 +55,8 @@ struct CellForward {
     for (int i = thread; i < plan.units * shared.heads_ld; i += threads) {
       const int own = i % plan.units, j = i / plan.units, unit = place.unit(own);
       shared.head_weights[own * shared.heads_ld + j] =
-          j < plan.heads && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit] : T(0);
+          j < plan.heads && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit]
+                                          : T(0);
     }
     for (int i = thread; i < plan.columns; i += threads) {
       const int gate = plan.hidden_gate(i % per_unit), unit = place.unit(i / per_unit);
@@ -74,8 +76,7 @@ struct CellForward {
     const void* state = plan.controller == Controller::lstm ? a.cell : a.hidden;
     for (int i = thread; plan.recurrent && i < plan.items(); i += threads) {
       const int own = i / plan.lanes, m = i % plan.lanes, unit = place.unit(own);
-      shared.state[i] =
-          unit < plan.H && place.there(m) ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
+      shared.state[i] = unit < plan.H && place.there(m) ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
     }
     memory.small.in.clear();
     if (present) memory.begin();
@@ -195,14 +196,16 @@ struct CellForward {
 };
 
 template <class T, int C, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) cell_kernel(const __grid_constant__ Cell a, const __grid_constant__ LruaScan memory,
-                                                               const __grid_constant__ CellPlan plan, unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    cell_kernel(const __grid_constant__ Cell a, const __grid_constant__ LruaScan memory, const __grid_constant__ CellPlan plan,
+                unsigned char* scratch) {
   CellForward<T, C, RESIDENT>(a, memory, plan, Carver(gpu::shared_memory()), scratch).run();
 }
 
 LruaScan memory_of(const Cell& a) {
   return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
           a.memory, a.read_weights, a.usage, nullptr, nullptr, nullptr, nullptr, nullptr,
+          // results
           a.out_memory, a.out_read_weights, a.out_usage, a.slots, a.anchors};
 }
 

@@ -46,7 +46,9 @@ struct BesideCell : Memory {
 };
 // What a thread makes of a product: two columns beside each other for all samples.
 constexpr int columns_at_once = 2, most_lanes = 8;
-__device__ __host__ inline int padded_columns(int columns) { return (columns + columns_at_once - 1) / columns_at_once * columns_at_once; }
+__device__ __host__ inline int padded_columns(int columns) {
+  return (columns + columns_at_once - 1) / columns_at_once * columns_at_once;
+}
 // A product of few columns is cut along the sum so that all threads have a part.
 __device__ __host__ inline int slices_of(int columns) {
   const int slices = cell_threads * columns_at_once / padded_columns(columns);
@@ -84,12 +86,12 @@ __device__ __forceinline__ void multiply_lanes(const T* weights, int ld, const T
       }
     }
 #pragma unroll
-    for (int m = 0; m < M; ++m)
-      *reinterpret_cast<Two<T>*>(out + (slice * M + m) * ld + column) = {{sum[0][m], sum[1][m]}};
+    for (int m = 0; m < M; ++m) *reinterpret_cast<Two<T>*>(out + (slice * M + m) * ld + column) = {{sum[0][m], sum[1][m]}};
   }
 }
 template <class T>
-__device__ __forceinline__ void multiply(const CellPlan& plan, const T* weights, int ld, const T* x, int inner, int slices, T* out) {
+__device__ __forceinline__ void multiply(const CellPlan& plan, const T* weights, int ld, const T* x, int inner, int slices,
+                                         T* out) {
   switch (plan.lanes) {
     case 2: return multiply_lanes<2>(weights, ld, x, inner, slices, out);
     case 4: return multiply_lanes<4>(weights, ld, x, inner, slices, out);
@@ -122,7 +124,7 @@ struct Item {
 // A block's place among those of its cluster.
 struct CellPlace {
   const CellPlan& plan;
-  const int64_t& B;  // in the kernel's parameters: no register
+  const int64_t& B;              // in the kernel's parameters: no register
   const int rank, first, count;  // samples of the cluster: the first, and how many there are
   __device__ __forceinline__ CellPlace(const CellPlan& plan, const int64_t& B)
       : plan(plan), B(B), rank(static_cast<int>(gpu::block() % plan.cluster)),
@@ -244,9 +246,8 @@ const char* launch_cell(const Arguments& a, const Memory& memory, int64_t every,
   const gpu::Launch how = launch_of(plan, a.B, queue.stream);
   const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
-  return with_tile<T>(plan.memory, [&](auto c, auto resident) {
-    return gpu::launch(kernel(c, resident), how, a, memory, plan, scratch);
-  });
+  return with_tile<T>(plan.memory,
+                      [&](auto c, auto resident) { return gpu::launch(kernel(c, resident), how, a, memory, plan, scratch); });
 }
 
 // Null where the device has room for any T and B, else why not.
@@ -255,7 +256,8 @@ const char* no_room(const Arguments& a, Kernel kernel) {
   CellPlan plan;
   if (const char* why = plan_cell<Side, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
   return with_tile<T>(plan.memory, [&](auto c, auto resident) -> const char* {
-    if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident), launch_of(plan, plan.samples, nullptr)) > 0) return nullptr;
+    if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident), launch_of(plan, plan.samples, nullptr)) > 0)
+      return nullptr;
     return "the device has no room for a cluster of blocks with so much shared memory";
   });
 }

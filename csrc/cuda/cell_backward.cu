@@ -20,15 +20,15 @@ struct CellBackwardSide {
     T *gate_weights, *head_weights;  // [columns, round_ld], [heads, units_ld]
     T* heads;                        // [heads, lanes]: gradients of the heads of all samples
     T* gates;                        // [columns, lanes]: of own units
-    T *hidden, *state;               // [units, lanes]: of the hidden state by what goes round; of the cell, or what passes a GRU by
-    T* products;                     // the hidden state's gradient by the heads, in slices; then own units' part of what goes round
+    T *hidden, *state;  // [units, lanes]: of the hidden state by what goes round; of the cell, or what passes a GRU by
+    T* products;        // the hidden state's gradient by the heads, in slices; then own units' part of what goes round
     __device__ __host__ Shared(Carver& carver, const CellPlan& plan)
         : units_ld(padded_columns(plan.units)), round_ld(padded_columns(plan.round)),
           gate_weights(carver.take<T>(plan.columns * round_ld)), head_weights(carver.take<T>(plan.heads * units_ld)),
           heads(carver.take<T>(plan.heads * plan.lanes)), gates(carver.take<T>(plan.columns * plan.lanes)),
           hidden(carver.take<T>(plan.items())), state(carver.take<T>(plan.recurrent ? plan.items() : 0)),
-          products(carver.take<T>(plan.lanes * (slices_of(plan.units) * units_ld > round_ld
-                                                    ? slices_of(plan.units) * units_ld : round_ld))) {}
+          products(carver.take<T>(
+              plan.lanes * (slices_of(plan.units) * units_ld > round_ld ? slices_of(plan.units) * units_ld : round_ld))) {}
   };
 };
 
@@ -75,10 +75,11 @@ struct CellBack {
   LruaBackward<T, C, 4, RESIDENT, true> memory;
   typename CellBackwardSide<T>::Shared shared;
 
-  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan, Carver carver,
-                                      unsigned char* scratch)
+  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan,
+                                      Carver carver, unsigned char* scratch)
       : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
-        memory(of_memory, plan.memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
+        memory(of_memory, plan.memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0,
+               true),
         shared(carver, plan) {}
 
   __device__ __forceinline__ void begin() {
@@ -89,8 +90,9 @@ struct CellBack {
     }
     for (int i = thread; i < plan.heads * shared.units_ld; i += threads) {
       const int j = i / shared.units_ld, own = i % shared.units_ld, unit = place.unit(own);
-      shared.head_weights[i] =
-          own < plan.units && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit] : T(0);
+      shared.head_weights[i] = own < plan.units && unit < plan.H
+                                   ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit]
+                                   : T(0);
     }
     for (int i = thread; i < plan.heads * plan.lanes; i += threads) shared.heads[i] = 0;
     for (int i = thread; i < plan.lanes * shared.round_ld; i += threads) shared.products[i] = 0;
@@ -284,9 +286,10 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 LruaScanBackward memory_of(const CellBackward& a) {
-  return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.eps, a.anchor_every,
-          nullptr, a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr,
-          a.slots, a.anchors, a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr};
+  return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.eps, a.anchor_every, nullptr,
+          a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr, a.slots, a.anchors,
+          // results
+          a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr};
 }
 
 template <class T>
@@ -294,8 +297,7 @@ auto kernel = [](auto c, auto resident) { return cell_backward_kernel<T, decltyp
 
 template <class T>
 const char* cell_backward_of(const CellBackward& a, const Queue& queue) {
-  const int64_t every = a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every;
-  return launch_cell<CellBackwardSide<T>, T>(a, memory_of(a), every, queue, kernel<T>);
+  return launch_cell<CellBackwardSide<T>, T>(a, memory_of(a), every_of(a), queue, kernel<T>);
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ struct Slots : Thread<T, C, HEADS, RESIDENT> {
 };
 
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_constant__ ContentRead a,
-                                                               const __grid_constant__ Plan plan, int64_t parts, Parts<T> out) {
+__global__ void __launch_bounds__(most_threads, 1)
+    read_kernel(const __grid_constant__ ContentRead a, const __grid_constant__ Plan plan, int64_t parts, Parts<T> out) {
   const int64_t sample = gpu::block() / parts;
   const int part = static_cast<int>(gpu::block() % parts);
   Carver carver(gpu::shared_memory());
@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
   T* sums = shared.sums + place.warp * plan.heads;
   T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N;
   gpu::sync();
-  slots.compare(shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, sums, most,
-                static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+  slots.compare(
+      shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, sums, most,
+      static_cast<T*>(nullptr), static_cast<T*>(nullptr));
   gpu::sync_warp();
   if (parts > 1) slots.give_rows(shared.weights, a.N, weights);
   slots.soften(0, plan.heads, shared.most, shared.weights, sums);
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(most_threads, 1) read_kernel(const __grid_cons
       Four<T> own[HEADS];
       slots.load_weights(shared.weights, first, slots.slots(0), own);
       slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<HEADS, C>(m, own, sum); });
-      store_warp_sums<HEADS, C>(sum, place.lane, shared.read + (place.warp * plan.heads + first) * plan.columns + slots.first_column(k),
-                            plan.columns);
+      store_warp_sums<HEADS, C>(sum, place.lane,
+                                shared.read + (place.warp * plan.heads + first) * plan.columns + slots.first_column(k),
+                                plan.columns);
     }
   gpu::sync();
   for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
@@ -134,14 +136,14 @@ __global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a,
   T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N + first;
   for (int64_t r = 0; r < a.R; ++r) {
     const T all = maximum(r), scale = T(1) / total(r, all);
-    for (int64_t n = gpu::thread(); n < count; n += gpu::threads()) weights[r * a.N + n] = exp(weights[r * a.N + n] - all) * scale;
+    for (int64_t n = gpu::thread(); n < count; n += gpu::threads())
+      weights[r * a.N + n] = exp(weights[r * a.N + n] - all) * scale;
   }
   for (int64_t i = part * gpu::threads() + gpu::thread(); i < a.R * a.D; i += parts * gpu::threads()) {
     const int64_t r = i / a.D;
     const T all = maximum(r);
     T read = 0;
-    for (int64_t p = 0; p < parts; ++p)
-      read += in.reads[(sample * parts + p) * a.R * a.D + i] * exp(most[p * a.R + r] - all);
+    for (int64_t p = 0; p < parts; ++p) read += in.reads[(sample * parts + p) * a.R * a.D + i] * exp(most[p * a.R + r] - all);
     store_as(a.read, a.input, sample * a.R * a.D + i, read / total(r, all));
   }
 }
@@ -243,8 +245,8 @@ __global__ void __launch_bounds__(most_threads, 1)
   gpu::sync();
   for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
     const int r = i / plan.D, at = r * plan.columns + i % plan.D;
-    const T of_key = slots.total(shared.read, at, plan.heads * plan.columns) +
-                     2 * slots.total(shared.most, r, plan.heads) * shared.keys[at];
+    const T of_key =
+        slots.total(shared.read, at, plan.heads * plan.columns) + 2 * slots.total(shared.most, r, plan.heads) * shared.keys[at];
     of_keys[(part * a.B + sample) * a.R * a.D + i] = of_key;
   }
   for (int r = gpu::thread(); a.grad_sharpness && r < plan.R; r += gpu::threads())

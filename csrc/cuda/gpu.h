@@ -21,7 +21,7 @@ struct Launch {
 };
 
 struct Limits {
-  size_t shared;  // bytes that a block may have
+  size_t shared;        // bytes that a block may have
   int cluster;          // blocks of a cluster that there is always room for; 1 where there are no clusters
   int largest_cluster;  // that a kernel may ask for: clusters_at_once says whether there is room
   int processors;

@@ -24,5 +24,18 @@ MANN_FAST_OPS(MANN_FAST_DECLARE)
 const char* cell_unable(const Cell&);
 const char* cell_backward_unable(const CellBackward&);
 
+// How a scan takes one sample.
+struct Layout {
+  int blocks, warps;   // of the sample's cluster; of a block
+  const char* memory;  // where the memory lies
+  size_t shared;       // bytes of a block's shared memory
+};
+
+// Null, and how a float32 scan would be launched on the current device, else why it cannot be; look at the sizes only.
+const char* lrua_scan_layout(const LruaScan&, Layout&);
+const char* lrua_scan_backward_layout(const LruaScanBackward&, Layout&);
+const char* ntm_scan_layout(const NtmScan&, Layout&);
+const char* ntm_scan_backward_layout(const NtmScanBackward&, Layout&);
+
 }  // namespace cuda
 }  // namespace mann_fast

@@ -161,9 +161,9 @@ const char* write_backward(const LruaWriteBackward& a, const Queue& queue) {
   const int64_t rows = a.B * a.R;
   T* of_vectors = static_cast<T*>(queue.scratch(queue.owner, parts * rows * (a.D + 1) * sizeof(T)));
   T* of_gates = of_vectors + parts * rows * a.D;
-  if (const char* why = gpu::launch(write_backward_kernel<T>,
-                                    {a.B * parts, most_threads, 1, 2 * a.R * span * sizeof(T), queue.stream}, a, span, parts,
-                                    of_vectors, of_gates))
+  if (const char* why =
+          gpu::launch(write_backward_kernel<T>, {a.B * parts, most_threads, 1, 2 * a.R * span * sizeof(T), queue.stream}, a,
+                      span, parts, of_vectors, of_gates))
     return why;
   if (const char* why = add_parts(of_vectors, parts, rows * a.D, a.grad_write_vector, a.input, queue.stream)) return why;
   return add_parts(of_gates, parts, rows, a.grad_gate_logit, a.input, queue.stream);

@@ -45,10 +45,11 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   Tile<T, C> held;  // the gradient of the memory
   int visits = 0;   // steps gone through, in either direction
 
-  __device__ __forceinline__ LruaBackward(const LruaScanBackward& a, const Plan& plan, int every, Places places,
-                                          int64_t sample, int rank, bool of_reads)
+  __device__ __forceinline__ LruaBackward(const LruaScanBackward& a, const Plan& plan, int every, Places places, int64_t sample,
+                                          int rank, bool of_reads)
       : Base(plan, rank, a.eps, a.shared_target), a(a), sample(sample), every(every), of_reads(of_reads),
-        small(places.of(ALONE || RESIDENT || plan.near_small), plan), per_slot(places.of((RESIDENT && !ALONE) || plan.near_slots), plan, every),
+        small(places.of(ALONE || RESIDENT || plan.near_small), plan),
+        per_slot(places.of((RESIDENT && !ALONE) || plan.near_slots), plan, every),
         tiles(places.of(plan.near_tiles), plan, every) {}
 
   __device__ __forceinline__ Inputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
@@ -159,8 +160,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
         for (int j = 0; j < OWN; ++j) {
           const int r = first + place.own_head + j, at = r * plan.span + own_slot;
           const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean[j]);
-          const ScoreGradient<T> of =
-              score_gradient(of_score, dots(step)[at], in.beta[r], own_key[j], square, this->eps);
+          const ScoreGradient<T> of = score_gradient(of_score, dots(step)[at], in.beta[r], own_key[j], square, this->eps);
           if (HEADS == 1) gpu::sync_warp();  // two lanes read what one of them writes
           if (place.owner) {
             per_slot.grads[at] = of.dot;
@@ -263,8 +263,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
     const T* of_squares = small.exchange.scalars + (place.warp * 3 + 1) * plan.heads;
     gpu::sync_warp();
-    for (int i = place.lane; i < plan.R * plan.columns; i += 32)
-      of_keys[i] += 2 * of_squares[i / plan.columns] * in.keys[i];
+    for (int i = place.lane; i < plan.R * plan.columns; i += 32) of_keys[i] += 2 * of_squares[i / plan.columns] * in.keys[i];
   }
 
   __device__ __forceinline__ void back(const Inputs<T>& in, int step) {
@@ -309,7 +308,8 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   __device__ __forceinline__ void end() {
     T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k)
+        with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
     this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N);
   }
 };

@@ -41,10 +41,12 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
 
   __device__ __forceinline__ LruaForward(const LruaScan& a, const Plan& plan, Places places, int64_t sample, int rank)
       : Base(plan, rank, a.eps, a.shared_target), a(a), sample(sample),
-        small(places.of(ALONE || RESIDENT || plan.near_small), plan),
-        per_slot(places.of(RESIDENT || plan.near_slots), plan, 0), tiles(places.of(plan.near_tiles), plan, 0) {}
+        small(places.of(ALONE || RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
+        tiles(places.of(plan.near_tiles), plan, 0) {}
 
-  __device__ __forceinline__ Inputs<T> inputs(int64_t step) const { return small.in.of(static_cast<int>(step % 2), plan, false); }
+  __device__ __forceinline__ Inputs<T> inputs(int64_t step) const {
+    return small.in.of(static_cast<int>(step % 2), plan, false);
+  }
 
   template <bool KEEP, class F>
   __device__ __forceinline__ void with_piece(int g, int k, F f) {
@@ -55,7 +57,8 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
     const T* usage = static_cast<const T*>(a.usage) + sample * a.N;
     for (int g = 0; g < this->groups(); ++g) {
-      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
+      for (int k = 0; k < this->pieces(); ++k)
+        with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
       const int slot = this->group(g) + place.lane;
       if (place.lane < warp_slots) per_slot.usage[slot] = first_slot + slot < plan.N ? usage[first_slot + slot] : T(0);
     }
@@ -136,9 +139,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g) {
       const auto compare = [&] {
-        this->compare(in, 0, plan.heads, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
-                      sums + place.warp * plan.heads, small.exchange.maximum + place.warp * plan.heads,
-                      static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+        this->compare(
+            in, 0, plan.heads, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, per_slot.read_weights,
+            sums + place.warp * plan.heads, small.exchange.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
+            static_cast<T*>(nullptr));
       };
 #pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
@@ -206,7 +210,8 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
     T* usage = static_cast<T*>(a.out_usage) + sample * a.N;
     for (int g = 0; g < this->groups(); ++g) {
-      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k)
+        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
       const int slot = this->group(g) + place.lane;
       if (place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
     }

@@ -46,15 +46,22 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
 };
 
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) forward_kernel(const __grid_constant__ LruaScan a,
-                                                                  const __grid_constant__ Plan plan, unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    forward_kernel(const __grid_constant__ LruaScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
   ForwardScan<T, C, HEADS, RESIDENT>(a, plan, Places(plan, scratch)).run();
 }
 
 template <class T>
-const char* scan(const LruaScan& a, const Queue& queue) {
+const char* plan_of(const LruaScan& a, Plan& plan) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
-  const Plan plan = plan_scan<Forward<T>, T>(sizes_of(a), a.B, 0, gpu::limits());
+  plan = plan_scan<Forward<T>, T>(sizes_of(a), a.B, 0, gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan(const LruaScan& a, const Queue& queue) {
+  Plan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
@@ -68,6 +75,12 @@ const char* scan(const LruaScan& a, const Queue& queue) {
 
 const char* lrua_scan(const LruaScan& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan<double>(a, queue) : scan<float>(a, queue);
+}
+const char* lrua_scan_layout(const LruaScan& a, Layout& layout) {
+  Plan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

@@ -21,7 +21,7 @@ struct Inputs {
 template <class T>
 struct Exchange {
   using Bits = typename Order<T>::Bits;
-  T *sums, *maximum;     // [2, warps, heads] and [warps, heads]
+  T *sums, *maximum;      // [2, warps, heads] and [warps, heads]
   T *reads, *of_vectors;  // [warps, heads, columns]: reads, or gradients of keys; gradients of write vectors
   T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
   Bits* orders;           // [warps, heads]: the least used of each warp
@@ -117,7 +117,8 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE> {
       : Base(plan, rank, eps), shared_target(shared_target) {}
 
   // Write weights [heads, span] of the warp's slots; own lanes only.
-  __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights, T* write_weights) const {
+  __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights,
+                                               T* write_weights) const {
     for (int g = 0; g < this->groups(); ++g) {
       const int own_slot = this->own(g);
       for (int first = 0; first < plan.heads; first += HEADS) {
@@ -140,7 +141,8 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE> {
   }
 
   // Erases the least used slot and adds what the heads write.
-  __device__ __forceinline__ void write(const Inputs<T>& in, int erased, const T* write_weights, int g, int k, Tile<T, C>& m) const {
+  __device__ __forceinline__ void write(const Inputs<T>& in, int erased, const T* write_weights, int g, int k,
+                                        Tile<T, C>& m) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s)
       if (first_slot + this->slots(g) + s == erased) {

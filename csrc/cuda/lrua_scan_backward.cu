@@ -66,22 +66,28 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
 };
 
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) backward_kernel(const __grid_constant__ LruaScanBackward a,
-                                                                   const __grid_constant__ Plan plan, int every,
-                                                                   unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    backward_kernel(const __grid_constant__ LruaScanBackward a, const __grid_constant__ Plan plan, int every,
+                    unsigned char* scratch) {
   BackwardScan<T, C, HEADS, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
 }
 
 template <class T>
-const char* scan_backward(const LruaScanBackward& a, const Queue& queue) {
-  const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
+const char* plan_of(const LruaScanBackward& a, Plan& plan) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
-  const Plan plan = plan_scan<Backward<T>, T>(sizes_of(a), a.B, every, gpu::limits());
+  plan = plan_scan<Backward<T>, T>(sizes_of(a), a.B, every_of(a), gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan_backward(const LruaScanBackward& a, const Queue& queue) {
+  Plan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
     return gpu::launch(backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every_of(a),
                        static_cast<unsigned char*>(scratch));
   });
 }
@@ -90,6 +96,12 @@ const char* scan_backward(const LruaScanBackward& a, const Queue& queue) {
 
 const char* lrua_scan_backward(const LruaScanBackward& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan_backward<double>(a, queue) : scan_backward<float>(a, queue);
+}
+const char* lrua_scan_backward_layout(const LruaScanBackward& a, Layout& layout) {
+  Plan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

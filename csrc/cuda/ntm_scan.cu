@@ -15,15 +15,14 @@ struct Forward {
   static int heads_at_once(const Plan&) { return 1; }
   struct Small {
     InputTurns<NtmInputs<T>> in;
-    T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights of the step before, then new
+    T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights, old then new
     T *sums, *maximum, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and powers
-    T* reads;                            // [warps, reading heads, columns]
+    T* reads;                           // [warps, reading heads, columns]
     __device__ __host__ Small(Carver& carver, const Plan& plan)
         : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)),
-          weights(carver.take<T>(plan.heads * plan.span)),
-          sums(carver.take<T>(plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
-          most(carver.take<T>(plan.warps * plan.heads)), powers(carver.take<T>(plan.warps * plan.heads)),
-          reads(carver.take<T>(plan.warps * plan.reads * plan.columns)) {}
+          weights(carver.take<T>(plan.heads * plan.span)), sums(carver.take<T>(plan.warps * plan.heads)),
+          maximum(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
+          powers(carver.take<T>(plan.warps * plan.heads)), reads(carver.take<T>(plan.warps * plan.reads * plan.columns)) {}
   };
   struct Slots {
     T* shifted;  // [heads, span]: shifted weights, then their powers
@@ -83,9 +82,10 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool puts) {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
-      this->compare(in, first, last, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, small.content,
-                    small.sums + place.warp * plan.heads, small.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
-                    static_cast<T*>(nullptr));
+      this->compare(
+          in, first, last, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, small.content,
+          small.sums + place.warp * plan.heads, small.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
+          static_cast<T*>(nullptr));
     if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
     this->sync();
     this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
@@ -203,16 +203,22 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
 };
 
 template <class T, int C, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) ntm_forward_kernel(const __grid_constant__ NtmScan a,
-                                                                      const __grid_constant__ Plan plan,
-                                                                      unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    ntm_forward_kernel(const __grid_constant__ NtmScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
   ForwardScan<T, C, RESIDENT>(a, plan, Places(plan, scratch)).run();
 }
 
 template <class T>
-const char* scan(const NtmScan& a, const Queue& queue) {
+const char* plan_of(const NtmScan& a, Plan& plan) {
   if (const char* why = ntm_too_large(a)) return why;
-  const Plan plan = plan_scan<Forward<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
+  plan = plan_scan<Forward<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan(const NtmScan& a, const Queue& queue) {
+  Plan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_tile<T>(plan, [&](auto c, auto resident) {
@@ -226,6 +232,12 @@ const char* scan(const NtmScan& a, const Queue& queue) {
 
 const char* ntm_scan(const NtmScan& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan<double>(a, queue) : scan<float>(a, queue);
+}
+const char* ntm_scan_layout(const NtmScan& a, Layout& layout) {
+  Plan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

@@ -11,7 +11,7 @@ namespace cuda {
 template <class T>
 struct NtmInputs {
   using Number = T;
-  T *keys, *erase, *add, *grads;  // [heads, columns], [writing heads, columns] twice, [reading heads, columns]
+  T *keys, *erase, *add, *grads;   // [heads, columns], [writing heads, columns] twice, [reading heads, columns]
   T *beta, *gate, *gamma, *shift;  // [heads] three times, [heads, shifts]
   __device__ __host__ NtmInputs(Carver& carver, const Plan& plan, bool backward)
       : keys(carver.take<T>(plan.heads * plan.columns)), erase(carver.take<T>((plan.heads - plan.reads) * plan.columns)),
@@ -177,8 +177,8 @@ struct NtmThread : Thread<T, C, 1, RESIDENT> {
   // Shifted weights of the warp's slots, in `out` [heads, span]; then, a head for each half of the warp, f(h, there, speaks,
   // the maximum of them).
   template <class F>
-  __device__ __forceinline__ void shift(const NtmInputs<T>& in, int first, int last, T* content, T* previous, T* sums,
-                                        T* out, F f) const {
+  __device__ __forceinline__ void shift(const NtmInputs<T>& in, int first, int last, T* content, T* previous, T* sums, T* out,
+                                        F f) const {
     with_heads(first, last, [&](int h, bool there, bool speaks) {
       const T gate = in.gate[h], by_content = gate * content_scale(sums, h), rest = T(1) - gate;
       T most = 0;

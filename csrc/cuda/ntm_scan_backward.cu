@@ -24,14 +24,14 @@ struct Backward {
     // [heads, span], which all warps see: as forward; weights of the step before; gradient of the shifted weights.
     T *content, *previous, *of_shifted;
     T *sums, *maximum, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the maximum weight
-    T *of_keys, *of_erase, *of_add;             // [warps, heads or writing heads, columns]
-    T* scalars;                                 // [warps, heads, of_shift + shifts]
+    T *of_keys, *of_erase, *of_add;            // [warps, heads or writing heads, columns]
+    T* scalars;                                // [warps, heads, of_shift + shifts]
     __device__ __host__ Small(Carver& carver, const Plan& plan)
-        : in(carver, plan, true), content(carver.take<T>(plan.heads * plan.span)), previous(carver.take<T>(plan.heads * plan.span)),
-          of_shifted(carver.take<T>(plan.heads * plan.span)), sums(carver.take<T>(plan.warps * plan.heads)),
-          maximum(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
-          means(carver.take<T>(plan.warps * plan.heads)), peaks(carver.take<T>(plan.warps * plan.heads)),
-          of_keys(carver.take<T>(plan.warps * plan.heads * plan.columns)),
+        : in(carver, plan, true), content(carver.take<T>(plan.heads * plan.span)),
+          previous(carver.take<T>(plan.heads * plan.span)), of_shifted(carver.take<T>(plan.heads * plan.span)),
+          sums(carver.take<T>(plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
+          most(carver.take<T>(plan.warps * plan.heads)), means(carver.take<T>(plan.warps * plan.heads)),
+          peaks(carver.take<T>(plan.warps * plan.heads)), of_keys(carver.take<T>(plan.warps * plan.heads * plan.columns)),
           of_erase(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
           of_add(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
           scalars(carver.take<T>(plan.warps * plan.heads * (of_shift + plan.shifts))) {}
@@ -73,13 +73,16 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   int first_told = 0, last_told = 0;
 
   __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const Plan& plan, int every, Places places)
-      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster), every(every),
-        small(places.of(RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, every),
-        tiles(places.of(plan.near_tiles), plan, every), stream(a, plan) {}
+      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
+        every(every), small(places.of(RESIDENT || plan.near_small), plan),
+        per_slot(places.of(RESIDENT || plan.near_slots), plan, every), tiles(places.of(plan.near_tiles), plan, every),
+        stream(a, plan) {}
 
   __device__ __forceinline__ NtmInputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
   __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
-  __device__ __forceinline__ const T* history(int64_t row) const { return static_cast<const T*>(a.history) + row * plan.R * a.N; }
+  __device__ __forceinline__ const T* history(int64_t row) const {
+    return static_cast<const T*>(a.history) + row * plan.R * a.N;
+  }
   __device__ __forceinline__ T* scalars(int h) const {
     return small.scalars + (place.warp * plan.heads + h) * (of_shift + plan.shifts);
   }
@@ -340,8 +343,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
             add_by_norm<1, C>(m, weights, grad);
           });
         }
-        // What comes by the key's own square, to one of the lanes that are added up.
-#pragma unroll
+#pragma unroll  // what comes by the key's own square, to one of the lanes that are added up
         for (int c = 0; c < C; ++c) sum[c] += place.group == 0 ? 2 * scalars(h)[of_key_square] * keys[0][c] : T(0);
         store_warp_sums<1, C>(sum, place.lane, small.of_keys + place.warp * plan.heads * plan.columns + corner, plan.columns);
       }
@@ -382,7 +384,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
 
   // Adds up what all warps had told before they met.
   __device__ __forceinline__ void give_told() {
-    const int writes = plan.R - plan.reads, start = rank * gpu::threads() + gpu::thread(), stride = plan.cluster * gpu::threads();
+    const int writes = plan.R - plan.reads, start = rank * gpu::threads() + gpu::thread(),
+              stride = plan.cluster * gpu::threads();
     if (written_row >= 0)
       for (int j = start; j < 2 * writes * plan.D; j += stride) {
         const int i = j % (writes * plan.D), at = i / plan.D * plan.columns + i % plan.D, ld = writes * plan.columns;
@@ -400,8 +403,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         else if (i == plan.D) store_as(a.grad_sharpness, a.input, head, total_scalar(h, of_beta));
         else if (i == plan.D + 1) store_as(a.grad_gates, a.input, head, total_scalar(h, of_gate));
         else if (i == plan.D + 2) store_as(a.grad_sharpening, a.input, head, total_scalar(h, of_gamma));
-        else
-          store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3, total_scalar(h, of_shift + i - plan.D - 3));
+        else store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3, total_scalar(h, of_shift + i - plan.D - 3));
       }
     }
     written_row = addressed_row = -1;
@@ -428,7 +430,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void end() {
     T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k)
+        with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
     this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_weights) + sample * plan.R * a.N);
   }
 
@@ -466,22 +469,28 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
 };
 
 template <class T, int C, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1) ntm_backward_kernel(const __grid_constant__ NtmScanBackward a,
-                                                                       const __grid_constant__ Plan plan, int every,
-                                                                       unsigned char* scratch) {
+__global__ void __launch_bounds__(most_threads, 1)
+    ntm_backward_kernel(const __grid_constant__ NtmScanBackward a, const __grid_constant__ Plan plan, int every,
+                        unsigned char* scratch) {
   BackwardScan<T, C, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
 }
 
 template <class T>
-const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
-  const int every = static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
+const char* plan_of(const NtmScanBackward& a, Plan& plan) {
   if (const char* why = ntm_too_large(a)) return why;
-  const Plan plan = plan_scan<Backward<T>, T>(ntm_sizes_of(a), a.B, every, gpu::limits());
+  plan = plan_scan<Backward<T>, T>(ntm_sizes_of(a), a.B, every_of(a), gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
+  Plan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
   return with_tile<T>(plan, [&](auto c, auto resident) {
     return gpu::launch(ntm_backward_kernel<T, decltype(c)::value, decltype(resident)::value>,
-                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every,
+                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every_of(a),
                        static_cast<unsigned char*>(scratch));
   });
 }
@@ -490,6 +499,12 @@ const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
 
 const char* ntm_scan_backward(const NtmScanBackward& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan_backward<double>(a, queue) : scan_backward<float>(a, queue);
+}
+const char* ntm_scan_backward_layout(const NtmScanBackward& a, Layout& layout) {
+  Plan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

@@ -7,8 +7,8 @@ namespace cuda {
 
 // sums [parts, count] to out [count].
 template <class T>
-__global__ void __launch_bounds__(most_threads, 1) add_parts_kernel(const T* sums, int64_t parts, int64_t count, void* out,
-                                                                 Dtype dtype) {
+__global__ void __launch_bounds__(most_threads, 1)
+    add_parts_kernel(const T* sums, int64_t parts, int64_t count, void* out, Dtype dtype) {
   const int64_t i = gpu::block() * gpu::threads() + gpu::thread();
   if (i >= count) return;
   T sum = 0;

@@ -1,5 +1,6 @@
 // Where a scan's block has room for what, and which kernel that asks for; for both directions.
 #pragma once
+#include "kernels.h"
 #include "scan.cuh"
 
 namespace mann_fast {
@@ -42,13 +43,14 @@ const char* with_tile(const Plan& plan, F f) {
   const std::integral_constant<int, 8> eight;
   if constexpr (sizeof(T) == 8) return f(four, std::false_type());
   else if (!plan.resident) return f(eight, std::false_type());
-  else
+  else {
     switch (plan.piece_columns) {
       case 2: return f(std::integral_constant<int, 2>(), std::true_type());
       case 4: return f(four, std::true_type());
       case 5: return f(std::integral_constant<int, 5>(), std::true_type());
       default: return f(eight, std::true_type());
     }
+  }
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,6 +91,17 @@ Plan plan_scan(Plan plan, int64_t B, int64_t every, const gpu::Limits& limits) {
   lay_out(B >= limits.processors ? 1 : limits.cluster);
   if (!plan.near_small) lay_out(1);  // what is exchanged must be in shared memory for a cluster
   return plan;
+}
+
+// Steps of a replay, no more than there are.
+template <class Arguments>
+int every_of(const Arguments& a) {
+  return static_cast<int>(a.T < a.anchor_every ? (a.T > 0 ? a.T : 1) : a.anchor_every);
+}
+
+inline Layout layout_of(const Plan& plan) {
+  const char* memory = plan.resident ? "registers" : plan.near_tiles ? "shared memory" : "device memory";
+  return {plan.cluster, plan.warps, memory, plan.shared};
 }
 
 // Where a block counts what it has, it counts with 32 bits.

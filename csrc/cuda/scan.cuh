@@ -13,17 +13,17 @@ namespace cuda {
 
 // How a scan is laid out over a block.
 struct Plan {
-  int N, D, R;        // R: all heads
-  int reads, shifts;  // of ntm_scan only: heads that read, which come first; moves
-  bool resident;      // the memory is in registers: one group of 16 slots a warp, one piece of columns
-  int piece_columns;  // C: columns of a lane in a piece
-  int heads_at_once;  // HEADS
-  int least_warps;       // that there shall be, whether they have slots or not
-  bool slots_anywhere;   // what is kept per slot may be in device memory beside a memory in registers
+  int N, D, R;          // R: all heads
+  int reads, shifts;    // of ntm_scan only: heads that read, which come first; moves
+  bool resident;        // the memory is in registers: one group of 16 slots a warp, one piece of columns
+  int piece_columns;    // C: columns of a lane in a piece
+  int heads_at_once;    // HEADS
+  int least_warps;      // that there shall be, whether they have slots or not
+  bool slots_anywhere;  // what is kept per slot may be in device memory beside a memory in registers
   int warps, cluster;
-  int groups, pieces;    // of 16 slots, a warp; of 8 C columns, a slot
-  int heads, columns;    // R and D, padded
-  int span;              // slots of a block, padded
+  int groups, pieces;                       // of 16 slots, a warp; of 8 C columns, a slot
+  int heads, columns;                       // R and D, padded
+  int span;                                 // slots of a block, padded
   bool near_small, near_slots, near_tiles;  // in shared memory
   size_t shared, scratch;                   // bytes of a block
 
@@ -64,8 +64,8 @@ struct Thread {
   static constexpr int OWN = Place<HEADS>::OWN;
   const Plan& plan;
   const Place<HEADS> place;
-  int rank;            // of the block in its sample
-  int first_slot;      // of the block
+  int rank;        // of the block in its sample
+  int first_slot;  // of the block
   T eps;
 
   __device__ __forceinline__ Thread(const Plan& plan, int rank, double eps)
@@ -125,8 +125,8 @@ struct Thread {
     }
   }
   // The same way back, for so many slots.
-  __device__ __forceinline__ void give(const Tile<T, C>& m, int64_t count, int64_t slot_step, int64_t column_step, int g,
-                                       int k, T* memory) const {
+  __device__ __forceinline__ void give(const Tile<T, C>& m, int64_t count, int64_t slot_step, int64_t column_step, int g, int k,
+                                       T* memory) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
       const int slot = first_slot + slots(g) + s;
@@ -168,7 +168,8 @@ struct Thread {
   }
 
   // Backward begins with the gradients of the last memory [N, D] and of the last weights [R, N], each nought where it is null.
-  __device__ __forceinline__ void begin_gradients(const T* of_memory, const T* of_weights, Tile<T, C>& held, T* tiles, T* weights) const {
+  __device__ __forceinline__ void begin_gradients(const T* of_memory, const T* of_weights, Tile<T, C>& held, T* tiles,
+                                                  T* weights) const {
     for (int g = 0; g < groups(); ++g)
       for (int k = 0; k < pieces(); ++k)
         with_tile_of<true>(held, tiles, g, k, [&](Tile<T, C>& m) {
@@ -210,8 +211,8 @@ struct Thread {
   // where they are bounded, and the warp's sums in `sums` [heads]; else as they are, and their maximum in `most`. dots and
   // squares are kept where these are not null.
   template <class Inputs, class Open>
-  __device__ __forceinline__ void compare(const Inputs& in, int first_head, int last_head, int g, bool bounded, const Open& open,
-                                          T* out, T* sums, T* most, T* dots, T* squares) const {
+  __device__ __forceinline__ void compare(const Inputs& in, int first_head, int last_head, int g, bool bounded,
+                                          const Open& open, T* out, T* sums, T* most, T* dots, T* squares) const {
     const int own_slot = own(g);
     const bool there = first_slot + own_slot < plan.N;
     T own_squares[lane_slots] = {};

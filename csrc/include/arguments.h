@@ -119,7 +119,7 @@ struct Cell {
   const void *hidden_weight, *hidden_bias;  // [G, H], [G]; null in a feed-forward controller
   const void* reads_weight;                 // [G, R D], rows reads_weight_ld apart
   int64_t reads_weight_ld;
-  const void *head_weight, *head_bias;  // [heads, H], [heads]
+  const void *head_weight, *head_bias;                                  // [heads, H], [heads]
   void *output, *out_cell, *out_memory, *out_read_weights, *out_usage;  // output [T, B, K]: hidden states and reads
   // Kept for backward: [T, B, 4 H] (feed-forward: H) after the nonlinearities; [T, B, H] the cell, or the GRU's hidden
   // state; [T, B, heads] head values, keys and write vectors after their nonlinearity.
@@ -159,12 +159,12 @@ struct NtmScan {
   bool read_first;
   double eps;
   int64_t anchor_every;
-  const void *memory, *weights;                           // [B, N, D], [B, R+W, N]
-  const void *keys, *sharpness, *gates;                   // [T, B, R+W, D], [T, B, R+W], [T, B, R+W]
-  const void *shift, *sharpening;                         // [T, B, R+W, shifts], [T, B, R+W]
-  const void *erase, *add;                                // [T, B, W, D]
-  void *reads, *out_memory, *out_weights;                 // reads [T, B, R, D]
-  void *history, *anchors;                                // history [T, B, R+W, N]: the weights of every step
+  const void *memory, *weights;            // [B, N, D], [B, R+W, N]
+  const void *keys, *sharpness, *gates;    // [T, B, R+W, D], [T, B, R+W], [T, B, R+W]
+  const void *shift, *sharpening;          // [T, B, R+W, shifts], [T, B, R+W]
+  const void *erase, *add;                 // [T, B, W, D]
+  void *reads, *out_memory, *out_weights;  // reads [T, B, R, D]
+  void *history, *anchors;                 // history [T, B, R+W, N]: the weights of every step
 };
 
 struct NtmScanBackward {

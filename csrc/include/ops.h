@@ -7,11 +7,11 @@
   OP(content_read, ContentRead)   \
   OP(content_read_backward, ContentReadBackward)
 
-#define MANN_FAST_LRUA_OPS(OP)                \
-  OP(least_used, LeastUsed)                   \
-  OP(lrua_write, LruaWrite)                   \
-  OP(lrua_write_backward, LruaWriteBackward)  \
-  OP(lrua_scan, LruaScan)                     \
+#define MANN_FAST_LRUA_OPS(OP)               \
+  OP(least_used, LeastUsed)                  \
+  OP(lrua_write, LruaWrite)                  \
+  OP(lrua_write_backward, LruaWriteBackward) \
+  OP(lrua_scan, LruaScan)                    \
   OP(lrua_scan_backward, LruaScanBackward)
 
 #define MANN_FAST_CELL_OPS(OP) \

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
-from ..ops._loading import missing
+import torch
+
+from .._anchors import lrua_interval, ntm_interval
+from ..ops._loading import EMULATION, missing
 from ..ops._register import OPS
 
 PUBLIC = tuple(
@@ -27,7 +31,7 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
     return {
         "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
         "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
-        "cuda": missing("cuda") or _cuda(op, num_slots, slot_size),
+        "cuda": missing("cuda") or _cuda(op, num_slots, slot_size, num_heads),
         "triton": missing("triton") or _triton(op, num_slots, slot_size, num_heads),
     }
 
@@ -55,17 +59,39 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
     return f"one call: {work}; samples over threads{slots}"
 
 
-def _cuda(op: str, num_slots: int, slot_size: int) -> str:
+def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
     if op == "least_used":
         return "one launch: each slot counts those before it"
     if op in ("content_read", "lrua_write"):
         return "a block for some slots of a sample, a second launch where a sample has several"
-    # As plan.cuh lays a block out: 8 warps of 16 slots each, of up to 64 numbers; clusters have up to 8 blocks.
-    if slot_size <= 64 and num_slots <= 128:
-        where = "in the registers of a block"
-    elif slot_size <= 64 and num_slots <= 1024:
-        where = "in the registers of a cluster of blocks on sm_90 and newer, else in shared or device memory"
+    sizes = (num_slots, slot_size, num_heads)
+    if op.startswith("ntm"):
+        sizes += (0, 3)  # all heads read, none writes; moves of a shift
+        every, layout = ntm_interval(slot_size, num_heads), torch.ops.mann_fast_cuda.ntm_scan_layout
     else:
-        where = "in shared memory where the blocks of a cluster have room, else in device memory"
-    steps = " for all steps" if op.endswith("scan") else ""
-    return f"one launch{steps}, a block or a cluster of blocks per sample; float32 memories lie {where}"
+        device = torch.device("cpu" if EMULATION else "cuda")
+        every, layout = lrua_interval(*sizes, device), torch.ops.mann_fast_cuda.lrua_scan_layout
+    scan = op.endswith("scan")
+    try:
+        ways = [_layout(layout, sizes, anchor_every) for anchor_every in (0, every if scan else 1)]
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    steps = " for all steps" if scan else ""
+    return f"one launch per direction{steps}; in float32, forward {ways[0]}; backward {ways[1]}"
+
+
+def _layout(
+    layout: Callable[..., tuple[int, int, str, int]], sizes: tuple[int, ...], anchor_every: int
+) -> str:
+    """How the launcher lays a sample out: where nothing is near enough, by how many samples there are."""
+    few, many = (layout(batch, *sizes, anchor_every) for batch in (1, 1 << 20))
+    return (
+        _blocks(*few)
+        if few == many
+        else f"{_blocks(*few)} (with as many samples as multiprocessors: {_blocks(*many)})"
+    )
+
+
+def _blocks(blocks: int, warps: int, memory: str, shared: int) -> str:
+    cluster = "a block" if blocks == 1 else f"a cluster of {blocks} blocks"
+    return f"{cluster} of {warps} warps per sample, its memory in {memory}, {shared} bytes of shared memory a block"

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._state import check_size
+
 
 class MemoryWeights(NamedTuple):
     """Where the heads of a memory were: read and write, [B, R, N]; usage after it, [B, N], of a memory that has one, else None.
@@ -41,10 +43,7 @@ def stack_weights(recorded: Sequence[MemoryWeights | None], steps: int) -> Memor
 def check_sizes(**sizes: object) -> None:
     """Positive ints."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        check_size(name, size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

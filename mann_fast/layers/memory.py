@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._state import check_size
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
 from . import controllers
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
 from .registry import PRESETS, make_memory, name_of, options_of
-from .state import MemoryState, check_state, memory_dtype
+from .state import MemoryState, as_state, check_state, memory_dtype
 
 MEMORY_STARTS = ("constant", "learned")
 
@@ -208,7 +210,15 @@ class MemoryLayer(nn.Module):
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *shown])
 
     def initial_state(self, batch: int) -> MemoryState:
-        """The state at the start of a sequence, which ``forward`` takes where none is given."""
+        """The state at the start of a sequence, which ``forward`` takes where none is given.
+
+        Args:
+            batch: B, an int of at least 0.
+
+        Raises:
+            TypeError, ValueError: a batch of the wrong type or value.
+        """
+        check_size("batch", batch, 0)
         state = self._constant_state(batch, *self._dtype_and_device())
         if self.start is None:
             return state
@@ -238,21 +248,25 @@ class MemoryLayer(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: Literal[False] = False
+        self,
+        x: Tensor,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        return_weights: Literal[False] = False,
     ) -> tuple[Tensor, MemoryState]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: Literal[True]
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: Literal[True]
     ) -> tuple[Tensor, MemoryState, MemoryWeights]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: bool
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: bool
     ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]: ...
 
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, *, return_weights: bool = False
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: bool = False
     ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]:
         """Run over a sequence.
 
@@ -262,8 +276,9 @@ class MemoryLayer(nn.Module):
         Args:
             x: [T, B, input_size], [B, T, input_size] with batch_first, or [T, input_size] unbatched; of the
                 parameters' dtype and device. T and B may be 0.
-            state: what an earlier call returned, or None for the start of a sequence. A state carried over
-                two halves of a sequence gives the output of the whole; in half precision it is rounded where it is cut.
+            state: what an earlier call returned, or None for the start of a sequence; the same tensors in plain nested tuples
+                or lists will do. A state carried over two halves of a sequence gives the output of the whole; in half
+                precision it is rounded where it is cut.
             return_weights: also return where the heads were at every step; slower, one step after the other.
 
         Returns:
@@ -275,11 +290,13 @@ class MemoryLayer(nn.Module):
         """
         dtype, on = self._dtype_and_device()
         self._check_input(x, on)
+        if state is not None:
+            state = as_state(state, self.memory.state_like, self._state_names)
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and x.is_floating_point() and torch.float64 not in (dtype, x.dtype):
             dtype = torch.get_autocast_dtype(device)
-            if isinstance(state, MemoryState):
+            if state is not None:
                 state = state.to(dtype)
             with torch.autocast(device, enabled=False):
                 return self._forward(x.to(dtype), state, return_weights)
@@ -304,7 +321,7 @@ class MemoryLayer(nn.Module):
         else:
             self._check_state(state, x, batched)
             if not batched:
-                state = state._map(lambda part: part.unsqueeze(0))
+                state = state.map(lambda part: part.unsqueeze(0))
         weights: MemoryWeights | None = None
         if self.memory.fused and self.kind != "module" and not return_weights and not self._has_to_call():
             output, state = self._run(x, state)
@@ -314,7 +331,7 @@ class MemoryLayer(nn.Module):
             with self._calling(x.dtype):
                 output = self.projection(output)
         if not batched:
-            output, state = output.squeeze(1), state._map(lambda part: part.squeeze(0))
+            output, state = output.squeeze(1), state.map(lambda part: part.squeeze(0))
         elif self.batch_first:
             output = output.transpose(0, 1)
         return (output, state) if weights is None else (output, state, weights)
@@ -384,7 +401,7 @@ class MemoryLayer(nn.Module):
             output = torch.stack(outputs)
         else:
             output = x.new_empty(0, x.shape[1], self.hidden_size + reads.shape[1:].numel())
-            controller, memory, reads = state._map(torch.clone)
+            controller, memory, reads = state.clone()
         state = MemoryState(controller, memory, reads)
         if not record:
             return output, state, None
@@ -419,8 +436,12 @@ class MemoryLayer(nn.Module):
         if x.device != device:
             raise RuntimeError(f"x must be on the device of the parameters, {device}, got {x.device}")
 
-    def _check_state(self, state: object, x: Tensor, batched: bool) -> None:
+    @property
+    def _state_names(self) -> tuple[str, ...] | None:
         # What a module of the user's own keeps is its own to check.
-        names = None if self.kind == "module" else controllers.state_names(self.kind)
+        return None if self.kind == "module" else controllers.state_names(self.kind)
+
+    def _check_state(self, state: MemoryState, x: Tensor, batched: bool) -> None:
         sizes = (self.hidden_size, self.memory.num_heads, self.memory.slot_size)
-        check_state(state, self.memory.state_like, names, sizes, x, (x.shape[1],) if batched else ())
+        batch = (x.shape[1],) if batched else ()
+        check_state(state, self.memory.state_like, self._state_names, sizes, x, batch)

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._state import State, describe, is_plain
 from .base import MemoryWeights, check_sizes
 from .memory import MemoryLayer
 from .state import MemoryState
 
 
-class StackState(NamedTuple):
+class StackState(NamedTuple("StackState", [("layers", tuple[MemoryState, ...])]), State):
     """What a MemoryStack carries from one call to the next: the state of every layer, from the input up; of a bidirectional
     stack, of each layer the forward one's and the backward one's."""
 
-    layers: tuple[MemoryState, ...]
+    __slots__ = ()
+
+    @property
+    def _batch(self) -> torch.Size:
+        return self.layers[0]._batch
+
+    def to(self, *args: Any, **kwargs: Any) -> StackState:
+        """As :meth:`MemoryState.to`."""
+        return StackState(tuple(state.to(*args, **kwargs) for state in self.layers))
+
+    def reset(self, mask: Tensor, start: StackState | None = None) -> StackState:
+        """As :meth:`MemoryState.reset`, with the start of a stack: ``stack.initial_state(1)``.
+
+        Raises TypeError for a start of another number of layers; TypeError, ValueError, RuntimeError as there.
+        """
+        if start is not None and not (
+            isinstance(start, StackState) and len(start.layers) == len(self.layers)
+        ):
+            came = f"one of {len(start.layers)}" if isinstance(start, StackState) else describe(start)
+            raise TypeError(f"start must be a StackState of {len(self.layers)} layers or None, got {came}")
+        starts = (None,) * len(self.layers) if start is None else start.layers
+        return StackState(tuple(now.reset(mask, one) for now, one in zip(self.layers, starts, strict=True)))
 
 
 class MemoryStack(nn.Module):
@@ -102,21 +125,25 @@ class MemoryStack(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: Literal[False] = False
+        self,
+        x: Tensor,
+        state: StackState | Sequence[Any] | None = None,
+        *,
+        return_weights: Literal[False] = False,
     ) -> tuple[Tensor, StackState]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: Literal[True]
+        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: Literal[True]
     ) -> tuple[Tensor, StackState, tuple[MemoryWeights, ...]]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: bool
+        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: bool
     ) -> tuple[Tensor, StackState] | tuple[Tensor, StackState, tuple[MemoryWeights, ...]]: ...
 
     def forward(
-        self, x: Tensor, state: StackState | None = None, *, return_weights: bool = False
+        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: bool = False
     ) -> tuple[Tensor, StackState] | tuple[Tensor, StackState, tuple[MemoryWeights, ...]]:
         """Run over a sequence.
 
@@ -135,10 +162,14 @@ class MemoryStack(nn.Module):
         """
         states: tuple[MemoryState | None, ...] = (None,) * len(self.layers)
         if state is not None:
-            layers = state[0] if isinstance(state, (tuple, list)) and len(state) == 1 else None
-            if not isinstance(layers, (tuple, list)) or len(layers) != len(self.layers):
-                came = f"{len(layers)}" if isinstance(layers, (tuple, list)) else f"a {type(state).__name__}"
-                raise TypeError(f"state must be a StackState of {len(self.layers)} layers, got {came}")
+            layers = (
+                state[0] if isinstance(state, StackState) or (is_plain(state) and len(state) == 1) else None
+            )
+            if not is_plain(layers) or len(layers) != len(self.layers):
+                came = describe(state) if layers is None else f"one of {len(layers)}"
+                raise TypeError(
+                    f"state must be a StackState of {len(self.layers)} layers or None, got {came}"
+                )
             states = tuple(layers)
         time = 1 if self.batch_first and isinstance(x, Tensor) and x.dim() == 3 else 0
         ends: list[MemoryState] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._state import State, check_alike, describe, is_plain, map_tensors
 from ..ops._checks import HALF_DTYPES
 from .base import StateLike
 
@@ -17,7 +18,9 @@ def memory_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
-class MemoryState(NamedTuple):
+class MemoryState(
+    NamedTuple("MemoryState", [("controller", tuple[Tensor, ...]), ("memory", Any), ("reads", Tensor)]), State
+):
     """What a MemoryLayer carries from one call to the next.
 
     controller: (hidden, cell) of an LSTM, (hidden,) of a GRU, each [B, hidden_size], () of a feed-forward one, or the state of
@@ -27,30 +30,28 @@ class MemoryState(NamedTuple):
     memory is float32 in half precision.
     """
 
-    controller: tuple[Tensor, ...]
-    memory: Any
-    reads: Tensor
+    __slots__ = ()
 
-    def _map(self, function: Callable[..., Tensor], *others: MemoryState) -> MemoryState:
-        """``function`` of every tensor, and of the tensors in the same place of other states."""
-        states = (self, *others)
+    _sized_by = "reads"
+
+    def to(self, *args: Any, non_blocking: bool = False, copy: bool = False, **kwargs: Any) -> MemoryState:
+        """Move or convert, as ``Tensor.to``; beside a half-precision dtype the memory is float32, and integers stay.
+
+        Raises TypeError where ``non_blocking`` and ``copy`` are not given by name.
+        """
+        if any(isinstance(argument, bool) for argument in args):
+            raise TypeError("non_blocking and copy must be given by name")
+        flags: dict[str, Any] = {"non_blocking": non_blocking, "copy": copy}
+        reads = self.reads.to(*args, **kwargs | flags)
+
+        def convert(dtype: torch.dtype, x: Tensor) -> Tensor:
+            dtype = dtype if x.is_floating_point() else x.dtype
+            return x.to(reads.device, dtype, **flags)
+
+        controller = map_tensors(partial(convert, reads.dtype), self.controller)
         return MemoryState(
-            tuple(map(function, *(state.controller for state in states))),
-            type(self.memory)(*map(function, *(state.memory for state in states))),
-            function(*(state.reads for state in states)),
+            controller, map_tensors(partial(convert, memory_dtype(reads.dtype)), self.memory), reads
         )
-
-    def detach(self) -> MemoryState:
-        """The same numbers without their history, for truncated backpropagation through time."""
-        return self._map(Tensor.detach)
-
-    def to(self, *args: Any, **kwargs: Any) -> MemoryState:
-        """Move or convert, as ``Tensor.to``; beside a half-precision dtype the memory is float32, and integers stay."""
-        reads = self.reads.to(*args, **kwargs)
-        dtype = memory_dtype(reads.dtype)
-        memory = (x.to(reads.device, dtype if x.is_floating_point() else x.dtype) for x in self.memory)
-        controller = tuple(x.to(*args, **kwargs) for x in self.controller)
-        return MemoryState(controller, type(self.memory)(*memory), reads)
 
     def reset(self, mask: Tensor, start: MemoryState | None = None) -> MemoryState:
         """Take the samples where ``mask`` is True back to the start of a sequence, and leave the others.
@@ -59,14 +60,17 @@ class MemoryState(NamedTuple):
 
         Args:
             mask: bool [B], on the device of the state; of shape [] for an unbatched state.
-            start: the state to start from, of one sample: ``layer.initial_state(1)`` of a layer whose memory_start is
-                "learned"; by default the constant one.
+            start: the state to start from, of one sample and with the tensors, dtypes and device of this state:
+                ``layer.initial_state(1)`` of a layer whose memory_start is "learned" (under autocast
+                ``.to(state.reads.dtype)``; with a controller of your own ``._replace(controller=...)``, with what its state
+                starts from). By default the memory's constant start and a controller of zeros.
 
         Raises:
-            TypeError, ValueError: not a bool tensor of that shape, a start of more samples or other sizes, no start where the
-                memory's state has no ``initial_like``; RuntimeError: on another device.
+            TypeError, ValueError: not a bool tensor of that shape; a start that is no MemoryState, of another kind of memory or
+                controller, of more samples, other sizes or dtypes; no start where the memory's state has no
+                ``initial_like``. RuntimeError: on another device.
         """
-        batch, reads = self.reads.shape[:-2], self.reads
+        batch, reads = self._batch, self.reads
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor, got {came}")
@@ -85,50 +89,71 @@ class MemoryState(NamedTuple):
             if not hasattr(self.memory, "initial_like"):
                 kind = type(self.memory).__name__
                 raise TypeError(f"start must be given, layer.initial_state(1): {kind} has no initial_like")
-            start = MemoryState(
-                tuple(map(zeros, self.controller)), self.memory.initial_like(), zeros(self.reads)
-            )
-        elif start.reads.shape != (1, *reads.shape[-2:]):
-            expected = [1, *reads.shape[-2:]]
-            raise ValueError(
-                f"start must be of one sample, its reads of shape {expected}, got {list(start.reads.shape)}"
-            )
-        return self._map(choose, start)
+            memory = self.memory.initial_like()
+            start = MemoryState(map_tensors(zeros, self.controller), memory, zeros(reads))
+        elif not isinstance(start, MemoryState):
+            raise TypeError(f"start must be a MemoryState of one sample or None, got {describe(start)}")
+        check_alike("start", start, self, len(batch), (1,))
+        return self.map(choose, start)
+
+
+def as_state(state: object, like: StateLike, controller: tuple[str, ...] | None) -> MemoryState:
+    """A MemoryState with a memory as ``like``. Plain tuples and lists will do in place of its NamedTuples, as a program leaves
+    them that maps over a state.
+
+    controller: the names of its tensors, None where they are its own to check. Raises as :meth:`MemoryLayer.forward`.
+    """
+    if is_plain(state) and len(state) == len(MemoryState._fields):
+        state = MemoryState(*state)
+    if not isinstance(state, MemoryState):
+        plain = f"a plain tuple ({', '.join(MemoryState._fields)})"
+        raise TypeError(f"state must be a MemoryState, {plain} or None, got {describe(state)}")
+    kept, memory, reads = state
+    if is_plain(kept):
+        kept = tuple(kept)
+    if is_plain(memory) and len(memory) == len(like.parts):
+        memory = like.type(*memory)
+    well_formed = isinstance(kept, tuple) and (controller is None or len(kept) == len(controller))
+    if not (well_formed and isinstance(memory, like.type)):
+        kind = "a controller's state" if controller is None else f"({', '.join(controller)})"
+        came = f"{describe(state.controller)}, {describe(state.memory)} and reads"
+        raise TypeError(
+            f"state must be a MemoryState of {kind}, an {like.type.__name__} and reads, got one of {came}"
+        )
+    for name, part in (
+        *((f"controller.{name}", part) for name, part in zip(controller or (), kept, strict=False)),
+        *((f"memory.{part[0]}", tensor) for part, tensor in zip(like.parts, memory, strict=True)),
+        ("reads", reads),
+    ):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"state.{name} must be a tensor, got {type(part).__name__}")
+    return MemoryState(kept, memory, reads)
 
 
 def check_state(
-    state: object,
+    state: MemoryState,
     like: StateLike,
     controller: tuple[str, ...] | None,
     sizes: tuple[int, int, int],
     x: Tensor,
     batch: tuple[int, ...],
 ) -> None:
-    """A state with a memory as ``like``, of the dtype and on the device of x.
+    """The tensors of what :func:`as_state` gives: their sizes, of the dtype and on the device of x.
 
     controller: the names of its tensors, None where they are its own to check. sizes: hidden_size, R and D. batch: (B,), or ()
     unbatched. Raises as :meth:`MemoryLayer.forward`.
     """
-    if not isinstance(state, MemoryState):
-        raise TypeError(f"state must be a MemoryState or None, got {type(state).__name__}")
-    kept = () if controller is None else state.controller
-    well_formed = isinstance(kept, tuple) and len(kept) == len(controller or ())
-    if not (well_formed and isinstance(state.memory, like.type)):
-        kind = "a controller's state" if controller is None else f"({', '.join(controller)})"
-        raise TypeError(f"state must be a MemoryState of {kind}, an {like.type.__name__} and reads")
     hidden_size, *of_reads = sizes
     wide = memory_dtype(x.dtype)
     of_controller = (
         (f"controller.{name}", part, (hidden_size,), x.dtype)
-        for name, part in zip(controller or (), kept, strict=True)
+        for name, part in zip(controller or (), state.controller, strict=False)
     )
     of_memory = (
         (f"memory.{name}", part, shape, dtype or wide)
         for part, (name, shape, dtype) in zip(state.memory, like.parts, strict=True)
     )
     for name, part, shape, dtype in (*of_controller, *of_memory, ("reads", state.reads, of_reads, x.dtype)):
-        if not isinstance(part, Tensor):
-            raise TypeError(f"state.{name} must be a tensor, got {type(part).__name__}")
         if part.shape != (*batch, *shape):
             raise ValueError(f"state.{name} must have shape {[*batch, *shape]}, got {list(part.shape)}")
         if part.dtype != dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +86,9 @@ class MANN(nn.Module):
         self.classifier.reset_parameters()
         self._adjust_parameters()
 
-    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+    def forward(
+        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None
+    ) -> tuple[Tensor, MemoryState]:
         """Logits for every step of a sequence.
 
         Args:

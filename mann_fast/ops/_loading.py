@@ -16,6 +16,12 @@ LIBRARIES["cuda"].define("probe(Tensor tensor) -> Tensor")
 LIBRARIES["cuda"].define(
     "cell_fits(int N, int D, int R, int H, int controller, bool separate_vector, bool learned_sharpness, bool wide) -> bool"
 )
+# How a scan takes each of B samples in float32, on the current device: forward, or backward where anchor_every > 0.
+for _scan, _sizes in (("lrua_scan", "int R"), ("ntm_scan", "int R, int W, int shifts")):
+    LIBRARIES["cuda"].define(
+        f"{_scan}_layout(int B, int N, int D, {_sizes}, int anchor_every)"
+        " -> (int blocks, int warps, str memory, int shared)"
+    )
 
 EXTENSION = Path(__file__).parent.parent / "_C.abi3.so"
 CUDA_EXTENSION = EXTENSION.with_name("_C_cuda.abi3.so")

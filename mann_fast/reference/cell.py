@@ -79,7 +79,8 @@ def cell(
     """See :func:`mann_fast.ops.cell`. ``step`` takes the place of :func:`lrua_step`."""
     batch, heads, slot_size = reads.shape
     if gates.shape[0] == 0:
-        memory = LRUAState(memory.memory.clone(), memory.read_weights.clone(), memory.usage.detach().clone())
+        slots, read_weights, usage = memory
+        memory = LRUAState(slots.clone(), read_weights.clone(), usage.detach().clone())
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
         return output, tuple(x.clone() for x in state), memory
     outputs = []

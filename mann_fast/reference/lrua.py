@@ -7,19 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._state import State, check_initial
 from .content import similarity
 
 
-class LRUAState(NamedTuple):
+class LRUAState(
+    NamedTuple("LRUAState", [("memory", Tensor), ("read_weights", Tensor), ("usage", Tensor)]), State
+):
     """What an LRUA memory carries from one step to the next.
 
     memory: [B, N, D], the slots; read_weights: [B, R, N], where each head read last; usage: [B, N], the decayed count of
     reads and writes per slot, which carries no gradient. float32 or float64, all of one dtype.
     """
 
-    memory: Tensor
-    read_weights: Tensor
-    usage: Tensor
+    __slots__ = ()
 
     @classmethod
     def initial(
@@ -33,22 +34,28 @@ class LRUAState(NamedTuple):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> LRUAState:
-        """The state at the start of a sequence: every slot filled with ``value``, weights and usage one-hot at slot 0."""
-        for name, size, least in (
-            ("batch", batch, 0),
-            ("num_slots", num_slots, 1),
-            ("slot_size", slot_size, 1),
-            ("num_heads", num_heads, 1),
-        ):
-            if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size < least:
-                raise ValueError(f"{name} must be at least {least}, got {size}")
+        """The state at the start of a sequence: every slot filled with ``value``, weights and usage one-hot at slot 0.
+
+        Args:
+            batch, num_slots, slot_size, num_heads: B, N, D and R; B may be 0, and R at most N.
+            value: a number.
+            dtype: float32 or float64; by default torch's.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value.
+        """
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_initial(
+            "LRUA",
+            value,
+            dtype,
+            batch=(batch, 0),
+            num_slots=(num_slots, 1),
+            slot_size=(slot_size, 1),
+            num_heads=(num_heads, 1),
+        )
         if num_heads > num_slots:
             raise ValueError(f"num_heads must be at most num_slots = {num_slots}, got {num_heads}")
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype of an LRUA state must be torch.float32 or torch.float64, got {dtype}")
         memory = torch.full((batch, num_slots, slot_size), value, dtype=dtype, device=device)
         read_weights = torch.zeros(batch, num_heads, num_slots, dtype=dtype, device=device)
         read_weights[:, :, 0] = 1
@@ -155,9 +162,8 @@ def lrua_scan(
 ) -> tuple[Tensor, LRUAState]:
     """See :func:`mann_fast.ops.lrua_scan`. ``slots`` [T, B, R] replays given choices of the least used slots."""
     if keys.shape[0] == 0:
-        return keys.clone(), LRUAState(
-            state.memory.clone(), state.read_weights.clone(), state.usage.detach().clone()
-        )
+        memory, read_weights, usage = state
+        return keys.clone(), LRUAState(memory.clone(), read_weights.clone(), usage.detach().clone())
     reads = []
     for t in range(keys.shape[0]):
         read, state = lrua_step(

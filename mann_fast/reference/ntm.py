@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._state import State, check_initial
 from .content import similarity
 
 
@@ -24,12 +25,12 @@ class NTMHead(NamedTuple):
     sharpening: Tensor
 
 
-class NTMState(NamedTuple):
+class NTMState(
+    NamedTuple("NTMState", [("memory", Tensor), ("read_weights", Tensor), ("write_weights", Tensor)]), State
+):
     """memory [B, N, D], read_weights [B, R, N], write_weights [B, W, N]: where each head was last."""
 
-    memory: Tensor
-    read_weights: Tensor
-    write_weights: Tensor
+    __slots__ = ()
 
     @classmethod
     def initial(
@@ -44,7 +45,27 @@ class NTMState(NamedTuple):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> NTMState:
-        """The start of a sequence: every number of the memory is ``value``, every head is at slot 0."""
+        """The start of a sequence: every number of the memory is ``value``, every head is at slot 0.
+
+        Args:
+            batch, num_slots, slot_size, read_heads, write_heads: B, N, D, R and W; B, R and W may be 0.
+            value: a number.
+            dtype: float32 or float64; by default torch's.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value.
+        """
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_initial(
+            "NTM",
+            value,
+            dtype,
+            batch=(batch, 0),
+            num_slots=(num_slots, 1),
+            slot_size=(slot_size, 1),
+            read_heads=(read_heads, 0),
+            write_heads=(write_heads, 0),
+        )
         memory = torch.full((batch, num_slots, slot_size), value, dtype=dtype, device=device)
         weights = [memory.new_zeros(batch, heads, num_slots) for heads in (read_heads, write_heads)]
         for rows in weights:
@@ -108,7 +129,7 @@ def ntm_scan(
 ) -> tuple[Tensor, NTMState]:
     """See :func:`mann_fast.ops.ntm_scan`."""
     if erase.shape[0] == 0:
-        return read_head.key.clone(), NTMState(*(x.clone() for x in state))
+        return read_head[0].clone(), NTMState(*(x.clone() for x in state))
     reads = []
     for t in range(erase.shape[0]):
         reading, writing = (NTMHead(*(x[t] for x in head)) for head in (read_head, write_head))

@@ -4,9 +4,9 @@
 // cuda_driver [content | write | scan | cell | ntm] [--seed N] [--few]    --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
-#include "driver.h"
-#include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/gpu.h"
+#include "../../csrc/cuda/kernels.h"
+#include "driver.h"
 
 namespace {
 
@@ -101,27 +101,27 @@ int main(int count, char** arguments) {
     size_t shared;
   };
   const size_t all = 227 * 1024;
-  const Layout layouts[] = {
-      {3, 2, 40, 5, 3, single, single, all},                  // registers, one block
-      {4, 1, 33, 40, 4, single, single, all},                 //
-      {3, 1, 20, 9, 1, single, single, all},                  // one head
-      {3, 1, 300, 3, 2, single, single, all},                 // registers, a cluster
-      {3, 1, 40, 70, 2, single, single, all},                 // shared memory
-      {3, 1, 150, 33, 5, wide, wide, all},                    //
-      {3, 1, 260, 70, 3, single, single, 64 * 1024},          // shared memory, a cluster
-      {3, 1, 150, 70, 2, single, single, 24 * 1024},          // device memory
-      {2, 1, 17, 3, 4, single, Dtype::bfloat16, all},         //
-      {2, 1, 16, 64, 6, single, Dtype::float16, all},         //
-      {1, 1, 1, 1, 1, single, single, all},                   //
-      {0, 2, 4, 4, 1, single, single, all},                   //
-      {3, 0, 4, 4, 1, single, single, all}};                  //
+  const Layout layouts[] = {{3, 2, 40, 5, 3, single, single, all},           // registers, one block
+                            {4, 1, 33, 40, 4, single, single, all},          //
+                            {3, 1, 20, 9, 1, single, single, all},           // one head
+                            {3, 1, 300, 3, 2, single, single, all},          // registers, a cluster
+                            {3, 1, 40, 70, 2, single, single, all},          // shared memory
+                            {3, 1, 150, 33, 5, wide, wide, all},             //
+                            {3, 1, 260, 70, 3, single, single, 64 * 1024},   // shared memory, a cluster
+                            {3, 1, 150, 70, 2, single, single, 24 * 1024},   // device memory
+                            {2, 1, 17, 3, 4, single, Dtype::bfloat16, all},  //
+                            {2, 1, 16, 64, 6, single, Dtype::float16, all},  //
+                            {1, 1, 1, 1, 1, single, single, all},            //
+                            {0, 2, 4, 4, 1, single, single, all},            //
+                            {3, 0, 4, 4, 1, single, single, all}};           //
   int cases = 0;
   for (const Layout& layout : layouts) {
     if (few && layout.state != single) continue;
     settings.limits.shared = layout.shared;
     for (int options = few ? 2 : 0; options < 8; options += few ? 3 : 1) {  // few: within the bound of exp, and beyond it
       const bool sharp = options & 1, read_first = options & 2, shared_target = options & 4;
-      Case c = {layout.T, layout.B, layout.N, layout.D, layout.R, layout.state, layout.input, sharp, read_first, shared_target, 2, 1};
+      Case c = {layout.T,     layout.B, layout.N,   layout.D,      layout.R, layout.state,
+                layout.input, sharp,    read_first, shared_target, 2,        1};
       if (only.empty() || only == "content") compare("content", content, c);
       if (only.empty() || only == "write") compare("write", write, c);
       if (only.empty() || only == "scan") compare("scan", scan, c);
@@ -132,17 +132,16 @@ int main(int count, char** arguments) {
   // With as many multiprocessors as a cluster shall have blocks, each block has a sample.
   struct CellLayout {
     Layout sizes;
-    int cluster;  // that the weights need
+    int cluster;  // that the weights need, and fewer without learned sharpness or the hidden state
   };
-  const CellLayout cells[] = {  // and fewer, without learned sharpness or the hidden state
-      {{3, 3, 20, 16, 4, single, single, 64 * 1024}, 2},   //
-      {{3, 2, 9, 5, 3, single, single, all}, 1},           // several heads at a time, not all of them there
-      {{3, 5, 20, 16, 4, single, single, 40 * 1024}, 4},   // what a replay keeps in device memory
-      {{3, 11, 12, 24, 3, single, single, 54 * 1024}, 8},  //
-      {{3, 9, 12, 24, 3, single, single, 48 * 1024}, 16},  //
-      {{3, 1, 150, 9, 2, single, single, all}, 1},         // the memory in shared memory
-      {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
-      {{3, 2, 20, 9, 3, wide, wide, all}, 1}};       //
+  const CellLayout cells[] = {{{3, 3, 20, 16, 4, single, single, 64 * 1024}, 2},  //
+                              {{3, 2, 9, 5, 3, single, single, all}, 1},  // several heads at a time, not all of them there
+                              {{3, 5, 20, 16, 4, single, single, 40 * 1024}, 4},    // what a replay keeps in device memory
+                              {{3, 11, 12, 24, 3, single, single, 54 * 1024}, 8},   //
+                              {{3, 9, 12, 24, 3, single, single, 48 * 1024}, 16},   //
+                              {{3, 1, 150, 9, 2, single, single, all}, 1},          // the memory in shared memory
+                              {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
+                              {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
     if (!only.empty() && only != "cell") continue;
@@ -152,10 +151,12 @@ int main(int count, char** arguments) {
     settings.limits.processors = layout.cluster;
     for (int options = few ? 2 : 0; options < 8; options += few || large ? 3 : 1) {
       const Controller kind = static_cast<Controller>((options + 1) % 3);
-      const Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, 2, 1};
+      const Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0,
+                      2,   1};
       compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
       if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
-        fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " + std::to_string(layout.cluster));
+        fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " +
+             std::to_string(layout.cluster));
       ++cases;
     }
   }

@@ -86,9 +86,7 @@ using Results = std::vector<Array>;
 const void* pointer(const Array& array) { return array.data.get(); }
 const void* pointer(const std::unique_ptr<Array>& array) { return array ? array->data.get() : nullptr; }
 
-std::unique_ptr<Array> optional(bool there, Array array) {
-  return there ? std::make_unique<Array>(std::move(array)) : nullptr;
-}
+std::unique_ptr<Array> optional(bool there, Array array) { return there ? std::make_unique<Array>(std::move(array)) : nullptr; }
 
 void succeeded(bool ok) {
   if (!ok) fail("a kernel found no scratch memory");
@@ -123,11 +121,11 @@ Results content(const Kernels& k, const Case& c) {
     const auto grad_read = optional(of_read, random.normal(c.input, c.B * c.R * c.D));
     const auto grad_weights = optional(!of_read || c.shared_target, random.normal(c.state, c.B * c.R * c.N));
     Array grad_memory(c.state, memory.count), grad_key(c.input, key.count), grad_sharpness(c.input, c.sharp ? c.B * c.R : 0);
-    succeeded(k.content_read_backward(
-        {c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(grad_read), pointer(grad_weights), pointer(memory),
-         pointer(key), pointer(sharpness), pointer(read), pointer(weights), grad_memory.data.get(), grad_key.data.get(),
-         c.sharp ? grad_sharpness.data.get() : nullptr},
-        parallel));
+    succeeded(
+        k.content_read_backward({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(grad_read), pointer(grad_weights),
+                                 pointer(memory), pointer(key), pointer(sharpness), pointer(read), pointer(weights),
+                                 grad_memory.data.get(), grad_key.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr},
+                                parallel));
     results.push_back(std::move(grad_memory));
     results.push_back(std::move(grad_key));
     results.push_back(std::move(grad_sharpness));
@@ -166,8 +164,7 @@ Results write(const Kernels& k, const Case& c) {
          pointer(read_weights), pointer(vectors), pointer(gates), slots.data(), grad_in_memory.data.get(),
          grad_read_weights.data.get(), grad_vectors.data.get(), grad_gates.data.get()},
         parallel));
-    for (Array* array : {&grad_in_memory, &grad_read_weights, &grad_vectors, &grad_gates})
-      results.push_back(std::move(*array));
+    for (Array* array : {&grad_in_memory, &grad_read_weights, &grad_vectors, &grad_gates}) results.push_back(std::move(*array));
   }
   results.push_back(std::move(out_memory));
   results.push_back(std::move(write_weights));
@@ -193,11 +190,12 @@ Results scan(const Kernels& k, const Case& c) {
   std::vector<int64_t> slots(c.anchor_every > 0 ? gates_count : 0, -1);
   Array reads(c.input, vectors_count), out_memory(c.state, memory.count), out_weights(c.state, read_weights.count);
   Array out_usage(c.state, usage.count);
-  succeeded(k.lrua_scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps,
-                         c.anchor_every, pointer(memory), pointer(read_weights), pointer(usage), pointer(keys),
-                         pointer(vectors), pointer(gates), pointer(sharpness), reads.data.get(), out_memory.data.get(),
-                         out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
-                        parallel));
+  succeeded(k.lrua_scan(
+      {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps, c.anchor_every, pointer(memory),
+       pointer(read_weights), pointer(usage), pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness),
+       // results
+       reads.data.get(), out_memory.data.get(), out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
+      parallel));
   Results results;
   if (c.anchor_every > 0) {
     check_slots(slots, c.T * c.B, c.R, c.N);
@@ -209,9 +207,10 @@ Results scan(const Kernels& k, const Case& c) {
       Array grad_keys(c.input, vectors_count), grad_vectors(c.input, vectors_count), grad_gates(c.input, gates_count);
       Array grad_sharpness(c.input, c.sharp ? gates_count : 0);
       succeeded(k.lrua_scan_backward(
-          {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, eps, c.anchor_every,
-           pointer(grad_reads), pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(read_weights),
-           pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness), slots.data(), anchors.data.get(),
+          {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, eps, c.anchor_every, pointer(grad_reads),
+           pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(read_weights), pointer(keys), pointer(vectors),
+           pointer(gates), pointer(sharpness), slots.data(), anchors.data.get(),
+           // results
            grad_in_memory.data.get(), grad_in_weights.data.get(), grad_keys.data.get(), grad_vectors.data.get(),
            grad_gates.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr},
           parallel));
@@ -234,7 +233,7 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   const Array gates = normal(c.T * c.B * G), memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
   const auto hidden = optional(recurrent, normal(c.B * H)), state = optional(lstm, normal(c.B * H));
   const Array usage = random.positive(c.state, c.B * c.N), read_weights = random.positive(c.state, c.B * c.R * c.N);
-  const int64_t ld = RD + 3;  // the reads' weight as part of a wider one
+  const int64_t ld = RD + 3;                                // the reads' weight as part of a wider one
   const auto weight = [&](int64_t count, int64_t fan_in) {  // as large as a layer's
     Array array = normal(count);
     for (int64_t i = 0; i < count; ++i) array.set(i, array[i] / std::sqrt(static_cast<double>(fan_in)));
@@ -248,14 +247,14 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   std::vector<int64_t> slots(kept * c.R, -1);
   Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, lstm ? c.B * H : 0), out_memory(c.state, memory.count);
   Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
-  succeeded(k.cell(
-      {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95,
-       1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state), pointer(memory), pointer(read_weights),
-       pointer(usage), pointer(reads), pointer(hidden_weight), pointer(hidden_bias), pointer(reads_weight), ld,
-       pointer(head_weight), pointer(head_bias), output.data.get(), out_cell.data.get(), out_memory.data.get(),
-       out_weights.data.get(), out_usage.data.get(), kept_gates.data.get(), kept_states.data.get(),
-       kept_heads.data.get(), slots.data(), anchors.data.get()},
-      parallel));
+  succeeded(k.cell({c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
+                    c.shared_target, 0.95, 1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state),
+                    pointer(memory), pointer(read_weights), pointer(usage), pointer(reads), pointer(hidden_weight),
+                    pointer(hidden_bias), pointer(reads_weight), ld, pointer(head_weight), pointer(head_bias),
+                    // results
+                    output.data.get(), out_cell.data.get(), out_memory.data.get(), out_weights.data.get(), out_usage.data.get(),
+                    kept_gates.data.get(), kept_states.data.get(), kept_heads.data.get(), slots.data(), anchors.data.get()},
+                   parallel));
   Results results;
   if (c.anchor_every > 0) {
     check_slots(slots, c.T * c.B, c.R, c.N);
@@ -268,15 +267,17 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
       Array grad_heads(c.state, kept_heads.count), grad_hidden(c.state, recurrent ? c.B * H : 0);
       Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
       Array grad_in_weights(c.state, read_weights.count), grad_reads(c.state, reads.count);
-      succeeded(k.cell_backward(
-          {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target,
-           1e-6, c.anchor_every, pointer(grad_output), pointer(grad_cell), pointer(grad_memory), pointer(grad_weights),
-           pointer(hidden), pointer(state), pointer(memory), pointer(read_weights), pointer(hidden_weight),
-           pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates), pointer(kept_states),
-           pointer(kept_heads), slots.data(), anchors.data.get(), grad_gates.data.get(),
-           recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr, grad_heads.data.get(), grad_hidden.data.get(),
-           grad_in_cell.data.get(), grad_in_memory.data.get(), grad_in_weights.data.get(), grad_reads.data.get()},
-          parallel));
+      succeeded(
+          k.cell_backward({c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
+                           c.shared_target, 1e-6, c.anchor_every, pointer(grad_output), pointer(grad_cell),
+                           pointer(grad_memory), pointer(grad_weights), pointer(hidden), pointer(state), pointer(memory),
+                           pointer(read_weights), pointer(hidden_weight), pointer(reads_weight), ld, pointer(head_weight),
+                           pointer(kept_gates), pointer(kept_states), pointer(kept_heads), slots.data(), anchors.data.get(),
+                           // results
+                           grad_gates.data.get(), recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr,
+                           grad_heads.data.get(), grad_hidden.data.get(), grad_in_cell.data.get(), grad_in_memory.data.get(),
+                           grad_in_weights.data.get(), grad_reads.data.get()},
+                          parallel));
       for (Array* array : {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_hidden, &grad_in_cell, &grad_in_memory,
                            &grad_in_weights, &grad_reads})
         results.push_back(std::move(*array));
@@ -303,12 +304,15 @@ Results ntm(const Kernels& k, const Case& c) {
   const Array erase = random.positive(c.input, rows * W * c.D), add = random.normal(c.input, rows * W * c.D);
   const int64_t kept = c.anchor_every > 0 ? rows : 0;
   Array reads(c.input, rows * c.R * c.D), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
-  Array history(c.state, kept * heads * c.N), anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
-  succeeded(k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every,
-                        pointer(memory), pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift),
-                        pointer(sharpening), pointer(erase), pointer(add), reads.data.get(), out_memory.data.get(),
-                        out_weights.data.get(), history.data.get(), anchors.data.get()},
-                       parallel));
+  Array history(c.state, kept * heads * c.N),
+      anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
+  succeeded(
+      k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(memory),
+                  pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift), pointer(sharpening),
+                  pointer(erase), pointer(add),
+                  // results
+                  reads.data.get(), out_memory.data.get(), out_weights.data.get(), history.data.get(), anchors.data.get()},
+                 parallel));
   Results results;
   for (const int present : {0b001, 0b110}) {  // each of the three gradients may be missing
     if (c.anchor_every == 0) continue;
@@ -321,10 +325,10 @@ Results ntm(const Kernels& k, const Case& c) {
     succeeded(k.ntm_scan_backward(
         {c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(grad_reads),
          pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(weights), pointer(keys), pointer(sharpness),
-         pointer(gates), pointer(shift), pointer(sharpening), pointer(erase), pointer(add), pointer(history),
-         pointer(anchors), grad_in_memory.data.get(), grad_in_weights.data.get(), grad_keys.data.get(),
-         grad_sharpness.data.get(), grad_gates.data.get(), grad_shift.data.get(), grad_sharpening.data.get(),
-         grad_erase.data.get(), grad_add.data.get()},
+         pointer(gates), pointer(shift), pointer(sharpening), pointer(erase), pointer(add), pointer(history), pointer(anchors),
+         // results
+         grad_in_memory.data.get(), grad_in_weights.data.get(), grad_keys.data.get(), grad_sharpness.data.get(),
+         grad_gates.data.get(), grad_shift.data.get(), grad_sharpening.data.get(), grad_erase.data.get(), grad_add.data.get()},
         parallel));
     for (Array* array : {&grad_in_memory, &grad_in_weights, &grad_keys, &grad_sharpness, &grad_gates, &grad_shift,
                          &grad_sharpening, &grad_erase, &grad_add})

@@ -79,7 +79,7 @@ struct Fiber {
   int thread = 0, block = 0;
   unsigned exchanges = 0;
   int met_block = 0, met_warp = 0;  // barriers so far
-  bool orders = false;  // the warp-wide stop is sync_warp, not a shuffle
+  bool orders = false;              // the warp-wide stop is sync_warp, not a shuffle
 };
 
 struct Machine {
@@ -286,6 +286,7 @@ MANN_FAST_SCHEDULER inline void run(const Launch& how, const std::function<void(
   m.scheduler.tsan = __tsan_get_current_fiber();
 #endif
   m.threads = how.threads;
+  m.shared_bytes = how.shared;
   m.cluster = how.cluster;
   m.kernel = &kernel;
   for (int b = 0; b < how.cluster; ++b) m.shared[b] = static_cast<unsigned char*>(std::malloc(how.shared + 1));
@@ -354,9 +355,7 @@ MANN_FAST_SCHEDULER T exchange_with(T value, int lane) {
 
 inline MANN_FAST_SCHEDULER int thread() { return emulation::machine().current->thread; }
 inline MANN_FAST_SCHEDULER int threads() { return emulation::machine().threads; }
-inline MANN_FAST_SCHEDULER int64_t block() {
-  return emulation::machine().first_block + emulation::machine().current->block;
-}
+inline MANN_FAST_SCHEDULER int64_t block() { return emulation::machine().first_block + emulation::machine().current->block; }
 inline MANN_FAST_SCHEDULER unsigned char* shared_memory() {
   return emulation::machine().shared[emulation::machine().current->block];
 }
@@ -367,9 +366,7 @@ inline MANN_FAST_SCHEDULER void sync() {
 inline MANN_FAST_SCHEDULER void sync_cluster() {
   emulation::barrier(emulation::Stop::cluster, &emulation::machine().cluster_tag);
 }
-inline MANN_FAST_SCHEDULER void sync_warp() {
-  emulation::barrier(emulation::Stop::lanes, &emulation::own_warp().order_tag);
-}
+inline MANN_FAST_SCHEDULER void sync_warp() { emulation::barrier(emulation::Stop::lanes, &emulation::own_warp().order_tag); }
 
 template <class T>
 T shuffle_xor(T value, int mask) {
@@ -415,3 +412,9 @@ const char* usable(Kernel) {
 
 }  // namespace gpu
 }  // namespace mann_fast
+
+// For tests in Python: blocks of a cluster, warps of a block and bytes of its shared memory in this thread's last launch.
+extern "C" __attribute__((visibility("default"), used)) inline void mann_fast_last_launch(int64_t* how) {
+  const auto& m = mann_fast::gpu::emulation::machine();
+  how[0] = m.cluster, how[1] = m.threads / mann_fast::gpu::warp_size, how[2] = static_cast<int64_t>(m.shared_bytes);
+}

@@ -37,10 +37,10 @@ int main() {
     std::puts("this processor does not have the instruction set");
     return 77;
   }
-  const int64_t sizes[][5] = {  // T, B, N, D, R
-      {1, 1, 1, 1, 1},    {3, 2, 5, 3, 2},   {4, 1, 17, 7, 3},   {2, 3, 33, 16, 5}, {5, 1, 130, 9, 4}, {2, 1, 64, 33, 1},
-      {3, 2, 4, 1, 4},    {2, 5, 16, 64, 6}, {0, 2, 4, 4, 1},    {3, 0, 4, 4, 1},   {2, 1, 301, 20, 4},
-      {2, 1, 1037, 33, 4}, {3, 19, 6, 5, 2}};
+  const int64_t sizes[][5] = {// T, B, N, D, R
+                              {1, 1, 1, 1, 1},    {3, 2, 5, 3, 2},     {4, 1, 17, 7, 3},  {2, 3, 33, 16, 5}, {5, 1, 130, 9, 4},
+                              {2, 1, 64, 33, 1},  {3, 2, 4, 1, 4},     {2, 5, 16, 64, 6}, {0, 2, 4, 4, 1},   {3, 0, 4, 4, 1},
+                              {2, 1, 301, 20, 4}, {2, 1, 1037, 33, 4}, {3, 19, 6, 5, 2}};
   const Dtype dtypes[][2] = {{Dtype::float32, Dtype::float32},
                              {Dtype::float64, Dtype::float64},
                              {Dtype::float32, Dtype::bfloat16},
@@ -61,7 +61,12 @@ int main() {
           if (!shared_target) check("ntm", ntm, *k, c);  // an option of the scan only
           if (c.state != c.input) continue;
           for (const Controller kind : {Controller::lstm, Controller::gru, Controller::feedforward})
-            check("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, c.state == Dtype::float32 && c.shared_target); }, *k, c);
+            check(
+                "cell",
+                [kind](const Kernels& k, const Case& c) {
+                  return cell(k, c, kind, c.state == Dtype::float32 && c.shared_target);
+                },
+                *k, c);
         }
         ++cases;
       }
