@@ -111,7 +111,7 @@ def lrua_step(
 ) -> tuple[Tensor, LRUAState]:
     """One step of a least-recently-used-access memory over the slots of all ranks: :func:`mann_fast.ops.lrua_step`.
 
-    Which slots are the least used is known after the collective alone. So each rank reads what can not be among them, and
+    Which slots are the least used is known after the collective alone. So each rank reads what cannot be among them, and
     sends that along with its R least used slots, which all ranks then write and read alike. Equal slots get equal bits,
     whichever ranks hold them. Each rank computes in plain PyTorch.
 
