@@ -41,9 +41,22 @@ def obstacle(name: str, module: nn.Module, expected: type[nn.Module]) -> str | N
     for of, parameter in module._parameters.items():
         if type(parameter) not in PLAIN and is_traceable_wrapper_subclass(
             parameter
-        ):  # such as a quantized or a distributed one
+        ):  # such as a quantized one
+            check_whole(f"{name}.{of}", parameter)
             return f"{name}.{of} is a {type(parameter).__name__}"
     return None
+
+
+def check_whole(name: str, parameter: Tensor) -> None:
+    """TypeError for a parameter that is sharded over processes, in a module without the hooks by which FSDP and tensor
+    parallelism compute with such a one."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        raise TypeError(
+            f"{name} must be a whole tensor while the layer computes, got a DTensor on {parameter.device_mesh}: "
+            "shard with fully_shard(layer), or a linear layer with parallelize_module (docs/distributed.md)"
+        )
 
 
 def weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
