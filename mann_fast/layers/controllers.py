@@ -39,9 +39,7 @@ def obstacle(name: str, module: nn.Module, expected: type[nn.Module]) -> str | N
     ):
         return f"{name} has hooks"
     for of, parameter in module._parameters.items():
-        if type(parameter) not in PLAIN and is_traceable_wrapper_subclass(
-            parameter
-        ):  # such as a quantized one
+        if type(parameter) not in PLAIN and is_traceable_wrapper_subclass(parameter):
             check_whole(f"{name}.{of}", parameter)
             return f"{name}.{of} is a {type(parameter).__name__}"
     return None
