@@ -222,6 +222,8 @@ class MemoryLayer(nn.Module):
         state = self._constant_state(batch, *self._dtype_and_device())
         if self.start is None:
             return state
+        if type(self.start) not in controllers.PLAIN:
+            controllers.check_whole("start", self.start)
         first, *rest = state.memory
         start = self.start.to(first.dtype).repeat(batch, *(1,) * self.start.dim())
         return state._replace(memory=type(state.memory)(start, *rest))
