@@ -1,12 +1,13 @@
 """Layers with an external memory that stand where a recurrent layer of torch.nn stood, and the memories that they have."""
 
+from ..ops import LRUAState, NTMState
 from .base import Memory, MemoryWeights
 from .lrua import LRUA
 from .memory import MemoryLayer
 from .ntm import NTM, Content
 from .registry import MEMORIES
 from .stack import MemoryStack, StackState
-from .state import MemoryState
+from .state import MemoryState, register_state
 
 __all__ = [
     "LRUA",
@@ -19,4 +20,8 @@ __all__ = [
     "MemoryState",
     "MemoryWeights",
     "StackState",
+    "register_state",
 ]
+
+for _kind in (LRUAState, NTMState, MemoryState, StackState, MemoryWeights):
+    register_state(_kind)

@@ -69,6 +69,8 @@ class Memory(ABC):
     num_heads: int = 4
 
     fused: ClassVar[bool] = False  # whether `cell` runs a whole sequence in one call
+    # Whether torch.compile may trace `step` once for all steps: it changes nothing, and draws no random numbers.
+    scans: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_sizes(num_slots=self.num_slots, slot_size=self.slot_size, num_heads=self.num_heads)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from .._onnx import exporting
 from .._state import check_size
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
 from . import controllers
@@ -316,6 +318,10 @@ class MemoryLayer(nn.Module):
             x = x.unsqueeze(1)
         elif self.batch_first:
             x = x.transpose(0, 1)
+        if torch.jit.is_tracing() and x.shape[0] == 0:  # type: ignore[attr-defined]
+            raise ValueError(
+                "x must have T >= 1 in torch.jit.trace: no step is what it would go on doing, got T = 0"
+            )
         if state is None:
             state = self.initial_state(x.shape[1]).to(x.dtype)
         else:
@@ -371,7 +377,8 @@ class MemoryLayer(nn.Module):
             controller=self.kind,
         )
         reads = state.reads.clone() if x.shape[0] == 0 else output[-1, :, self.hidden_size :].clone()
-        if self.projection is None and output.requires_grad:
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined] # it may run where gradients are asked for
+        if self.projection is None and (output.requires_grad or traced):
             output = output.clone()  # backward needs it as it is; callers may change theirs in place
         return output, MemoryState(controller, memory, reads.view_as(state.reads))
 
@@ -379,36 +386,74 @@ class MemoryLayer(nn.Module):
         self, x: Tensor, state: MemoryState, record: bool
     ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
         """The same one step after the other, with the weights of each where ``record``."""
-        controller, memory, reads = state
-        size, calling = sum(self.memory.head_sizes()), self._calling(x.dtype)
+        start, calling = state, self._calling(x.dtype)
+        if self._scans(x) and not record:
+            return (*self._scan(x, state, calling), None)
         outputs, recorded = [], []
         for now in x.unbind(0):
-            z = torch.cat([now, reads.flatten(1)], dim=1)
-            with calling:
-                hidden, controller = controllers.step(
-                    self.kind, self.controller, z, controller, self.hidden_size
-                )
-                values = self.heads(hidden)
-            if not isinstance(values, Tensor) or values.shape != (x.shape[1], size):
-                came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"heads must return values of shape [B, V] = {[x.shape[1], size]}, got {came}"
-                )
-            reads, memory, weights = self._access(values, memory, record)
-            outputs.append(torch.cat([hidden, reads.flatten(1)], dim=1))
+            output, state, weights = self._step(now, state, record, calling)
+            outputs.append(output)
             recorded.append(weights)
         if outputs:
             output = torch.stack(outputs)
         else:
-            output = x.new_empty(0, x.shape[1], self.hidden_size + reads.shape[1:].numel())
-            controller, memory, reads = state.clone()
-        state = MemoryState(controller, memory, reads)
+            output = x.new_empty(0, x.shape[1], self.hidden_size + state.reads.shape[1:].numel())
+            state = start.clone()
         if not record:
             return output, state, None
         if not recorded:  # a step for its sizes
-            values = x.new_zeros(x.shape[1], size)
-            recorded.append(self._access(values, memory, record)[2])
+            values = x.new_zeros(x.shape[1], sum(self.memory.head_sizes()))
+            recorded.append(self._access(values, state.memory, record)[2])
         return output, state, stack_weights(recorded, x.shape[0])
+
+    def _scans(self, x: Tensor) -> bool:
+        """Whether a compiler that may run the steps for another T can take one of them for all. (torch.compile does not say
+        whether T is a symbol, torch.export does.)"""
+        if not (self.memory.scans and torch.compiler.is_compiling()) or self.kind == "module" or exporting():
+            return False
+        symbolic = torch.compiler.is_dynamo_compiling() or isinstance(x.shape[0], torch.SymInt)
+        return symbolic and x.shape[0] > 0 and not self._has_to_call()
+
+    def _scan(
+        self, x: Tensor, state: MemoryState, calling: contextlib.AbstractContextManager[Any]
+    ) -> tuple[Tensor, MemoryState]:
+        """The same for a compiler, which sees one step for any number of them."""
+
+        kind = type(state.memory)
+
+        def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
+            return part.clone(memory_format=torch.contiguous_format)
+
+        def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
+            return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
+
+        def named(carried: tuple[Any, ...]) -> MemoryState:
+            controller, memory, reads = carried
+            return MemoryState(tuple(controller), kind(*memory), reads)
+
+        def step(carried: tuple[Any, ...], now: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+            output, state, _ = self._step(now, named(carried), False, calling)
+            return plain(state), output
+
+        carried, output = scan(step, plain(state), x)
+        return output, named(carried)
+
+    def _step(
+        self, now: Tensor, state: MemoryState, record: bool, calling: contextlib.AbstractContextManager[Any]
+    ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
+        """One step of input [B, input_size]: hidden state and reads [B, H + R D], the next state, and the weights where
+        ``record``. ``calling``: :meth:`_calling`, once for all steps."""
+        controller, memory, reads = state
+        z = torch.cat([now, reads.flatten(1)], dim=1)
+        with calling:
+            hidden, controller = controllers.step(self.kind, self.controller, z, controller, self.hidden_size)
+            values = self.heads(hidden)
+        expected = [now.shape[0], sum(self.memory.head_sizes())]
+        if not isinstance(values, Tensor) or list(values.shape) != expected:
+            came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"heads must return values of shape [B, V] = {expected}, got {came}")
+        reads, memory, weights = self._access(values, memory, record)
+        return torch.cat([hidden, reads.flatten(1)], dim=1), MemoryState(controller, memory, reads), weights
 
     def _access(self, values: Tensor, state: Any, record: bool) -> tuple[Tensor, Any, MemoryWeights | None]:
         """A step of the memory, by the values of the heads."""

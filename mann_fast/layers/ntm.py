@@ -34,6 +34,8 @@ class Content(Memory):
     order: str = "read_first"
     eps: float = 1e-6
 
+    scans = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("order", self.order, ORDERS)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .._state import State, check_alike, describe, is_plain, map_tensors
 from ..ops._checks import HALF_DTYPES
@@ -160,3 +161,21 @@ def check_state(
             raise TypeError(f"state.{name} must have dtype {dtype}, got {part.dtype}")
         if part.device != x.device:
             raise RuntimeError(f"state.{name} must be on the device of x, {x.device}, got {part.device}")
+
+
+def register_state(kind: type[Any]) -> None:
+    """Let ``torch.export.save`` write programs that take or give such a NamedTuple, and ``torch.load`` read it as it is by
+    default (``weights_only=True``). The process that loads it has to have called this, too.
+
+    Args:
+        kind: the class. Those of mann_fast are registered. Registering one again changes nothing.
+
+    Raises:
+        TypeError: not a NamedTuple.
+    """
+    if not _pytree.is_namedtuple_class(kind):
+        raise TypeError(f"kind must be a NamedTuple class, got {kind!r}")
+    if kind not in _pytree.SUPPORTED_NODES:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        _pytree._register_namedtuple(kind, serialized_type_name=name)
+        torch.serialization.add_safe_globals([kind])

@@ -9,13 +9,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from .._onnx import exporting
 from ._loading import EMULATION, missing
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 # The kernels of each, and of which device they take tensors; besides those, "meta" (shapes alone).
 DEVICES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
-_selected: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
+_selected: str | None = None  # by `with backend(...)`
+_default: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
 _said: set[str] = set()
 
 
@@ -37,6 +39,16 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
+def _from_environment() -> str:
+    global _default
+    if _default is None:
+        _default = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
+    return _default
+
+
+_from_environment._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Use one backend for the ops called inside the ``with`` block.
@@ -44,7 +56,8 @@ def backend(name: str) -> Iterator[None]:
     name: ``"auto"`` (the first that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
     ``"cuda"`` (CUDA C++ kernels, CUDA tensors), ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under
     TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call
-    raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference. Backward
+    raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference, which also
+    serves what ``torch.onnx.export`` exports. Backward
     always runs on the backend that forward used. The choice is one global of the process and holds for all threads. The
     environment variable MANN_FAST_BACKEND sets it at the first op.
 
@@ -87,16 +100,14 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 def serving(device: torch.device) -> str:
     """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
-    global _selected
-    if _selected is None:
-        _selected = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
-    if _selected == "reference":
+    selected = _selected or _from_environment()
+    if selected == "reference" or (selected == "auto" and exporting()):
         return "reference"
-    if _selected != "auto":
-        reason = unable(_selected, device)
+    if selected != "auto":
+        reason = unable(selected, device)
         if reason is None:
-            return _selected
-        raise RuntimeError(f"backend {_selected!r} cannot serve this call: {reason}")
+            return selected
+        raise RuntimeError(f"backend {selected!r} cannot serve this call: {reason}")
     reasons = []
     for name in ("cuda", "triton") if device.type == "cuda" else ("cpp",):
         reason = unable(name, device)

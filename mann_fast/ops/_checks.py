@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from ._declare import Argument, Sizes
 STATE_DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
+# In torch.jit's traces each check would warn that it looks at a size. As torch has it for its own modules; what a trace cannot
+# take later, such as another T where the steps are a loop, raises there.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"mann_fast\.")
 
 # What has passed: a step is called T times with the same shapes, and each check counts.
 _passed: dict[tuple[Any, ...], Sizes] = {}
@@ -31,7 +35,7 @@ def check_tensors(
     names: what the caller knows them by. steps: whether those with an axis [T] have it. known: sizes of axes beforehand.
     Returns the size of every axis.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _check_tensors(arguments, names, values, steps, dict(known))
     try:
         kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]

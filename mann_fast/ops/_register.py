@@ -56,7 +56,7 @@ def call(op: Op, backend: str, *values: Any) -> Any:
         if level >= 0:  # a compiled graph would drop tangents on their way here
             raise NotImplementedError(_NO_FORWARD_MODE.format(op.name))
         return _raw[op.name, backend](*values)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return _raw[op.name, backend](*values)
     # What the Autograd key would do, without a way through the dispatcher into Python: a step is called T times.
     if op.saved and (level >= 0 or _asks_gradient(values)):
@@ -276,8 +276,12 @@ def _fakes(outputs: Sequence[Output], op: Op, values: dict[str, Any], sizes: Siz
     sizes = {"T": 1, **sizes, **{option.name: values.get(option.name) for option in op.options}}
     sizes |= op.extents(sizes)
     keeps = op.interval is not None and values["anchor_every"] != 0
-    if keeps:
+    if keeps and "A" not in sizes:
         sizes["A"], *_, sizes["P"] = anchors_shape(sizes["T"], 0, 0, sizes["N"], values["anchor_every"])
+        # Where T is a symbol, their number is one of its own that is found at run time: of an expression of T torch would ask
+        # whether it is 0 or 1, and compile each answer apart.
+        if isinstance(sizes["A"], torch.SymInt) and sizes["A"].node.maybe_as_int() is None:
+            sizes["A"] = torch.library.get_ctx().new_dynamic_size()
     results = []
     for output in outputs:
         like, names = values[output.like], output.argument.names if steps else output.argument.step_names

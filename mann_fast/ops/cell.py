@@ -64,10 +64,10 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
         if needed["hidden_weight"]:
-            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[:-1, :, :size])
+            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size])
         if needed["reads_weight"]:
             first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
-            reads_weight = _weight_gradient(of_gates, first, met[:-1, :, size:])
+            reads_weight = _weight_gradient(of_gates, first, met[..., size:])
         if needed["head_weight"]:
             head_weight = torch.mm(_rows(grad_heads.to(products)).t(), _rows(met[..., :size]))
     weights = [
@@ -83,11 +83,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(steps * batch, width)
 
 
-def _weight_gradient(grads: Tensor, first: Tensor, rest: Tensor) -> Tensor:
-    """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, ``rest``
-    [T - 1, B, K] after it."""
-    later = torch.mm(_rows(grads[1:]).t(), _rows(rest))
-    return torch.addmm(later, grads[0].t(), first)
+def _weight_gradient(grads: Tensor, first: Tensor, met: Tensor) -> Tensor:
+    """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, then met
+    [T, B, K] of the step before. (No tensor of T - 1 steps: torch.compile would make T = 2 a case of its own.)"""
+    grads = _rows(grads)
+    return torch.mm(grads.t(), torch.cat([first, _rows(met)])[: grads.shape[0]])
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._onnx import exporting
 from .._state import State, check_initial
 from .content import similarity
 
@@ -72,6 +73,8 @@ class LRUAState(
 
 def least_used(usage: Tensor, n: int) -> Tensor:
     """See :func:`mann_fast.ops.least_used`."""
+    if exporting():  # ONNX has no stable sort, but its TopK gives the lower of equal slots first
+        return torch.topk(usage.detach(), n, largest=False).indices
     return torch.sort(usage.detach(), dim=-1, stable=True).indices[:, :n].contiguous()
 
 
