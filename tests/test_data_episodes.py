@@ -1,11 +1,13 @@
 """Episodes: what every batch promises, whatever the classes and options."""
 
+import copy
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
 
 from mann_fast.data import ClassImages, Episodes, encode_inputs, generate_glyphs, num_outputs
 
@@ -146,6 +148,75 @@ def test_a_seed_gives_the_same_episodes_and_a_state_continues(options):
             assert torch.equal(a, b)
     with pytest.raises(ValueError, match="single entry 'generator', got"):
         other.load_state_dict({"other": torch.zeros(1)})
+
+
+class Batches(IterableDataset):
+    def __init__(self, episodes):
+        self.episodes = episodes
+
+    def __iter__(self):
+        for _ in range(2):
+            yield self.episodes.sample(2)
+
+
+class MadeInWorker(IterableDataset):
+    def __iter__(self):
+        yield Episodes(numbered([3, 3, 3]), ways=2, shots=2, seed=7).sample(2)
+
+
+forking = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def loaded(dataset, passes=1, seed=0, context="fork", **options):
+    """Inputs of all batches that workers draw in as many passes over a loader."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_workers": 2, "multiprocessing_context": context, "generator": generator, **options}
+    loader = DataLoader(dataset, batch_size=None, **options)
+    return [episode.inputs for _ in range(passes) for episode in loader]
+
+
+@forking
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_a_loader_draw_episodes_of_their_own(persistent):
+    def draw(seed, loader_seed):
+        episodes = Episodes(generate_glyphs(12), ways=3, shots=2, seed=seed)
+        return loaded(Batches(episodes), 2, loader_seed, persistent_workers=persistent)
+
+    first, again = draw(3, 1), draw(3, 1)
+    assert len(first) == 8 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    everything = torch.stack([*first, *draw(4, 1), *draw(3, 2)])
+    assert len(torch.unique(everything, dim=0)) == 24
+
+
+@forking
+def test_workers_that_are_spawned_draw_what_forked_ones_do():
+    episodes = Episodes(generate_glyphs(12), ways=3, shots=2, seed=3)
+    spawned = loaded(Batches(episodes), context="spawn", num_workers=1)
+    for a, b in zip(loaded(Batches(episodes), num_workers=1), spawned, strict=True):
+        assert torch.equal(a, b)
+
+
+@forking
+def test_what_is_seeded_in_a_worker_stays_so():
+    expected = Episodes(numbered([3, 3, 3]), ways=2, shots=2, seed=7).sample(2).inputs
+    assert all(torch.equal(inputs, expected) for inputs in loaded(MadeInWorker()))
+
+
+def test_a_copy_goes_on_as_the_original_does():
+    original = Episodes(generate_glyphs(12), augment=True, seed=3)
+    original.sample(2)
+    copied = copy.deepcopy(original)
+    assert torch.equal(original.sample(2).inputs, copied.sample(2).inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"augment": True}, {"labels": "string"}])
+def test_parts_of_a_batch_are_those_of_the_whole(options):
+    """Processes that draw the same batch, and make a part each, stay in step."""
+    classes = generate_glyphs(12)
+    whole, part = (Episodes(classes, seed=3, **options) for _ in range(2))
+    for chosen in (slice(0, 2), slice(2, 6), slice(5, 6)):
+        for a, b in zip(whole.sample(6), part.sample(6, chosen), strict=True):
+            torch.testing.assert_close(a[:, chosen], b, rtol=0, atol=1e-5)
 
 
 def test_the_global_generator_is_left_alone():

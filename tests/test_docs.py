@@ -23,15 +23,22 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_examples_of_layers_run():
-    """One after the other, as a reader would type them."""
-    page = DOCS / "layers.md"
+def run_examples(page, count):
+    """One after the other, as a reader would type them. What they have named."""
     examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 7
+    assert len(examples) == count
     namespace = {}
     for example in examples:
         exec(compile(example, str(page), "exec"), namespace)
-    assert namespace["logits"].shape == (50, 16, 5)
+    return namespace
+
+
+def test_examples_of_layers_run():
+    assert run_examples(DOCS / "layers.md", 9)["logits"].shape == (50, 16, 5)
+
+
+def test_example_of_migrating_runs():
+    run_examples(DOCS / "migrating.md", 1)
 
 
 @every_page

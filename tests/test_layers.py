@@ -1,6 +1,7 @@
 """MemoryLayer against two slow implementations; and what users do with it: carry, save, convert, compile."""
 
 import copy
+import inspect
 import pickle
 import re
 import subprocess
@@ -552,8 +553,15 @@ def test_copies_give_the_same_output():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x)[0], output)
         assert repr(other) == repr(layer)
+        assert vars(other.memory) == vars(layer.memory)
+    assert b"StateLike" not in pickle.dumps(layer)
     assert_states_equal(copy.deepcopy(state.detach()), state)
     assert_states_equal(pickle.loads(pickle.dumps(state.detach())), state)
+
+
+def test_annotations_are_types():
+    """As Hugging Face's mixin for models reads them (tests/test_clients.py)."""
+    assert inspect.signature(MemoryLayer).parameters["dtype"].annotation == torch.dtype | None
 
 
 def test_state_dict_is_standard():
@@ -759,5 +767,5 @@ def test_refuses_what_is_no_state():
     ):
         layer(x[:, 0], state)
     packed = nn.utils.rnn.pack_padded_sequence(x, [3, 2])
-    with pytest.raises(TypeError, match="x must be a tensor, got PackedSequence"):
+    with pytest.raises(TypeError, match="x must be a tensor, got PackedSequence: run on the padded tensor"):
         layer(packed)

@@ -106,6 +106,7 @@ def test_trains_saves_compiles_and_draws_anew():
     assert [name for name in stack.state_dict() if name.endswith("weight_hh")] == [
         f"layers.{number}.controller.weight_hh" for number in range(4)
     ]
+    assert (stack.input_size, stack.hidden_size, stack.num_layers) == (4, 6, 2)
     assert "bidirectional=True" in repr(stack) and stack.flatten_parameters() is None
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
@@ -134,6 +135,16 @@ def test_trains_saves_compiles_and_draws_anew():
 def test_refuses_arguments(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         MemoryStack(4, 6, **SIZES, **options)
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "instead"), [(False, "the padded tensor"), (True, "one length at a time")]
+)
+def test_says_what_to_do_with_a_packed_sequence(bidirectional, instead):
+    stack = MemoryStack(4, 6, 2, bidirectional=bidirectional, **SIZES)
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 4), torch.zeros(2, 4)])
+    with pytest.raises(TypeError, match=f"x must be a tensor, got PackedSequence: .*{instead}"):
+        stack(packed)
 
 
 def test_refuses_other_states():

@@ -105,6 +105,15 @@ def test_sizes_of_training_are_drawn_from_the_whole_range(name):
     )
 
 
+def test_a_part_of_a_batch_is_of_its_sequences():
+    for task in (Regression(4), Copy(4)):
+        batch = task.sample(5, Generator().manual_seed(0), 4)
+        part = batch.part(slice(1, 3))
+        assert part.inputs.shape[1] == 2 and torch.equal(part.answered, batch.answered)
+        for found, whole in zip(part, batch, strict=True):
+            assert whole is None or whole.dim() == 1 or torch.equal(found, whole[:, 1:3])
+
+
 def test_errors_count_wrong_bits_of_answers_alone():
     sequences = Copy(20).sample(2, random(), 3)
     right = 20 * (sequences.targets - 0.5)

@@ -30,8 +30,8 @@ class StopSignals:
 
     @property
     def status(self) -> int:
-        """The exit status of a process that was stopped by the signal received."""
-        return 128 + self.received
+        """The exit status of a process that was stopped by the signal received, or by that of another process of its run."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..training import (
     SequenceConfig,
     TrainConfig,
     load_checkpoint,
+    processes,
     resume_run,
     start_run,
     summarise,
@@ -35,6 +37,7 @@ examples:
   mann-fast train --data my_images --out runs/mine --ways 2    (one folder of images per class)
   mann-fast train --task copy --out runs/copy                  (a Neural Turing Machine learns to copy, in minutes)
   mann-fast train --out runs/omniglot --resume                 (goes on after Ctrl-C)
+  torchrun --nproc-per-node 4 -m mann_fast train --data omniglot --out runs/omniglot     (four processes share every batch)
 
 DIR then holds checkpoint.pt, metrics.jsonl, curve.png and summary.json, of a sequence task also answers.png and memory.png.
 See docs/cli.md and docs/tasks.md.
@@ -154,8 +157,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = configured(args)
-    status, summary = train_and_report(config, args.out, resume=args.resume, quiet=args.json)
+    with processes.joined():
+        if processes.rank():
+            warnings.simplefilter("ignore")  # the first process prints them
+        config = configured(args)
+        status, summary = train_and_report(config, args.out, resume=args.resume, quiet=args.json)
     if summary is None:
         return status
     if args.json:
@@ -193,18 +199,23 @@ def train_and_report(
     config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
 ) -> tuple[int, dict[str, Any] | None]:
     """Train with progress on stderr and, unless `quiet`, a table on stdout; the exit status, and the summary
-    if it finished.
+    if it finished. Of several processes the first alone prints, and has the summary.
     """
     from ._report import TrainingProgress
 
     if not (resume or overwrite):
         require_no_run(out)  # before the data are loaded, which can take a while
     of_images = isinstance(config, TrainConfig)
-    dataset = load_data(config) if of_images else None
+    dataset = None
+    if of_images:
+        with processes.one_ahead():
+            dataset = load_data(config)
     trainer = (
         resume_run(config, dataset, out) if resume else start_run(config, dataset, out, overwrite=overwrite)
     )
     with StopSignals() as stop:
+        if processes.rank():
+            return 0 if train_loop(trainer, out, stop=stop) else stop.status, None
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         classes = ""
         if of_images:

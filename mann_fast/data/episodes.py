@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import get_worker_info
 
 from .images import ClassImages
 
@@ -42,7 +43,8 @@ class Episodes:
     ways * shots steps), and labels dealt to the classes at random. ``labels="string"`` deals strings of five
     letters instead, different within an episode. ``augment=True`` turns, stretches, slants and shifts every image a
     little, anew in each batch. Everything random comes from a generator of its own: the same ``seed`` gives the same
-    episodes, and :meth:`state_dict` continues exactly.
+    episodes, and :meth:`state_dict` continues exactly. In the worker processes of a ``DataLoader`` each copy draws episodes of
+    its own, which follow from ``seed`` and the seed of the worker, and so from that of the loader.
 
     Raises ValueError for options that do not fit, too few classes for ``ways``, or a class with fewer than
     ``shots`` images (which it names).
@@ -78,24 +80,31 @@ class Episodes:
         across, down = torch.meshgrid(middles, middles, indexing="xy")
         self._grid = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
         self._generator = torch.Generator().manual_seed(seed)
+        self._worker = _worker_seed()  # where the generator was seeded
 
-    def sample(self, batch: int) -> Episode:
-        """A batch of ``batch`` new episodes, on the CPU."""
+    def sample(self, batch: int, part: slice = slice(None)) -> Episode:
+        """A batch of ``batch`` new episodes, on the CPU; of these the ``part`` alone, so that processes which draw the same
+        batch share the work of making it.
+
+        Raises ValueError where batch is no integer of at least 0.
+        """
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
             raise ValueError(f"batch must be an integer of at least 0, got {batch!r}")
+        self._seed_in_worker()
         chosen = self._distinct(torch.full((batch,), self.classes.num_classes), self.ways)
         chosen = chosen.gather(1, self._shuffled(batch, self.ways))  # so that any class can get any label
         within = self._distinct(self.classes.counts[chosen], self.shots)
         images = self.classes.starts[chosen].unsqueeze(-1) + within  # [B, ways, shots]
         order = self._shuffled(batch, self.length).t().contiguous()  # [T, B]
         label = order // self.shots
-        images = images.flatten(1).t().gather(0, order)
-        instance = F.one_hot(label, self.ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)
+        images = images.flatten(1).t().gather(0, order)[:, part]
+        instance = F.one_hot(label, self.ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)[:, part]
 
-        pixels = self._pixels[images.flatten()].view(self.length, batch, self.image_size, self.image_size)
+        pixels = self._pixels[images.flatten()].view(*images.shape, self.image_size, self.image_size)
         if self.augment:
-            pixels = self._augmented(pixels)
+            pixels = self._augmented(pixels, 2 * self._uniform(self.length, batch, 6)[:, part] - 1)
         targets = self._strings(batch)[torch.arange(batch), label] if self.labels == "string" else label
+        targets = targets[:, part]
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
         return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
 
@@ -108,6 +117,25 @@ class Episodes:
         if set(state) != {"generator"}:
             raise ValueError(f"state must have the single entry 'generator', got {sorted(state)}")
         self._generator.set_state(state["generator"])
+        self._worker = _worker_seed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the generator as bytes: torch shares its state with a spawned process, and lets go of it before that has it."""
+        return {**self.__dict__, "_generator": self._generator.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._generator = torch.Generator()
+        self._generator.set_state(torch.frombuffer(bytearray(state["_generator"]), dtype=torch.uint8))
+
+    def _seed_in_worker(self) -> None:
+        """A copy in a DataLoader's worker has the generator of the original and of all other copies: seed it anew, once. The
+        worker's seed is another in every pass over the loader, too."""
+        worker = _worker_seed()
+        if worker != self._worker:
+            of_original = int(torch.randint(2**62, (), generator=self._generator))
+            self._generator.manual_seed(of_original + worker)
+            self._worker = worker
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self._generator, dtype=torch.float64)
@@ -131,11 +159,11 @@ class Episodes:
         number = self._distinct(torch.full((batch,), LETTERS**LETTERS), self.ways)
         return number.unsqueeze(-1) // LETTERS ** torch.arange(LETTERS) % LETTERS
 
-    def _augmented(self, pixels: Tensor) -> Tensor:
+    def _augmented(self, pixels: Tensor, random: Tensor) -> Tensor:
         """Every image turned by up to pi/16, stretched by up to 1.2, slanted, and shifted by up to 10% of its
-        width; float32."""
+        width; float32. random: [T, B, 6] within [-1, 1)."""
         count, size = pixels.shape[0] * pixels.shape[1], self.image_size
-        random = (2 * self._uniform(count, 6) - 1).float()
+        random = random.reshape(count, 6).float()
         angle, shift = (
             random[:, 0] * _TURN,
             random[:, 1:3] * 2 * _SHIFT,
@@ -154,6 +182,12 @@ class Episodes:
         flat = pixels.reshape(count, 1, size, size).float()
         moved = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
         return moved.clamp_(max=255).view(pixels.shape)  # interpolation may round to a little more
+
+
+def _worker_seed() -> int | None:
+    """Of the DataLoader worker that this process is; None elsewhere."""
+    worker = get_worker_info()
+    return None if worker is None else worker.seed
 
 
 def num_outputs(ways: int, labels: str) -> int:

@@ -24,6 +24,11 @@ class Sequences(NamedTuple):
     answered: Tensor
     ideal: Tensor | None = None
 
+    def part(self, part: slice) -> Sequences:
+        """Some sequences of the batch."""
+        ideal = None if self.ideal is None else self.ideal[:, part]
+        return Sequences(self.inputs[:, part], self.targets[:, part], self.answered, ideal)
+
 
 @dataclass(frozen=True)
 class Copy:

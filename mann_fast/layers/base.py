@@ -77,6 +77,15 @@ class Memory(ABC):
         if self.num_heads > self.num_slots:
             raise ValueError(f"num_heads must be at most num_slots = {self.num_slots}, got {self.num_heads}")
 
+    # A file of a model names the classes of all that it holds: what follows from the options is left out, and made again at
+    # once, since a call under torch.compile should find it.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "state_like"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _ = self.state_like
+
     @abstractmethod
     def head_sizes(self) -> list[int]:
         """How many values a step takes from the layer's heads, part by part; V is their sum."""

@@ -25,25 +25,36 @@ def obstacle(name: str, module: nn.Module, expected: type[nn.Module]) -> str | N
 
     A parametrized module of torch.nn computes with what its parameters' names give, and needs no call.
     """
-    kind = parametrize.type_before_parametrizations(module)
-    if kind is not expected:
+    kind = type(module)
+    if kind is not expected and (kind := parametrize.type_before_parametrizations(module)) is not expected:
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.{expected.__name__}"
     if "forward" in module.__dict__:
         return f"{name} has a forward of its own"
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if any(hooks) or nn.modules.module._has_any_global_hook():
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    ):
         return f"{name} has hooks"
     for of, parameter in module._parameters.items():
-        if type(parameter) not in PLAIN and is_traceable_wrapper_subclass(
-            parameter
-        ):  # such as a quantized or a distributed one
+        if type(parameter) not in PLAIN and is_traceable_wrapper_subclass(parameter):
+            check_whole(f"{name}.{of}", parameter)
             return f"{name}.{of} is a {type(parameter).__name__}"
     return None
+
+
+def check_whole(name: str, parameter: Tensor) -> None:
+    """TypeError for a parameter that is sharded over processes, in a module without the hooks by which FSDP and tensor
+    parallelism compute with such a one."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        raise TypeError(
+            f"{name} must be a whole tensor while the layer computes, got a DTensor on {parameter.device_mesh}: "
+            "shard with fully_shard(layer), or a linear layer with parallelize_module (docs/distributed.md)"
+        )
 
 
 def weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -57,8 +68,11 @@ def weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 
 
 def _convert(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    weight = weight.to(dtype)
-    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    if weight.dtype == dtype:
+        return weight, bias
+    return weight.to(dtype), bias.to(dtype)
 
 
 def step(

@@ -1,7 +1,6 @@
 """MemoryLayer: a controller with heads on a memory (Santoro et al. 2016, arXiv 1605.06065; Graves et al. 2014, 1410.5401)."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: Hugging Face's mixin for models reads those of __init__, to know what a file holds.
 import contextlib
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from .._onnx import exporting
 from .._state import check_size
@@ -133,7 +133,7 @@ class MemoryLayer(nn.Module):
         self._adjust_parameters()
 
     @classmethod
-    def preset(cls, name: str, input_size: int, **overrides: Any) -> MemoryLayer:
+    def preset(cls, name: str, input_size: int, **overrides: Any) -> "MemoryLayer":
         """A layer with the options of a published variant; see docs/variants.md.
 
         Args:
@@ -224,6 +224,8 @@ class MemoryLayer(nn.Module):
         state = self._constant_state(batch, *self._dtype_and_device())
         if self.start is None:
             return state
+        if type(self.start) not in controllers.PLAIN:
+            controllers.check_whole("start", self.start)
         first, *rest = state.memory
         start = self.start.to(first.dtype).repeat(batch, *(1,) * self.start.dim())
         return state._replace(memory=type(state.memory)(start, *rest))
@@ -470,6 +472,11 @@ class MemoryLayer(nn.Module):
         return reads, state, weights
 
     def _check_input(self, x: object, device: torch.device) -> None:
+        if isinstance(x, PackedSequence):
+            raise TypeError(
+                "x must be a tensor, got PackedSequence: run on the padded tensor, which pad_packed_sequence gives, and pack "
+                "or mask the output; steps of padding change none before them"
+            )
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from .._state import State, describe, is_plain
 from .base import MemoryWeights, check_sizes
@@ -87,6 +88,7 @@ class MemoryStack(nn.Module):
             raise TypeError("controller must be a name: a module would be the same one in every layer")
         if dropout and num_layers == 1:
             warnings.warn("dropout is between layers, and num_layers is 1: nothing is dropped", stacklevel=2)
+        self.input_size, self.hidden_size = input_size, hidden_size
         self.num_layers, self.dropout = num_layers, float(dropout)
         self.bidirectional, self.batch_first = bidirectional, batch_first
         self.layers = nn.ModuleList()
@@ -160,6 +162,11 @@ class MemoryStack(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`MemoryLayer.forward`; a state of another number of layers.
         """
+        if self.bidirectional and isinstance(x, PackedSequence):
+            raise TypeError(
+                "x must be a tensor, got PackedSequence: run a bidirectional stack on sequences of one length at a time; on a "
+                "padded tensor it would begin with the padding"
+            )
         states: tuple[MemoryState | None, ...] = (None,) * len(self.layers)
         if state is not None:
             layers = (

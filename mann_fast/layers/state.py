@@ -121,12 +121,12 @@ def as_state(state: object, like: StateLike, controller: tuple[str, ...] | None)
         raise TypeError(
             f"state must be a MemoryState of {kind}, an {like.type.__name__} and reads, got one of {came}"
         )
-    for name, part in (
-        *((f"controller.{name}", part) for name, part in zip(controller or (), kept, strict=False)),
-        *((f"memory.{part[0]}", tensor) for part, tensor in zip(like.parts, memory, strict=True)),
-        ("reads", reads),
-    ):
+    named = [] if controller is None else list(zip(controller, kept, strict=True))
+    for part in (*(part for _, part in named), *memory, reads):
         if not isinstance(part, Tensor):
+            named = [(f"controller.{name}", part) for name, part in named]
+            named += [(f"memory.{part[0]}", tensor) for part, tensor in zip(like.parts, memory, strict=True)]
+            name = next(name for name, value in (*named, ("reads", reads)) if value is part)
             raise TypeError(f"state.{name} must be a tensor, got {type(part).__name__}")
     return MemoryState(kept, memory, reads)
 

@@ -305,8 +305,10 @@ def cell(
         dtype == torch.bfloat16 and backend == "cpp",
         0,
     )[:5]
-    last = (output[-1, :, : sizes["H"]].clone(), cell)
-    return output.to(dtype), tuple(x.to(dtype) for x in last[: len(state)]), LRUAState(*memory)
+    last = (output[-1, :, : sizes["H"]].clone(), cell)[: len(state)]
+    if dtype != output.dtype:
+        output, last = output.to(dtype), tuple(x.to(dtype) for x in last)
+    return output, last, LRUAState(*memory)
 
 
 def _check_cell(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import Dataset, Episodes
+from . import processes
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
@@ -50,6 +52,8 @@ def start_run(
     if not overwrite:
         require_no_run(out)
     trainer = make_trainer(config, dataset)
+    if processes.rank():
+        return trainer
     out.mkdir(parents=True, exist_ok=True)
     for name in (CHECKPOINT, METRICS, CURVE, SUMMARY, ANSWERS, MEMORY):
         (out / name).unlink(missing_ok=True)
@@ -81,7 +85,7 @@ def resume_run(
         )
     trainer = make_trainer(config, dataset)
     trainer.load_state_dict(state)
-    if (out / METRICS).exists():
+    if processes.rank() == 0 and (out / METRICS).exists():
         kept = [record for record in read_json_lines(out / METRICS) if record["step"] <= trainer.step]
         with replacing(out / METRICS) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -95,33 +99,37 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[StepResult | SequenceStep], None] = lambda result: None,
 ) -> bool:
-    """Train up to ``config.steps``; False where `stop`, asked before every step, said yes first.
+    """Train up to ``config.steps``; False where `stop`, asked before every step, said yes first, to one of the processes.
 
     Either way the folder then holds a checkpoint to resume from, the metrics up to it, and the learning
     curve. Raises TrainingDiverged, leaving the last good checkpoint in place.
     """
     out = Path(out)
     config = trainer.config
-    finished = True
+    finished, writes = True, processes.rank() == 0
     try:
-        with open(out / METRICS, "a", encoding="utf-8") as metrics:
+        with open(out / METRICS, "a", encoding="utf-8") if writes else nullcontext() as metrics:
             while trainer.step < config.steps:
-                if stop():
+                if processes.any_of(stop()):
                     finished = False
                     break
                 on_step(trainer.train_step())
+                if not writes:
+                    continue
                 last = trainer.step == config.steps
                 if last or trainer.step % config.log_every == 0:
                     print(json.dumps(trainer.metrics()), file=metrics, flush=True)
                 if trainer.step % config.checkpoint_every == 0 and not last:
                     save_checkpoint(out / CHECKPOINT, trainer.state_dict())
-        save_checkpoint(out / CHECKPOINT, trainer.state_dict())
+        if writes:
+            save_checkpoint(out / CHECKPOINT, trainer.state_dict())
     except TrainingDiverged as error:
         advice = "try a smaller --lr"
         if (out / CHECKPOINT).exists():
             advice = f"the last good checkpoint is {out / CHECKPOINT}; resume from it with a smaller --lr"
         raise TrainingDiverged(f"{error}; {advice}") from error
-    draw_curve(trainer, out)
+    if writes:
+        draw_curve(trainer, out)
     return finished
 
 
@@ -197,6 +205,7 @@ def _write_summary(
         "config": trainer.config.to_dict(),
         "step": trainer.step,
         "training_seconds": round(trainer.seconds, 3),
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **found,

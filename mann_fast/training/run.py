@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from . import processes
 from .config import RunConfig
 
 
@@ -18,11 +19,13 @@ class TrainingDiverged(RuntimeError):
 
 class Run:
     """A model and its optimiser. ``step`` counts the steps that were taken; ``seconds`` is the time spent in them, over all
-    sessions of the run.
+    sessions of the run. In a process group of torch.distributed all processes train one model, each with the ``part`` of every
+    batch; ValueError where it cannot be shared out evenly.
     """
 
     def __init__(self, config: RunConfig, model: nn.Module):
         self.config = config
+        self.part = processes.part_of(config.batch)
         self.model = model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -30,12 +33,17 @@ class Run:
         self.step = 0
         self.seconds = 0.0
 
-    def descend(self, loss: Tensor) -> float:
-        """One step of AdamW, and the loss as a number; TrainingDiverged where it or its gradient is not finite."""
+    def descend(self, loss: Tensor, quality: Tensor) -> tuple[float, Tensor]:
+        """One step of AdamW by the loss of this process's part of the batch, a mean. Returns loss and ``quality``, a mean
+        too, of the whole batch; TrainingDiverged where the loss or its gradient is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = loss.detach().clone()
+        gradients = [x.grad for x in self.model.parameters() if x.grad is not None]
+        processes.average([*gradients, loss, quality])
         norm = clip_grad_norm_(self.model.parameters(), self.config.clip)
         value = loss.item()
         if not math.isfinite(value) or not math.isfinite(norm.item()):
@@ -45,7 +53,7 @@ class Run:
             )
         self.optimizer.step()
         self.step += 1
-        return value
+        return value, quality
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: all that the next step depends on, and what rebuilds the model."""

@@ -76,10 +76,11 @@ class SequenceTrainer(Run):
         started = time.perf_counter()
         self.model.train()
         size = self.task.draw(self.generator)
-        sequences = self.task.sample(self.config.batch, self.generator, *size)
+        sequences = self.task.sample(self.config.batch, self.generator, *size).part(self.part)
         outputs, _ = self.model(sequences.inputs)
-        loss = self.descend(sequence_loss(outputs, sequences, self.task.binary))
-        error = errors(outputs.detach(), sequences, self.task.binary).mean().item()
+        error = errors(outputs.detach(), sequences, self.task.binary).mean()
+        loss, error = self.descend(sequence_loss(outputs, sequences, self.task.binary), error)
+        error = error.item()
         for name, value in (("loss", loss), ("error", error), ("steps", 1)):
             self._interval[name] += value
         self.seconds += time.perf_counter() - started

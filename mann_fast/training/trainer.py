@@ -66,13 +66,13 @@ class Trainer(Run):
         started = time.perf_counter()
         config = self.config
         self.model.train()
-        episode = self.episodes.sample(config.batch)
+        episode = self.episodes.sample(config.batch, self.part)
         logits, _ = self.model(episode.inputs)
-        loss = self.descend(label_loss(logits, episode.targets, config.labels))
         right = right_by_instance(
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
         )
-        accuracy = right.mean(0) / config.ways
+        loss = label_loss(logits, episode.targets, config.labels)
+        loss, accuracy = self.descend(loss, right.mean(0) / config.ways)
         self._interval_loss += loss
         self._interval_accuracy += accuracy
         self._interval_steps += 1
