@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mann_fast
 from mann_fast import MANN, MemoryLayer
@@ -305,3 +306,17 @@ def test_a_controller_of_one_s_own_with_a_memory_of_one_s_own(page):
     plain.heads.load_state_dict(layer.heads.state_dict())
     x = torch.randn(5, 2, 4, dtype=torch.float64)
     assert torch.equal(layer(x)[0], plain(x)[0])
+
+
+def test_a_memory_that_scans_compiles_for_any_number_of_steps(page):
+    class Scanned(page["Ring"]):
+        scans = True
+
+    torch.compiler.reset()
+    layer = MemoryLayer(4, 5, addressing=Scanned(), **SIZES, dtype=torch.float64)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for steps in (3, 4, 6, 2):
+        x = torch.randn(steps, 2, 4, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-10, atol=1e-10)
+    assert counter.frame_count == 2
