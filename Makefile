@@ -33,7 +33,11 @@ $(VENV)/installed: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77.0.3"
+	@echo "Installing $(TORCH) ..."
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	@echo "Compiling the kernels ..."  # before pip does, which would show nothing of it
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "Installing mann_fast and what it needs ..."
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -90,7 +94,7 @@ sanitize: $(VENV)/installed
 # built with and beside another.
 wheel: build
 	rm -rf dist
-	MANN_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation
+	MANN_FAST_REQUIRE_EXTENSION=1 MANN_FAST_CUDA=$${MANN_FAST_CUDA-1} $(BIN)/python -m build --no-isolation
 	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) $(OP_TESTS) tests/test_pretrained.py
 
 clean:

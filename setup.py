@@ -3,8 +3,8 @@
 The kernels are compiled once per instruction set and know nothing of torch; csrc/bindings.cpp uses
 LibTorch's stable ABI only, so the library needs nothing of the very torch that it was built with. It has no
 Python module inside: torch.ops.load_library loads it. Objects are kept in build/objects for the next time.
-Where there is nvcc, the CUDA kernels come with it, in a library of their own that torch without CUDA need not
-load.
+Where there are nvcc and a GPU, the CUDA kernels come with it, in a library of their own that torch without CUDA need not
+load; native.cuda_architectures says how to ask for them elsewhere. MANN_FAST_VERBOSE=1 shows the compilers' commands.
 
 Where either cannot be built the package installs all the same and runs on what there is;
 mann_fast/_build_info.json says why (`mann-fast doctor` shows it). MANN_FAST_REQUIRE_EXTENSION=1 makes the
@@ -27,8 +27,9 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 from build_backend import find_torch, torch_version  # noqa: E402
-from native import OLDEST_TORCH, ROOT, CannotBuild, Compiler, Nvcc, Unit, binding_flags  # noqa: E402
+from native import OLDEST_TORCH, ROOT, CannotBuild, Compiler, Nvcc, Unit, binding_flags, cuda_architectures  # noqa: E402
 
+OBJECTS = Path("build/objects")
 LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.abi3.so"
 BUILD_INFO = "_build_info.json"
@@ -46,34 +47,33 @@ def build_library(target: Path) -> dict:
         )
     bindings = Unit("csrc/bindings.cpp", "bindings", binding_flags(torch))
     flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    objects = compiler.compile([*compiler.kernel_units(), bindings], Path("build/objects"), flags)
+    objects = compiler.compile([*compiler.kernel_units(), bindings], OBJECTS, flags)
     # libstdc++ first: libtorch_cpu.so has copies of some of its symbols. No search path is recorded, since
     # whoever loads the library has imported torch.
     libraries = ["-Wl,--as-needed", "-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    compiler.run(["-shared", "-o", str(target.absolute()), *map(str, objects), *libraries, *flags])
+    compiler.link(target, objects, [*libraries, *flags], OBJECTS)
     return {"torch": torch_version(torch), "compiler": compiler.version, "isas": list(compiler.isas)}
 
 
 def build_cuda_library(target: Path) -> dict:
     """Build the CUDA kernels; returns what they were built with. Raises CannotBuild."""
-    nvcc, compiler, torch = Nvcc(), Compiler(), find_torch()
-    folder = Path("build/objects")
+    nvcc, compiler, torch = Nvcc(cuda_architectures()), Compiler(), find_torch()
     bindings = Unit("csrc/cuda/bindings.cpp", "cuda_bindings", binding_flags(torch))
-    objects = nvcc.compile(nvcc.kernel_units(), folder) + compiler.compile([bindings], folder)
+    objects = nvcc.compile(nvcc.kernel_units(), OBJECTS) + compiler.compile([bindings], OBJECTS)
     # What gives the current stream is in libtorch_cuda, which a torch without CUDA does not have: a stand-in of the same
     # name will do to build with, since whoever loads the library has torch's own.
-    stand_in = folder / "stand_in" / "libtorch_cuda.so"
-    stand_in.parent.mkdir(exist_ok=True)
-    source = stand_in.with_suffix(".c")
-    source.write_text(
-        "int aoti_torch_get_current_cuda_stream(int index, void** stream) { return index && stream; }\n"
-    )
-    compiler.run(
-        ["-shared", "-fPIC", "-x", "c", str(source), "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)]
-    )
+    stand_in = OBJECTS / "stand_in" / "libtorch_cuda.so"
+    if not stand_in.exists():
+        stand_in.parent.mkdir(exist_ok=True)
+        source = stand_in.with_suffix(".c")
+        source.write_text(
+            "int aoti_torch_get_current_cuda_stream(int index, void** stream) { return index && stream; }\n"
+        )
+        compiler.run(
+            ["-shared", "-fPIC", "-x", "c", str(source), "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)]
+        )
     libraries = [f"-L{torch}/lib", "-ltorch_cpu", str(stand_in), "-Xlinker", "--exclude-libs,ALL"]
-    nvcc.run(["-shared", "-cudart", "static", "-o", str(target.absolute()), *map(str, objects), *libraries])
+    nvcc.link(target, objects, ["-cudart", "static", *libraries], OBJECTS)
     return {"cuda": nvcc.version, "architectures": nvcc.architectures}
 
 

@@ -88,7 +88,8 @@ class Compiler:
     def run(self, arguments: list[str]) -> str:
         """What the compiler said, which nobody needs to read where all went well."""
         command = [*self.command, *arguments]
-        print(shlex.join(command), flush=True)
+        if os.environ.get("MANN_FAST_VERBOSE") == "1":
+            print(shlex.join(command), flush=True)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0 or self.shows_messages:
             sys.stderr.write(done.stderr)
@@ -124,19 +125,65 @@ class Compiler:
             stamp.unlink(missing_ok=True)
             started = time.time()
             target.with_suffix(".log").write_text(self.run(arguments))
+            print(f"{unit.name}.o from {unit.source}: {time.time() - started:.0f} seconds", flush=True)
             stamp.write_text(made_by)
             os.utime(stamp, (started, started))  # a file changed meanwhile counts as newer
         return target
 
+    def link(self, target: Path, objects: list[Path], arguments: list[str], folder: Path) -> None:
+        """Make a shared library of objects, unless it is there, made by the same command and newer than all of them."""
+        command = ["-shared", "-o", str(target.absolute()), *map(str, objects), *arguments]
+        stamp = folder / f"{target.name}.stamp"
+        made_by = f"{self.version}\n{shlex.join(self.command + command)}\n"
+        if target.exists() and stamp.exists() and stamp.read_text() == made_by:
+            if all(object_file.stat().st_mtime < target.stat().st_mtime for object_file in objects):
+                return
+        stamp.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.run(command)
+        stamp.write_text(made_by)
+        print(f"{target.name} is linked", flush=True)
 
-CUDA_ARCHITECTURES = ("80", "90", "100")
+
+CUDA_ARCHITECTURES = ["80", "90", "100"]
+
+
+def cuda_architectures() -> list[str]:
+    """For which GPUs to build the CUDA kernels. Raises CannotBuild where that is for none.
+
+    For those of this machine, or with MANN_FAST_CUDA=1 for the generations above; MANN_FAST_CUDA_ARCHS="90" names others, and
+    MANN_FAST_CUDA=0 makes a build without CUDA. Compiling for one takes minutes, which are lost where there is no GPU.
+    """
+    asked, named = os.environ.get("MANN_FAST_CUDA", ""), os.environ.get("MANN_FAST_CUDA_ARCHS", "")
+    if asked not in ("", "0", "1"):
+        raise CannotBuild(f"MANN_FAST_CUDA must be 0 or 1, got {asked!r}")
+    if asked == "0":
+        raise CannotBuild("MANN_FAST_CUDA=0 asked for a build without CUDA")
+    if named:
+        return sorted(set(named.replace(",", " ").split()), key=int)
+    if asked == "1":
+        return CUDA_ARCHITECTURES
+    here = set(_capabilities())
+    if not here:
+        raise CannotBuild(
+            "no NVIDIA GPU was found to build them for (MANN_FAST_CUDA=1 builds them all the same)"
+        )
+    return sorted(here, key=int)
+
+
+def _capabilities() -> list[str]:
+    """Of the GPUs of this machine, as their driver says: "90" for each of 9.0."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(question, capture_output=True, text=True)
+    return ["".join(found) for found in re.findall(r"(?m)^(\d+)\.(\d)$", answer.stdout)]
 
 
 class Nvcc(Compiler):
     """NVIDIA's compiler, for the CUDA kernels: $CUDACXX, or nvcc in $CUDA_HOME, the path or /usr/local/cuda.
 
-    It compiles for the architectures above, and PTX for later ones; MANN_FAST_CUDA_ARCHS="90" names others, and
-    MANN_FAST_CUDA=0 makes a build without CUDA. Raises CannotBuild if there is none or it is too old.
+    It compiles for the architectures given, and PTX for later ones. Raises CannotBuild if there is none or it is too old.
     """
 
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v",
@@ -144,9 +191,8 @@ class Nvcc(Compiler):
     needed = "CUDA 12.8 or newer"
     shows_messages = False  # of registers and shared memory, which scripts/cuda_report.py shows
 
-    def __init__(self) -> None:
-        if os.environ.get("MANN_FAST_CUDA") == "0":
-            raise CannotBuild("MANN_FAST_CUDA=0 asked for a build without CUDA")
+    def __init__(self, architectures: list[str]) -> None:
+        self.architectures = architectures
         homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
         places = [f"{home}/bin/nvcc" for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
         found = [place for place in [os.environ.get("CUDACXX"), *places] if place and shutil.which(place)]
@@ -160,8 +206,6 @@ class Nvcc(Compiler):
         )
         if release is None or (int(release.group(1)), int(release.group(2))) < (12, 8):
             raise CannotBuild(f"CUDA 12.8 or newer is needed, this is {self.version}")
-        named = os.environ.get("MANN_FAST_CUDA_ARCHS", " ".join(CUDA_ARCHITECTURES))
-        self.architectures = sorted(named.replace(",", " ").split(), key=int)
 
     def kernel_units(self) -> list[Unit]:
         last = self.architectures[-1]

@@ -121,6 +121,58 @@ def test_objects_are_compiled_again_only_if_something_changed(native, tmp_path, 
 
 
 @in_source_tree
+def test_a_library_is_linked_again_only_if_something_changed(native, tmp_path):
+    try:
+        compiler = native.Compiler()
+    except native.CannotBuild as problem:
+        pytest.skip(str(problem))
+    source, target = tmp_path / "a.cpp", tmp_path / "lib" / "a.so"
+    source.write_text("int f() { return 1; }\n")
+
+    def linked(*arguments):
+        before = target.stat().st_mtime_ns if target.exists() else 0
+        objects = compiler.compile([native.Unit(str(source), "a", [])], tmp_path / "objects")
+        compiler.link(target, objects, list(arguments), tmp_path / "objects")
+        return target.stat().st_mtime_ns > before
+
+    assert linked()
+    assert not linked()
+    assert linked("-Wl,--as-needed")
+    assert not linked("-Wl,--as-needed")
+    source.write_text("int f() { return 2; }\n")
+    assert linked("-Wl,--as-needed")
+    target.unlink()
+    assert linked("-Wl,--as-needed")
+
+
+@in_source_tree
+def test_cuda_kernels_are_built_for_the_gpus_of_the_machine_unless_asked(native, tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
+    driver.chmod(0o755)
+    for name in ("MANN_FAST_CUDA", "MANN_FAST_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(native.CannotBuild, match="no NVIDIA GPU was found"):
+        native.cuda_architectures()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert native.cuda_architectures() == ["86", "90"]
+    driver.write_text("#!/bin/sh\necho no driver; exit 9\n")
+    with pytest.raises(native.CannotBuild, match="no NVIDIA GPU was found"):
+        native.cuda_architectures()
+    monkeypatch.setenv("MANN_FAST_CUDA", "1")
+    assert native.cuda_architectures() == ["80", "90", "100"]
+    monkeypatch.setenv("MANN_FAST_CUDA_ARCHS", "100, 90")
+    assert native.cuda_architectures() == ["90", "100"]
+    monkeypatch.setenv("MANN_FAST_CUDA", "0")
+    with pytest.raises(native.CannotBuild, match="MANN_FAST_CUDA=0 asked"):
+        native.cuda_architectures()
+    monkeypatch.setenv("MANN_FAST_CUDA", "yes")
+    with pytest.raises(native.CannotBuild, match="MANN_FAST_CUDA must be 0 or 1, got 'yes'"):
+        native.cuda_architectures()
+
+
+@in_source_tree
 def test_a_compiler_that_cannot_be_used_is_named(native, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(native.CannotBuild, match="no C\\+\\+ compiler was found .*no-such-compiler"):
