@@ -26,6 +26,7 @@ UNREADABLE = (
     struct.error,
     Image.DecompressionBombError,
     MemoryError,
+    RuntimeError,  # of AVIF and HEIC
 )
 
 # Pillow's names, and the suffixes of such files. No other: some of Pillow's formats start external programs

@@ -38,8 +38,8 @@ ALPHABETS = {
 }  # fmt: skip
 IMAGES_PER_CLASS = 20
 
-# What zipfile may raise; RuntimeError is also its NotImplementedError, for what is newer than it is
-_BROKEN_ZIP = (*UNREADABLE, zipfile.BadZipFile, zlib.error, RuntimeError)
+# What zipfile may raise; among UNREADABLE is its NotImplementedError, for archives newer than it is
+_BROKEN_ZIP = (*UNREADABLE, zipfile.BadZipFile, zlib.error)
 _LARGEST = 1 << 20  # bytes of a file in an archive; Omniglot's have some hundreds
 
 _ENTRY = re.compile(r"(?:^|.*/)([^/]+)/(character\d+)/([^/.][^/]*\.png)$", re.IGNORECASE)
