@@ -2,13 +2,16 @@
 
 import io
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from mann_fast.data import ClassImages, image_files, load_folder, load_images, read_grey
+from mann_fast.data import ClassImages, image_files, load_dataset, load_folder, load_images, read_grey
+from mann_fast.data import images as images_module
 from mann_fast.data.images import UNREADABLE
 
 
@@ -182,7 +185,6 @@ def test_folder_is_read_by_suffix_in_any_case_and_by_content(tmp_path):
     colour.save(tmp_path / "a" / "photo.JPEG")
     colour.save(tmp_path / "a" / "UPPER.PNG")
     colour.save(tmp_path / "a" / "no suffix", format="PNG")
-    (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / ".hidden.png").write_bytes(b"")
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / ".cache").mkdir()
@@ -207,16 +209,174 @@ def test_unreadable_files_are_named_and_skipped(tmp_path):
     assert classes.counts.tolist() == [3, 2]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def write_png(path, width, height):
+    """A white PNG of one bit a pixel, never held in memory."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    deflate, row = zlib.compressobj(1), b"\0" + b"\xff" * ((width + 7) // 8)
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        file.write(chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)))
+        for start in range(0, height, 1 << 20):
+            file.write(chunk(b"IDAT", deflate.compress(row * min(1 << 20, height - start))))
+        file.write(chunk(b"IDAT", deflate.flush()) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        ((1, 170_000_000), "1 x 170,000,000 pixels; a side may have up to 65,535"),
+        ((65_536, 1), "65,536 x 1 pixels"),
+        ((20_000, 10_000), "Image size .* exceeds limit"),
+    ],
+)
+def test_an_image_too_large_is_named_and_skipped(size, named, tmp_path):
+    folder_of_classes(tmp_path, {"cat": 1, "dog": 1})
+    write_png(tmp_path / "cat" / "large.png", *size)
+    with pytest.warns(
+        UserWarning, match=rf"skipped 1 unreadable image file: .*large.png \({named}"
+    ) as caught:
+        classes = load_folder(tmp_path)
+    assert len(caught) == 1 and classes.counts.tolist() == [1, 1]
+
+
+def test_the_longest_side_is_read(tmp_path):
+    write_png(tmp_path / "line.png", 1, 65_535)
+    assert read_grey(tmp_path / "line.png", 20).shape == (20, 20)
+
+
+def test_a_large_image_that_pillow_takes_gives_no_warning_of_pillow(tmp_path, monkeypatch):
+    drawing().save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of 1,600: beyond it, and within twice as many
+    assert len(load_images([tmp_path / "image.png"])[1]) == 1
+
+
+def test_an_image_that_exhausts_memory_is_named_and_skipped(tmp_path, monkeypatch):
+    def exhaust(image):
+        raise MemoryError
+
+    drawing().save(tmp_path / "image.png")
+    monkeypatch.setattr(images_module, "_to_grey", exhaust)
+    with pytest.warns(UserWarning, match=r"image\.png \(needs more memory than there is\)"):
+        assert load_images([tmp_path / "image.png"])[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.tif", "L", {}),
+        ("a.TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("a.tif", "1", {"compression": "group4"}),
+        ("a.tif", "I;16", {}),
+        ("a.tif", "F", {}),
+        ("a.pgm", "L", {}),
+        ("a.pgm", "I;16", {"format": "PPM"}),
+        ("a.ppm", "RGB", {}),
+        ("a.pbm", "1", {}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("a.gif", "L", {}),
+        ("a.bmp", "RGB", {}),
+    ],
+)
+def test_formats_other_than_png_give_the_same_grey(name, mode, options, tmp_path):
+    image = drawing()
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    (tmp_path / "class").mkdir()
+    image.convert(mode).save(tmp_path / "class" / name, **options)
+    drawing().save(tmp_path / "plain.png")
+    loaded = load_folder(tmp_path, invert=False)
+    assert np.array_equal(loaded.images[0].numpy(), read_grey(tmp_path / "plain.png", 20))
+
+
+def close_to_png(path):
+    drawing().convert("RGB").save(path, quality=95)
+    drawing().save(path.with_suffix(".png"))
+    loaded, _, _ = load_images([path, path.with_suffix(".png")])
+    assert loaded.shape[0] == 2 and (loaded[0].int() - loaded[1].int()).abs().max() < 30
+    assert len(image_files(path.parent)) == 2
+
+
+def test_avif_is_read(tmp_path):
+    if "AVIF" not in images_module.readable_formats():
+        pytest.skip("this Pillow has no AVIF")
+    close_to_png(tmp_path / "a.avif")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    assert "HEIF" in images_module.readable_formats()
+    close_to_png(tmp_path / "a.heic")
+
+
+@pytest.fixture
+def no_heic(monkeypatch):
+    formats = tuple(name for name in images_module.readable_formats() if name != "HEIF")
+    monkeypatch.setattr(images_module, "readable_formats", lambda: formats)
+
+
+def test_without_it_heic_files_are_counted_and_what_reads_them_is_named(tmp_path, no_heic):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            (tmp_path / name / f"{i}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    install = r"24 \.heic, which needs pillow-heif \(pip install pillow-heif\)"
+    with pytest.raises(ValueError, match=rf"no sub-folder with images.*found 24 files .*\({install}"):
+        load_folder(tmp_path)
+    for name in ("cat", "dog"):
+        drawing().save(tmp_path / name / "0.png")
+    with pytest.warns(UserWarning, match=rf"passed over 24 files that cannot be read as images \({install}"):
+        assert load_folder(tmp_path).counts.tolist() == [1, 1]
+    with pytest.warns(UserWarning, match=r"skipped 1 unreadable image file: .*0\.HEIC \(needs pillow-heif"):
+        assert load_images([tmp_path / "cat" / "0.HEIC"])[1] == []
+
+
+def test_files_passed_over_are_counted_by_suffix(tmp_path):
+    folder_of_classes(tmp_path, {"cat": 2, "dog": 2})
+    for name in ("1.tga", "2.TGA", "3.tga", "notes.txt", "more.txt", "README", ".hidden"):
+        (tmp_path / "cat" / name).write_bytes(b"something")
+    (tmp_path / "beside.txt").write_text("not in a class")
+    with pytest.warns(UserWarning) as caught:
+        load_folder(tmp_path)
+    assert [str(one.message) for one in caught] == [
+        "passed over 6 files that cannot be read as images (3 .tga, 2 .txt, 1 without a suffix)"
+    ]
+
+
+def test_pixels_that_are_not_finite_are_named(tmp_path):
+    pixels = np.zeros((20, 20), np.float32)
+    pixels[3, 4] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.warns(UserWarning, match=r"a\.tif \(has pixels that are not finite\)"):
+        load_images([tmp_path / "a.tif"])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder_of_classes(tmp_path / "pictures", {"cat": 1, "dog": 1})
+    picture = "~/pictures/cat/0.png"
+    assert load_folder("~/pictures").names == ("cat", "dog")
+    assert image_files("~/pictures/cat") == [tmp_path / "pictures" / "cat" / "0.png"]
+    assert load_images([picture])[1] == [tmp_path / "pictures" / "cat" / "0.png"]
+    assert read_grey(picture, 20).shape == (20, 20)
+    with pytest.warns(UserWarning, match="only 1 class to train on"):
+        assert load_dataset("~/pictures", ways=1, shots=1).kind == "folder"
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name/x does not exist"):
+        load_dataset("~nobody-of-this-name/x")
+
+
 def test_damaged_files_never_raise_anything_else(tmp_path):
     """Bytes changed, cut and repeated at random: the image is read, or one of UNREADABLE is raised."""
     generator = random.Random(0)
-    for suffix in ("png", "jpg", "gif", "bmp", "webp"):
+    for name in images_module.readable_formats():
         buffer = io.BytesIO()
         exif = Image.Exif()
         exif[0x0112] = 6
-        extra = {"exif": exif} if suffix in ("png", "jpg", "webp") else {}
-        drawing().convert("RGB").save(buffer, format={"jpg": "jpeg"}.get(suffix, suffix), **extra)
+        extra = {"exif": exif} if name in ("PNG", "JPEG", "WEBP") else {}
+        drawing().convert("RGB").save(buffer, format=name, **extra)
         for _ in range(150):
             data = bytearray(buffer.getvalue())
             for _ in range(generator.randint(1, 4)):

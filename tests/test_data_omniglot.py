@@ -1,6 +1,7 @@
 """Omniglot is read in place from archives and folders, and what is missing is named."""
 
 import os
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -120,6 +121,80 @@ def test_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "images_background" / "Angelic").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"holds no ALPHABET/characterNN/\*.png"):
         load_omniglot(tmp_path, "background")
+
+
+ENTRY = "images_evaluation/Angelic/character01/0001_01.png"
+
+
+def archive_of(path, data, method=zipfile.ZIP_DEFLATED, change=()):
+    """An archive of one entry. change: (place in its central record, place in its local one or None, bytes)."""
+    with zipfile.ZipFile(path, "w", method) as out:
+        out.writestr(ENTRY, data)
+    raw = bytearray(path.read_bytes())
+    for central, local, new in change:
+        for record, place in ((b"PK\1\2", central), (b"PK\3\4", local)):
+            if place is not None:
+                start = raw.index(record) + place
+                raw[start : start + len(new)] = new
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "named"),
+    [
+        (zipfile.ZIP_DEFLATED, [(8, 6, b"\1")], "encrypted"),
+        (zipfile.ZIP_BZIP2, [], "the method bzip2; expected deflate or none"),
+        (zipfile.ZIP_LZMA, [], "the method lzma; expected deflate or none"),
+        (zipfile.ZIP_DEFLATED, [(10, 8, b"\x61")], "the method wavpack"),
+        (zipfile.ZIP_DEFLATED, [(10, 8, b"\x3f")], "the method 63"),
+        (zipfile.ZIP_DEFLATED, [(8, 6, b"\x20")], "patched data"),
+    ],
+)
+def test_an_archive_encrypted_or_oddly_compressed_is_damaged(method, change, named, tmp_path):
+    image = write_part(tmp_path / "images_evaluation", {"Angelic/character01": 1}).rglob("*.png")
+    archive = tmp_path / "images_evaluation_odd.zip"
+    archive_of(archive, next(image).read_bytes(), method, change)
+    with pytest.raises(
+        ValueError, match=f"Angelic/character01/0001_01.png in .*_odd.zip is damaged: .*{named}"
+    ):
+        load_omniglot(archive, "evaluation")
+
+
+def test_an_archive_newer_than_zipfile_is_named(tmp_path):
+    archive_of(tmp_path / "images_evaluation.zip", b"", change=[(6, None, b"\xc8")])
+    with pytest.raises(
+        ValueError, match=r"images_evaluation.zip is not a complete zip archive \(zip file version"
+    ):
+        load_omniglot(tmp_path, "evaluation")
+
+
+@pytest.mark.parametrize("size", [None, 500])
+def test_entries_are_bounded_before_they_are_inflated(size, tmp_path):
+    """Whether an entry says how large it is, or lies."""
+    change = [] if size is None else [(24, None, size.to_bytes(4, "little"))]
+    archive_of(tmp_path / "images_evaluation.zip", b"\0" * 100_000_000, change=change)
+    named = "100,000,000 bytes; an image of Omniglot may have up to 1,048,576" if size is None else "CRC"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"0001_01.png in .* is damaged: .*{named}"):
+            load_omniglot(tmp_path, "evaluation")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_no_image_is_named_by_its_file_alone(tmp_path):
+    archive_of(tmp_path / "images_evaluation.zip", b"no image")
+    with pytest.raises(ValueError, match="0001_01.png in .* is damaged: not an image$"):
+        load_omniglot(tmp_path, "evaluation")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_part(tmp_path / "data" / "images_evaluation", {"Angelic/character01": 19})
+    with pytest.warns(UserWarning, match="; missing: 19 alphabets .* 1 image of Angelic/character01$"):
+        assert load_omniglot("~/data", "evaluation").num_classes == 1
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ..data import Dataset, Episodes, load_dataset
+from ..data.images import expand_user
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
 
@@ -16,7 +17,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="FILE",
         default=PRETRAINED,
-        type=Path,
+        type=expand_user,
         help="checkpoint.pt of a training run, or the folder it is in (default: the model that comes with "
         "mann_fast, trained to tell 2 to 5 drawn characters apart)",
     )

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.images import expand_user
+
 EXAMPLE = """\
 examples:
   mann-fast bench                                             (every op at the paper's size, about a minute)
@@ -96,12 +98,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         action="store_true",
         help="instead, count instructions per call with valgrind's callgrind, a minute for each op and direction",
     )
-    setting("--json", type=Path, metavar="FILE", help="write the figures to a file, for --compare")
-    setting("--report", type=Path, metavar="FILE", help="write one page with everything in it: .html or .md")
+    setting("--json", type=expand_user, metavar="FILE", help="write the figures to a file, for --compare")
+    setting(
+        "--report",
+        type=expand_user,
+        metavar="FILE",
+        help="write one page with everything in it: .html or .md",
+    )
     setting(
         "--compare",
         nargs=2,
-        type=Path,
+        type=expand_user,
         metavar=("BEFORE", "AFTER"),
         help="instead, compare two files of --json",
     )

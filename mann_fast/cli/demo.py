@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..data import generate_glyphs
+from ..data.images import expand_user
 from ..training import TrainConfig
 from ..training.loop import CHECKPOINT
 from ..training.plots import ordinal, plot_predictions
@@ -47,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=expand_user,
         default=Path("demo"),
         help="folder for the results, replacing those of an earlier demo (default: demo)",
     )

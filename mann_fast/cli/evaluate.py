@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data.images import expand_user
 from ..training import SequenceConfig, evaluate, load_checkpoint, restore_model
 from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
@@ -41,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=expand_user,
         help="folder for evaluation.png and evaluation.json (default: that of the checkpoint; for the model "
         "that comes with mann_fast, the current folder)",
     )

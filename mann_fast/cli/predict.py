@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..data import image_files, load_images
+from ..data.folder import class_folders, warn_of_others
+from ..data.images import counted, expand_user
 from ..training import SequenceConfig, load_checkpoint, predict, restore_model
 from ._options import add_checkpoint, say_which_model
 
@@ -37,10 +39,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--support",
         metavar="DIR",
         required=True,
-        type=Path,
+        type=expand_user,
         help="folder with one sub-folder of examples per class",
     )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files to classify")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", type=expand_user, help="image files to classify"
+    )
     parser.add_argument(
         "--orders",
         metavar="N",
@@ -135,11 +139,13 @@ def example_files(support: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(
             f"--support {support} is not a folder; it must hold one sub-folder of examples per class"
         )
-    folders = sorted(f for f in support.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+    folders = class_folders(support)
     if len(folders) < 2:
         raise ValueError(
-            f"--support {support} has {len(folders)} sub-folders; it must hold one per class, and at least 2"
+            f"--support {support} has {counted(len(folders), 'sub-folder')}; it must hold one per class, "
+            "and at least 2"
         )
+    warn_of_others(folders)
     return {folder.name: image_files(folder) for folder in folders}
 
 
@@ -161,9 +167,7 @@ def print_prediction(prediction: Prediction) -> None:
     table = Table()
     table.add_column("image", no_wrap=True)
     for name, count in zip(prediction.names, prediction.examples, strict=True):
-        table.add_column(
-            f"{name}\n({count} example{'s' if count > 1 else ''})", justify="right", no_wrap=True
-        )
+        table.add_column(f"{name}\n({counted(count, 'example')})", justify="right", no_wrap=True)
     names = [image.name for image in prediction.images]
     if len(set(names)) < len(names):  # then only the whole path tells them apart
         names = list(map(str, prediction.images))

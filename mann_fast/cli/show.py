@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..data.images import expand_user
 from ..training import SequenceConfig, load_checkpoint, restore_model
 from ..training.loop import describe
 from ..training.sequences import trace_sequence
@@ -37,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--length", metavar="N", type=int, help="of a sequence task (default: the longest of training)"
     )
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="the picture, PNG or SVG (default: episode-SEED.png)"
+        "--out", metavar="FILE", type=expand_user, help="the picture, PNG or SVG (default: episode-SEED.png)"
     )
     return parser
 

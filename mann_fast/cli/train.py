@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
 from ..ops.cell import CONTROLLERS
@@ -72,7 +73,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         required=True,
-        type=Path,
+        type=expand_user,
         help="folder for the results; made if it does not exist",
     )
     setting(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .fetch import fetch_omniglot
 from .folder import load_folder
 from .glyphs import generate_glyphs
-from .images import ClassImages
+from .images import ClassImages, counted, expand_user
 from .omniglot import ALPHABETS, find_part, load_omniglot
 
 GLYPH_CLASSES = (3000, 200)  # to train on, to test on
@@ -57,7 +57,7 @@ def load_dataset(
         )
         kind = "omniglot"
     else:
-        if not Path(source).exists():
+        if not expand_user(source).exists():
             raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
         classes = load_folder(source, image_size=image_size, min_images=shots, invert=invert)
         parts = split_classes(classes, ways=ways, seed=seed)
@@ -84,9 +84,9 @@ def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tupl
     held_out = max(ways, round(count / 5))
     if count - held_out < FEW_CLASSES:
         warnings.warn(
-            f"only {count - held_out} classes to train on: a model then learns these classes rather than how "
-            f"to learn new ones, which takes {FEW_CLASSES} at the very least and better hundreds. Consider "
-            "training on Omniglot or the glyphs, and showing your classes to the trained model "
+            f"only {counted(count - held_out, 'class', 'classes')} to train on: a model then learns these "
+            f"classes rather than how to learn new ones, which takes {FEW_CLASSES} at the very least and better "
+            "hundreds. Consider training on Omniglot or the glyphs, and showing your classes to the trained model "
             "(mann-fast predict --support)",
             stacklevel=2,
         )
@@ -95,7 +95,7 @@ def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tupl
 
 def _too_few(count: int, ways: int) -> str:
     needed = (
-        f"{count} classes are too few to train with episodes of {ways} (--ways): that takes {ways} to "
+        f"{counted(count, 'class is', 'classes are')} too few to train with episodes of {ways} (--ways): that takes {ways} to "
         f"train on and {ways} others to test on, {2 * ways} in all"
     )
     if count >= 4:

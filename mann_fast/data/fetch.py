@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from .._cache import cache_folder
+from .images import counted, expand_user
 
 OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 CHECKSUMS = {  # MD5, of the official archives
@@ -46,7 +47,7 @@ def fetch_omniglot(
     Raises FetchError, which says what to do, where there is no connection, the server refuses, or a checksum
     is wrong.
     """
-    folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "omniglot"
+    folder = expand_user(cache_dir) if cache_dir is not None else cache_folder() / "omniglot"
     folder.mkdir(parents=True, exist_ok=True)
     missing = {
         name: checksum for name, checksum in checksums.items() if not _is_whole(folder / name, checksum)
@@ -73,7 +74,11 @@ def fetch(url: str, target: Path, md5: str, report: Report | None = None) -> Non
         ) from error
     except (OSError, http.client.HTTPException) as error:
         have = part.stat().st_size if part.exists() else 0
-        kept = f"; {have} bytes are kept, and the next try goes on from there" if have else ""
+        kept = (
+            f"; {counted(have, 'byte is', 'bytes are')} kept, and the next try goes on from there"
+            if have
+            else ""
+        )
         reason = getattr(error, "reason", None) or error or type(error).__name__
         raise FetchError(
             f"{url} could not be fetched ({reason}){kept}. Without a connection, put {target.name} into "
@@ -110,7 +115,7 @@ def _transfer(url: str, part: Path, name: str, report: Report | None) -> None:
                 if report:
                     report(name, have, total)
     if total is not None and have < total:
-        raise ConnectionError(f"the connection broke after {have} of {total} bytes")
+        raise ConnectionError(f"the connection broke after {have} of {counted(total, 'byte')}")
 
 
 def _is_whole(file: Path, md5: str) -> bool:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from .images import ClassImages, load_images, shortened
+from .images import (
+    ClassImages,
+    counted,
+    expand_user,
+    load_images,
+    readable_suffixes,
+    reader_of,
+    shortened,
+)
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
@@ -17,9 +27,10 @@ def load_folder(
 ) -> ClassImages:
     """Every sub-folder of ``path`` is a class, named like it, of the images that lie in it; sorted by name.
 
-    A file is an image by its suffix (.png, .jpg, .jpeg, .webp, .gif, .bmp in any case) or because it begins
-    as PNG and JPEG files do; other files are passed over, and so are folders whose names begin with "." or
-    "__". Images may have any size and colour: see ``read_grey`` for how they become S x S grey values.
+    A file is an image by its suffix in any case (PNG, JPEG, WebP, GIF, BMP, TIFF, PGM and its kin, AVIF; HEIC
+    where pillow-heif is installed) or because it begins as PNG and JPEG files do. Other files are passed over,
+    with a warning that counts them by suffix; hidden ones, and folders whose names begin with "." or "__",
+    without. Images may have any size and colour: see ``read_grey`` for how they become S x S grey values.
     ``invert``: True for dark ink on light paper, False to keep grey values as they are, None to decide for
     the whole folder by whether borders are light.
 
@@ -27,18 +38,18 @@ def load_folder(
     FileNotFoundError or NotADirectoryError for a bad ``path``, ValueError where there is no class or where a
     class has fewer than ``min_images`` images (all such classes are named).
     """
-    path = Path(path)
+    path = expand_user(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if not path.is_dir():
         raise NotADirectoryError(
             f"{path} is a file; expected a folder with one sub-folder of images per class"
         )
-    folders = [f for f in path.iterdir() if f.is_dir() and not f.name.startswith((".", "__"))]
-    folders.sort(key=lambda folder: folder.name)  # paths themselves sort otherwise on other systems
+    folders = class_folders(path)
     files = {folder: image_files(folder) for folder in folders}
     if not any(files.values()):
         raise ValueError(f"{path} has no sub-folder with images in it; {_what_is_there(path, folders)}")
+    warn_of_others(folders)
     images, read, inverted = load_images(
         [file for group in files.values() for file in group], image_size=image_size, invert=invert
     )
@@ -53,12 +64,41 @@ def load_folder(
 
 def image_files(folder: str | Path) -> list[Path]:
     """The image files that lie in ``folder``, sorted by name; hidden ones are passed over."""
-    files = (f for f in Path(folder).iterdir() if f.is_file() and not f.name.startswith("."))
-    return sorted(filter(_is_image, files), key=lambda file: file.name)
+    return sorted(filter(_is_image, _files(folder)), key=lambda file: file.name)
+
+
+def class_folders(path: Path) -> list[Path]:
+    """The sub-folders that are classes, sorted by name."""
+    folders = (f for f in path.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+    return sorted(folders, key=lambda folder: folder.name)  # paths themselves sort otherwise on other systems
+
+
+def warn_of_others(folders: Iterable[Path]) -> None:
+    """One warning about all files of these folders that are not read as images, if there are any."""
+    others = _others(folders)
+    if others:
+        warnings.warn(f"passed over {others}", stacklevel=3)
+
+
+def _others(folders: Iterable[Path]) -> str:
+    """How many files are not read as images, by suffix, and what would read them; empty where there are none."""
+    files = (file for folder in folders for file in _files(folder) if not _is_image(file))
+    counts = Counter(file.suffix.lower() for file in files)
+    if not counts:
+        return ""
+    kinds = []
+    for suffix, count in counts.most_common():
+        reader = reader_of(suffix)
+        kinds.append(f"{count} {suffix or 'without a suffix'}{f', which needs {reader}' if reader else ''}")
+    return f"{counted(counts.total(), 'file')} that cannot be read as images ({shortened(kinds, 10)})"
+
+
+def _files(folder: str | Path) -> list[Path]:
+    return [f for f in expand_user(folder).iterdir() if f.is_file() and not f.name.startswith(".")]
 
 
 def _is_image(file: Path) -> bool:
-    if file.suffix.lower() in _SUFFIXES:
+    if file.suffix.lower() in readable_suffixes():
         return True
     try:
         with open(file, "rb") as start:
@@ -75,4 +115,6 @@ def _what_is_there(path: Path, folders: list[Path]) -> str:
         )
     if image_files(path):
         return "the images lie in the folder itself: put those of each class into a folder of its own"
-    return "expected one sub-folder of PNG or JPEG images per class"
+    others = _others([path, *folders])
+    found = f"; found {others}" if others else ""
+    return f"expected one sub-folder of PNG or JPEG images per class{found}"

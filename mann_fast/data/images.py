@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 
-# What Pillow may raise on a file that is damaged, cut short, or no image at all
+# What Pillow may raise on a file that is damaged, cut short, too large, or no image at all
 UNREADABLE = (
     OSError,
     ValueError,
@@ -23,10 +25,29 @@ UNREADABLE = (
     IndexError,
     struct.error,
     Image.DecompressionBombError,
+    MemoryError,
+    RuntimeError,  # of AVIF and HEIC
 )
 
-# And no other: some of Pillow's formats start external programs
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# Pillow's names, and the suffixes of such files. No other: some of Pillow's formats start external programs
+_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".pgm", ".ppm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
+}
+# What reads those that not every Pillow does
+_READERS = {
+    "WEBP": "a Pillow built with WebP",
+    "AVIF": "Pillow 11.3 or newer",
+    "HEIF": "pillow-heif (pip install pillow-heif)",
+}
+_LONGEST = 65_535  # pixels a side, as in JPEG: on longer ones Pillow needs more memory than the pixels take
 _LIGHT = 191  # border brighter than this, of 255: dark ink on light paper
 
 
@@ -124,7 +145,7 @@ class ClassImages:
         if short:
             listed = shortened([f"{name!r} has {count}" for name, count in short])
             raise ValueError(
-                f"every class needs at least {images} images: {listed}{'; ' if hint else ''}{hint}"
+                f"every class needs at least {counted(images, 'image')}: {listed}{'; ' if hint else ''}{hint}"
             )
 
 
@@ -133,9 +154,21 @@ def read_grey(file: str | Path | IO[bytes], image_size: int) -> np.ndarray:
 
     Colour becomes grey, transparency white, a camera's turn (EXIF) is undone. The whole image is fitted into
     the square without stretching it out of shape, and what is left is filled with the grey of its border. An
-    image of a single grey is all 0. Raises one of ``UNREADABLE``.
+    image of a single grey is all 0. Of several frames or pages it is the first. Raises one of ``UNREADABLE``,
+    also for sides of more than 65,535 pixels and for more pixels than Pillow takes.
     """
-    with Image.open(file, formats=_FORMATS) as image:
+    file = expand_user(file) if isinstance(file, (str, Path)) else file
+    # Pillow's warnings name no file, and are about metadata, or sizes that it takes all the same
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        return _read_grey(file, image_size)
+
+
+def _read_grey(file: Path | IO[bytes], image_size: int) -> np.ndarray:
+    with Image.open(file, formats=readable_formats()) as image:
+        if max(image.size) > _LONGEST:
+            width, height = image.size
+            raise ValueError(f"{width:,} x {height:,} pixels; a side may have up to {_LONGEST:,}")
         # Decodes a large JPEG at a fraction of its size
         image.draft("L", (2 * image_size, 2 * image_size))
         image.load()
@@ -166,18 +199,69 @@ def load_images(
     cannot be read are skipped, with one warning that names them.
     """
     images, read, failed = [], [], []
-    for path in map(Path, paths):
+    for path in map(expand_user, paths):
         try:
             images.append(read_grey(path, image_size))
             read.append(path)
         except UNREADABLE as error:
-            failed.append(f"{path} ({_reason(error)})")
+            failed.append(f"{path} ({reason(error, path.suffix)})")
     if failed:
-        warnings.warn(f"skipped {len(failed)} unreadable image files: {shortened(failed, 20)}", stacklevel=2)
+        files = counted(len(failed), "unreadable image file")
+        warnings.warn(f"skipped {files}: {shortened(failed, 20)}", stacklevel=2)
     stack = np.stack(images) if images else np.zeros((0, image_size, image_size), np.uint8)
     if invert is None:
         invert = bool(images) and float(np.median([_border(image) for image in images])) > _LIGHT
     return torch.from_numpy(255 - stack if invert else stack), read, invert
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Which of ``_FORMATS`` can be read here."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    Image.init()
+    # Pillow lists a format among its modules where it may have been built without it
+    optional = features.modules
+    return tuple(
+        name
+        for name in _FORMATS
+        if name in Image.OPEN and (name.lower() not in optional or features.check_module(name.lower()))
+    )
+
+
+def readable_suffixes() -> set[str]:
+    """The suffixes of the files that can be read here, in lower case."""
+    return {suffix for name in readable_formats() for suffix in _FORMATS[name]}
+
+
+def reader_of(suffix: str) -> str:
+    """What has to be installed before files with this suffix can be read; empty where nothing is known to help."""
+    missing = _READERS.keys() - set(readable_formats())
+    return next((_READERS[name] for name in missing if suffix.lower() in _FORMATS[name]), "")
+
+
+def reason(error: BaseException, suffix: str) -> str:
+    """Why a file of this suffix could not be read, without the name of the file."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        reader = reader_of(suffix)
+        return f"needs {reader}" if reader else "not an image"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path, a ``~`` at its start replaced by the user's home; kept where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """The number and the noun: "1 image", "2 images"."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def shortened(items: Sequence[str], most: int = 5) -> str:
@@ -191,6 +275,8 @@ def _to_grey(image: Image.Image) -> Image.Image:
         return image.convert("L")
     if image.mode.startswith(("I", "F")):  # 16 bits and more, which convert("L") would clip
         values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("has pixels that are not finite")
         low, high = values.min(), values.max()
         return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-9)))
     if "A" in image.mode or "transparency" in image.info:
@@ -206,12 +292,6 @@ def _border(pixels: np.ndarray) -> int:
 def _stretch(pixels: np.ndarray) -> np.ndarray:
     low, high = int(pixels.min()), int(pixels.max())
     return np.uint8((pixels.astype(np.int32) - low) * 255 // max(high - low, 1))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def _kind(value: object) -> str:

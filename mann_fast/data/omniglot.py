@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from .images import UNREADABLE, ClassImages, read_grey, shortened
+from .images import UNREADABLE, ClassImages, counted, expand_user, read_grey, reason, shortened
 
 # Characters per alphabet of the official release: 964 and 659 classes, 20 images each.
 ALPHABETS = {
@@ -37,6 +38,10 @@ ALPHABETS = {
 }  # fmt: skip
 IMAGES_PER_CLASS = 20
 
+# What zipfile may raise; among UNREADABLE is its NotImplementedError, for archives newer than it is
+_BROKEN_ZIP = (*UNREADABLE, zipfile.BadZipFile, zlib.error)
+_LARGEST = 1 << 20  # bytes of a file in an archive; Omniglot's have some hundreds
+
 _ENTRY = re.compile(r"(?:^|.*/)([^/]+)/(character\d+)/([^/.][^/]*\.png)$", re.IGNORECASE)
 
 
@@ -49,7 +54,7 @@ def load_omniglot(path: str | Path, part: str, *, image_size: int = 20) -> Class
     warning.
 
     Raises FileNotFoundError where nothing of this part is there, ValueError for an archive or image that is
-    damaged.
+    damaged, encrypted, compressed in another way than zip's usual one, or far too large.
     """
     if part not in ALPHABETS:
         raise ValueError(f"part must be 'background' or 'evaluation', got {part!r}")
@@ -61,12 +66,15 @@ def load_omniglot(path: str | Path, part: str, *, image_size: int = 20) -> Class
         )
     groups: dict[str, list[np.ndarray]] = {}
     with ExitStack() as stack:
-        for name, read in sorted(_entries(place, stack), key=lambda entry: entry[0]):
+        for name, opened in sorted(_entries(place, stack), key=lambda entry: entry[0]):
             alphabet, character, _ = name
             try:
-                pixels = read_grey(io.BytesIO(read()), image_size)
-            except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"{'/'.join(name)} in {place} is damaged: {error}") from error
+                with opened() as file:
+                    pixels = read_grey(file, image_size)
+            except _BROKEN_ZIP as error:
+                raise ValueError(
+                    f"{'/'.join(name)} in {place} is damaged: {reason(error, '.png')}"
+                ) from error
             groups.setdefault(f"{alphabet}/{character}", []).append(255 - pixels)
     if not groups:
         raise ValueError(f"{place} holds no ALPHABET/characterNN/*.png, as Omniglot does")
@@ -78,7 +86,7 @@ def load_omniglot(path: str | Path, part: str, *, image_size: int = 20) -> Class
 
 def find_part(path: str | Path, part: str) -> Path | None:
     """The archive or folder of this part at or in ``path``, or None."""
-    path, stem = Path(path), f"images_{part}"
+    path, stem = expand_user(path), f"images_{part}"
     if path.name.startswith("images_"):  # the archive or folder itself: nothing else can be meant
         return path if path.name.startswith(stem) and path.exists() else None
     for folder in (path, path / "python", path / "omniglot-py"):
@@ -88,22 +96,40 @@ def find_part(path: str | Path, part: str) -> Path | None:
     return None
 
 
-def _entries(place: Path, stack: ExitStack) -> Iterator[tuple[tuple[str, ...], Callable[[], bytes]]]:
-    """((alphabet, character, file), a function that reads it) of every image in an archive or folder."""
+def _entries(place: Path, stack: ExitStack) -> Iterator[tuple[tuple[str, ...], Callable[[], IO[bytes]]]]:
+    """((alphabet, character, file), a function that opens it) of every image in an archive or folder."""
     if place.is_dir():
         for file in place.glob("*/character*/*"):
             match = _ENTRY.match(file.as_posix())
             if match:
-                yield match.groups(), file.read_bytes
+                yield match.groups(), partial(open, file, "rb")
         return
+    file = stack.enter_context(open(place, "rb"))
     try:
-        archive = stack.enter_context(zipfile.ZipFile(place))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{place} is not a complete zip archive ({error}); fetch it again") from error
+        archive = stack.enter_context(zipfile.ZipFile(file))
+    except _BROKEN_ZIP as error:
+        raise ValueError(
+            f"{place} is not a complete zip archive ({reason(error, '.zip')}); fetch it again"
+        ) from error
     for entry in archive.infolist():
         match = _ENTRY.match(entry.filename)
         if match and not entry.filename.startswith("__MACOSX"):
-            yield match.groups(), partial(archive.read, entry)
+            yield match.groups(), partial(_open_entry, archive, entry)
+
+
+def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
+    """Raises one of ``_BROKEN_ZIP`` before more than ``_LARGEST`` bytes are inflated, whatever the entry says of itself."""
+    if entry.flag_bits & 1:
+        raise ValueError("it is encrypted; expected an archive without a password")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        method = zipfile.compressor_names.get(entry.compress_type, entry.compress_type)
+        raise ValueError(
+            f"compressed by the method {method}; expected deflate or none"
+        )  # others inflate without a bound
+    if entry.file_size > _LARGEST:
+        raise ValueError(f"{entry.file_size:,} bytes; an image of Omniglot may have up to {_LARGEST:,}")
+    with archive.open(entry) as file:
+        return io.BytesIO(file.read(_LARGEST))
 
 
 def _missing(groups: dict[str, list[np.ndarray]], part: str) -> str:
@@ -118,9 +144,9 @@ def _missing(groups: dict[str, list[np.ndarray]], part: str) -> str:
         if 0 < found.get(name, 0) < count
     ]
     short = [
-        f"{IMAGES_PER_CLASS - len(images)} images of {name}"
+        f"{counted(IMAGES_PER_CLASS - len(images), 'image')} of {name}"
         for name, images in groups.items()
         if len(images) < IMAGES_PER_CLASS
     ]
-    named = [f"{len(alphabets)} alphabets ({', '.join(alphabets)})"] if alphabets else []
+    named = [f"{counted(len(alphabets), 'alphabet')} ({', '.join(alphabets)})"] if alphabets else []
     return shortened(named + characters + short)

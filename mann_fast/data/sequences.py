@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from .images import counted
+
 
 class Sequences(NamedTuple):
     """A batch: inputs [T, B, I], targets [T, B, O], and answered bool [T], the steps at which an answer is wanted.
@@ -59,7 +61,7 @@ class Copy:
 
     @staticmethod
     def name(length: int) -> str:
-        return f"{length} vector{_plural(length)}"
+        return counted(length, "vector")
 
     def sample(self, batch: int, generator: Generator, length: int) -> Sequences:
         bits = _bits(length, batch, self.bits, generator)
@@ -98,7 +100,7 @@ class RepeatCopy:
 
     @staticmethod
     def name(length: int, repeats: int) -> str:
-        return f"{length} vector{_plural(length)}, {repeats} time{_plural(repeats)}"
+        return f"{counted(length, 'vector')}, {counted(repeats, 'time')}"
 
     def sample(self, batch: int, generator: Generator, length: int, repeats: int) -> Sequences:
         bits = _bits(length, batch, self.bits, generator)
@@ -185,7 +187,7 @@ class Regression:
 
     @staticmethod
     def name(length: int) -> str:
-        return f"{length} point{_plural(length)}"
+        return counted(length, "point")
 
     def sample(self, batch: int, generator: Generator, length: int) -> Sequences:
         x = 2 * torch.rand(batch, length, 1, generator=generator, dtype=torch.float64) - 1
@@ -208,10 +210,6 @@ TASKS = {"copy": Copy, "repeat-copy": RepeatCopy, "recall": AssociativeRecall, "
 def _distinct(sizes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Each once: short sequences have few sizes."""
     return list(dict.fromkeys(sizes))
-
-
-def _plural(count: int) -> str:
-    return "" if count == 1 else "s"
 
 
 def _randint(low: int, high: int, generator: Generator) -> int:
