@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,12 +359,16 @@ def test_predict_reads_drawings_as_ink_and_photographs_as_they_are(
 
 def test_predict_skips_unreadable_examples_and_names_them(run_folder, support):
     (support / "class1" / "broken.png").write_bytes(b"no picture")
-    (support / "class1" / "notes.txt").write_text("not meant as a picture")
+    (support / "class1" / "old.tga").write_text("of a kind that is not read")
     done = run_process(
         "predict", "--checkpoint", run_folder, "--support", support, support / "class0" / "0.png"
     )
     assert done.returncode == 0
-    assert re.fullmatch(r"mann-fast: warning: .*broken\.png.*\n", done.stderr)
+    assert re.fullmatch(
+        r"mann-fast: warning: passed over 1 file that cannot be read as images \(1 \.tga\)\n"
+        r"mann-fast: warning: skipped 1 unreadable image file: .*broken\.png \(not an image\)\n",
+        done.stderr,
+    )
 
 
 # Mistakes
@@ -434,6 +440,36 @@ def test_a_mistake_gets_one_line_that_says_what_to_do(capsys, run_folder, suppor
     assert printed == ""
     assert_one_line_error(status, err, *words)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("change", ["encrypted", "another method"])
+def test_an_archive_that_cannot_be_read_is_damaged(capsys, tmp_path, change):
+    place, new = {"encrypted": (8, 1), "another method": (10, 97)}[change]
+    for part in ("background", "evaluation"):
+        archive = tmp_path / f"images_{part}.zip"
+        with zipfile.ZipFile(archive, "w") as out:
+            out.writestr("Greek/character01/0001_01.png", b"")
+        raw = bytearray(archive.read_bytes())
+        raw[raw.index(b"PK\1\2") + place] = new
+        archive.write_bytes(raw)
+    status, printed, err = call(capsys, "train", "--data", tmp_path, "--out", tmp_path / "x")
+    assert printed == ""
+    assert_one_line_error(status, err, "images_background.zip", "0001_01.png", "is damaged")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(capsys, monkeypatch, run_folder, support, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "run").symlink_to(run_folder)
+    picture = Path("~") / support.relative_to(tmp_path) / "class0" / "0.png"
+    arguments = ["--checkpoint", "~/run", "--support", picture.parents[1], picture, "--json"]
+    status, printed, err = call(capsys, "predict", *arguments)
+    assert (status, err) == (0, "")
+    assert json.loads(printed)["predictions"][0]["image"] == str(support / "class0" / "0.png")
+    (tmp_path / "data").symlink_to(run_folder.parent / "data")
+    status, _, err = call(capsys, "train", "--data", "~/data", "--out", "~/new", "--steps", 1, *SIZES)
+    assert status == 0, err
+    assert (tmp_path / "new" / "checkpoint.pt").exists()
 
 
 def test_an_unreadable_image_to_classify_is_an_error(run_folder, support, tmp_path):
