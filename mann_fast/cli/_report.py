@@ -37,9 +37,7 @@ class TrainingProgress:
         self.progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
-            TextColumn(
-                "{task.fields[numbers]}", table_column=Column()
-            ),  # broken in lines on a narrow terminal
+            TextColumn("{task.fields[numbers]}", table_column=Column()),  # may break into lines
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
