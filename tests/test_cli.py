@@ -5,6 +5,7 @@ output count.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,14 @@ import mann_fast
 from mann_fast import cli
 from mann_fast.cli import demo, doctor
 from mann_fast.cli._options import load_data
+from mann_fast.cli._report import print_accuracy
+from mann_fast.cli._signals import StopSignals
+from mann_fast.cli._stderr import ForgivingStream
 from mann_fast.data import generate_glyphs
-from mann_fast.training import TrainConfig, load_checkpoint, resume_run, start_run, train
+from mann_fast.training import InstanceAccuracy, TrainConfig, load_checkpoint, resume_run, start_run, train
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.files import read_json_lines
+from mann_fast.training.lock import LOCK
 
 SIZES = [
     "--image-size",
@@ -212,6 +217,60 @@ def test_sigterm_saves_too(tmp_path, pictures):
     assert status == 143
     assert "to go on: mann-fast train" in err
     assert load_checkpoint(tmp_path / "run")["format"]
+
+
+def test_a_terminal_that_is_closed_stops_a_run_as_sigterm_does(tmp_path, pictures):
+    """SIGHUP comes, and nothing more can be said."""
+    pty = pytest.importorskip("pty", reason="terminals of one's own are Unix's")
+    ours, theirs = pty.openpty()
+    arguments = ["--data", str(pictures), "--out", str(tmp_path), "--steps", "100000", *SIZES]
+    on_terminal = 'exec <"$0" >"$0" 2>&1; exec "$@"'  # the first that a session opens is its own
+    process = subprocess.Popen(
+        ["sh", "-c", on_terminal, os.ttyname(theirs), sys.executable, "-m", "mann_fast", "train", *arguments],
+        start_new_session=True,
+    )
+    try:
+        said = b""
+        while b"loss" not in said:  # the bar: it trains now
+            said += os.read(ours, 1000)
+        os.close(theirs)
+        os.close(ours)
+        status = process.wait(timeout=120)
+    finally:
+        process.kill()
+    assert status == 128 + signal.SIGHUP
+    assert load_checkpoint(tmp_path)["step"] > 0
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sighup_stops_a_run_except_under_nohup(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop() == (not ignored)
+            assert ignored or stop.status == 129
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_a_folder_is_refused_in_one_line(capsys, tmp_path, pictures, run_folder, resume):
+    fcntl = pytest.importorskip("fcntl", reason="flock is Unix's")
+    arguments = ["train", "--data", pictures, "--out", tmp_path, "--steps", 5, *SIZES]
+    if resume:
+        shutil.copy(run_folder / "checkpoint.pt", tmp_path)
+        arguments = ["train", "--out", tmp_path, "--resume"]
+    before = sorted(tmp_path.iterdir())
+    with open(tmp_path / LOCK, "w") as held:  # a lock is of the opening, not of the process
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, printed, err = call(capsys, *arguments)
+        assert printed == ""
+        assert_one_line_error(status, err, "another process is training in", tmp_path, "--out")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / LOCK, *before]
 
 
 def test_resume_takes_its_settings_from_the_checkpoint(capsys, tmp_path, pictures):
@@ -508,6 +567,39 @@ def test_the_examples_in_the_help_can_be_parsed(capsys):
         printed = call(capsys, command, "--help")[1]
         for line in re.findall(r"^  mann-fast (.*?)(?:  +\(.*)?$", printed, re.MULTILINE):
             cli.build_parser().parse_args(line.split())
+
+
+def test_closed_stderr_says_nothing_elsewhere(tmp_path, pictures):
+    """Neither on stdout nor in a file that got its number."""
+    arguments = ["--data", str(pictures), "--out", str(tmp_path / "run"), "--steps", "2", "--json", *SIZES]
+    command = [sys.executable, "-m", "mann_fast", "train", *arguments, "--require-learning"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True, timeout=300
+    )
+    assert done.returncode == 1  # it has not learned
+    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_messages_without_a_reader_are_lost_and_the_command_ends_as_it_would(monkeypatch, buffering):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=buffering) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(["evaluate", "--checkpoint", "none.pt"]) == 2
+        assert sys.stderr is stream
+        stream = ForgivingStream(stream)
+        stream.flush()
+        print("to nobody", file=stream, flush=True)
+
+
+def test_a_narrow_terminal_cuts_no_number(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    accuracy = InstanceAccuracy(1000, (0.2, 0.954), (0.1, 0.945), (0.3, 0.962))
+    print_accuracy(accuracy, TrainConfig(), "title")
+    printed = capsys.readouterr().out
+    assert re.search(r"2nd . 95\.4% . 94\.5% to 96\.2%", printed)
+    assert "…" not in printed
 
 
 def test_doctor_says_what_runs(capsys, monkeypatch):

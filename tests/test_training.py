@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ from mann_fast.training import (
     train,
 )
 from mann_fast.training.checkpoint import save_checkpoint
-from mann_fast.training.files import read_json_lines, replacing
+from mann_fast.training.files import read_json_lines, replacing, write_json
+from mann_fast.training.lock import only_run
 from mann_fast.training.objective import is_right, label_loss, right_by_instance
 from mann_fast.training.plots import ordinal
 from mann_fast.training.prediction import class_log_probabilities
@@ -263,6 +266,121 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_is_named_with_the_file_in_a_new_run_too(tmp_path, dataset):
+    resource = pytest.importorskip("resource", reason="limits on the size of files are Unix's")
+    trainer = start_run(tiny(), dataset, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            train(trainer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("what", ["a folder in the way", "a folder that is gone"])
+def test_a_write_that_fails_names_the_final_file(tmp_path, what):
+    path = tmp_path / "run" / "summary.json"
+    if what == "a folder in the way":
+        path.mkdir(parents=True)
+    with pytest.raises((IsADirectoryError, FileNotFoundError)) as caught:
+        write_json(path, {})
+    assert caught.value.filename == str(path)
+    assert str(caught.value).endswith(f": {str(path)!r}")
+    assert [p.name for p in tmp_path.rglob("*")] == (["run", "summary.json"] if path.exists() else [])
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        with replacing(tmp_path / "picture.png"):
+            (tmp_path / "example.png").read_bytes()
+    assert str(caught.value.filename) == str(tmp_path / "example.png")
+    with pytest.raises(OSError, match="encoder error -2: .*picture.png"):
+        with replacing(tmp_path / "picture.png"):
+            raise OSError("encoder error -2")
+
+
+KILLED = """
+import sys, time
+from mann_fast.training.files import replacing
+from mann_fast.training.lock import only_run
+
+with only_run(sys.argv[1]), replacing(sys.argv[1] + "/checkpoint.pt") as temporary:
+    temporary.write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_gives_its_folder_back_and_the_next_removes_what_it_left(tmp_path, dataset):
+    pytest.importorskip("fcntl", reason="flock is Unix's")
+    old, new = tmp_path / "old", tmp_path / "new"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, old], stdout=subprocess.PIPE, text=True)
+    try:
+        left = [process.stdout.readline().strip(), ".run.lock"]
+        for enter in (start_run, resume_run):
+            with pytest.raises(BlockingIOError, match="another process is training in .*old"):
+                enter(tiny(), dataset, old)
+        with pytest.raises(BlockingIOError):
+            train(Trainer(tiny(), dataset), old)
+        start_run(tiny(), dataset, new)  # another folder is free
+    finally:
+        process.kill()
+        process.communicate()
+    assert sorted(p.name for p in old.iterdir()) == left
+    (old / ".checkpoint.mine.pt").touch()
+    trainer = start_run(tiny(steps=2), dataset, old)
+    assert [p.name for p in old.iterdir()] == [".checkpoint.mine.pt"]
+    assert train(trainer, old)
+    (old / ".curve.123.png").touch()
+    resume_run(tiny(steps=3), dataset, old)
+    assert sorted(p.name for p in old.iterdir()) == [
+        ".checkpoint.mine.pt", "checkpoint.pt", "curve.png", "metrics.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_folder_is_locked_until_it_is_left_and_only_kept_if_something_came(tmp_path):
+    out = tmp_path / "a" / "run"
+    with only_run(out):
+        with only_run(tmp_path / "a" / "." / "run"):  # the same process
+            pass
+        assert [p.name for p in out.iterdir()] == [".run.lock"]
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError):
+        with only_run(out):
+            (out.parent / "kept").touch()
+            raise ValueError
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "kept"]
+
+
+def test_a_lock_whose_file_was_removed_in_the_meantime_is_not_taken(tmp_path, monkeypatch):
+    """The one before removes the file between our opening and locking it."""
+    fcntl = pytest.importorskip("fcntl", reason="flock is Unix's")
+    flock, taken = fcntl.flock, []
+
+    def removed_first(descriptor, operation):
+        if not taken:
+            (tmp_path / ".run.lock").unlink()
+        taken.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with only_run(tmp_path):
+        assert len(taken) == 2 and (tmp_path / ".run.lock").exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="flock is Unix's")
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks"), only_run(tmp_path):
+        pass
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, dataset):

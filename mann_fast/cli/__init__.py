@@ -8,10 +8,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from typing import NoReturn
 
 from .. import __version__
 from . import bench, demo, doctor, evaluate, predict, show, train
+from ._stderr import ForgivingStream, discard, open_standard_files
 
 COMMANDS = (train, evaluate, predict, show, bench, demo, doctor)
 
@@ -53,7 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     files; 128 + n: stopped by signal n. With MANN_FAST_DEBUG=1 in the environment, an error comes with its
     traceback.
     """
-    args = build_parser().parse_args(argv)
+    open_standard_files()
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nothing,
+        redirect_stderr(ForgivingStream(sys.stderr or nothing)),
+    ):
+        return _run(build_parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
@@ -62,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mann-fast: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `mann-fast ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 141
     except Exception as error:
         if os.environ.get("MANN_FAST_DEBUG") == "1":

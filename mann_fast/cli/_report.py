@@ -37,7 +37,7 @@ class TrainingProgress:
         self.progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", table_column=Column()),  # may break into lines
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
@@ -129,7 +129,8 @@ def print_errors(results: Sequence[dict[str, Any]], config: SequenceConfig, titl
 def print_table(table: Table) -> None:
     """On stdout, as wide as it needs to be: a narrower terminal breaks lines, but no number is cut."""
     console = Console(highlight=False)
-    console.width = max(console.width, console.measure(table).maximum)
+    unbounded = console.options.update(max_width=sys.maxsize)  # else the terminal bounds what is measured
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
     console.print(table)
 
 

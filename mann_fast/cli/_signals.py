@@ -1,4 +1,4 @@
-"""Stopping at the next good moment on Ctrl-C or a polite kill."""
+"""Stopping at the next good moment on Ctrl-C, a polite kill, or when the terminal goes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from types import FrameType
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM set `received` instead of ending the process; the second SIGINT
-    raises KeyboardInterrupt.
+    """While entered, SIGINT, SIGTERM and SIGHUP set `received` instead of ending the process; the second SIGINT
+    raises KeyboardInterrupt. A SIGHUP that is ignored, as under nohup, stays so.
 
     Must be entered in the main thread.
     """
@@ -16,9 +16,10 @@ class StopSignals:
     received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # Windows has none
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:

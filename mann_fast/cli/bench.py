@@ -119,13 +119,13 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         return print_comparison(*args.compare)
     import torch
-    from rich.console import Console
 
     from .. import backend, backends
     from ..benchmark.cases import DIRECTIONS, OPS, Shape, has
     from ..benchmark.measure import environment
     from ..benchmark.report import write_report
     from ..training.files import write_json
+    from ._report import print_table
 
     check(args)
     shape = Shape.parse(args.shape)
@@ -156,9 +156,8 @@ def run(args: argparse.Namespace) -> int:
                     torch.set_num_threads(threads)
                     rows += [{**row, **where} for row in measure_op(name, point, dtype, directions, args)]
     report = {"environment": environment(), "rows": rows}
-    wide = Console(width=max(Console().width, 150))
     for table in tables(rows):
-        wide.print(table)
+        print_table(table)
     for row in rows:
         if "verdict" in row:
             low, high = row["ratio"]

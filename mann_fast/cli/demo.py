@@ -14,6 +14,7 @@ from PIL import Image
 from ..data import generate_glyphs
 from ..data.images import expand_user
 from ..training import TrainConfig
+from ..training.lock import only_run
 from ..training.loop import CHECKPOINT
 from ..training.plots import ordinal, plot_predictions
 from .predict import classify, example_files, print_prediction
@@ -58,18 +59,24 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     # The products of a step are small: a second thread gains little, and waits for a processor that has other work.
     torch.set_num_threads(1)
+    with only_run(args.out):
+        return demonstrate(args.out)
+
+
+def demonstrate(out: Path) -> int:
+    """The demo in folder `out`; its exit status."""
     print(f"Training on invented characters; every episode teaches {CONFIG.ways} of them anew.\n", flush=True)
-    status, summary = train_and_report(CONFIG, args.out, overwrite=True)
+    status, summary = train_and_report(CONFIG, out, overwrite=True)
     if summary is None:
         return status
 
-    support, queries = draw_new_glyphs(args.out / "new_glyphs")
-    checkpoint, images = args.out / CHECKPOINT, queries[0].parent
+    support, queries = draw_new_glyphs(out / "new_glyphs")
+    checkpoint, images = out / CHECKPOINT, queries[0].parent
     print(f"\nNow {NEW_CLASSES} characters that it has never seen, from {EXAMPLES} examples of each:\n")
     print(f"mann-fast predict --checkpoint {checkpoint} --support {support} {images}/*.png\n")
     prediction = classify(checkpoint, support, queries)
     print_prediction(prediction)
-    picture = args.out / "predictions.png"
+    picture = out / "predictions.png"
     plot_predictions(picture, example_files(support), queries, prediction.probabilities.tolist())
     print(f"examples:   {support}\nimages:     {images}\noverview:   {picture}")
     return judge(summary["heldout_accuracy"]["mean"])

@@ -27,6 +27,7 @@ from ..training import (
 )
 from ..training import train as train_loop
 from ..training.config import LABELS, MODELS, RunConfig
+from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, require_no_run
 from ._options import load_data
 from ._signals import StopSignals
@@ -162,7 +163,8 @@ def run(args: argparse.Namespace) -> int:
         if processes.rank():
             warnings.simplefilter("ignore")  # the first process prints them
         config = configured(args)
-        status, summary = train_and_report(config, args.out, resume=args.resume, quiet=args.json)
+        with only_run(args.out):
+            status, summary = train_and_report(config, args.out, resume=args.resume, quiet=args.json)
     if summary is None:
         return status
     if args.json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from . import processes
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
-from .files import read_json_lines, replacing, write_json
+from .files import append_json_line, read_json_lines, remove_temporaries, replacing, write_json
+from .lock import only_run
 from .plots import plot_learning_curve
 from .run import Run, TrainingDiverged
 from .sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
@@ -25,6 +25,7 @@ from .trainer import StepResult, Trainer
 
 CHECKPOINT, METRICS, CURVE, SUMMARY = "checkpoint.pt", "metrics.jsonl", "curve.png", "summary.json"
 ANSWERS, MEMORY = "answers.png", "memory.png"  # of a sequence task
+FILES = (CHECKPOINT, METRICS, CURVE, SUMMARY, ANSWERS, MEMORY)
 
 # What may change when a run is resumed: how long it goes on, how fast, and how it is reported.
 CHANGEABLE = ("data", "steps", "lr", "warmup", "decay", "log_every", "checkpoint_every", "eval_episodes")
@@ -46,17 +47,18 @@ def start_run(
     config: RunConfig, dataset: Dataset | None, out: str | os.PathLike, *, overwrite: bool = False
 ) -> Trainer | SequenceTrainer:
     """A new run in folder `out`, of a SequenceConfig without a dataset; FileExistsError where it holds one already, unless that
-    is to be overwritten.
+    is to be overwritten; BlockingIOError where another process is training in it.
     """
     out = Path(out)
-    if not overwrite:
-        require_no_run(out)
-    trainer = make_trainer(config, dataset)
-    if processes.rank():
-        return trainer
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (CHECKPOINT, METRICS, CURVE, SUMMARY, ANSWERS, MEMORY):
-        (out / name).unlink(missing_ok=True)
+    with only_run(out):
+        if not overwrite:
+            require_no_run(out)
+        trainer = make_trainer(config, dataset)
+        if processes.rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+                remove_temporaries(out / name)
     return trainer
 
 
@@ -67,28 +69,33 @@ def resume_run(
     checkpoint are cut off.
 
     Raises FileNotFoundError without a checkpoint, ValueError where settings or data that make the result
-    differ.
+    differ, BlockingIOError where another process is training in it.
     """
     out = Path(out)
-    state = load_checkpoint(out / CHECKPOINT)
-    before, now = state["config"].to_dict(), config.to_dict()
-    for name in before:
-        if name not in CHANGEABLE and before[name] != now.get(name):
+    with only_run(out):
+        state = load_checkpoint(out / CHECKPOINT)
+        before, now = state["config"].to_dict(), config.to_dict()
+        for name in before:
+            if name not in CHANGEABLE and before[name] != now.get(name):
+                raise ValueError(
+                    f"the run in {out} was started with {name} = {before[name]!r} and cannot continue with "
+                    f"{now[name]!r}; leave the option out, or start a new run with another --out"
+                )
+        if config.steps < state["step"]:
             raise ValueError(
-                f"the run in {out} was started with {name} = {before[name]!r} and cannot continue with "
-                f"{now[name]!r}; leave the option out, or start a new run with another --out"
+                f"the run in {out} is at step {state['step']} already; "
+                f"steps must be at least that, got {config.steps}"
             )
-    if config.steps < state["step"]:
-        raise ValueError(
-            f"the run in {out} is at step {state['step']} already; "
-            f"steps must be at least that, got {config.steps}"
-        )
-    trainer = make_trainer(config, dataset)
-    trainer.load_state_dict(state)
-    if processes.rank() == 0 and (out / METRICS).exists():
-        kept = [record for record in read_json_lines(out / METRICS) if record["step"] <= trainer.step]
-        with replacing(out / METRICS) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        trainer = make_trainer(config, dataset)
+        trainer.load_state_dict(state)
+        if processes.rank() == 0:
+            for name in FILES:
+                remove_temporaries(out / name)
+            if (out / METRICS).exists():
+                kept = [record for record in read_json_lines(out / METRICS) if record["step"] <= trainer.step]
+                lines = "".join(json.dumps(record) + "\n" for record in kept)
+                with replacing(out / METRICS) as temporary:
+                    temporary.write_text(lines, encoding="utf-8")
     return trainer
 
 
@@ -102,41 +109,50 @@ def train(
     """Train up to ``config.steps``; False where `stop`, asked before every step, said yes first, to one of the processes.
 
     Either way the folder then holds a checkpoint to resume from, the metrics up to it, and the learning
-    curve. Raises TrainingDiverged, leaving the last good checkpoint in place.
+    curve. Raises TrainingDiverged, leaving the last good checkpoint in place, and BlockingIOError where another process is
+    training in the folder.
     """
     out = Path(out)
-    config = trainer.config
-    finished, writes = True, processes.rank() == 0
-    try:
-        with open(out / METRICS, "a", encoding="utf-8") if writes else nullcontext() as metrics:
-            while trainer.step < config.steps:
-                if processes.any_of(stop()):
-                    finished = False
-                    break
-                on_step(trainer.train_step())
-                if not writes:
-                    continue
-                last = trainer.step == config.steps
-                if last or trainer.step % config.log_every == 0:
-                    print(json.dumps(trainer.metrics()), file=metrics, flush=True)
-                if trainer.step % config.checkpoint_every == 0 and not last:
-                    save_checkpoint(out / CHECKPOINT, trainer.state_dict())
-        if writes:
+    with only_run(out):
+        try:
+            finished = _train(trainer, out, stop, on_step)
+        except TrainingDiverged as error:
+            advice = "try a smaller --lr"
+            if (out / CHECKPOINT).exists():
+                advice = f"the last good checkpoint is {out / CHECKPOINT}; resume from it with a smaller --lr"
+            raise TrainingDiverged(f"{error}; {advice}") from error
+        if processes.rank() == 0:
             save_checkpoint(out / CHECKPOINT, trainer.state_dict())
-    except TrainingDiverged as error:
-        advice = "try a smaller --lr"
-        if (out / CHECKPOINT).exists():
-            advice = f"the last good checkpoint is {out / CHECKPOINT}; resume from it with a smaller --lr"
-        raise TrainingDiverged(f"{error}; {advice}") from error
-    if writes:
-        draw_curve(trainer, out)
+            draw_curve(trainer, out)
     return finished
+
+
+def _train(
+    trainer: Run,
+    out: Path,
+    stop: Callable[[], bool],
+    on_step: Callable[[StepResult | SequenceStep], None],
+) -> bool:
+    """The steps of `train`, with the lines of metrics and the checkpoints on the way."""
+    config = trainer.config
+    while trainer.step < config.steps:
+        if processes.any_of(stop()):
+            return False
+        on_step(trainer.train_step())
+        if processes.rank():
+            continue
+        last = trainer.step == config.steps
+        if last or trainer.step % config.log_every == 0:
+            append_json_line(out / METRICS, trainer.metrics())
+        if trainer.step % config.checkpoint_every == 0 and not last:
+            save_checkpoint(out / CHECKPOINT, trainer.state_dict())
+    return True
 
 
 def draw_curve(trainer: Run, out: Path) -> None:
     """curve.png from metrics.jsonl; nothing before the first line is written."""
     config = trainer.config
-    if records := read_json_lines(out / METRICS):
+    if (out / METRICS).exists() and (records := read_json_lines(out / METRICS)):
         plot = plot_sequence_curve if isinstance(config, SequenceConfig) else plot_learning_curve
         plot(out / CURVE, records, config, describe(config))
 
