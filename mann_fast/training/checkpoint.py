@@ -91,18 +91,21 @@ def _read_weights(path: Path) -> Any:
 
 def _read_archive(path: Path) -> Any:
     """What `save_checkpoint` wrote; any exception where the file is damaged."""
-    data = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    checked = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
         entries = archive.infolist()
         # torch.save compresses nothing, so nothing here inflates, nor do entries share bytes.
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise zipfile.BadZipFile(f"{entry.filename} is compressed")
-        if sum(entry.file_size for entry in entries) > len(data):
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise zipfile.BadZipFile("its entries are larger than the file")
+        # torch reads a copy, of names and checked bytes alone: no sum covers the rest of the directory, where one bit makes
+        # an entry a folder, for which torch.load returns memory that nobody wrote.
         for entry in entries:
-            archive.read(entry)  # BadZipFile where the sum is wrong
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True, mmap=False)
+            copy.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))  # BadZipFile: a wrong sum
+    checked.seek(0)
+    return torch.load(checked, map_location="cpu", weights_only=True, mmap=False)
 
 
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
@@ -122,10 +125,11 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
             f"there is no checkpoint {path}; `mann-fast train --out DIR` writes DIR/checkpoint.pt"
         )
     of_weights = path.suffix == ".safetensors"
+    path.open(
+        "rb"
+    ).close()  # OSError where it may not be read; from here on one is an offset that leads nowhere
     try:
         content = (_read_weights if of_weights else _read_archive)(path)
-    except OSError:
-        raise
     except Exception as error:  # whatever the readers of zip, pickle, safetensors and JSON run into
         raise ValueError(f"{path} is not a checkpoint of mann_fast, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
