@@ -98,7 +98,7 @@ def _read_archive(path: Path) -> Any:
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise zipfile.BadZipFile(f"{entry.filename} is compressed")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if sum(entry.file_size for entry in entries) > os.fstat(archive.fp.fileno()).st_size:
             raise zipfile.BadZipFile("its entries are larger than the file")
         # torch reads a copy, of names and checked bytes alone: no sum covers the rest of the directory, where one bit makes
         # an entry a folder, for which torch.load returns memory that nobody wrote.
@@ -125,9 +125,8 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
             f"there is no checkpoint {path}; `mann-fast train --out DIR` writes DIR/checkpoint.pt"
         )
     of_weights = path.suffix == ".safetensors"
-    path.open(
-        "rb"
-    ).close()  # OSError where it may not be read; from here on one is an offset that leads nowhere
+    # OSError where it may not be read; after this, one is an offset that leads nowhere: damage.
+    path.open("rb").close()
     try:
         content = (_read_weights if of_weights else _read_archive)(path)
     except Exception as error:  # whatever the readers of zip, pickle, safetensors and JSON run into
