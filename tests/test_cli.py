@@ -318,7 +318,7 @@ def test_exported_weights_give_the_run_s_own_answers(tmp_path, run_folder, suppo
     with pytest.raises(ValueError, match="model.safetensors is not a checkpoint of mann_fast"):
         load_checkpoint(weights)
     weights.write_bytes(weights.read_bytes()[:20])
-    with pytest.raises(ValueError, match="model.safetensors is not a model of mann_fast, or is damaged"):
+    with pytest.raises(ValueError, match="model.safetensors is not a checkpoint of mann_fast, or is damaged"):
         load_checkpoint(weights)
 
 
@@ -394,7 +394,8 @@ def test_predict_reads_drawings_as_ink_and_photographs_as_they_are(
     content = load_checkpoint(run_folder)
     assert content["data"]["drawn"] is True
     photographs = tmp_path / "photographs.pt"
-    save_checkpoint(photographs, {**content, "config": content["config"].to_dict(), "data": {"drawn": False}})
+    content["data"]["drawn"] = False
+    save_checkpoint(photographs, {**content, "config": content["config"].to_dict()})
 
     def read(checkpoint, folder):
         seen = []

@@ -1,26 +1,36 @@
 """Checkpoint files: plain dicts, numbers, strings and tensors, so that ``torch.load(..., weights_only=True)``
 reads them; and the trained model that comes with the package, as safetensors.
+
+What a file holds is checked before anybody uses it, down to names, shapes and finite weights: a damaged file is refused, with
+an error that names it. What is checked are the sums that a zip archive keeps of its entries, which torch.load ignores, and of
+safetensors a SHA-256 of our own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.serialization import config as serialization
 
+from ..data import num_outputs
+from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
-from .config import RunConfig, TrainConfig, config_from_dict
+from .config import RunConfig, SequenceConfig, TrainConfig, config_from_dict
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
-VERSION = 1
+VERSION = 1  # of what is written; all from 1 on are read: docs/cli.md
 
 # Trained on Omniglot; the file beside it says how, and under which licence it comes.
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "omniglot.safetensors"
@@ -31,7 +41,8 @@ MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
 def save_checkpoint(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically: after a crash there is the old file or the new one."""
     buffer = io.BytesIO()  # torch.save on a full disk says "unexpected pos"; Python says what is wrong
-    torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
+    with serialization.patch("save.compute_crc32", True):  # a program may have turned off what loading checks
+        torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -45,22 +56,56 @@ def save_weights(path: str | os.PathLike, content: dict[str, Any]) -> None:
         "model": {"config": content["model"]["config"]},
         "step": content["step"],
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "content": json.dumps(described)}
+    state, text = content["model"]["state"], json.dumps(described)
+    metadata = {"format": FORMAT, "version": str(VERSION), "content": text, "sha256": _digest(text, state)}
     with replacing(path) as temporary:
-        save_file(content["model"]["state"], temporary, metadata)
+        save_file(state, temporary, metadata)
 
 
-def _read_weights(path: Path) -> dict[str, Any]:
-    """The inverse of `save_weights`, in the form of a checkpoint."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a model of mann_fast, or is damaged") from error
-    content = json.loads(metadata.get("content", "{}"))
-    content.get("model", {}).update(state=state)
-    return {**content, "format": metadata.get("format"), "version": int(metadata.get("version", 0))}
+def _digest(text: str, state: dict[str, Tensor]) -> str:
+    """SHA-256 of what weights hold; of a tensor its name, dtype and shape too."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_weights(path: Path) -> Any:
+    """The inverse of `save_weights`, in the form of a checkpoint; any exception where the file is damaged."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    if metadata.get("format") != FORMAT:
+        return None
+    expected = {"format", "version", "content", "sha256"}
+    # 0.1.0 wrote no digest. All other names are wrong: "sha256" itself may be what is damaged.
+    if metadata.keys() != expected - {"sha256"} and (
+        metadata.keys() != expected or metadata["sha256"] != _digest(metadata["content"], state)
+    ):
+        raise ValueError("what it holds is not what was written")
+    content = json.loads(metadata["content"])
+    content["model"]["state"] = state
+    return {**content, "format": FORMAT, "version": int(metadata["version"])}
+
+
+def _read_archive(path: Path) -> Any:
+    """What `save_checkpoint` wrote; any exception where the file is damaged."""
+    checked = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+        entries = archive.infolist()
+        # torch.save compresses nothing, so nothing here inflates, nor do entries share bytes.
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed")
+        if sum(entry.file_size for entry in entries) > os.fstat(archive.fp.fileno()).st_size:
+            raise zipfile.BadZipFile("its entries are larger than the file")
+        # torch reads a copy, of names and checked bytes alone: no sum covers the rest of the directory, where one bit makes
+        # an entry a folder, for which torch.load returns memory that nobody wrote.
+        for entry in entries:
+            copy.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))  # BadZipFile: a wrong sum
+    checked.seek(0)
+    return torch.load(checked, map_location="cpu", weights_only=True, mmap=False)
 
 
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
@@ -68,8 +113,9 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
 
     Without a path: the model that comes with the package, 5-way, trained on Omniglot's background set.
 
-    Raises FileNotFoundError where there is no file, and ValueError where it is no checkpoint or of another
-    format version.
+    Raises FileNotFoundError where there is no file, and ValueError, which names the file, where it is no checkpoint, is of a
+    newer format, is damaged, or holds what no run of its settings has: other names, types or shapes, or numbers that are not
+    finite. A compressed archive, or a model of absurd size, is refused before it takes memory.
     """
     path = Path(path)
     if path.is_dir():
@@ -78,22 +124,146 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
         raise FileNotFoundError(
             f"there is no checkpoint {path}; `mann-fast train --out DIR` writes DIR/checkpoint.pt"
         )
-    if path.suffix == ".safetensors":
-        content = _read_weights(path)
-    else:
-        data = io.BytesIO(path.read_bytes())
-        try:
-            content = torch.load(data, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever its readers of zip and pickle run into
-            raise ValueError(f"{path} is not a checkpoint of mann_fast, or is damaged") from error
+    of_weights = path.suffix == ".safetensors"
+    # OSError where it may not be read; after this, one is an offset that leads nowhere: damage.
+    path.open("rb").close()
+    try:
+        content = (_read_weights if of_weights else _read_archive)(path)
+    except Exception as error:  # whatever the readers of zip, pickle, safetensors and JSON run into
+        raise ValueError(f"{path} is not a checkpoint of mann_fast, or is damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of mann_fast")
-    if content["version"] != VERSION:
+    try:
+        _require_version(content)
+        content = {**content, "config": _config(content)}
+        parameters = _require_model(content)
+        if not of_weights:
+            _require_progress(content, parameters)
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # the last two of numbers too large for torch
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    """Of a message of torch, which may go on with its own frames."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _part(content: dict[str, Any], name: str, kind: type) -> Any:
+    """What a checkpoint holds under a name such as "model.config"; ValueError where it is not there or of another type."""
+    value: Any = content
+    for key in name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"it holds no {name}, so it is no whole checkpoint")
+        value = value[key]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+    if kind in (int, float) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number from 0 up, got {value}")
+    return value
+
+
+def _require_version(content: dict[str, Any]) -> None:
+    version, writer = _part(content, "version", int), _part(content, "mann_fast", str)
+    if version > VERSION:
         raise ValueError(
-            f"{path} has checkpoint format {content['version']}, this mann_fast {VERSION}: "
-            f"use the version of mann_fast that wrote it ({content.get('mann_fast')})"
+            f"it has checkpoint format {version}, written by mann_fast {writer}, and this mann_fast reads formats up "
+            f"to {VERSION}: update mann_fast"
         )
-    return {**content, "config": config_from_dict(content["config"])}
+    if version < 1:
+        raise ValueError(f"its checkpoint format must be from 1 to {VERSION}, got {version}")
+
+
+def _config(content: dict[str, Any]) -> RunConfig:
+    values = _part(content, "config", dict)
+    if unnamed := [name for name in values if not isinstance(name, str)]:
+        raise ValueError(f"settings must have names, got {unnamed[0]!r}")
+    return config_from_dict(values)
+
+
+def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
+    """Checks what using the model takes; its parameters, without storage, by their names."""
+    config = content["config"]
+    if (step := _part(content, "step", int)) > config.steps:
+        raise ValueError(f"step must be at most steps = {config.steps} of its settings, got {step}")
+    made_with = _part(content, "model.config", dict)
+    needed: dict[str, Any] = {"hidden_size": config.hidden_size, "batch_first": False}
+    if isinstance(config, TrainConfig):
+        _part(content, "data.drawn", bool)
+        outputs = num_outputs(config.ways, config.labels)
+        needed |= {"input_size": config.image_size**2 + outputs, "num_classes": outputs}
+    else:
+        task = TASKS[config.task]
+        needed |= {"input_size": task.input_size, "num_classes": task.output_size}
+    if config.model == "mann":
+        needed |= {"num_slots": config.slots, "slot_size": config.slot_size, "num_heads": config.heads}
+        if isinstance(config, SequenceConfig):
+            needed |= {"addressing": config.addressing, "controller": config.controller}
+    for name, value in needed.items():
+        if made_with.get(name) != value:
+            raise ValueError(
+                f"model.config must have {name} = {value!r} by its settings, got {made_with.get(name)!r}"
+            )
+    try:
+        model = MODEL_CLASSES[config.model](**{**made_with, "device": "meta"})
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"model.config makes no model: {_first_line(error)}") from error
+    _require_tensors("model.state", _part(content, "model.state", dict), model.state_dict())
+    return dict(model.named_parameters())
+
+
+def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) -> None:
+    """Checks what `Run.load_state_dict` and its subclasses take."""
+    config = content["config"]
+    _part(content, "seconds", float)
+    generators, averages = ["rng"], ["loss"]
+    if isinstance(config, TrainConfig):
+        _part(content, "data.fingerprint", str)
+        accuracy = {"accuracy": _part(content, "interval.accuracy", Tensor)}
+        _require_tensors("interval", accuracy, {"accuracy": torch.empty(config.shots, device="meta")})
+        generators += ["episodes.generator"]
+    else:
+        averages += ["error"]
+        generators += ["generator"]
+    for name in averages:
+        _part(content, f"interval.{name}", float)
+    _part(content, "interval.steps", int)
+    for name in generators:
+        state = _part(content, name, Tensor)
+        try:
+            torch.Generator().set_state(state)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} is no state of a random generator") from error
+    for index, kept in _part(content, "optimizer.state", dict).items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(kept, dict):
+            raise ValueError(f"optimizer.state must be dicts by the number of a parameter, got {index!r}")
+        parameter = list(parameters.values())[index]
+        expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.empty((), device="meta")}
+        _require_tensors(f"optimizer.state.{index}", kept, expected)
+
+
+def _require_tensors(where: str, found: dict[Any, Any], expected: dict[str, Tensor]) -> None:
+    """ValueError unless these are dense, finite tensors of the expected names, shapes and dtypes."""
+    if differing := found.keys() ^ expected.keys():
+        name = min(map(str, differing))
+        raise ValueError(f"{where} {'lacks' if name in expected else 'must not have'} {name}")
+    for name, like in expected.items():
+        tensor = found[name]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{where}.{name} must be a dense tensor, got {type(tensor).__name__}")
+        if (tensor.dtype, tensor.shape) != (like.dtype, like.shape):
+            raise ValueError(
+                f"{where}.{name} must be {like.dtype} {list(like.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if not tensor.is_contiguous():  # one number repeated may claim to be more than memory holds
+            raise ValueError(f"{where}.{name} must be contiguous, got strides {tensor.stride()}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}.{name} has numbers that are not finite")
 
 
 def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:

@@ -14,6 +14,9 @@ from ..ops.cell import CONTROLLERS
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
+MOST_NUMBERS = (
+    2**28
+)  # of one sample's memory: 1 GiB in float32. No parameter has this size, so no file bounds it
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class RunConfig:
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.eval_episodes >= 2, "eval_episodes", "at least 2", self.eval_episodes)
+        numbers = self.slots * self.slot_size
+        _require(numbers <= MOST_NUMBERS, "slots * slot_size", f"at most {MOST_NUMBERS}", numbers)
         _require(self.heads <= self.slots, "heads", f"at most slots = {self.slots}", self.heads)
         _require(self.model in MODELS, "model", f"one of {', '.join(MODELS)}", self.model)
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0", self.lr)

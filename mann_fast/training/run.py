@@ -78,7 +78,8 @@ class Run:
                 f"go on with the version that wrote it ({state['mann_fast']})"
             )
         self.model.load_state_dict(state["model"]["state"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # by the config, which is the same
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
         self.seconds = state["seconds"]
