@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
+from ..ops._loading import missing
 from . import bench, demo, doctor, evaluate, predict, show, train
 
 COMMANDS = (train, evaluate, predict, show, bench, demo, doctor)
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
+            if os.environ.get("MANN_FAST_CPU_ISA"):
+                missing("cpp")  # raises for a bad one, before a command writes anything
             return args.run(args)
     except KeyboardInterrupt:
         print("mann-fast: interrupted", file=sys.stderr)

@@ -34,7 +34,10 @@ _loading = threading.Lock()
 
 
 def missing(backend: str) -> str | None:
-    """None if the kernels of this backend can be used, else why not. Loads them at the first call."""
+    """None if the kernels of this backend can be used, else why not. Loads them at the first call.
+
+    Raises ValueError where MANN_FAST_CPU_ISA asks for C++ kernels that there are not.
+    """
     if backend not in _missing:
         # The first call may come while something traces, which must not see the loading.
         with _loading, _disable_current_modes():
@@ -60,7 +63,15 @@ def _load_library(name: str, path: Path) -> str | None:
 
 
 def _load_cpp() -> str | None:
-    return _load_library("C++", EXTENSION)
+    reason = _load_library("C++", EXTENSION)
+    forced = os.environ.get("MANN_FAST_CPU_ISA")
+    if reason is None and forced:
+        try:  # the kernels know which there are, and would say it at the first call
+            torch.ops.mann_fast.least_used(torch.zeros(1, 1, dtype=torch.float32, device="cpu"), 1)
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"{said[said.index('MANN_FAST_CPU_ISA') :]}; got {forced!r}") from None
+    return reason
 
 
 def _load_triton() -> str | None:
