@@ -42,7 +42,7 @@ def missing(backend: str) -> str | None:
         # The first call may come while something traces, which must not see the loading.
         with _loading, _disable_current_modes():
             if backend not in _missing:  # another thread may have been first
-                load = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}[backend]
+                load = {"cpp": _try_cpp, "cuda": _load_cuda, "triton": _load_triton}[backend]
                 _missing[backend] = load()
     return _missing[backend]
 
@@ -62,8 +62,12 @@ def _load_library(name: str, path: Path) -> str | None:
     return None
 
 
-def _load_cpp() -> str | None:
-    reason = _load_library("C++", EXTENSION)
+def load_cpp() -> str | None:
+    return _load_library("C++", EXTENSION)
+
+
+def _try_cpp() -> str | None:
+    reason = load_cpp()
     forced = os.environ.get("MANN_FAST_CPU_ISA")
     if reason is None and forced:
         try:  # the kernels know which there are, and would say it at the first call
