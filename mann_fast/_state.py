@@ -180,6 +180,7 @@ class State:
             name = f"states[{i}]"
             if not isinstance(state, cls):
                 raise TypeError(f"{name} must be {cls.__name__}, got {describe(state)}")
+            check_dense(f"{name}.{cls._sized_by}", getattr(state, cls._sized_by))
             batch = state._batch
             if len(batch) != 1:
                 raise ValueError(f"{name} must have the axis B, but is of an unbatched call")

@@ -73,8 +73,10 @@ def _try_cpp() -> str | None:
         try:  # the kernels know which there are, and would say it at the first call
             torch.ops.mann_fast.least_used(torch.zeros(1, 1, dtype=torch.float32, device="cpu"), 1)
         except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(f"{said[said.index('MANN_FAST_CPU_ISA') :]}; got {forced!r}") from None
+            _, name, said = str(error).splitlines()[0].partition("MANN_FAST_CPU_ISA")
+            if not name:
+                raise
+            raise ValueError(f"{name}{said}; got {forced!r}") from None
     return reason
 
 

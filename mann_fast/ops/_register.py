@@ -106,12 +106,13 @@ def _explain(op: Any, values: Sequence[Any], error: RuntimeError) -> None:
     copies = [x for x in given if not x.is_contiguous()]
     try:
         _ = [torch.empty(x.shape, dtype=x.dtype, device=given[0].device) for x in (*copies, *outputs)]
+    except torch.AcceleratorError:  # of what ran before
+        raise
+    except RuntimeError:
+        pass
+    else:
         if "not enough memory" not in str(error):
             return
-    except RuntimeError as refusal:
-        if not (isinstance(refusal, torch.OutOfMemoryError) or "allocate" in str(refusal)):
-            raise
-    # numel and not nbytes, which is of what lies in memory
     of_outputs, of_copies = (sum(x.numel() * x.element_size() for x in part) for part in (outputs, copies))
     raise torch.OutOfMemoryError(
         f"{op._opname} is out of memory on {given[0].device}: its outputs take {of_outputs:,} bytes"
