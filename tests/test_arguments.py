@@ -1,4 +1,4 @@
-"""What no call takes, whatever it computes: tensors not dense, arrays as choices, more than kernels count to or memory holds."""
+"""What no call takes, whatever it computes: tensors not dense, arrays as choices, sizes past counting or memory."""
 
 import functools
 
@@ -239,14 +239,10 @@ def test_the_memory_that_outputs_and_copies_would_take_is_counted():
 
 @needs_kernels
 def test_the_memory_that_backward_lacks_is_said_too():
-    op = OPS["content_read"]
-    memory, key, sharpness, eps = sample(op)
-    read, weights = raw(op)(memory, key, sharpness, eps)
-    B = 2**31 - 1
-    given = (read, weights, memory, key, sharpness, read, weights)
-    expanded = (
-        x[:1].expand(B, *x.shape[1:-1], 2**20) if x is memory else x[:1].expand(B, *x.shape[1:])
-        for x in given
-    )
-    with pytest.raises(torch.OutOfMemoryError, match="^content_read_backward is out of memory on cpu"):
-        torch.ops.mann_fast.content_read_backward(*expanded, eps)
+    B, D = 2**31 - 1, 2**20
+    vectors, weights = torch.zeros(1, 1, 1).expand(B, 1, D), torch.zeros(1, 1, 1).expand(B, 1, 1)
+    backward = torch.ops.mann_fast.content_read_backward
+    for recorded in (False, True):
+        memory = vectors.detach().requires_grad_(recorded)
+        with pytest.raises(torch.OutOfMemoryError, match="^content_read_backward is out of memory on cpu"):
+            backward(vectors, None, memory, vectors, None, vectors, weights, 1e-6)
