@@ -63,6 +63,7 @@ def _load_library(name: str, path: Path) -> str | None:
 
 
 def load_cpp() -> str | None:
+    """The raw ops, without asking whether there are kernels for the instruction set that MANN_FAST_CPU_ISA names."""
     return _load_library("C++", EXTENSION)
 
 
