@@ -127,7 +127,9 @@ class State:
     @property
     def _batch(self) -> torch.Size:
         """[B], or [] of an unbatched state."""
-        return getattr(self, self._sized_by).shape[:-2]
+        part = getattr(self, self._sized_by)
+        check_dense(f"{type(self).__name__}.{self._sized_by}", part)
+        return part.shape[:-2]
 
     def map(self, function: Callable[..., Any], *others: Self) -> Self:
         """A state with ``function(tensor)`` in place of every tensor; with other states of the same form
@@ -180,7 +182,6 @@ class State:
             name = f"states[{i}]"
             if not isinstance(state, cls):
                 raise TypeError(f"{name} must be {cls.__name__}, got {describe(state)}")
-            check_dense(f"{name}.{cls._sized_by}", getattr(state, cls._sized_by))
             batch = state._batch
             if len(batch) != 1:
                 raise ValueError(f"{name} must have the axis B, but is of an unbatched call")
