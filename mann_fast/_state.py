@@ -14,6 +14,30 @@ if TYPE_CHECKING:
 Tree = TypeVar("Tree")
 
 
+SIZE_MAX = 2**31 - 1  # of one axis: kernels count in 32 bits
+
+
+def is_dense(value: object) -> bool:
+    """A tensor whose numbers lie in memory one by one, where a kernel can take them."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized)
+    )
+
+
+def check_dense(name: str, value: object) -> None:
+    """A tensor that is not sparse, nested, quantized or of another library's layout."""
+    if is_dense(value):
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+    raise TypeError(
+        f"{name} must be a dense tensor, got {'a quantized tensor' if value.is_quantized else kind}"
+    )
+
+
 def check_size(name: str, size: object, least: int) -> None:
     """An int of at least ``least``. In torch.jit's traces sizes are tensors, whose values are nobody's to look at."""
     if isinstance(size, Tensor) and torch.jit.is_tracing() and size.dim() == 0 and size.dtype == torch.int64:
@@ -22,6 +46,9 @@ def check_size(name: str, size: object, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(size).__name__}")
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}")
+    # Of a symbol, compilers would take the question for a bound on what they compile for.
+    if not torch.compiler.is_compiling() and isinstance(size, int) and size > SIZE_MAX:
+        raise ValueError(f"{name} must be at most 2^31 - 1 = {SIZE_MAX}, got {size}")
 
 
 def check_initial(kind: str, value: object, dtype: torch.dtype, **sizes: tuple[object, int]) -> None:
@@ -77,8 +104,7 @@ def check_alike(name: str, state: Any, like: Any, axes: int, batch: Sequence[int
             of_part = f"{name}[{i}]" if fields is None else f"{name}.{fields[i]}"
             check_alike(of_part, part, like_part, axes, batch)
         return
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(state).__name__}")
+    check_dense(name, state)
     expected = [*batch, *like.shape[axes:]]
     if list(state.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {list(state.shape)}")
@@ -101,7 +127,9 @@ class State:
     @property
     def _batch(self) -> torch.Size:
         """[B], or [] of an unbatched state."""
-        return getattr(self, self._sized_by).shape[:-2]
+        part = getattr(self, self._sized_by)
+        check_dense(f"{type(self).__name__}.{self._sized_by}", part)
+        return part.shape[:-2]
 
     def map(self, function: Callable[..., Any], *others: Self) -> Self:
         """A state with ``function(tensor)`` in place of every tensor; with other states of the same form
@@ -192,6 +220,7 @@ def _selection(index: Any, batch: int, device: torch.device) -> Callable[[Tensor
         elif len(index) != batch:
             raise ValueError(f"index must be B = {batch} bools, got {len(index)}")
     elif isinstance(index, Tensor):
+        check_dense("index", index)
         if index.dtype not in (torch.bool, torch.int32, torch.int64):
             raise TypeError(f"index must be a tensor of bool, int32 or int64, got {index.dtype}")
         if index.dtype == torch.bool and index.shape != (batch,):

@@ -621,6 +621,23 @@ def test_doctor_says_what_runs(capsys, monkeypatch):
     assert re.search(r"^in use +reference", printed, re.MULTILINE)
 
 
+@pytest.mark.skipif(mann_fast.backends()["cpp"] is not None, reason="needs the C++ kernels")
+def test_an_instruction_set_that_there_is_not_is_a_mistake_in_the_call(tmp_path):
+    out = tmp_path / "run"
+    result = run_process("train", "--data", "glyphs", "--out", out, MANN_FAST_CPU_ISA="sse9")
+    assert_one_line_error(result.returncode, result.stderr, "MANN_FAST_CPU_ISA names", "got 'sse9'")
+    assert not out.exists()
+    program = "import mann_fast, torch; mann_fast.ops.least_used(torch.rand(1, 3), 1)"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MANN_FAST_CPU_ISA": "sse9"},
+    )
+    assert result.returncode == 1
+    assert "\nValueError: MANN_FAST_CPU_ISA names an instruction set that" in result.stderr
+
+
 def test_doctor_explains(capsys):
     status, printed, _ = call(capsys, "doctor", "--explain", "lrua_scan", "128", "40", "4")
     assert status == 0

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr
 from typing import NoReturn
 
 from .. import __version__
+from ..ops._loading import missing
 from . import bench, demo, doctor, evaluate, predict, show, train
 from ._stderr import ForgivingStream, discard, open_standard_files
 
@@ -67,6 +68,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
+            if os.environ.get("MANN_FAST_CPU_ISA"):
+                missing("cpp")  # raises for a bad one, before a command writes anything
             return args.run(args)
     except KeyboardInterrupt:
         print("mann-fast: interrupted", file=sys.stderr)

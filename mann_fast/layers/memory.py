@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from .._onnx import exporting
-from .._state import check_size
+from .._state import check_dense, check_size
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
 from . import controllers
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
@@ -477,8 +477,8 @@ class MemoryLayer(nn.Module):
                 "x must be a tensor, got PackedSequence: run on the padded tensor, which pad_packed_sequence gives, and pack "
                 "or mask the output; steps of padding change none before them"
             )
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_dense("x", x)
+        assert isinstance(x, Tensor)
         layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             expected = f"{layout} or [T, input_size] with input_size = {self.input_size}"

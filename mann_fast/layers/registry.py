@@ -71,4 +71,5 @@ def _says_nothing(memory: Memory, name: str, value: object) -> bool:
     of the others at their defaults, and order=None for the memory's own order."""
     if name in options_of(memory):
         return name == "order" and value is None
-    return any(name in known and known[name] == value for known in map(options_of, MEMORIES.values()))
+    known = [defaults[name] for defaults in map(options_of, MEMORIES.values()) if name in defaults]
+    return isinstance(value, (str, int, float)) and value in known

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .._state import State, check_alike, describe, is_plain, map_tensors
+from .._state import State, check_alike, check_dense, describe, is_dense, is_plain, map_tensors
 from ..ops._checks import HALF_DTYPES
 from .base import StateLike
 
@@ -75,6 +75,7 @@ class MemoryState(
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor, got {came}")
+        check_dense("mask", mask)
         if mask.shape != batch:
             raise ValueError(f"mask must have shape {list(batch)}, got {list(mask.shape)}")
         if mask.device != reads.device:
@@ -123,11 +124,11 @@ def as_state(state: object, like: StateLike, controller: tuple[str, ...] | None)
         )
     named = [] if controller is None else list(zip(controller, kept, strict=True))
     for part in (*(part for _, part in named), *memory, reads):
-        if not isinstance(part, Tensor):
+        if not is_dense(part):
             named = [(f"controller.{name}", part) for name, part in named]
             named += [(f"memory.{part[0]}", tensor) for part, tensor in zip(like.parts, memory, strict=True)]
             name = next(name for name, value in (*named, ("reads", reads)) if value is part)
-            raise TypeError(f"state.{name} must be a tensor, got {type(part).__name__}")
+            check_dense(f"state.{name}", part)
     return MemoryState(kept, memory, reads)
 
 

@@ -27,4 +27,4 @@ __all__ = [
 ]
 
 # Now that all schemas are defined. At once, for an exported program calls the raw ops without these functions.
-_loading.missing("cpp")
+_loading.load_cpp()

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from .._onnx import exporting
+from ._checks import check_choice
 from ._loading import EMULATION, missing
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
@@ -33,16 +34,12 @@ def unable(backend: str, device: torch.device) -> str | None:
     return missing(backend)
 
 
-def _check_name(name: str, source: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
-    return name
-
-
 def _from_environment() -> str:
     global _default
     if _default is None:
-        _default = _check_name(os.environ.get("MANN_FAST_BACKEND", "auto"), "MANN_FAST_BACKEND")
+        name = os.environ.get("MANN_FAST_BACKEND", "auto")
+        check_choice("MANN_FAST_BACKEND", name, NAMES)
+        _default = name
     return _default
 
 
@@ -64,7 +61,7 @@ def backend(name: str) -> Iterator[None]:
     Raises ValueError for an unknown name.
     """
     global _selected
-    _check_name(name, "backend")
+    check_choice("backend", name, NAMES)
     previous = _selected
     _selected = name
     try:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .._state import SIZE_MAX, check_dense
 from ._declare import Argument, Sizes
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -39,7 +39,7 @@ def check_tensors(
         return _check_tensors(arguments, names, values, steps, dict(known))
     try:
         kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]
-    except AttributeError:  # not a tensor
+    except (AttributeError, RuntimeError):  # not a tensor, or a nested one, which has no shape
         return _check_tensors(arguments, names, values, steps, dict(known))
     key = (id(arguments), steps, known, *kinds)
     try:
@@ -49,7 +49,9 @@ def check_tensors(
     if sizes is None:
         if len(_passed) > 1000:
             _passed.clear()
-        sizes = _passed[key] = _check_tensors(arguments, names, values, steps, dict(known))
+        sizes = _check_tensors(arguments, names, values, steps, dict(known))
+        _check_sizes(arguments, names, values, steps)
+        _passed[key] = sizes
     return sizes
 
 
@@ -61,7 +63,7 @@ def _check_tensors(
         if value is None and argument.optional:
             continue
         axes = argument.names if steps else argument.step_names
-        shape = check_dense(name, value, axes)
+        shape = check_shape(name, value, axes)
         for axis, size in zip(axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 expected = [sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True)]
@@ -88,12 +90,21 @@ def _check_tensors(
     return sizes
 
 
-def check_dense(name: str, value: object, axes: Sequence[str]) -> torch.Size:
-    """A tensor with as many axes; its shape."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+def _check_sizes(
+    arguments: tuple[Argument, ...], names: Sequence[str], values: Sequence[Any], steps: bool
+) -> None:
+    """Of tensors without symbols, whose sizes no compiler is to learn a bound of."""
+    for argument, name, value in zip(arguments, names, values, strict=True):
+        if value is not None and max(value.shape) > SIZE_MAX:
+            axes = argument.names if steps else argument.step_names
+            raise ValueError(
+                f"{name} [{', '.join(axes)}] must have sizes of at most 2^31 - 1 = {SIZE_MAX}, got {list(value.shape)}"
+            )
+
+
+def check_shape(name: str, value: Any, axes: Sequence[str]) -> torch.Size:
+    """A dense tensor with as many axes; its shape."""
+    check_dense(name, value)
     if value.dim() != len(axes):
         raise ValueError(f"{name} must have shape [{', '.join(axes)}], got {list(value.shape)}")
     return value.shape
@@ -129,5 +140,11 @@ def check_eps(eps: Any) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:  # an array would be compared item by item
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value in an error's one line."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else type(value).__name__

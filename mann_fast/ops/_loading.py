@@ -34,12 +34,15 @@ _loading = threading.Lock()
 
 
 def missing(backend: str) -> str | None:
-    """None if the kernels of this backend can be used, else why not. Loads them at the first call."""
+    """None if the kernels of this backend can be used, else why not. Loads them at the first call.
+
+    Raises ValueError where MANN_FAST_CPU_ISA asks for C++ kernels that there are not.
+    """
     if backend not in _missing:
         # The first call may come while something traces, which must not see the loading.
         with _loading, _disable_current_modes():
             if backend not in _missing:  # another thread may have been first
-                load = {"cpp": _load_cpp, "cuda": _load_cuda, "triton": _load_triton}[backend]
+                load = {"cpp": _try_cpp, "cuda": _load_cuda, "triton": _load_triton}[backend]
                 _missing[backend] = load()
     return _missing[backend]
 
@@ -59,8 +62,23 @@ def _load_library(name: str, path: Path) -> str | None:
     return None
 
 
-def _load_cpp() -> str | None:
+def load_cpp() -> str | None:
+    """The raw ops, without asking whether there are kernels for the instruction set that MANN_FAST_CPU_ISA names."""
     return _load_library("C++", EXTENSION)
+
+
+def _try_cpp() -> str | None:
+    reason = load_cpp()
+    forced = os.environ.get("MANN_FAST_CPU_ISA")
+    if reason is None and forced:
+        try:  # the kernels know which there are, and would say it at the first call
+            torch.ops.mann_fast.least_used(torch.zeros(1, 1, dtype=torch.float32, device="cpu"), 1)
+        except RuntimeError as error:
+            _, name, said = str(error).splitlines()[0].partition("MANN_FAST_CPU_ISA")
+            if not name:
+                raise
+            raise ValueError(f"{name}{said}; got {forced!r}") from None
+    return reason
 
 
 def _load_triton() -> str | None:

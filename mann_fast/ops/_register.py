@@ -61,8 +61,7 @@ def call(op: Op, backend: str, *values: Any) -> Any:
     # What the Autograd key would do, without a way through the dispatcher into Python: a step is called T times.
     if op.saved and (level >= 0 or _asks_gradient(values)):
         return _apply(_functions[op.name, backend], values)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _raw[op.name, backend](*values)
+    return _run(_raw[op.name, backend], values)
 
 
 _NO_FORWARD_MODE = (
@@ -87,14 +86,47 @@ def _apply(function: type[_SingleLevelFunction], values: Sequence[Any]) -> Any:
     return function.apply(*values)
 
 
+def _run(op: Any, values: Sequence[Any]) -> Any:
+    """Call a raw op past autograd."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*values)
+    except RuntimeError as error:
+        if "API call failed" in str(error) or "not enough memory" in str(error):
+            _explain(op, values, error)
+        raise
+
+
+def _explain(op: Any, values: Sequence[Any], error: RuntimeError) -> None:
+    """Raise what the stable ABI keeps to itself when torch refuses it something: to allocate, which is done again here."""
+    given = [x for x in values if isinstance(x, Tensor)]
+    with torch.no_grad():
+        results = op(*(x.to("meta") if isinstance(x, Tensor) else x for x in values))
+    outputs = [results] if isinstance(results, Tensor) else list(results)
+    copies = [x for x in given if not x.is_contiguous()]
+    try:
+        _ = [torch.empty(x.shape, dtype=x.dtype, device=given[0].device) for x in (*copies, *outputs)]
+    except torch.AcceleratorError:  # of what ran before
+        raise
+    except RuntimeError:
+        pass
+    else:
+        if "not enough memory" not in str(error):
+            return
+    of_outputs, of_copies = (sum(x.numel() * x.element_size() for x in part) for part in (outputs, copies))
+    raise torch.OutOfMemoryError(
+        f"{op._opname} is out of memory on {given[0].device}: its outputs take {of_outputs:,} bytes"
+        + (f", and copies of arguments that are not contiguous {of_copies:,}" if copies else "")
+    ) from error
+
+
 def _below(op: Any, values: Sequence[Any]) -> Any:
     """Call a raw op inside the forward of a Function: past autograd, and on to the transforms outside."""
-    with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._are_functorch_transforms_active():
-            # A Function's forward has gradients off; those outside record theirs.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return op(*values)
-        return op(*values)
+    if torch._C._are_functorch_transforms_active():
+        # A Function's forward has gradients off; those outside record theirs.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return _run(op, values)
+    return _run(op, values)
 
 
 def _recorded() -> bool:
@@ -216,8 +248,7 @@ class _Raw:
         def autograd(*values):
             if forward_ad._current_level >= 0 or _asks_gradient(values):
                 return _apply(function, values)
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.op(*values)
+            return _run(self.op, values)
 
         self.library.impl(self.name, autograd, "Autograd")
 

@@ -328,7 +328,7 @@ def _check_cell(
         raise TypeError(f"state must be a tuple ({', '.join(state_names)}) of this controller, got {came}")
     _checks.check_tuple("memory", memory, LRUAState)
     of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
-    hidden_size = _checks.check_dense("head_weight", weights[3], CELL.arguments[10].names)[1]
+    hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
     for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
         if not state and value is not None:
             raise TypeError(f"{name} must be None for a feed-forward controller, got {type(value).__name__}")
@@ -347,7 +347,7 @@ def _check_cell(
 def check_sharpness(sharpness: Any) -> None:
     """ "learned", a finite number or None."""
     number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
-    if not (sharpness is None or number or sharpness == "learned"):
-        raise ValueError(f"sharpness must be 'learned', a number or None, got {sharpness!r}")
+    if not (sharpness is None or number or (isinstance(sharpness, str) and sharpness == "learned")):
+        raise ValueError(f"sharpness must be 'learned', a number or None, got {_checks.shown(sharpness)}")
     if number and not math.isfinite(sharpness):
         raise ValueError(f"sharpness must be finite, got {sharpness}")
