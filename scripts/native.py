@@ -163,10 +163,11 @@ def cuda_architectures() -> list[str]:
         return sorted(set(named.replace(",", " ").split()), key=int)
     if asked == "1":
         return CUDA_ARCHITECTURES
-    here = set(_capabilities())
+    oldest = CUDA_ARCHITECTURES[0]
+    here = {architecture for architecture in _capabilities() if int(architecture) >= int(oldest)}
     if not here:
         raise CannotBuild(
-            "no NVIDIA GPU was found to build them for (MANN_FAST_CUDA=1 builds them all the same)"
+            f"no NVIDIA GPU of sm_{oldest} or newer was found to build them for (MANN_FAST_CUDA=1 builds them all the same)"
         )
     return sorted(here, key=int)
 
@@ -183,7 +184,8 @@ def _capabilities() -> list[str]:
 class Nvcc(Compiler):
     """NVIDIA's compiler, for the CUDA kernels: $CUDACXX, or nvcc in $CUDA_HOME, the path or /usr/local/cuda.
 
-    It compiles for the architectures given, and PTX for later ones. Raises CannotBuild if there is none or it is too old.
+    It compiles for the architectures given, and PTX for later ones; one that it does not know yet runs the PTX of its last.
+    Raises CannotBuild if there is none or it is too old.
     """
 
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v",
@@ -192,7 +194,6 @@ class Nvcc(Compiler):
     shows_messages = False  # of registers and shared memory, which scripts/cuda_report.py shows
 
     def __init__(self, architectures: list[str]) -> None:
-        self.architectures = architectures
         homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
         places = [f"{home}/bin/nvcc" for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
         found = [place for place in [os.environ.get("CUDACXX"), *places] if place and shutil.which(place)]
@@ -206,6 +207,9 @@ class Nvcc(Compiler):
         )
         if release is None or (int(release.group(1)), int(release.group(2))) < (12, 8):
             raise CannotBuild(f"CUDA 12.8 or newer is needed, this is {self.version}")
+        known = subprocess.run([*self.command, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        last = max(re.findall(r"compute_(\d+)", known), key=int, default=architectures[-1])
+        self.architectures = sorted({min(name, last, key=int) for name in architectures}, key=int)
 
     def kernel_units(self) -> list[Unit]:
         last = self.architectures[-1]

@@ -148,17 +148,17 @@ def test_a_library_is_linked_again_only_if_something_changed(native, tmp_path):
 @in_source_tree
 def test_cuda_kernels_are_built_for_the_gpus_of_the_machine_unless_asked(native, tmp_path, monkeypatch):
     driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
+    driver.write_text("#!/bin/sh\nprintf '9.0\\n6.1\\n8.6\\n9.0\\n'\n")
     driver.chmod(0o755)
     for name in ("MANN_FAST_CUDA", "MANN_FAST_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    with pytest.raises(native.CannotBuild, match="no NVIDIA GPU was found"):
+    with pytest.raises(native.CannotBuild, match="no NVIDIA GPU of sm_80 or newer was found"):
         native.cuda_architectures()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert native.cuda_architectures() == ["86", "90"]
     driver.write_text("#!/bin/sh\necho no driver; exit 9\n")
-    with pytest.raises(native.CannotBuild, match="no NVIDIA GPU was found"):
+    with pytest.raises(native.CannotBuild, match="no NVIDIA GPU of sm_80 or newer was found"):
         native.cuda_architectures()
     monkeypatch.setenv("MANN_FAST_CUDA", "1")
     assert native.cuda_architectures() == ["80", "90", "100"]

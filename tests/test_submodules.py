@@ -347,3 +347,55 @@ def test_mann_draws_its_parameters_anew(kind):
     torch.manual_seed(0)
     model.reset_parameters()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("addressing", MEMORIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("output_size", [None, 3])
+def test_parameters_of_several_dtypes(addressing, kind, output_size):
+    """Half-precision weights beside float32 biases, or a projection in another dtype; x is of the heads' weight's."""
+    layer = make_layer(
+        torch.float32, addressing=addressing, controller=kind, output_size=output_size, num_slots=40
+    )
+    half = copy.deepcopy(layer).bfloat16()
+    mixed = copy.deepcopy(half)
+    for parameter in mixed.parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.float()
+    x = torch.randn(3, 2, 4)
+    expected = half(x.bfloat16())[0]
+    output = mixed(x.bfloat16())[0]
+    assert output.dtype == torch.bfloat16 and worst_error(output, expected, 1) < 2e-2
+    output.float().sum().backward()
+    assert all(p.grad.dtype == p.dtype for p in mixed.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixed(x)[0].dtype == torch.bfloat16
+    if output_size:
+        layer.projection.bfloat16()
+        assert layer(x)[0].dtype == torch.float32
+    mixed.controller.float()
+    assert torch.isfinite(mixed(x.bfloat16(), return_weights=True)[0]).all()
+
+
+@pytest.mark.parametrize("addressing", MEMORIES)
+def test_replicas_of_data_parallel(addressing):
+    """Their parameters are plain attributes, as nn.DataParallel's replicate leaves them."""
+    layer = make_layer(addressing=addressing, output_size=3, memory_start="learned")
+
+    def replicate(module):
+        replica = module._replicate_for_data_parallel()
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.view_as(parameter))
+        for name, child in module.named_children():
+            replica._modules[name] = replicate(child)
+        return replica
+
+    replica = replicate(layer)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    output, state = replica(x)
+    assert torch.equal(output, layer(x)[0])
+    (output + replica(x, state)[0]).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())

@@ -111,7 +111,7 @@ def classify(
     pixel = dict(zip(readable, pixels, strict=True))
     for image in images:
         if image not in pixel:
-            raise ValueError(f"{image} is not an image that can be read (PNG and JPEG can)")
+            raise ValueError(f"{image} is not an image that can be read")
     groups = {name: [file for file in group if file in pixel] for name, group in groups.items()}
     for name, group in groups.items():
         if not group:

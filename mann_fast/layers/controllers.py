@@ -70,31 +70,43 @@ def weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 def _convert(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
-    if weight.dtype == dtype:
-        return weight, bias
-    return weight.to(dtype), bias.to(dtype)
+    # Each by itself: some train half-precision weights beside float32 biases.
+    return (
+        weight if weight.dtype == dtype else weight.to(dtype),
+        bias if bias.dtype == dtype else bias.to(dtype),
+    )
+
+
+def linear(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """``nn.Linear`` in x's dtype; a module that has to be called is called."""
+    if obstacle(name, module, nn.Linear) is not None:
+        return module(x)
+    weight, bias, *_ = weights(module, x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def step(
     kind: str, controller: nn.Module, z: Tensor, state: tuple[Tensor, ...], hidden_size: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Hidden state and state after a step, from input and reads z [B, input_size + R D].
+    """Hidden state and state after a step, from input and reads z [B, input_size + R D], in z's dtype.
 
-    Raises ValueError and TypeError where a module that is not torch's own returns something else.
+    Raises ValueError and TypeError where a module that is called returns something else.
     """
-    if kind == "feedforward":
-        hidden, state = torch.tanh(controller(z)), ()
-    elif kind == "module":
+    if kind == "module":
         hidden, state = controller(z, state)
-    elif (
-        torch._C._are_functorch_transforms_active()
-        and obstacle("controller", controller, MODULES[kind]) is None
-    ):
-        # torch's own cells have no batching rule.
+    elif kind == "feedforward":
+        hidden, state = torch.tanh(linear("controller", controller, z)), ()
+    elif obstacle("controller", controller, MODULES[kind]) is None:
         weight, bias, hidden_weight, hidden_bias = weights(controller, z.dtype)
-        assert hidden_weight is not None
-        gates, recurrent = F.linear(z, weight, bias), F.linear(state[0], hidden_weight, hidden_bias)
-        hidden, *_ = state = (lstm if kind == "lstm" else gru)(gates, recurrent, *state)
+        assert hidden_weight is not None and hidden_bias is not None
+        if torch._C._are_functorch_transforms_active():  # torch's own cells have no batching rule
+            gates, recurrent = F.linear(z, weight, bias), F.linear(state[0], hidden_weight, hidden_bias)
+            state = (lstm if kind == "lstm" else gru)(gates, recurrent, *state)
+        elif kind == "gru":
+            state = (torch.gru_cell(z, state[0], weight, hidden_weight, bias, hidden_bias),)
+        else:
+            state = torch.lstm_cell(z, state, weight, hidden_weight, bias, hidden_bias)
+        hidden = state[0]
     elif kind == "gru":
         hidden = controller(z, *state)
         state = (hidden,)

@@ -235,6 +235,8 @@ class MemoryLayer(nn.Module):
         quantized modules."""
         for module in (self.heads, self.controller):
             weight = module._parameters.get("weight")
+            if weight is None:  # nn.DataParallel's replicas have theirs as plain attributes
+                weight = module.__dict__.get("weight")
             if weight is not None and weight.is_floating_point():
                 return weight.dtype, weight.device
         parts = (part for part in self.parameters() if part.is_floating_point())
@@ -335,7 +337,7 @@ class MemoryLayer(nn.Module):
             output, state, weights = self._run_by_steps(x, state, return_weights)
         if self.projection is not None:
             with self._calling(x.dtype):
-                output = self.projection(output)
+                output = controllers.linear("projection", self.projection, output)
         if not batched:
             output, state = output.squeeze(1), state.map(lambda part: part.squeeze(0))
         elif self.batch_first:
@@ -348,7 +350,7 @@ class MemoryLayer(nn.Module):
         why = why or controllers.obstacle("controller", self.controller, controllers.MODULES[self.kind])
         if why and not torch.compiler.is_compiling():
             warnings.warn(
-                f"MemoryLayer goes one step after the other, which is slower, for {why}", stacklevel=5
+                f"MemoryLayer goes one step after the other, which is slower, for {why}", stacklevel=6
             )
         return why is not None
 
@@ -447,7 +449,7 @@ class MemoryLayer(nn.Module):
         z = torch.cat([now, reads.flatten(1)], dim=1)
         with calling:
             hidden, controller = controllers.step(self.kind, self.controller, z, controller, self.hidden_size)
-            values = self.heads(hidden)
+            values = controllers.linear("heads", self.heads, hidden)
         expected = [now.shape[0], sum(self.memory.head_sizes())]
         if not isinstance(values, Tensor) or list(values.shape) != expected:
             came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__

@@ -172,7 +172,7 @@ class MemoryStack(nn.Module):
             layers = (
                 state[0] if isinstance(state, StackState) or (is_plain(state) and len(state) == 1) else None
             )
-            if not is_plain(layers) or len(layers) != len(self.layers):
+            if not is_plain(layers) or len(layers) != len(self.layers) or None in layers:
                 came = describe(state) if layers is None else f"one of {len(layers)}"
                 raise TypeError(
                     f"state must be a StackState of {len(self.layers)} layers or None, got {came}"
