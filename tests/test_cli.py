@@ -228,6 +228,7 @@ def test_a_terminal_that_is_closed_stops_a_run_as_sigterm_does(tmp_path, picture
     process = subprocess.Popen(
         ["sh", "-c", on_terminal, os.ttyname(theirs), sys.executable, "-m", "mann_fast", "train", *arguments],
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # though the tests run under nohup
     )
     try:
         said = b""
@@ -238,6 +239,7 @@ def test_a_terminal_that_is_closed_stops_a_run_as_sigterm_does(tmp_path, picture
         status = process.wait(timeout=120)
     finally:
         process.kill()
+        process.wait()
     assert status == 128 + signal.SIGHUP
     assert load_checkpoint(tmp_path)["step"] > 0
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
