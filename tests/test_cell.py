@@ -78,13 +78,14 @@ def cell_inputs(
 
 
 def call(function, inputs, **options):
-    """All results as a dict: output, the controller's state, memory, read_weights, usage."""
+    """All results as a dict: output, the controller's state, memory, read_weights, usage, the last reads."""
     gates, hidden, cell, memory, read_weights, usage, *rest = inputs
     state = tuple(x for x in (hidden, cell) if x is not None)
-    output, state, memory = function(
+    output, state, memory, reads = function(
         gates, state, reference.LRUAState(memory, read_weights, usage), *rest, **options
     )
-    return {"output": output, **dict(zip(("hidden", "cell"), state, strict=False)), **memory._asdict()}
+    state = dict(zip(("hidden", "cell"), state, strict=False))
+    return {"output": output, **state, **memory._asdict(), "reads": reads}
 
 
 def loss_of(results):

@@ -41,6 +41,10 @@ every_gradient = pytest.mark.parametrize("op", [OPS[name] for name in DIFFERENTI
 
 def draw(argument, sizes, steps=True, dtype=torch.float64):
     x = torch.randn([sizes[name] for name in (argument.names if steps else argument.step_names)], dtype=dtype)
+    if argument.within == "flags":
+        return x > 0.5
+    if argument.within == "up to T":
+        return torch.randint(0, (sizes["T"] if steps else 1) + 1, x.shape)
     if argument.within == "unit":
         return torch.sigmoid(x)
     if argument.within == "shares":

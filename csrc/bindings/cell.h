@@ -33,10 +33,11 @@ struct CellShape {
 };
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell(
     Tensor gates, std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory, Tensor read_weights, Tensor usage,
     Tensor reads, std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_bias, Tensor reads_weight,
-    Tensor head_weight, Tensor head_bias, int64_t controller, bool separate_vector, bool learned_sharpness, double sharpness,
+    Tensor head_weight, Tensor head_bias, std::optional<Tensor> resets, std::optional<Tensor> lengths,
+    std::optional<Tensor> start, int64_t controller, bool separate_vector, bool learned_sharpness, double sharpness,
     double sharpness_scale, bool read_first, bool shared_target, double usage_decay, double eps, bool bfloat16,
     int64_t anchor_every) {
   const CellShape shape(gates.size(0), memory, read_weights, head_weight, controller);
@@ -56,8 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   reads_weight = weight(reads_weight, {G, R * D});
   head_weight = input(head_weight, {heads, H});
   head_bias = input(head_bias, {heads});
+  const SequenceTensors sequences(resets, lengths, start, {T, B}, B, memory);
   const bool keeps = anchor_every > 0;
-  Tensor output = empty(gates, {T, B, K}), out_cell = empty(gates, cell ? Shape{B, H} : Shape{0});
+  Tensor output = empty(gates, {T, B, K}), out_hidden = empty(gates, hidden ? Shape{B, H} : Shape{0});
+  Tensor out_cell = empty(gates, cell ? Shape{B, H} : Shape{0}), out_reads = empty(gates, {B, R, D});
   Tensor out_memory = empty(gates, {B, N, D}), out_read_weights = empty(gates, {B, R, N}), out_usage = empty(gates, {B, N});
   Tensor kept_gates = empty(gates, keeps ? Shape{T, B, kept} : Shape{0});
   Tensor kept_states = empty(gates, keeps && hidden ? Shape{T, B, H} : Shape{0});
@@ -68,20 +71,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                           sharpness_scale, read_first, shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden),
                           data(cell), data(memory), data(read_weights), data(usage), data(reads), data(hidden_weight),
                           data(hidden_bias), data(reads_weight), reads_weight.stride(0), data(head_weight), data(head_bias),
+                          sequences.arguments(),
                           // results
-                          output.mutable_data_ptr(), out_cell.mutable_data_ptr(), out_memory.mutable_data_ptr(),
+                          output.mutable_data_ptr(), hidden ? out_hidden.mutable_data_ptr() : nullptr,
+                          cell ? out_cell.mutable_data_ptr() : nullptr, out_reads.mutable_data_ptr(), out_memory.mutable_data_ptr(),
                           out_read_weights.mutable_data_ptr(), out_usage.mutable_data_ptr(), kept_gates.mutable_data_ptr(),
                           kept_states.mutable_data_ptr(), kept_heads.mutable_data_ptr(), slots.mutable_data_ptr<int64_t>(),
                           anchors.mutable_data_ptr()});
-  return {output, out_cell, out_memory, out_read_weights, out_usage, kept_gates, kept_states, kept_heads, slots, anchors};
+  return {output,    out_hidden, out_cell,    out_reads,  out_memory, out_read_weights,
+          out_usage, kept_gates, kept_states, kept_heads, slots,      anchors};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward(
-    std::optional<Tensor> grad_output, std::optional<Tensor> grad_cell, std::optional<Tensor> grad_memory,
-    std::optional<Tensor> grad_read_weights, std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward(
+    std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_cell,
+    std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_read_weights, std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory,
     Tensor read_weights, std::optional<Tensor> hidden_weight, Tensor reads_weight, Tensor head_weight, Tensor kept_gates,
-    Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, int64_t controller, bool separate_vector,
+    Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, std::optional<Tensor> resets,
+    std::optional<Tensor> lengths, std::optional<Tensor> start, int64_t controller, bool separate_vector,
     bool learned_sharpness, double sharpness, double sharpness_scale, bool read_first, bool shared_target, double eps,
     bool bfloat16, int64_t anchor_every) {
   const CellShape shape(kept_gates.size(0), memory, read_weights, head_weight, controller);
@@ -90,7 +97,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
   shape.check(separate_vector, learned_sharpness, dtype_of(memory), bfloat16, hidden.has_value(), cell.has_value());
   STD_TORCH_CHECK(hidden.has_value() == hidden_weight.has_value(), "hidden and hidden_weight go together");
   grad_output = input(grad_output, {T, B, K});
+  grad_hidden = hidden ? input(grad_hidden, {B, H}) : std::nullopt;
   grad_cell = cell ? input(grad_cell, {B, H}) : std::nullopt;
+  grad_reads = input(grad_reads, {B, R, D});
   grad_memory = input(grad_memory, {B, N, D});
   grad_read_weights = input(grad_read_weights, {B, R, N});
   hidden = input(hidden, {B, H});
@@ -105,23 +114,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_
   kept_heads = input(kept_heads, {T, B, heads});
   slots = input(slots, {T, B, R});
   anchors = input(anchors, anchors_shape(T, anchor_every, B, D + R, N));
+  const SequenceTensors sequences(resets, lengths, start, {T, B}, B, memory);
   const bool gru = kind == Controller::gru;
   Tensor grad_gates = empty(memory, {T, B, G}), grad_hidden_gates = empty(memory, gru ? Shape{T, B, G} : Shape{0});
-  Tensor grad_heads = empty(memory, {T, B, heads}), grad_hidden = empty(memory, hidden ? Shape{B, H} : Shape{0});
+  Tensor grad_heads = empty(memory, {T, B, heads}), grad_in_hidden = empty(memory, hidden ? Shape{B, H} : Shape{0});
   Tensor grad_in_cell = empty(memory, cell ? Shape{B, H} : Shape{0}), grad_in_memory = empty(memory, {B, N, D});
-  Tensor grad_in_read_weights = empty(memory, {B, R, N}), grad_reads = empty(memory, {B, R, D});
+  Tensor grad_in_read_weights = empty(memory, {B, R, N}), grad_in_reads = empty(memory, {B, R, D});
+  Tensor grad_start = sequences.gradient(memory);
   Device(memory).run(
       CellBackward{T, B, H, N, D, R, dtype_of(memory), bfloat16, kind, separate_vector, learned_sharpness, sharpness,
-                   sharpness_scale, read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_cell),
-                   data(grad_memory), data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights),
+                   sharpness_scale, read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_hidden),
+                   data(grad_cell), data(grad_reads), data(grad_memory), data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights),
                    data(hidden_weight), data(reads_weight), reads_weight.stride(0), data(head_weight), data(kept_gates),
                    data(kept_states), data(kept_heads), slots.const_data_ptr<int64_t>(), data(anchors),
+                   sequences.arguments(),
                    // results
                    grad_gates.mutable_data_ptr(), gru ? grad_hidden_gates.mutable_data_ptr() : nullptr,
-                   grad_heads.mutable_data_ptr(), grad_hidden.mutable_data_ptr(), grad_in_cell.mutable_data_ptr(),
-                   grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(), grad_reads.mutable_data_ptr()});
-  return {grad_gates,   grad_hidden_gates, grad_heads,           grad_hidden,
-          grad_in_cell, grad_in_memory,    grad_in_read_weights, grad_reads};
+                   grad_heads.mutable_data_ptr(), hidden ? grad_in_hidden.mutable_data_ptr() : nullptr,
+                   cell ? grad_in_cell.mutable_data_ptr() : nullptr, grad_in_memory.mutable_data_ptr(),
+                   grad_in_read_weights.mutable_data_ptr(), grad_in_reads.mutable_data_ptr(),
+                   start ? grad_start.mutable_data_ptr() : nullptr});
+  return {grad_gates,     grad_hidden_gates,    grad_heads,    grad_in_hidden, grad_in_cell,
+          grad_in_memory, grad_in_read_weights, grad_in_reads, grad_start};
 }
 
 }  // namespace

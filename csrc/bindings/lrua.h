@@ -69,7 +69,10 @@ struct ScanShape {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(Tensor memory, Tensor read_weights, Tensor usage,
                                                                      Tensor keys, Tensor write_vectors, Tensor gate_logits,
-                                                                     std::optional<Tensor> sharpness, bool read_first,
+                                                                     std::optional<Tensor> sharpness,
+                                                                     std::optional<Tensor> resets,
+                                                                     std::optional<Tensor> lengths,
+                                                                     std::optional<Tensor> start, bool read_first,
                                                                      bool shared_target, double usage_decay, double eps,
                                                                      int64_t anchor_every) {
   const ScanShape shape(memory, read_weights, keys);
@@ -81,13 +84,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(Tensor memo
   write_vectors = input(write_vectors, shape.keys);
   gate_logits = input(gate_logits, shape.gates);
   sharpness = input(sharpness, shape.gates);
+  const SequenceTensors sequences(resets, lengths, start, {shape.gates.begin(), shape.gates.end() - 1}, B, memory);
   Tensor reads = empty(keys, shape.keys), out_memory = empty(memory, {B, N, D});
   Tensor out_read_weights = empty(memory, {B, R, N}), out_usage = empty(memory, {B, N});
   Tensor slots = empty_slots(memory, anchor_every > 0 ? shape.gates : Shape{0});
   Tensor anchors = empty(memory, anchor_every > 0 ? anchors_shape(T, anchor_every, B, D + R, N) : Shape{0});
   Device(memory).run(LruaScan{T, B, N, D, R, dtype_of(memory), dtype_of(keys), read_first, shared_target, usage_decay, eps,
                               anchor_every, data(memory), data(read_weights), data(usage), data(keys), data(write_vectors),
-                              data(gate_logits), data(sharpness),
+                              data(gate_logits), data(sharpness), sequences.arguments(),
                               // results
                               reads.mutable_data_ptr(), out_memory.mutable_data_ptr(), out_read_weights.mutable_data_ptr(),
                               out_usage.mutable_data_ptr(), slots.mutable_data_ptr<int64_t>(), anchors.mutable_data_ptr()});
@@ -95,10 +99,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(Tensor memo
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
     std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_read_weights, Tensor memory,
-    Tensor read_weights, Tensor keys, Tensor write_vectors, Tensor gate_logits, std::optional<Tensor> sharpness, Tensor slots,
-    Tensor anchors, bool read_first, bool shared_target, double eps, int64_t anchor_every) {
+    Tensor read_weights, Tensor keys, Tensor write_vectors, Tensor gate_logits, std::optional<Tensor> sharpness,
+    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor slots, Tensor anchors, bool read_first, bool shared_target, double eps, int64_t anchor_every) {
   const ScanShape shape(memory, read_weights, keys);
   const auto [T, B, N, D, R] = std::tie(shape.T, shape.B, shape.N, shape.D, shape.R);
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
@@ -111,21 +115,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
   write_vectors = input(write_vectors, shape.keys);
   gate_logits = input(gate_logits, shape.gates);
   sharpness = input(sharpness, shape.gates);
+  const SequenceTensors sequences(resets, lengths, start, {shape.gates.begin(), shape.gates.end() - 1}, B, memory);
   slots = input(slots, shape.gates);
   anchors = input(anchors, anchors_shape(T, anchor_every, B, D + R, N));
   Tensor grad_in_memory = empty(memory, {B, N, D}), grad_in_read_weights = empty(memory, {B, R, N});
   Tensor grad_keys = empty(keys, shape.keys), grad_write_vectors = empty(keys, shape.keys);
   Tensor grad_gate_logits = empty(keys, shape.gates);
-  Tensor grad_sharpness = empty(keys, sharpness ? shape.gates : Shape{0});
+  Tensor grad_sharpness = empty(keys, sharpness ? shape.gates : Shape{0}), grad_start = sequences.gradient(memory);
   Device(memory).run(LruaScanBackward{
       T, B, N, D, R, dtype_of(memory), dtype_of(keys), read_first, shared_target, eps, anchor_every, data(grad_reads),
       data(grad_memory), data(grad_read_weights), data(memory), data(read_weights), data(keys), data(write_vectors),
-      data(gate_logits), data(sharpness), slots.const_data_ptr<int64_t>(), data(anchors),
+      data(gate_logits), data(sharpness), sequences.arguments(), slots.const_data_ptr<int64_t>(), data(anchors),
       // results
       grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(), grad_keys.mutable_data_ptr(),
       grad_write_vectors.mutable_data_ptr(), grad_gate_logits.mutable_data_ptr(),
-      sharpness ? grad_sharpness.mutable_data_ptr() : nullptr});
-  return {grad_in_memory, grad_in_read_weights, grad_keys, grad_write_vectors, grad_gate_logits, grad_sharpness};
+      sharpness ? grad_sharpness.mutable_data_ptr() : nullptr, start ? grad_start.mutable_data_ptr() : nullptr});
+  return {grad_in_memory, grad_in_read_weights, grad_keys, grad_write_vectors, grad_gate_logits, grad_sharpness, grad_start};
 }
 
 }  // namespace

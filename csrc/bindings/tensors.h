@@ -50,6 +50,27 @@ Tensor empty_slots(const Tensor& like, const Shape& shape) {
   return torch::stable::new_empty(like, shape, std::make_optional(ScalarType::Long));
 }
 
+// resets [T, B] (of a step [B]), lengths [B] and start [N, D], as they came; made contiguous.
+struct SequenceTensors {
+  std::optional<Tensor> resets, lengths, start;
+  SequenceTensors(const std::optional<Tensor>& resets, const std::optional<Tensor>& lengths, const std::optional<Tensor>& start,
+                  const Shape& steps, int64_t B, const Tensor& memory)
+      : resets(input(resets, steps)), lengths(input(lengths, {B})), start(input(start, {memory.size(1), memory.size(2)})) {
+    STD_TORCH_CHECK(resets.has_value() == start.has_value(), "resets and start go together");
+    STD_TORCH_CHECK(!resets || (resets->scalar_type() == ScalarType::Bool && start->scalar_type() == memory.scalar_type()),
+                    "resets must be bool, and start of the dtype of memory");
+    STD_TORCH_CHECK(!lengths || lengths->scalar_type() == ScalarType::Long, "lengths must be int64");
+  }
+  Sequences arguments() const {
+    return {resets ? resets->const_data_ptr<bool>() : nullptr, lengths ? lengths->const_data_ptr<int64_t>() : nullptr,
+            data(start)};
+  }
+  // Where each sample's gradient of the start goes; of shape [0] without one.
+  Tensor gradient(const Tensor& memory) const {
+    return empty(memory, start ? Shape{memory.size(0), memory.size(1), memory.size(2)} : Shape{0});
+  }
+};
+
 // Anchors of B samples with so many rows of N slots each (../include/arguments.h).
 Shape anchors_shape(int64_t T, int64_t anchor_every, int64_t B, int64_t rows, int64_t N) {
   return {anchors_count(T, anchor_every), B, rows, padded_slots(N)};

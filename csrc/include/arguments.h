@@ -21,8 +21,27 @@ constexpr bool has_anchor(int64_t t, int64_t every) { return every > 0 && t > 0 
 constexpr int64_t anchor_offset(int64_t t, int64_t every, int64_t B, int64_t b, int64_t rows, int64_t N) {
   return ((t / every - 1) * B + b) * rows * padded_slots(N);
 }
-// The first step of the last replay, for backward, where every > 0: that of its anchor, 0 where there is none, -1 without steps.
-constexpr int64_t last_replay(int64_t T, int64_t every) { return T > 0 ? (T - 1) / every * every : -1; }
+
+// Where samples begin anew and end, of every scan. All are null where they always go on to the end; resets and start come
+// together. A sample that begins anew has the memory `start`, and weights and usage of 1 at slot 0; of a cell, a controller's
+// state and reads of 0. It takes no part in steps from its length on: its outputs and gradients there are 0.
+struct Sequences {
+  const bool* resets;      // [T, B]
+  const int64_t* lengths;  // [B], taken as within [0, T]
+  const void* start;       // [N, D], of the dtype of the state
+  constexpr bool begins(int64_t t, int64_t B, int64_t b) const { return resets != nullptr && resets[t * B + b]; }
+  constexpr int64_t length(int64_t T, int64_t b) const {
+    if (lengths == nullptr) return T;
+    return lengths[b] < 0 ? 0 : lengths[b] < T ? lengths[b] : T;
+  }
+  // The first step of the replay by which backward comes to step t, where every > 0: the state before it is known, as an
+  // anchor, a start, or what came in. At most `every` steps before.
+  constexpr int64_t replay_from(int64_t t, int64_t every, int64_t B, int64_t b) const {
+    const int64_t anchor = t / every * every;
+    while (t > anchor && !begins(t, B, b)) --t;
+    return t;
+  }
+};
 
 struct ContentRead {
   int64_t B, N, D, R;
@@ -76,6 +95,7 @@ struct LruaScan {
   int64_t anchor_every;
   const void *memory, *read_weights, *usage;
   const void *keys, *write_vectors, *gate_logits, *sharpness;  // [T, B, R, D], [T, B, R]; sharpness may be null
+  Sequences sequences;
   void *reads, *out_memory, *out_read_weights, *out_usage;
   int64_t* slots;  // [T, B, R]
   void* anchors;
@@ -89,9 +109,11 @@ struct LruaScanBackward {
   int64_t anchor_every;
   const void *grad_reads, *grad_memory, *grad_read_weights;  // each may be null
   const void *memory, *read_weights, *keys, *write_vectors, *gate_logits, *sharpness;
+  Sequences sequences;
   const int64_t* slots;
   const void* anchors;
   void *grad_in_memory, *grad_in_read_weights, *grad_keys, *grad_write_vectors, *grad_gate_logits, *grad_sharpness;
+  void* grad_start;  // [B, N, D], the sum over a sample's resets; null without
 };
 
 enum class Controller { lstm, gru, feedforward };
@@ -119,8 +141,11 @@ struct Cell {
   const void *hidden_weight, *hidden_bias;  // [G, H], [G]; null in a feed-forward controller
   const void* reads_weight;                 // [G, R D], rows reads_weight_ld apart
   int64_t reads_weight_ld;
-  const void *head_weight, *head_bias;                                  // [heads, H], [heads]
-  void *output, *out_cell, *out_memory, *out_read_weights, *out_usage;  // output [T, B, K]: hidden states and reads
+  const void *head_weight, *head_bias;  // [heads, H], [heads]
+  Sequences sequences;
+  void* output;                                      // [T, B, K]: hidden states and reads
+  void *out_hidden, *out_cell, *out_reads;           // the last; hidden and cell are null as those that come in
+  void *out_memory, *out_read_weights, *out_usage;
   // Kept for backward: [T, B, 4 H] (feed-forward: H) after the nonlinearities; [T, B, H] the cell, or the GRU's hidden
   // state; [T, B, heads] head values, keys and write vectors after their nonlinearity.
   void *kept_gates, *kept_states, *kept_heads;
@@ -138,7 +163,7 @@ struct CellBackward {
   bool read_first, shared_target;
   double eps;
   int64_t anchor_every;
-  const void *grad_output, *grad_cell, *grad_memory, *grad_read_weights;  // each may be null
+  const void *grad_output, *grad_hidden, *grad_cell, *grad_reads, *grad_memory, *grad_read_weights;  // each may be null
   const void *hidden, *cell, *memory, *read_weights;
   const void *hidden_weight, *reads_weight;
   int64_t reads_weight_ld;
@@ -146,10 +171,12 @@ struct CellBackward {
   const void *kept_gates, *kept_states, *kept_heads;
   const int64_t* slots;
   const void* anchors;
+  Sequences sequences;
   // Before the nonlinearities. The GRU's candidate has the hidden state's part inside a product, so that its gradient
   // differs from the input's: all of them again in grad_hidden_gates, which is null for the others.
   void *grad_gates, *grad_hidden_gates, *grad_heads;
-  void *grad_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_reads;
+  void *grad_in_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_in_reads;
+  void* grad_start;  // as in LruaScanBackward
 };
 
 // R + W heads: read heads first, then write heads. Anchors have D rows. anchor_every 0 keeps neither anchors nor history.
@@ -163,6 +190,7 @@ struct NtmScan {
   const void *keys, *sharpness, *gates;    // [T, B, R+W, D], [T, B, R+W], [T, B, R+W]
   const void *shift, *sharpening;          // [T, B, R+W, shifts], [T, B, R+W]
   const void *erase, *add;                 // [T, B, W, D]
+  Sequences sequences;
   void *reads, *out_memory, *out_weights;  // reads [T, B, R, D]
   void *history, *anchors;                 // history [T, B, R+W, N]: the weights of every step
 };
@@ -174,9 +202,12 @@ struct NtmScanBackward {
   double eps;
   int64_t anchor_every;
   const void *grad_reads, *grad_memory, *grad_weights;  // each may be null
-  const void *memory, *weights, *keys, *sharpness, *gates, *shift, *sharpening, *erase, *add, *history, *anchors;
+  const void *memory, *weights, *keys, *sharpness, *gates, *shift, *sharpening, *erase, *add;
+  Sequences sequences;
+  const void *history, *anchors;
   void *grad_in_memory, *grad_in_weights, *grad_keys, *grad_sharpness, *grad_gates, *grad_shift, *grad_sharpening;
   void *grad_erase, *grad_add;
+  void* grad_start;  // as in LruaScanBackward
 };
 
 }  // namespace mann_fast

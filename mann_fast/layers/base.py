@@ -129,7 +129,9 @@ class Memory(ABC):
         which may be None unless ``record``.
         """
 
-    def cell(self, *tensors: Any, controller: str) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-        """A whole sequence with a built-in controller in one call, with the tensors and results of :func:`mann_fast.ops.cell`;
-        called where ``fused``."""
+    def cell(
+        self, *tensors: Any, controller: str, **sequences: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Any, Tensor]:
+        """A whole sequence with a built-in controller in one call, with the tensors and results of :func:`mann_fast.ops.cell`,
+        and its resets, lengths and start; called where ``fused``."""
         raise NotImplementedError(f"{type(self).__name__} has no whole sequence in one call")

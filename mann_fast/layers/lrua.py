@@ -83,6 +83,8 @@ class LRUA(Memory):
         weights = None if written is None else MemoryWeights(state.read_weights, written, state.usage)
         return reads, state, weights
 
-    def cell(self, *tensors: Any, controller: str) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
+    def cell(
+        self, *tensors: Any, controller: str, **sequences: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], LRUAState, Tensor]:
         options = {"write_vector": self.write_vector, "sharpness": self.sharpness, **self._step_options}
-        return ops.cell(*tensors, controller=controller, **options)
+        return ops.cell(*tensors, controller=controller, **options, **sequences)

@@ -368,7 +368,7 @@ class MemoryLayer(nn.Module):
         head_weight, head_bias, *_ = controllers.weights(self.heads, x.dtype)
         sizes = [self.input_size, weight.shape[1] - self.input_size]
         input_weight, reads_weight = weight.split_with_sizes(sizes, 1)
-        output, controller, memory = self.memory.cell(
+        output, controller, memory, reads = self.memory.cell(
             F.linear(x, input_weight, bias),  # the input's part is one product for all steps
             *state,
             hidden_weight,
@@ -378,11 +378,10 @@ class MemoryLayer(nn.Module):
             head_bias,
             controller=self.kind,
         )
-        reads = state.reads.clone() if x.shape[0] == 0 else output[-1, :, self.hidden_size :].clone()
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined] # it may run where gradients are asked for
         if self.projection is None and (output.requires_grad or traced):
             output = output.clone()  # backward needs it as it is; callers may change theirs in place
-        return output, MemoryState(controller, memory, reads.view_as(state.reads))
+        return output, MemoryState(controller, memory, reads)
 
     def _run_by_steps(
         self, x: Tensor, state: MemoryState, record: bool

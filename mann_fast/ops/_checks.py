@@ -70,7 +70,10 @@ def _check_tensors(
                 raise ValueError(
                     f"{name} must have shape [{', '.join(axes)}] = {expected}, got {list(shape)}"
                 )
-        if argument.like is None:
+        if argument.dtype is not None:
+            if value.dtype != argument.dtype:
+                raise TypeError(f"{name} must be {argument.dtype}, got {value.dtype}")
+        elif argument.like is None:
             if value.dtype not in STATE_DTYPES:
                 raise TypeError(f"{name} must be torch.float32 or torch.float64, got {value.dtype}")
             if 0 in shape[1:]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Sizes = dict[str, int]
@@ -23,14 +24,17 @@ class Argument:
     axes: the name of every axis, for instance "B N D"; "[T] B R D" where a single step comes without T. An axis of one name
     has one size in all tensors of an op.
     like: the argument whose dtype this has; None where it is of a dtype of its own, float32 or float64.
+    dtype: of one that is not floating-point.
     half: may also be bfloat16 or float16, beside a float32 ``like``.
-    within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1) or "from 1".
+    within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1), "from 1", "flags" or
+        "up to T".
     heads_in: an axis that bounds R, the number of heads that this tensor has: 1 <= R, and at most the size of that axis.
     """
 
     name: str
     axes: str
     like: str | None = None
+    dtype: torch.dtype | None = None
     half: bool = False
     optional: bool = False
     differentiable: bool = True
@@ -43,6 +47,11 @@ class Argument:
         names = tuple(self.axes.replace("[T]", "T").split())
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "step_names", names[1:] if self.axes.startswith("[T]") else names)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample has its own; else they share it, and the raw backward gives the gradient of each."""
+        return "B" in self.names
 
     def names_of(self, dim: int) -> tuple[str, ...]:
         """The axes of a tensor with so many of them."""
@@ -119,7 +128,7 @@ class Op:
             results = (
                 Output(
                     f"grad_{a.name}",
-                    a.axes,
+                    a.axes if a.per_sample else f"B {a.axes}",
                     given[self.dtype_of(a)],
                     when=came(a.name) if a.optional else always,
                 )

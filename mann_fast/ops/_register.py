@@ -185,7 +185,7 @@ def _differentiated(op: Op, forward_op: Any, backward_op: Any, backend: str) -> 
             of_values, needed = [None] * len(op.names), ctx.needs_input_grad
             for i, result in zip(differentiable, results, strict=True):
                 if needed[i]:  # else it may be the empty one of an argument that did not come
-                    of_values[i] = result
+                    of_values[i] = result if op.gradients or op.arguments[i].per_sample else result.sum(0)
             return tuple(of_values)
 
         @staticmethod
@@ -259,9 +259,9 @@ class _Raw:
         if size == 0:  # nothing of which to learn how many samples each has
             raise ValueError(f"{self.name} cannot be mapped over an axis of size 0")
         tensors = list(zip(self.arguments, values[:count], in_dims[:count], strict=True))
-        if any(dim is not None and "B" not in a.names for a, _, dim in tensors):
+        if any(dim is not None and not a.per_sample for a, _, dim in tensors):
             return self._one_by_one(size, in_dims, values)
-        folded = [x if x is None or "B" not in a.names else _fold(a, x, dim, size) for a, x, dim in tensors]
+        folded = [x if x is None or not a.per_sample else _fold(a, x, dim, size) for a, x, dim in tensors]
         results = self.op(*folded, *values[count:])
         if isinstance(results, Tensor):
             return _unfold(self.outputs[0], results, size)

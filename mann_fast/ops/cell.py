@@ -19,6 +19,8 @@ from ..reference.lrua import LRUAState
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output, Sizes, came
 from ._register import call, declare
+from ._sequences import NAMES as SEQUENCE_NAMES
+from ._sequences import SEQUENCES, raw_sequences
 from .content import EPS
 from .lrua import (
     READ_FIRST,
@@ -37,7 +39,7 @@ NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of all that is differentiable, in the order of the arguments: the weights' are one product each, of the
     gradients of gates and heads at all steps with what they met there."""
-    reads, output = tensors[-2:]
+    resets, *_, reads, output = tensors[RESETS:]
     hidden, head_weight = tensors[0], tensors[6]
     needed = dict(zip(CELL.names, ctx.needs_input_grad, strict=True))
     products = torch.bfloat16 if ctx.options[BFLOAT16] else output.dtype
@@ -51,6 +53,7 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         grad_memory,
         grad_read_weights,
         grad_reads,
+        grad_start,
     ) = results
     if hidden is None or grad_hidden_gates.dim() == 1:  # only a GRU's differ
         grad_hidden_gates = grad_gates
@@ -64,17 +67,18 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
         if needed["hidden_weight"]:
-            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size])
+            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size], resets)
         if needed["reads_weight"]:
             first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
-            reads_weight = _weight_gradient(of_gates, first, met[..., size:])
+            reads_weight = _weight_gradient(of_gates, first, met[..., size:], resets)
         if needed["head_weight"]:
             head_weight = torch.mm(_rows(grad_heads.to(products)).t(), _rows(met[..., :size]))
     weights = [
         x if x is None else x.to(output.dtype)
         for x in (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     ]
-    return grad_gates, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads, *weights
+    start = grad_start.sum(0) if needed["start"] else None
+    return grad_gates, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads, *weights, start
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -83,11 +87,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(steps * batch, width)
 
 
-def _weight_gradient(grads: Tensor, first: Tensor, met: Tensor) -> Tensor:
+def _weight_gradient(grads: Tensor, first: Tensor, met: Tensor, resets: Tensor | None) -> Tensor:
     """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, then met
-    [T, B, K] of the step before. (No tensor of T - 1 steps: torch.compile would make T = 2 a case of its own.)"""
+    [T, B, K] of the step before, but 0 at resets [T, B]. (No tensor of T - 1 steps: torch.compile would make T = 2 a case of
+    its own.)"""
     grads = _rows(grads)
-    return torch.mm(grads.t(), torch.cat([first, _rows(met)])[: grads.shape[0]])
+    before = torch.cat([first, _rows(met)])[: grads.shape[0]]
+    if resets is not None:
+        before = before.masked_fill(resets.reshape(-1, 1), 0)
+    return torch.mm(grads.t(), before)
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
@@ -117,6 +125,7 @@ CELL = declare(
             Argument("reads_weight", "G RD", like="gates"),
             Argument("head_weight", "heads H", like="gates"),
             Argument("head_bias", "heads", like="gates"),
+            *SEQUENCES,
         ),
         options=(
             Option("controller", "int", NUMBERS["lstm"]),
@@ -129,7 +138,9 @@ CELL = declare(
         ),
         outputs=(
             Output("output", "T B H+RD", like="gates"),
+            Output("hidden", "B H", like="gates", when=_recurrent),
             Output("cell", "B H", like="gates", when=came("cell")),
+            Output("reads", "B R D", like="gates"),
             Output("memory", "B N D", like="gates"),
             Output("read_weights", "B R N", like="gates"),
             Output("usage", "B N", like="gates", differentiable=False),
@@ -141,7 +152,7 @@ CELL = declare(
         ),
         saved=(
             *("hidden", "cell", "memory", "read_weights", "hidden_weight", "reads_weight", "head_weight"),
-            *("kept_gates", "kept_states", "kept_heads", "slots", "anchors"),
+            *("kept_gates", "kept_states", "kept_heads", "slots", "anchors", *SEQUENCE_NAMES),
         ),
         also_saved=("reads", "output"),
         public=("cell",),
@@ -164,11 +175,13 @@ CELL = declare(
             Output("grad_memory", "B N D", like="memory"),
             Output("grad_read_weights", "B R N", like="memory"),
             Output("grad_reads", "B R D", like="memory"),
+            Output("grad_start", "B N D", like="memory", when=came("start")),
         ),
         gradients=_gradients,
     )
 )
 BFLOAT16 = [option.name for option in CELL.backward_options].index("bfloat16")
+RESETS = CELL.saved.index("resets")
 
 # What the public function takes, memory first, named as its callers know it.
 TENSORS = (*STATE, CELL.arguments[0], *CELL.arguments[1:3], *CELL.arguments[6:])
@@ -180,6 +193,7 @@ NAMES = (
     "state.hidden",
     "state.cell",
     *CELL.names[6:12],
+    *SEQUENCE_NAMES,
 )
 
 _fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
@@ -216,7 +230,10 @@ def cell(
     write_target: str = "per_head",
     usage_decay: float = 0.95,
     eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], LRUAState, Tensor]:
     """A whole memory-augmented network's sequence (Santoro et al. 2016, arXiv 1605.06065): controller, heads and memory.
 
     At every step the controller takes ``gates[t] + reads @ reads_weight.T``, and beside it ``hidden @ hidden_weight.T +
@@ -244,10 +261,12 @@ def cell(
         write_vector: "separate", or "key" where a head writes its key.
         sharpness: factor on the similarity: "learned" (1 + 10 softplus of its value), a number, or None for 1.
         order, write_target, usage_decay, eps: see :func:`lrua_step`.
+        resets, lengths, start: [T, B], [B] and [N, D] as in :func:`lrua_scan`; a reset zeroes the controller's state and the
+            reads, too, and output is 0 after a sample's length. start has the dtype of the memory's state.
 
     Returns:
-        output [T, B, H + R D], the hidden states and reads of every step; the controller's state and the LRUAState after
-        the last. The last reads are ``output[-1, :, H:]``. Differentiable once in everything but usage.
+        output [T, B, H + R D], the hidden states and reads of every step; the controller's state, the LRUAState and the reads
+        [B, R, D] after the last. Differentiable once in everything but usage.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
@@ -257,7 +276,9 @@ def cell(
     check_sharpness(sharpness)
     raw = raw_options(order, write_target, usage_decay, eps)
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    sizes = _check_cell(gates, state, memory, reads, weights, controller, write_vector, sharpness)
+    sequences = (resets, lengths, start)
+    sizes = _check_cell(gates, state, memory, reads, weights, sequences, controller, write_vector, sharpness)
+    sequences = raw_sequences(memory[0], gates.shape[0], *sequences)
     backend = _backend.serving(gates.device)
     learned, separate = sharpness == "learned", write_vector == "separate"
     fused = backend == "cpp" or (
@@ -286,16 +307,18 @@ def cell(
                 write_target=write_target,
                 usage_decay=usage_decay,
                 eps=eps,
+                **dict(zip(SEQUENCE_NAMES, sequences, strict=True)),
                 step=reference.lrua_step if backend == "reference" else lrua_step,
             )
     dtype = gates.dtype
     tensors = [gates, *(*state, None, None)[:2], *memory, reads, *weights]
     if dtype in _checks.HALF_DTYPES:
         tensors = [x if x is None else x.float() for x in tensors]
-    output, cell, *memory = call(
+    output, hidden, cell, reads, *memory = call(
         CELL,
         backend,
         *tensors,
+        *sequences,
         NUMBERS[controller],
         separate,
         learned,
@@ -304,11 +327,11 @@ def cell(
         *raw,
         dtype == torch.bfloat16 and backend == "cpp",
         0,
-    )[:5]
-    last = (output[-1, :, : sizes["H"]].clone(), cell)[: len(state)]
+    )[:7]
+    last = (hidden, cell)[: len(state)]
     if dtype != output.dtype:
-        output, last = output.to(dtype), tuple(x.to(dtype) for x in last)
-    return output, last, LRUAState(*memory)
+        output, reads, last = output.to(dtype), reads.to(dtype), tuple(x.to(dtype) for x in last)
+    return output, last, LRUAState(*memory), reads
 
 
 def _check_cell(
@@ -317,6 +340,7 @@ def _check_cell(
     memory: LRUAState,
     reads: Tensor,
     weights: tuple[Tensor | None, ...],
+    sequences: tuple[Tensor | None, ...],
     controller: str,
     write_vector: str,
     sharpness: str | float | None,
@@ -340,7 +364,7 @@ def _check_cell(
         ("RD", of_memory["R"] * of_memory["D"]),
         ("heads", sum(head_sizes(of_memory["R"], of_memory["D"], write_vector, sharpness))),
     )
-    tensors = (*memory, gates, *(*state, None, None)[:2], reads, *weights)
+    tensors = (*memory, gates, *(*state, None, None)[:2], reads, *weights, *sequences)
     return _checks.check_tensors(TENSORS, NAMES, tensors, known=known)
 
 

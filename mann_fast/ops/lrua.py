@@ -14,6 +14,7 @@ from ..reference.lrua import LRUAState
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output
 from ._register import call, declare
+from ._sequences import NAMES, NO_SEQUENCES, SEQUENCES, raw_sequences
 from .content import EPS, MEMORY
 
 ORDERS = ("write_first", "read_first")
@@ -70,6 +71,7 @@ LRUA_SCAN = declare(
             Argument("write_vectors", "[T] B R D", like="keys"),
             Argument("gate_logits", "[T] B R", like="keys"),
             Argument("sharpness", "[T] B R", like="keys", optional=True),
+            *SEQUENCES,
         ),
         options=(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
         outputs=(
@@ -87,6 +89,7 @@ LRUA_SCAN = declare(
             "write_vectors",
             "gate_logits",
             "sharpness",
+            *NAMES,
             "slots",
             "anchors",
         ),
@@ -97,8 +100,8 @@ LRUA_SCAN = declare(
 )
 
 WRITE_NAMES = LRUA_WRITE.names[:5]
-SCAN_NAMES = ("state.memory", "state.read_weights", "state.usage", *LRUA_SCAN.names[3:7])
-STEP_NAMES = (*SCAN_NAMES[:3], "key", "write_vector", "gate_logit", "sharpness")
+SCAN_NAMES = ("state.memory", "state.read_weights", "state.usage", *LRUA_SCAN.names[3:7], *NAMES)
+STEP_NAMES = (*SCAN_NAMES[:3], "key", "write_vector", "gate_logit", "sharpness", *NAMES)
 
 
 def raw_options(
@@ -185,19 +188,26 @@ def _lrua(
     names: tuple[str, ...],
     function: Callable[..., tuple[Tensor, LRUAState]],
     *,
-    steps: bool,
+    sequences: tuple[Tensor | None, ...] | None,
     **options: Any,
 ) -> tuple[Tensor, LRUAState]:
-    """A step or a scan, which differ in the leading T alone; ``function`` is the reference's."""
+    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has; ``function`` is the
+    reference's."""
     _checks.check_tuple("state", state, LRUAState)
+    steps = sequences is not None
     tensors = (*state, *inputs)
-    _checks.check_tensors(LRUA_SCAN.arguments, names, tensors, steps=steps)
+    _checks.check_tensors(
+        LRUA_SCAN.arguments, names, (*tensors, *(sequences or NO_SEQUENCES)), steps=steps
+    )
     raw = raw_options(**options)
+    sequences = raw_sequences(state[0], inputs[0].shape[0], *sequences) if sequences else NO_SEQUENCES
     backend = _backend.serving(state[0].device)
     if backend == "reference":
+        if steps:
+            options |= zip(NAMES, sequences, strict=True)
         with _backend.without_autocast(state[0].device.type):
             return function(state, *inputs, **options)
-    outputs = call(LRUA_SCAN, backend, *tensors, *raw, 0)
+    outputs = call(LRUA_SCAN, backend, *tensors, *sequences, *raw, 0)
     return outputs[0], LRUAState(*outputs[1:4])
 
 
@@ -242,7 +252,7 @@ def lrua_step(
         (key, write_vector, gate_logit, sharpness),
         STEP_NAMES,
         reference.lrua_step,
-        steps=False,
+        sequences=None,
         order=order,
         write_target=write_target,
         usage_decay=usage_decay,
@@ -257,6 +267,9 @@ def lrua_scan(
     gate_logits: Tensor,
     sharpness: Tensor | None = None,
     *,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
     order: str = "write_first",
     write_target: str = "per_head",
     usage_decay: float = 0.95,
@@ -269,6 +282,12 @@ def lrua_scan(
     Args:
         state: as in :func:`lrua_step`.
         keys, write_vectors: [T, B, R, D]; gate_logits, sharpness: [T, B, R]; the other arguments as in :func:`lrua_step`.
+        resets: bool [T, B]: where True the sample begins anew before that step, with weights and usage as in
+            ``LRUAState.initial`` and the memory ``start``. Nothing of the steps before, and no gradient, passes.
+        lengths: int64 [B], each within [0, T]: a sample has so many steps. Its reads are 0 after them, what its inputs hold
+            there reaches nothing and gets a gradient of 0, and its state is that after the last of them.
+        start: [N, D], of the state's dtype, with the resets only; the gradients of all resets are summed in it. None for the
+            constant that ``LRUAState.initial`` fills a memory with.
 
     Returns:
         reads [T, B, R, D] of keys' dtype, and the LRUAState after the last step. T = 0 gives a copy of the state.
@@ -281,7 +300,7 @@ def lrua_scan(
         (keys, write_vectors, gate_logits, sharpness),
         SCAN_NAMES,
         reference.lrua_scan,
-        steps=True,
+        sequences=(resets, lengths, start),
         order=order,
         write_target=write_target,
         usage_decay=usage_decay,

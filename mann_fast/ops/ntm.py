@@ -11,6 +11,7 @@ from ..reference.ntm import NTMHead, NTMState
 from . import _backend, _checks
 from ._declare import Argument, Op, Output, Sizes
 from ._register import call, declare
+from ._sequences import NAMES, NO_SEQUENCES, SEQUENCES, raw_sequences
 from .content import EPS, MEMORY
 from .lrua import ORDERS, READ_FIRST
 
@@ -41,6 +42,7 @@ NTM_SCAN = declare(
             Argument("sharpening", "T B R+W", like="keys", within="from 1"),
             Argument("erase", "T B W D", like="keys", within="unit"),
             Argument("add", "T B W D", like="keys"),
+            *SEQUENCES,
         ),
         options=(READ_FIRST, EPS),
         outputs=(
@@ -52,7 +54,7 @@ NTM_SCAN = declare(
         ),
         saved=(
             *("memory", "weights", "keys", "sharpness", "gates", "shift", "sharpening", "erase", "add"),
-            *("history", "anchors"),
+            *(*NAMES, "history", "anchors"),
         ),
         public=("ntm_address", "ntm_step", "ntm_scan"),
         interval=lambda values, backend: ntm_interval(values[0].shape[2], values[1].shape[1]),
@@ -70,6 +72,8 @@ STEP = (
     Argument("add", "[T] B W D", like="erase"),
     *_head("read_head.", "R", "erase"),
     *_head("write_head.", "W", "erase"),
+    *SEQUENCES[:2],
+    Argument("start", "N D", like="state.memory", optional=True),
 )
 ADDRESS_NAMES, STEP_NAMES = ([argument.name for argument in arguments] for arguments in (ADDRESS, STEP))
 
@@ -110,7 +114,7 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
             return reference.ntm_address(memory, head, previous, eps=eps)
     nothing = head[0].new_empty(1, sizes["B"], 0, sizes["D"])
     inputs = (*(x.unsqueeze(0) for x in head), nothing, nothing)
-    return call(NTM_SCAN, backend, memory, previous, *inputs, True, float(eps), 0)[2]
+    return call(NTM_SCAN, backend, memory, previous, *inputs, *NO_SEQUENCES, True, float(eps), 0)[2]
 
 
 def _ntm(
@@ -120,35 +124,38 @@ def _ntm(
     erase: Tensor,
     add: Tensor,
     *,
-    steps: bool,
+    sequences: tuple[Tensor | None, ...] | None,
     order: str,
     eps: float,
 ) -> tuple[Tensor, NTMState]:
-    """A step or a scan, which differ in the leading T alone."""
+    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has."""
     for name, value, kind in (
         ("state", state, NTMState),
         ("read_head", read_head, NTMHead),
         ("write_head", write_head, NTMHead),
     ):
         _checks.check_tuple(name, value, kind)
-    sizes = _checks.check_tensors(
-        STEP, STEP_NAMES, (*state, erase, add, *read_head, *write_head), steps=steps
-    )
+    steps = sequences is not None
+    tensors = (*state, erase, add, *read_head, *write_head, *(sequences or NO_SEQUENCES))
+    sizes = _checks.check_tensors(STEP, STEP_NAMES, tensors, steps=steps)
     _check_moves("read_head", sizes)
     _checks.check_choice("order", order, ORDERS)
     _checks.check_eps(eps)
     memory, read_weights, write_weights = state
+    sequences = raw_sequences(memory, erase.shape[0], *sequences) if sequences else NO_SEQUENCES
     backend = _backend.serving(memory.device)
     if backend == "reference":
         function = reference.ntm_scan if steps else reference.ntm_step
+        options = dict(zip(NAMES, sequences, strict=True)) if steps else {}
         with _backend.without_autocast(memory.device.type):
-            return function(state, read_head, write_head, erase, add, order=order, eps=eps)
+            return function(state, read_head, write_head, erase, add, order=order, eps=eps, **options)
     inputs = [torch.cat(pair, dim=2 if steps else 1) for pair in zip(read_head, write_head, strict=True)]
     inputs += [erase, add]
     if not steps:
         inputs = [x.unsqueeze(0) for x in inputs]
     weights = torch.cat([read_weights, write_weights], dim=1)
-    outputs = call(NTM_SCAN, backend, memory, weights, *inputs, order == "read_first", float(eps), 0)
+    raw = (order == "read_first", float(eps), 0)
+    outputs = call(NTM_SCAN, backend, memory, weights, *inputs, *sequences, *raw)
     reads, memory, weights = outputs[:3]
     # Copies: no two tensors of a state share their storage.
     parts = (x.clone() for x in weights.split([sizes["R"], sizes["W"]], dim=1))
@@ -185,7 +192,7 @@ def ntm_step(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return _ntm(state, read_head, write_head, erase, add, steps=False, order=order, eps=eps)
+    return _ntm(state, read_head, write_head, erase, add, sequences=None, order=order, eps=eps)
 
 
 def ntm_scan(
@@ -195,13 +202,18 @@ def ntm_scan(
     erase: Tensor,
     add: Tensor,
     *,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
     order: str = "read_first",
     eps: float = 1e-6,
 ) -> tuple[Tensor, NTMState]:
     """T steps of :func:`ntm_step` in one call: reads [T, B, R, D] and the last state.
 
     All of ``read_head``, ``write_head``, ``erase`` and ``add`` have a leading T, which may be 0; then the state is cloned.
-    Other arguments, dtypes and errors as in :func:`ntm_step`. Backward keeps the weights of every step and the memory of
+    Other arguments, dtypes and errors as in :func:`ntm_step`; resets [T, B], lengths [B] and start [N, D] as in
+    :func:`mann_fast.ops.lrua_scan`, where a reset takes weights to those of ``NTMState.initial``. Backward keeps the weights of every step and the memory of
     every few.
     """
-    return _ntm(state, read_head, write_head, erase, add, steps=True, order=order, eps=eps)
+    sequences = (resets, lengths, start)
+    return _ntm(state, read_head, write_head, erase, add, sequences=sequences, order=order, eps=eps)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .lrua import LRUAState, lrua_step
+from .sequences import Steps
 
 # Gates per hidden unit, and the tensors of the state that goes round beside the memory.
 CONTROLLERS = {"lstm": (4, ("hidden", "cell")), "gru": (3, ("hidden",)), "feedforward": (1, ())}
@@ -74,17 +75,24 @@ def cell(
     write_target: str = "per_head",
     usage_decay: float = 0.95,
     eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
     step: Callable[..., tuple[Tensor, LRUAState]] = lrua_step,
-) -> tuple[Tensor, tuple[Tensor, ...], LRUAState]:
+) -> tuple[Tensor, tuple[Tensor, ...], LRUAState, Tensor]:
     """See :func:`mann_fast.ops.cell`. ``step`` takes the place of :func:`lrua_step`."""
     batch, heads, slot_size = reads.shape
     if gates.shape[0] == 0:
         slots, read_weights, usage = memory
         memory = LRUAState(slots.clone(), read_weights.clone(), usage.detach().clone())
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
-        return output, tuple(x.clone() for x in state), memory
-    outputs = []
-    for now in gates.unbind(0):
+        return output, tuple(x.clone() for x in state), memory, reads.clone()
+    sequences, outputs = Steps(resets, lengths, start), []
+    for t in range(gates.shape[0]):
+        before = (memory, reads, *state)
+        memory = sequences.begin(t, memory)
+        reads, *state = sequences.zero(t, reads, *state)
+        (now,) = sequences.inputs(t, gates[t])
         now = torch.addmm(now, reads.flatten(1), reads_weight.t())
         if hidden_weight is None or hidden_bias is None:  # feed-forward
             hidden = torch.tanh(now)
@@ -101,5 +109,7 @@ def cell(
             usage_decay=usage_decay,
             eps=eps,
         )
-        outputs.append(torch.cat([hidden, reads.flatten(1)], dim=1))
-    return torch.stack(outputs), state, memory
+        outputs += sequences.outputs(t, torch.cat([hidden, reads.flatten(1)], dim=1))
+        memory = LRUAState(*sequences.end(t, memory, before[0]))
+        reads, *state = sequences.end(t, (reads, *state), before[1:])
+    return torch.stack(outputs), tuple(state), memory, reads

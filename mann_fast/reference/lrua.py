@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .._onnx import exporting
-from .._state import State, check_initial
+from .._state import START, State, check_initial
 from .content import similarity
+from .sequences import Steps
 
 
 class LRUAState(
@@ -31,7 +32,7 @@ class LRUAState(
         slot_size: int,
         num_heads: int,
         *,
-        value: float = 1e-6,
+        value: float = START,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> LRUAState:
@@ -161,25 +162,28 @@ def lrua_scan(
     write_target: str = "per_head",
     usage_decay: float = 0.95,
     eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, LRUAState]:
     """See :func:`mann_fast.ops.lrua_scan`. ``slots`` [T, B, R] replays given choices of the least used slots."""
     if keys.shape[0] == 0:
         memory, read_weights, usage = state
         return keys.clone(), LRUAState(memory.clone(), read_weights.clone(), usage.detach().clone())
-    reads = []
+    sequences, reads = Steps(resets, lengths, start), []
     for t in range(keys.shape[0]):
+        inputs = (keys[t], write_vectors[t], gate_logits[t], None if sharpness is None else sharpness[t])
+        before = state
         read, state = lrua_step(
-            state,
-            keys[t],
-            write_vectors[t],
-            gate_logits[t],
-            None if sharpness is None else sharpness[t],
+            sequences.begin(t, before),
+            *sequences.inputs(t, *inputs),
             order=order,
             write_target=write_target,
             usage_decay=usage_decay,
             eps=eps,
             slots=None if slots is None else slots[t],
         )
-        reads.append(read)
+        state = LRUAState(*sequences.end(t, state, before))
+        reads += sequences.outputs(t, read)
     return torch.stack(reads), state

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._state import State, check_initial
+from .._state import START, State, check_initial
 from .content import similarity
+from .sequences import Steps
 
 
 class NTMHead(NamedTuple):
@@ -41,7 +42,7 @@ class NTMState(
         read_heads: int,
         write_heads: int,
         *,
-        value: float = 1e-6,
+        value: float = START,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> NTMState:
@@ -126,13 +127,23 @@ def ntm_scan(
     *,
     order: str = "read_first",
     eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, NTMState]:
     """See :func:`mann_fast.ops.ntm_scan`."""
     if erase.shape[0] == 0:
         return read_head[0].clone(), NTMState(*(x.clone() for x in state))
-    reads = []
+    sequences, reads = Steps(resets, lengths, start), []
     for t in range(erase.shape[0]):
-        reading, writing = (NTMHead(*(x[t] for x in head)) for head in (read_head, write_head))
-        read, state = ntm_step(state, reading, writing, erase[t], add[t], order=order, eps=eps)
-        reads.append(read)
+        reading, writing = (
+            NTMHead(*sequences.inputs(t, *(x[t] for x in head))) for head in (read_head, write_head)
+        )
+        before = state
+        written = sequences.inputs(t, erase[t], add[t])
+        read, state = ntm_step(
+            sequences.begin(t, before), reading, writing, *written, order=order, eps=eps
+        )
+        state = NTMState(*sequences.end(t, state, before))
+        reads += sequences.outputs(t, read)
     return torch.stack(reads), state

@@ -1,0 +1,45 @@
+"""Samples of a batch that begin anew or end in the middle of a sequence: what every scan takes for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._state import START
+from ._declare import Argument
+
+# Of a raw op: resets and start come together.
+SEQUENCES = (
+    Argument("resets", "[T] B", dtype=torch.bool, optional=True, differentiable=False, within="flags"),
+    Argument("lengths", "B", dtype=torch.int64, optional=True, differentiable=False, within="up to T"),
+    Argument("start", "N D", like="memory", optional=True),
+)
+NAMES = tuple(argument.name for argument in SEQUENCES)
+
+Values = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_SEQUENCES: Values = (None, None, None)
+
+
+def raw_sequences(memory: Tensor, steps: int, resets: Any, lengths: Any, start: Any) -> Values:
+    """The values of SEQUENCES as the raw op takes them, from the public ones, whose shapes are checked already."""
+    if lengths is not None:
+        check_lengths(lengths, steps)
+    if resets is None:
+        if start is not None:
+            raise TypeError("start is where a sample goes at a reset: resets must be given with it, got None")
+    elif start is None:
+        start = memory.new_full(memory.shape[1:], START)
+    return resets, lengths, start
+
+
+def check_lengths(lengths: Tensor, steps: int) -> None:
+    """Each within [0, T]. On a GPU, and while a compiler looks on, it is an assertion, which fails when it is run."""
+    if torch._C._functorch.is_batchedtensor(lengths):
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+    fits = ((lengths >= 0) & (lengths <= steps)).all()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or lengths.device.type != "cpu":
+        torch._assert_async(fits, "lengths must be within [0, T]")
+    elif not fits:
+        raise ValueError(f"lengths must be within [0, T = {steps}], got {lengths.tolist()}")
