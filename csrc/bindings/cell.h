@@ -67,17 +67,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor kept_heads = empty(gates, keeps ? Shape{T, B, heads} : Shape{0});
   Tensor slots = empty_slots(gates, keeps ? Shape{T, B, R} : Shape{0});
   Tensor anchors = empty(gates, keeps ? anchors_shape(T, anchor_every, B, D + R, N) : Shape{0});
-  Device(memory).run(Cell{T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness,
-                          sharpness_scale, read_first, shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden),
-                          data(cell), data(memory), data(read_weights), data(usage), data(reads), data(hidden_weight),
-                          data(hidden_bias), data(reads_weight), reads_weight.stride(0), data(head_weight), data(head_bias),
-                          sequences.arguments(),
-                          // results
-                          output.mutable_data_ptr(), hidden ? out_hidden.mutable_data_ptr() : nullptr,
-                          cell ? out_cell.mutable_data_ptr() : nullptr, out_reads.mutable_data_ptr(), out_memory.mutable_data_ptr(),
-                          out_read_weights.mutable_data_ptr(), out_usage.mutable_data_ptr(), kept_gates.mutable_data_ptr(),
-                          kept_states.mutable_data_ptr(), kept_heads.mutable_data_ptr(), slots.mutable_data_ptr<int64_t>(),
-                          anchors.mutable_data_ptr()});
+  Device(memory).run(Cell{
+      T, B, H, N, D, R, dtype_of(gates), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
+      read_first, shared_target, usage_decay, eps, anchor_every, data(gates), data(hidden), data(cell), data(memory),
+      data(read_weights), data(usage), data(reads), data(hidden_weight), data(hidden_bias), data(reads_weight),
+      reads_weight.stride(0), data(head_weight), data(head_bias), sequences.arguments(),
+      // results
+      output.mutable_data_ptr(), hidden ? out_hidden.mutable_data_ptr() : nullptr, cell ? out_cell.mutable_data_ptr() : nullptr,
+      out_reads.mutable_data_ptr(), out_memory.mutable_data_ptr(), out_read_weights.mutable_data_ptr(),
+      out_usage.mutable_data_ptr(), kept_gates.mutable_data_ptr(), kept_states.mutable_data_ptr(),
+      kept_heads.mutable_data_ptr(), slots.mutable_data_ptr<int64_t>(), anchors.mutable_data_ptr()});
   return {output,    out_hidden, out_cell,    out_reads,  out_memory, out_read_weights,
           out_usage, kept_gates, kept_states, kept_heads, slots,      anchors};
 }
@@ -85,12 +84,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward(
     std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_cell,
-    std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_read_weights, std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory,
-    Tensor read_weights, std::optional<Tensor> hidden_weight, Tensor reads_weight, Tensor head_weight, Tensor kept_gates,
-    Tensor kept_states, Tensor kept_heads, Tensor slots, Tensor anchors, std::optional<Tensor> resets,
-    std::optional<Tensor> lengths, std::optional<Tensor> start, int64_t controller, bool separate_vector,
-    bool learned_sharpness, double sharpness, double sharpness_scale, bool read_first, bool shared_target, double eps,
-    bool bfloat16, int64_t anchor_every) {
+    std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_read_weights,
+    std::optional<Tensor> hidden, std::optional<Tensor> cell, Tensor memory, Tensor read_weights,
+    std::optional<Tensor> hidden_weight, Tensor reads_weight, Tensor head_weight, Tensor kept_gates, Tensor kept_states,
+    Tensor kept_heads, Tensor slots, Tensor anchors, std::optional<Tensor> resets, std::optional<Tensor> lengths,
+    std::optional<Tensor> start, int64_t controller, bool separate_vector, bool learned_sharpness, double sharpness,
+    double sharpness_scale, bool read_first, bool shared_target, double eps, bool bfloat16, int64_t anchor_every) {
   const CellShape shape(kept_gates.size(0), memory, read_weights, head_weight, controller);
   const auto [T, B, H, N, D, R, K, G, kept, heads, kind] = shape;
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
@@ -121,19 +120,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor grad_in_cell = empty(memory, cell ? Shape{B, H} : Shape{0}), grad_in_memory = empty(memory, {B, N, D});
   Tensor grad_in_read_weights = empty(memory, {B, R, N}), grad_in_reads = empty(memory, {B, R, D});
   Tensor grad_start = sequences.gradient(memory);
-  Device(memory).run(
-      CellBackward{T, B, H, N, D, R, dtype_of(memory), bfloat16, kind, separate_vector, learned_sharpness, sharpness,
-                   sharpness_scale, read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_hidden),
-                   data(grad_cell), data(grad_reads), data(grad_memory), data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights),
-                   data(hidden_weight), data(reads_weight), reads_weight.stride(0), data(head_weight), data(kept_gates),
-                   data(kept_states), data(kept_heads), slots.const_data_ptr<int64_t>(), data(anchors),
-                   sequences.arguments(),
-                   // results
-                   grad_gates.mutable_data_ptr(), gru ? grad_hidden_gates.mutable_data_ptr() : nullptr,
-                   grad_heads.mutable_data_ptr(), hidden ? grad_in_hidden.mutable_data_ptr() : nullptr,
-                   cell ? grad_in_cell.mutable_data_ptr() : nullptr, grad_in_memory.mutable_data_ptr(),
-                   grad_in_read_weights.mutable_data_ptr(), grad_in_reads.mutable_data_ptr(),
-                   start ? grad_start.mutable_data_ptr() : nullptr});
+  Device(memory).run(CellBackward{
+      T, B, H, N, D, R, dtype_of(memory), bfloat16, kind, separate_vector, learned_sharpness, sharpness, sharpness_scale,
+      read_first, shared_target, eps, anchor_every, data(grad_output), data(grad_hidden), data(grad_cell), data(grad_reads),
+      data(grad_memory), data(grad_read_weights), data(hidden), data(cell), data(memory), data(read_weights),
+      data(hidden_weight), data(reads_weight), reads_weight.stride(0), data(head_weight), data(kept_gates), data(kept_states),
+      data(kept_heads), slots.const_data_ptr<int64_t>(), data(anchors), sequences.arguments(),
+      // results
+      grad_gates.mutable_data_ptr(), gru ? grad_hidden_gates.mutable_data_ptr() : nullptr, grad_heads.mutable_data_ptr(),
+      hidden ? grad_in_hidden.mutable_data_ptr() : nullptr, cell ? grad_in_cell.mutable_data_ptr() : nullptr,
+      grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(), grad_in_reads.mutable_data_ptr(),
+      start ? grad_start.mutable_data_ptr() : nullptr});
   return {grad_gates,     grad_hidden_gates,    grad_heads,    grad_in_hidden, grad_in_cell,
           grad_in_memory, grad_in_read_weights, grad_in_reads, grad_start};
 }

@@ -67,14 +67,10 @@ struct ScanShape {
 };
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(Tensor memory, Tensor read_weights, Tensor usage,
-                                                                     Tensor keys, Tensor write_vectors, Tensor gate_logits,
-                                                                     std::optional<Tensor> sharpness,
-                                                                     std::optional<Tensor> resets,
-                                                                     std::optional<Tensor> lengths,
-                                                                     std::optional<Tensor> start, bool read_first,
-                                                                     bool shared_target, double usage_decay, double eps,
-                                                                     int64_t anchor_every) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan(
+    Tensor memory, Tensor read_weights, Tensor usage, Tensor keys, Tensor write_vectors, Tensor gate_logits,
+    std::optional<Tensor> sharpness, std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start,
+    bool read_first, bool shared_target, double usage_decay, double eps, int64_t anchor_every) {
   const ScanShape shape(memory, read_weights, keys);
   const auto [T, B, N, D, R] = std::tie(shape.T, shape.B, shape.N, shape.D, shape.R);
   memory = input(memory, {B, N, D});
@@ -102,7 +98,8 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lrua_scan_backward(
     std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_read_weights, Tensor memory,
     Tensor read_weights, Tensor keys, Tensor write_vectors, Tensor gate_logits, std::optional<Tensor> sharpness,
-    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor slots, Tensor anchors, bool read_first, bool shared_target, double eps, int64_t anchor_every) {
+    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor slots, Tensor anchors,
+    bool read_first, bool shared_target, double eps, int64_t anchor_every) {
   const ScanShape shape(memory, read_weights, keys);
   const auto [T, B, N, D, R] = std::tie(shape.T, shape.B, shape.N, shape.D, shape.R);
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");

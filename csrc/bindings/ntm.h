@@ -52,7 +52,8 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ntm_scan_backward(
     std::optional<Tensor> grad_reads, std::optional<Tensor> grad_memory, std::optional<Tensor> grad_weights, Tensor memory,
     Tensor weights, Tensor keys, Tensor sharpness, Tensor gates, Tensor shift, Tensor sharpening, Tensor erase, Tensor add,
-    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor history, Tensor anchors, bool read_first, double eps, int64_t anchor_every) {
+    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor history, Tensor anchors,
+    bool read_first, double eps, int64_t anchor_every) {
   const NtmShape shape(memory, weights, keys, shift, erase);
   const auto [T, B, N, D, heads, W, R, shifts] =
       std::tie(shape.T, shape.B, shape.N, shape.D, shape.heads, shape.W, shape.R, shape.shifts);
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       grad_sharpening.mutable_data_ptr(), grad_erase.mutable_data_ptr(), grad_add.mutable_data_ptr(),
       start ? grad_start.mutable_data_ptr() : nullptr});
   return {grad_in_memory, grad_in_weights, grad_keys,  grad_sharpness, grad_gates,
-          grad_shift,     grad_sharpening, grad_erase, grad_add, grad_start};
+          grad_shift,     grad_sharpening, grad_erase, grad_add,       grad_start};
 }
 
 }  // namespace

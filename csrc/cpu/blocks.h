@@ -77,6 +77,12 @@ inline void load_rows(const T* from, int64_t rows, int64_t N, int64_t lo, int64_
     for (int64_t i = end > lo ? end : lo; i < hi; ++i) to[r * ld + i] = 0;
   }
 }
+// Rows of the weights of a sample that begins anew: 1 at slot 0.
+template <class T>
+inline void start_rows(int64_t rows, int64_t lo, int64_t hi, T* to, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = lo; i < hi; ++i) to[r * ld + i] = i == 0 ? T(1) : T(0);
+}
 // The first `valid` slots of rows [rows][N] into rows [rows][tile], then 0 up to `count`.
 template <class T>
 inline void load_tile_rows(const T* from, int64_t rows, int64_t N, int64_t valid, int64_t count, T* to) {
@@ -119,6 +125,26 @@ inline void narrow(const T* from, int64_t count, void* to, Dtype dtype, int64_t 
     for (int64_t i = 0; i < count; ++i) half[i] = to_float16(static_cast<float>(from[i]));
   } else {
     std::memcpy(static_cast<T*>(to) + offset, from, count * sizeof(T));
+  }
+}
+
+// 0 to `count` numbers for each of the steps [from, T) of sample b: what a sample that has ended leaves of an array
+// [T, B, count], which may be null.
+template <class T>
+inline void clear_steps(void* to, Dtype dtype, int64_t from, int64_t steps, int64_t B, int64_t b, int64_t count) {
+  const bool half = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+  const int64_t size = count * (half ? 2 : static_cast<int64_t>(sizeof(T)));
+  if (to == nullptr) return;
+  for (int64_t t = from; t < steps; ++t) std::memset(static_cast<char*>(to) + (t * B + b) * size, 0, size);
+}
+
+// grad_start [N, D] += the gradient [D][ld] of a memory that began anew, which becomes 0; slots [lo, hi).
+template <class T>
+inline void give_to_start(T* grad, int64_t ld, int64_t N, int64_t D, int64_t lo, int64_t hi, T* grad_start) {
+  const int64_t end = hi < N ? hi : N;
+  for (int64_t d = 0; d < D; ++d) {
+    for (int64_t i = lo; i < end; ++i) grad_start[i * D + d] += grad[d * ld + i];
+    for (int64_t i = lo; i < hi; ++i) grad[d * ld + i] = 0;
   }
 }
 

@@ -3,7 +3,8 @@
 // The input's part of the controller comes in ready, one product for all steps. What is left of the controller's product
 // depends on the step before; it is taken for a block of a few samples at a time on packed weights (products.h). The memory is
 // a template's argument: lrua_cell.h says what one must provide. Blocks know nothing of one another: a thread takes its block
-// through all steps.
+// through all steps. Where samples have lengths, blocks are made of samples of much the same length, the longest first: of the
+// rows of a block those that still run are always the first ones.
 // Backward hands out the gradients of the gates and of the heads for all steps, so that the gradient of every weight is one
 // large product after it.
 #include "controller.h"
@@ -20,6 +21,47 @@ struct Sizes {
   template <class Arguments>
   explicit Sizes(const Arguments& a)
       : RD(a.R * a.D), K(a.H + RD), G(gates_per_unit(a.controller) * a.H), kept(kept_per_unit(a.controller) * a.H) {}
+};
+
+// The samples in the order in which blocks take them.
+class Order {
+ public:
+  Order(Arena& arena, const Sequences& sequences, int64_t T, int64_t B)
+      : samples_(sequences.lengths ? arena.take<int64_t>(B) : nullptr),
+        counts_(sequences.lengths ? arena.take<int64_t>(T + 1) : nullptr) {}
+  // By length, the greatest first.
+  void sort(const Sequences& sequences, int64_t T, int64_t B) const {
+    if (samples_ == nullptr) return;
+    std::memset(counts_, 0, (T + 1) * sizeof(int64_t));
+    for (int64_t b = 0; b < B; ++b) ++counts_[T - sequences.length(T, b)];
+    for (int64_t i = 0, place = 0; i <= T; ++i) {
+      const int64_t count = counts_[i];
+      counts_[i] = place;
+      place += count;
+    }
+    for (int64_t b = 0; b < B; ++b) samples_[counts_[T - sequences.length(T, b)]++] = b;
+  }
+  int64_t operator[](int64_t i) const { return samples_ == nullptr ? i : samples_[i]; }
+
+ private:
+  int64_t *samples_, *counts_;
+};
+
+// The samples of a block, and how many of them take part in a step.
+struct Rows {
+  int64_t count, b[block_rows], length[block_rows];
+  Rows(const Order& order, Range samples, const Sequences& sequences, int64_t T) : count(samples.hi - samples.lo) {
+    for (int64_t m = 0; m < count; ++m) {
+      b[m] = order[samples.lo + m];
+      length[m] = sequences.length(T, b[m]);
+    }
+  }
+  int64_t longest() const { return length[0]; }
+  int64_t active(int64_t t) const {
+    int64_t rows = count;
+    while (rows > 0 && length[rows - 1] <= t) --rows;
+    return rows;
+  }
 };
 
 // Blocks of at most block_rows samples, as many for each thread; run(block, samples, scratch) for each.
@@ -53,6 +95,12 @@ struct Weights {
   }
 };
 
+template <class T>
+struct Shared {  // by all blocks
+  Weights<T> weights;
+  Order order;
+};
+
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 template <class T, class Memory>
@@ -76,28 +124,35 @@ struct ForwardBlock {  // of one block; rows side by side
 };
 
 template <class T, class Memory, class Arguments>
-void forward_block(const Arguments& a, const Sizes& n, const Memory& memory, const Weights<T>& weights, Range samples,
+void forward_block(const Arguments& a, const Sizes& n, const Memory& memory, const Weights<T>& weights, const Rows& block,
                    ForwardBlock<T, Memory>& s) {
-  const int64_t rows = samples.hi - samples.lo, H = a.H;
+  const int64_t H = a.H;
   const bool keeps = a.anchor_every > 0;
   const T* head_bias = static_cast<const T*>(a.head_bias);
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t b = samples.lo + m;
+  for (int64_t m = 0; m < block.count; ++m) {
+    const int64_t b = block.b[m];
     if (a.hidden) std::memcpy(s.round + m * n.K, static_cast<const T*>(a.hidden) + b * H, H * sizeof(T));
     std::memcpy(s.round + m * n.K + H, static_cast<const T*>(a.reads) + b * n.RD, n.RD * sizeof(T));
     if (a.cell) std::memcpy(s.cell + m * H, static_cast<const T*>(a.cell) + b * H, H * sizeof(T));
     memory.begin(b, s.samples[m]);
   }
-  for (int64_t t = 0; t < a.T; ++t) {
-    const int64_t first = t * a.B + samples.lo;
+  for (int64_t t = 0; t < block.longest(); ++t) {
+    const int64_t rows = block.active(t);
+    for (int64_t m = 0; m < rows; ++m) {
+      if (!a.sequences.begins(t, a.B, block.b[m])) continue;
+      std::memset(s.round + m * n.K, 0, n.K * sizeof(T));
+      std::memset(s.cell + m * H, 0, H * sizeof(T));
+      memory.restart(s.samples[m]);
+    }
     weights.times(s.round + H, n.K, rows, weights.of_reads, s.of_reads, s.gates_ld, s.room);
     if (a.hidden) weights.times(s.round, n.K, rows, weights.of_hidden, s.of_hidden, s.gates_ld, s.room);
     for (int64_t m = 0; m < rows; ++m) {
-      const GateParts<T> gate = {H, static_cast<const T*>(a.gates) + (first + m) * n.G, s.of_reads + m * s.gates_ld,
+      const int64_t row = t * a.B + block.b[m];
+      const GateParts<T> gate = {H, static_cast<const T*>(a.gates) + row * n.G, s.of_reads + m * s.gates_ld,
                                  s.of_hidden + m * s.gates_ld, static_cast<const T*>(a.hidden_bias)};
       T* hidden = s.round + m * n.K;
-      T* kept = keeps ? static_cast<T*>(a.kept_gates) + (first + m) * n.kept : nullptr;
-      T* kept_state = keeps && a.hidden ? static_cast<T*>(a.kept_states) + (first + m) * H : nullptr;
+      T* kept = keeps ? static_cast<T*>(a.kept_gates) + row * n.kept : nullptr;
+      T* kept_state = keeps && a.hidden ? static_cast<T*>(a.kept_states) + row * H : nullptr;
       switch (a.controller) {
         case Controller::lstm: lstm(gate, s.cell + m * H, hidden, kept, kept_state); break;
         case Controller::gru: gru(gate, hidden, kept, kept_state); break;
@@ -106,7 +161,7 @@ void forward_block(const Arguments& a, const Sizes& n, const Memory& memory, con
     }
     weights.times(s.round, n.K, rows, weights.head, s.heads, s.heads_ld, s.room);
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t row = first + m;
+      const int64_t row = t * a.B + block.b[m];
       T* raw = s.heads + m * s.heads_ld;
       for (int64_t j = 0; j < memory.heads; j += width<T>)
         store(raw + j, load(raw + j) + load_some(head_bias + j, memory.heads - j));
@@ -115,13 +170,16 @@ void forward_block(const Arguments& a, const Sizes& n, const Memory& memory, con
         store_some(values + j, hyperbolic_tangent<T>(load(raw + j)), memory.squashed - j);
       if (values != raw)
         std::memcpy(values + memory.squashed, raw + memory.squashed, (memory.heads - memory.squashed) * sizeof(T));
-      memory.step(t, samples.lo + m, values, s.samples[m]);
+      memory.step(t, block.b[m], values, s.samples[m]);
       std::memcpy(s.round + m * n.K + H, s.samples[m].reads, n.RD * sizeof(T));
       std::memcpy(static_cast<T*>(a.output) + row * n.K, s.round + m * n.K, n.K * sizeof(T));
     }
   }
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t b = samples.lo + m;
+  for (int64_t m = 0; m < block.count; ++m) {
+    const int64_t b = block.b[m];
+    clear_steps<T>(a.output, a.state, block.length[m], a.T, a.B, b, n.K);
+    if (a.hidden) std::memcpy(static_cast<T*>(a.out_hidden) + b * H, s.round + m * n.K, H * sizeof(T));
+    std::memcpy(static_cast<T*>(a.out_reads) + b * n.RD, s.round + m * n.K + H, n.RD * sizeof(T));
     if (a.cell) std::memcpy(static_cast<T*>(a.out_cell) + b * H, s.cell + m * H, H * sizeof(T));
     memory.end(b, s.samples[m]);
   }
@@ -132,14 +190,16 @@ bool forward(const Arguments& a, const Parallel& parallel) {
   const Sizes n(a);
   const Memory memory(a);
   const auto layout = [&](Arena& arena) {
-    return Weights<T>{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, memory.heads}, a.bfloat16};
+    return Shared<T>{{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, memory.heads}, a.bfloat16},
+                     {arena, a.sequences, a.T, a.B}};
   };
   Arena size;
   layout(size);
   const Scratch scratch(size.used());
   if (scratch.data() == nullptr) return false;
   Arena arena(scratch.data());
-  const Weights<T> weights = layout(arena);
+  const auto [weights, order] = layout(arena);
+  order.sort(a.sequences, a.T, a.B);
   if (a.hidden) pack_transposed(parallel, weights.of_hidden, static_cast<const T*>(a.hidden_weight), a.H);
   pack_transposed(parallel, weights.of_reads, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
   pack_transposed(parallel, weights.head, static_cast<const T*>(a.head_weight), a.H);
@@ -148,7 +208,9 @@ bool forward(const Arguments& a, const Parallel& parallel) {
   return run_blocks<T>(
       a, parallel, static_cast<double>(a.T * a.B) * step,
       [&](Arena& arena) { return ForwardBlock<T, Memory>(arena, a, n, memory); },
-      [&](Range samples, ForwardBlock<T, Memory>& s) { forward_block(a, n, memory, weights, samples, s); });
+      [&, &weights = weights, &order = order](Range samples, ForwardBlock<T, Memory>& s) {
+        forward_block(a, n, memory, weights, Rows(order, samples, a.sequences, a.T), s);
+      });
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -159,12 +221,16 @@ struct BackwardBlock {
   // Of the hidden state and reads [K]; of the hidden state through the heads [H]; of the cell, or what of the hidden state's
   // gradient passes a GRU by [H].
   T *grad_round, *grad_hidden, *grad_state;
-  T* room;  // for rounded products
+  T *grad_heads, *grad_gates, *grad_hidden_gates;  // of the step, before they are handed out; rows side by side
+  T* zeros;                                        // [H], the state before the first step of a sample that begins anew
+  T* room;                                         // for rounded products
   typename Memory::Scratch* samples;
   template <class Arguments>
   BackwardBlock(Arena& arena, const Arguments& a, const Sizes& n, const Memory& memory)
       : round_ld(a.H + padded<T>(n.RD) + width<T>), hidden_ld(padded<T>(a.H)), grad_round(arena.take<T>(block_rows * round_ld)),
         grad_hidden(arena.take<T>(block_rows * hidden_ld)), grad_state(arena.take<T>(block_rows * a.H)),
+        grad_heads(arena.take<T>(block_rows * memory.heads)), grad_gates(arena.take<T>(block_rows * n.G)),
+        grad_hidden_gates(arena.take<T>(a.grad_hidden_gates ? block_rows * n.G : 0)), zeros(arena.take<T>(a.H)),
         room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.G > memory.heads ? n.G : memory.heads) : 0)),
         samples(arena.take<typename Memory::Scratch>(block_rows)) {
     for (int m = 0; m < block_rows; ++m) {
@@ -175,77 +241,94 @@ struct BackwardBlock {
 };
 
 template <class T, class Memory, class Arguments>
-void backward_block(const Arguments& a, const Sizes& n, const Memory& memory, const Weights<T>& weights, Range samples,
+void backward_block(const Arguments& a, const Sizes& n, const Memory& memory, const Weights<T>& weights, const Rows& block,
                     BackwardBlock<T, Memory>& s) {
-  const int64_t rows = samples.hi - samples.lo, H = a.H, every = a.anchor_every;
+  const int64_t H = a.H, heads = memory.heads;
   const auto row_of = [](const void* from, int64_t row, int64_t size) {
     return from == nullptr ? nullptr : static_cast<const T*>(from) + row * size;
   };
+  const auto copy = [](void* to, int64_t row, const T* from, int64_t size) {
+    std::memcpy(static_cast<T*>(to) + row * size, from, size * sizeof(T));
+  };
   std::memset(s.grad_round, 0, block_rows * s.round_ld * sizeof(T));
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t b = samples.lo + m;
+  std::memset(s.grad_state, 0, block_rows * H * sizeof(T));
+  std::memset(s.zeros, 0, H * sizeof(T));
+  int64_t replayed[block_rows];  // from which step on
+  for (int64_t m = 0; m < block.count; ++m) {
+    const int64_t b = block.b[m];
+    T* round = s.grad_round + m * s.round_ld;
+    if (a.grad_hidden) std::memcpy(round, row_of(a.grad_hidden, b, H), H * sizeof(T));
+    if (a.grad_reads) std::memcpy(round + H, row_of(a.grad_reads, b, n.RD), n.RD * sizeof(T));
     if (a.grad_cell) std::memcpy(s.grad_state + m * H, row_of(a.grad_cell, b, H), H * sizeof(T));
-    else std::memset(s.grad_state + m * H, 0, H * sizeof(T));
     memory.begin(b, s.samples[m]);
+    replayed[m] = block.length[m];
   }
-  for (int64_t start = last_replay(a.T, every); start >= 0; start -= every) {
-    const int64_t steps = a.T - start < every ? a.T - start : every;
+  for (int64_t t = block.longest() - 1; t >= 0; --t) {
+    const int64_t rows = block.active(t);
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t b = samples.lo + m;
-      memory.begin_replay(start, b, s.samples[m]);
-      for (int64_t step = 0; step < steps; ++step)
-        memory.replay(start, step, b, row_of(a.kept_heads, (start + step) * a.B + b, memory.heads), s.samples[m]);
+      const int64_t b = block.b[m], row = t * a.B + b;
+      if (t < replayed[m]) {
+        replayed[m] = a.sequences.replay_from(t, a.anchor_every, a.B, b);
+        memory.begin_replay(replayed[m], b, s.samples[m]);
+        for (int64_t again = replayed[m]; again <= t; ++again)
+          memory.replay(replayed[m], again - replayed[m], b, row_of(a.kept_heads, again * a.B + b, heads), s.samples[m]);
+      }
+      T *round = s.grad_round + m * s.round_ld, *grad_heads = s.grad_heads + m * heads;
+      if (const T* grad = row_of(a.grad_output, row, n.K))
+        for (int64_t j = 0; j < n.K; ++j) round[j] += grad[j];
+      memory.step(replayed[m], t - replayed[m], b, row_of(a.kept_heads, row, heads), round + H, grad_heads, s.samples[m]);
+      copy(a.grad_heads, row, grad_heads, heads);
     }
-    for (int64_t step = steps - 1; step >= 0; --step) {
-      const int64_t t = start + step, first = t * a.B + samples.lo;
-      for (int64_t m = 0; m < rows; ++m) {
-        const int64_t row = first + m;
-        T* round = s.grad_round + m * s.round_ld;
-        if (const T* grad = row_of(a.grad_output, row, n.K))
-          for (int64_t j = 0; j < n.K; ++j) round[j] += grad[j];
-        memory.step(start, step, samples.lo + m, row_of(a.kept_heads, row, memory.heads), round + H,
-                    static_cast<T*>(a.grad_heads) + row * memory.heads, s.samples[m]);
+    weights.times(s.grad_heads, heads, rows, weights.head, s.grad_hidden, s.hidden_ld, s.room);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t b = block.b[m], row = t * a.B + b;
+      const T* kept = row_of(a.kept_gates, row, n.kept);
+      const T *round = s.grad_round + m * s.round_ld, *more = s.grad_hidden + m * s.hidden_ld;
+      const void* first_state = a.controller == Controller::lstm ? a.cell : a.hidden;
+      const T* before = a.sequences.begins(t, a.B, b) ? s.zeros
+                        : t > 0                       ? row_of(a.kept_states, row - a.B, H)
+                                                      : row_of(first_state, b, H);
+      T *state = s.grad_state + m * H, *gates = s.grad_gates + m * n.G;
+      switch (a.controller) {
+        case Controller::lstm:
+          lstm_backward<T>(H, kept, row_of(a.kept_states, row, H), before, round, more, state, gates);
+          break;
+        case Controller::gru:
+          gru_backward<T>(H, kept, before, round, more, state, gates, s.grad_hidden_gates + m * n.G);
+          copy(a.grad_hidden_gates, row, s.grad_hidden_gates + m * n.G, n.G);
+          break;
+        case Controller::feedforward: feedforward_backward<T>(H, kept, round, more, gates); break;
       }
-      weights.times(row_of(a.grad_heads, first, memory.heads), memory.heads, rows, weights.head, s.grad_hidden, s.hidden_ld,
-                    s.room);
-      for (int64_t m = 0; m < rows; ++m) {
-        const int64_t row = first + m;
-        const T* kept = row_of(a.kept_gates, row, n.kept);
-        const T *round = s.grad_round + m * s.round_ld, *more = s.grad_hidden + m * s.hidden_ld;
-        const void* start_state = a.controller == Controller::lstm ? a.cell : a.hidden;
-        const T* before = t > 0 ? row_of(a.kept_states, row - a.B, H) : row_of(start_state, samples.lo + m, H);
-        T *state = s.grad_state + m * H, *gates = static_cast<T*>(a.grad_gates) + row * n.G;
-        switch (a.controller) {
-          case Controller::lstm:
-            lstm_backward<T>(H, kept, row_of(a.kept_states, row, H), before, round, more, state, gates);
-            break;
-          case Controller::gru:
-            gru_backward<T>(H, kept, before, round, more, state, gates, static_cast<T*>(a.grad_hidden_gates) + row * n.G);
-            break;
-          case Controller::feedforward: feedforward_backward<T>(H, kept, round, more, gates); break;
-        }
-      }
-      // The padding of the first product's columns is overwritten by the second.
-      if (a.hidden)
-        weights.times(row_of(a.grad_hidden_gates ? a.grad_hidden_gates : a.grad_gates, first, n.G), n.G, rows,
-                      weights.of_hidden, s.grad_round, s.round_ld, s.room);
-      else
-        for (int64_t m = 0; m < rows; ++m) std::memset(s.grad_round + m * s.round_ld, 0, H * sizeof(T));
-      weights.times(row_of(a.grad_gates, first, n.G), n.G, rows, weights.of_reads, s.grad_round + H, s.round_ld, s.room);
+      copy(a.grad_gates, row, gates, n.G);
+    }
+    // The padding of the first product's columns is overwritten by the second.
+    if (a.hidden)
+      weights.times(a.grad_hidden_gates ? s.grad_hidden_gates : s.grad_gates, n.G, rows, weights.of_hidden, s.grad_round,
+                    s.round_ld, s.room);
+    else
+      for (int64_t m = 0; m < rows; ++m) std::memset(s.grad_round + m * s.round_ld, 0, H * sizeof(T));
+    weights.times(s.grad_gates, n.G, rows, weights.of_reads, s.grad_round + H, s.round_ld, s.room);
+    for (int64_t m = 0; m < rows; ++m) {
+      if (!a.sequences.begins(t, a.B, block.b[m])) continue;
+      std::memset(s.grad_round + m * s.round_ld, 0, s.round_ld * sizeof(T));
+      std::memset(s.grad_state + m * H, 0, H * sizeof(T));
+      memory.back_to_start(block.b[m], s.samples[m]);
     }
   }
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t b = samples.lo + m;
+  for (int64_t m = 0; m < block.count; ++m) {
+    const int64_t b = block.b[m];
     const T* round = s.grad_round + m * s.round_ld;
     if (a.hidden) {
-      T* grad_hidden = static_cast<T*>(a.grad_hidden) + b * H;
+      T* grad_hidden = static_cast<T*>(a.grad_in_hidden) + b * H;
       std::memcpy(grad_hidden, round, H * sizeof(T));
       if (a.controller == Controller::gru)
         for (int64_t i = 0; i < H; ++i) grad_hidden[i] += s.grad_state[m * H + i];
     }
-    std::memcpy(static_cast<T*>(a.grad_reads) + b * n.RD, round + H, n.RD * sizeof(T));
-    if (a.cell) std::memcpy(static_cast<T*>(a.grad_in_cell) + b * H, s.grad_state + m * H, H * sizeof(T));
+    copy(a.grad_in_reads, b, round + H, n.RD);
+    if (a.cell) copy(a.grad_in_cell, b, s.grad_state + m * H, H);
     memory.end(b, s.samples[m]);
+    for (void* grad : {a.grad_gates, a.grad_hidden_gates}) clear_steps<T>(grad, a.state, block.length[m], a.T, a.B, b, n.G);
+    clear_steps<T>(a.grad_heads, a.state, block.length[m], a.T, a.B, b, heads);
   }
 }
 
@@ -254,14 +337,16 @@ bool backward(const Arguments& a, const Parallel& parallel) {
   const Sizes n(a);
   const Memory memory(a);
   const auto layout = [&](Arena& arena) {
-    return Weights<T>{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, memory.heads, a.H}, a.bfloat16};
+    return Shared<T>{{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, memory.heads, a.H}, a.bfloat16},
+                     {arena, a.sequences, a.T, a.B}};
   };
   Arena size;
   layout(size);
   const Scratch scratch(size.used());
   if (scratch.data() == nullptr) return false;
   Arena arena(scratch.data());
-  const Weights<T> weights = layout(arena);
+  const auto [weights, order] = layout(arena);
+  order.sort(a.sequences, a.T, a.B);
   if (a.hidden) pack(parallel, weights.of_hidden, static_cast<const T*>(a.hidden_weight), a.H);
   pack(parallel, weights.of_reads, static_cast<const T*>(a.reads_weight), a.reads_weight_ld);
   pack(parallel, weights.head, static_cast<const T*>(a.head_weight), a.H);
@@ -270,7 +355,9 @@ bool backward(const Arguments& a, const Parallel& parallel) {
   return run_blocks<T>(
       a, parallel, static_cast<double>(a.T * a.B) * step,
       [&](Arena& arena) { return BackwardBlock<T, Memory>(arena, a, n, memory); },
-      [&](Range samples, BackwardBlock<T, Memory>& s) { backward_block(a, n, memory, weights, samples, s); });
+      [&, &weights = weights, &order = order](Range samples, BackwardBlock<T, Memory>& s) {
+        backward_block(a, n, memory, weights, Rows(order, samples, a.sequences, a.T), s);
+      });
 }
 
 // ---- with the LRUA memory ---------------------------------------------------------------------------------------------

@@ -174,13 +174,18 @@ void scan_sample(const LruaScan& a, const Scan<T>& scan, int64_t b, const Parall
   const int64_t N = a.N, D = a.D, R = a.R, every = a.anchor_every;
   begin_sample(scan, static_cast<const T*>(a.memory) + b * N * D, static_cast<const T*>(a.read_weights) + b * R * N,
                static_cast<const T*>(a.usage) + b * N, parallel, s);
-  for (int64_t t = 0; t < a.T; ++t) {
+  const int64_t length = a.sequences.length(a.T, b);
+  const T* start = static_cast<const T*>(a.sequences.start);
+  const T* none = nullptr;
+  for (int64_t t = 0; t < length; ++t) {
+    if (a.sequences.begins(t, a.B, b)) begin_sample(scan, start, none, none, parallel, s);
     s.in.load(a, t, b);
     s.in.fetch(a, t + 1, b);
     T* anchor = has_anchor(t, every) ? static_cast<T*>(a.anchors) + anchor_offset(t, every, a.B, b, D + R, N) : nullptr;
     step_sample(scan, static_cast<T>(a.usage_decay), every > 0 ? a.slots + (t * a.B + b) * R : nullptr, anchor, parallel, s);
     narrow(s.reads, R * D, a.reads, a.input, (t * a.B + b) * R * D);
   }
+  clear_steps<T>(a.reads, a.input, length, a.T, a.B, b, R * D);
   end_sample(scan, static_cast<T*>(a.out_memory) + b * N * D, static_cast<T*>(a.out_read_weights) + b * R * N,
              static_cast<T*>(a.out_usage) + b * N, parallel, s);
 }
@@ -217,10 +222,21 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
     return from == nullptr ? nullptr : static_cast<const T*>(from) + b * size;
   };
   begin_backward(scan, of_sample(a.grad_memory, N * D), of_sample(a.grad_read_weights, R * N), parallel, s);
-  for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
-    const int64_t steps = a.T - first < every ? a.T - first : every;
-    const T* anchor = first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D + R, N);
-    begin_replay(scan, anchor, of_sample(a.memory, N * D), of_sample(a.read_weights, R * N), s);
+  const Sequences& sequences = a.sequences;
+  const int64_t length = sequences.length(a.T, b);
+  T* grad_start = a.grad_start ? static_cast<T*>(a.grad_start) + b * N * D : nullptr;
+  if (grad_start) std::memset(grad_start, 0, N * D * sizeof(T));
+  for (int64_t end = length, first = 0; end > 0; end = first) {
+    first = sequences.replay_from(end - 1, every, a.B, b);
+    const int64_t steps = end - first;
+    const bool begins = sequences.begins(first, a.B, b);
+    if (begins) {
+      const T* none = nullptr;
+      begin_replay(scan, none, static_cast<const T*>(sequences.start), none, s);
+    } else {
+      const T* anchor = first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D + R, N);
+      begin_replay(scan, anchor, of_sample(a.memory, N * D), of_sample(a.read_weights, R * N), s);
+    }
     for (int64_t step = 0; step < steps; ++step) {
       s.in.load(a, first + step, b);
       s.in.fetch(a, first + step + 1, b);
@@ -237,7 +253,10 @@ void scan_backward_sample(const LruaScanBackward& a, const Scan<T>& scan, int64_
       narrow(s.grad_gate, R, a.grad_gate_logits, a.input, row);
       if (a.grad_sharpness) narrow(s.grad_sharpness, R, a.grad_sharpness, a.input, row);
     }
+    if (begins) back_to_start(scan, grad_start, parallel, s);
   }
+  for (void* grad : {a.grad_keys, a.grad_write_vectors}) clear_steps<T>(grad, a.input, length, a.T, a.B, b, R * D);
+  for (void* grad : {a.grad_gate_logits, a.grad_sharpness}) clear_steps<T>(grad, a.input, length, a.T, a.B, b, R);
   end_backward(scan, static_cast<T*>(a.grad_in_memory) + b * N * D, static_cast<T*>(a.grad_in_read_weights) + b * R * N,
                parallel, s);
 }

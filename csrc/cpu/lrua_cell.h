@@ -8,11 +8,13 @@
 //   Scratch, scratch(arena)                         the arrays of one sample; forward they include the step's `reads` [R, D]
 // forward, of sample b:
 //   begin(b, scratch)                               takes in the state
+//   restart(scratch)                                takes the state of a sample that begins anew instead
 //   step(t, b, values, scratch)                     one step, with a row of head values; saves the anchors
 //   end(b, scratch)                                 hands out the state
 // backward, of sample b:
 //   begin(b, scratch)                               takes in the gradients of the last state
 //   begin_replay(first, b, scratch)                 starts at the state before step `first`
+//   back_to_start(b, scratch)                       having gone back to where the sample began anew
 //   replay(first, step, b, values, scratch)         step first + step again
 //   step(first, step, b, values, grad_read, grad_values, scratch)   back through it: leaves the gradient of the head values
 //   end(b, scratch)                                 hands out the gradients of the first state
@@ -64,6 +66,10 @@ struct LruaForward : LruaHeads<T, Cell> {
     begin_sample(scan, this->of_sample(a.memory, b, a.N * a.D), this->of_sample(a.read_weights, b, a.R * a.N),
                  this->of_sample(a.usage, b, a.N), alone, s);
   }
+  void restart(Scratch& s) const {
+    const T* none = nullptr;
+    begin_sample(scan, static_cast<const T*>(a.sequences.start), none, none, alone, s);
+  }
   void step(int64_t t, int64_t b, const T* values, Scratch& s) const {
     this->set(values, s.in);
     T* anchor = has_anchor(t, a.anchor_every)
@@ -89,8 +95,14 @@ struct LruaBackward : LruaHeads<T, CellBackward> {
   void begin(int64_t b, Scratch& s) const {
     begin_backward(scan, this->of_sample(a.grad_memory, b, a.N * a.D), this->of_sample(a.grad_read_weights, b, a.R * a.N),
                    alone, s);
+    if (a.grad_start) std::memset(grad_start(b), 0, a.N * a.D * sizeof(T));
   }
+  void back_to_start(int64_t b, Scratch& s) const { mann_fast::back_to_start(scan, grad_start(b), alone, s); }
   void begin_replay(int64_t first, int64_t b, Scratch& s) const {
+    if (a.sequences.begins(first, a.B, b)) {
+      const T* none = nullptr;
+      return mann_fast::begin_replay(scan, none, static_cast<const T*>(a.sequences.start), none, s);
+    }
     const T* anchor =
         first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, b, a.D + a.R, a.N);
     mann_fast::begin_replay(scan, anchor, this->of_sample(a.memory, b, a.N * a.D),
@@ -111,6 +123,7 @@ struct LruaBackward : LruaHeads<T, CellBackward> {
   }
 
  private:
+  T* grad_start(int64_t b) const { return static_cast<T*>(a.grad_start) + b * a.N * a.D; }
   const int64_t* slots(int64_t t, int64_t b) const { return a.slots + (t * a.B + b) * a.R; }
 
   // The gradient of a row of head values before their nonlinearities, from what step_backward left.

@@ -217,15 +217,17 @@ void normalise_and_use(const Scan<T>& scan, T usage_decay, int64_t p, ScanScratc
   find_candidates(scan, p, s);
 }
 
-// Takes in the memory [N, D], read weights [R, N] and usage [N] that a sample starts from.
+// Takes in the memory [N, D], read weights [R, N] and usage [N] that a sample starts from; null where it begins anew.
 template <class T>
 void begin_sample(const Scan<T>& scan, const T* memory, const T* read_weights, const T* usage, const Parallel& parallel,
                   ScanScratch<T>& s) {
   parallel_run(parallel, scan.parts, [&](int64_t p) {
     const Range range = scan.part(p);
     load_slots(memory, scan.N, scan.D, range.lo, range.hi, s.memory + range.lo, scan.ld);
-    load_rows(read_weights, scan.R, scan.N, range.lo, range.hi, s.read_weights, scan.ld);
-    load_rows(usage, 1, scan.N, range.lo, range.hi, s.usage, scan.ld);
+    if (read_weights) load_rows(read_weights, scan.R, scan.N, range.lo, range.hi, s.read_weights, scan.ld);
+    else start_rows(scan.R, range.lo, range.hi, s.read_weights, scan.ld);
+    if (usage) load_rows(usage, 1, scan.N, range.lo, range.hi, s.usage, scan.ld);
+    else start_rows(1, range.lo, range.hi, s.usage, scan.ld);
     find_candidates(scan, p, s);
   });
 }
@@ -381,7 +383,8 @@ void begin_backward(const Scan<T>& scan, const T* grad_memory, const T* grad_rea
   });
 }
 
-// Starts a replay: from an anchor, or where that is null from the memory [N, D] and read weights [R, N] of the start.
+// Starts a replay: from an anchor, or where that is null from a memory [N, D] and read weights [R, N], null where the sample
+// begins anew.
 template <class T>
 void begin_replay(const Scan<T>& scan, const T* anchor, const T* memory, const T* read_weights, ScanBackwardScratch<T>& s) {
   if (anchor != nullptr) {
@@ -389,8 +392,20 @@ void begin_replay(const Scan<T>& scan, const T* anchor, const T* memory, const T
     std::memcpy(s.read_weights, anchor + scan.D * scan.ld, scan.R * scan.ld * sizeof(T));
   } else {
     load_slots(memory, scan.N, scan.D, 0, scan.ld, s.memories, scan.ld);
-    load_rows(read_weights, scan.R, scan.N, 0, scan.ld, s.read_weights, scan.ld);
+    if (read_weights) load_rows(read_weights, scan.R, scan.N, 0, scan.ld, s.read_weights, scan.ld);
+    else start_rows(scan.R, 0, scan.ld, s.read_weights, scan.ld);
   }
+}
+
+// Having gone back to where the sample began anew: the memory's gradient is that of the start, and none goes further.
+template <class T>
+void back_to_start(const Scan<T>& scan, T* grad_start, const Parallel& parallel, ScanBackwardScratch<T>& s) {
+  parallel_run(parallel, scan.parts, [&](int64_t p) {
+    const Range range = scan.part(p);
+    give_to_start(s.grad_memory, scan.ld, scan.N, scan.D, range.lo, range.hi, grad_start);
+    for (int64_t r = 0; r < scan.R; ++r)
+      std::memset(s.grad_read_weights + r * scan.ld + range.lo, 0, (range.hi - range.lo) * sizeof(T));
+  });
 }
 
 // Step number `step` of the replay, with the inputs in s.in.

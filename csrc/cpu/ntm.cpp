@@ -141,9 +141,14 @@ template <class T>
 void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<T>& s) {
   load_slots(static_cast<const T*>(a.memory) + b * n.N * n.D, n.N, n.D, 0, n.ld, s.memory, n.ld);
   load_rows(static_cast<const T*>(a.weights) + b * n.heads * n.N, n.heads, n.N, 0, n.ld, s.previous, n.ld);
+  const int64_t length = a.sequences.length(a.T, b);
   const auto read = [&] { weighted_sums<T, false>(s.memory, n.ld, n.ld, n.D, n.R, s.x.weights, s.reads); };
-  for (int64_t t = 0; t < a.T; ++t) {
+  for (int64_t t = 0; t < length; ++t) {
     const int64_t row = t * a.B + b;
+    if (a.sequences.begins(t, a.B, b)) {
+      load_slots(static_cast<const T*>(a.sequences.start), n.N, n.D, 0, n.ld, s.memory, n.ld);
+      start_rows(n.heads, 0, n.ld, s.previous, n.ld);
+    }
     s.in.load(a, n, row);
     if (has_anchor(t, a.anchor_every))
       std::memcpy(static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, b, n.D, n.N), s.memory,
@@ -164,6 +169,7 @@ void scan_sample(const NtmScan& a, const Sizes<T>& n, int64_t b, ForwardScratch<
                  static_cast<T*>(a.history) + row * n.heads * n.N);
     std::memcpy(s.previous, s.x.weights, n.heads * n.ld * sizeof(T));
   }
+  clear_steps<T>(a.reads, a.input, length, a.T, a.B, b, n.R * n.D);
   store_slots(static_cast<const T*>(s.memory), n.ld, n.N, n.D, 0, n.ld, static_cast<T*>(a.out_memory) + b * n.N * n.D);
   store_rows(static_cast<const T*>(s.previous), n.ld, n.heads, n.N, 0, n.ld,
              static_cast<T*>(a.out_weights) + b * n.heads * n.N);
@@ -300,9 +306,16 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
     load_rows(static_cast<const T*>(a.grad_weights) + b * n.heads * n.N, n.heads, n.N, 0, ld, s.grad_weights, ld);
   else std::memset(s.grad_weights, 0, n.heads * ld * sizeof(T));
   const T* history = static_cast<const T*>(a.history);
-  for (int64_t first = last_replay(a.T, every); first >= 0; first -= every) {
-    const int64_t steps = a.T - first < every ? a.T - first : every;
-    if (first > 0)
+  const Sequences& sequences = a.sequences;
+  const int64_t length = sequences.length(a.T, b);
+  T* grad_start = a.grad_start ? static_cast<T*>(a.grad_start) + b * n.N * D : nullptr;
+  if (grad_start) std::memset(grad_start, 0, n.N * D * sizeof(T));
+  for (int64_t end = length, first = 0; end > 0; end = first) {
+    first = sequences.replay_from(end - 1, every, a.B, b);
+    const int64_t steps = end - first;
+    const bool begins = sequences.begins(first, a.B, b);
+    if (begins) load_slots(static_cast<const T*>(sequences.start), n.N, D, 0, ld, s.memories, ld);
+    else if (first > 0)
       std::memcpy(s.memories, static_cast<const T*>(a.anchors) + anchor_offset(first, every, a.B, b, D, n.N),
                   block * sizeof(T));
     else load_slots(static_cast<const T*>(a.memory) + b * n.N * D, n.N, D, 0, ld, s.memories, ld);
@@ -318,7 +331,8 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
       const T *before = s.memories + step * block, *after = before + block;
       s.in.load(a, n, row);
       const T* came = t > 0 ? history + (row - a.B) * n.heads * n.N : static_cast<const T*>(a.weights) + b * n.heads * n.N;
-      load_rows(came, n.heads, n.N, 0, ld, s.previous, ld);
+      if (begins && step == 0) start_rows(n.heads, 0, ld, s.previous, ld);
+      else load_rows(came, n.heads, n.N, 0, ld, s.previous, ld);
       const T* grad_read = a.grad_reads ? widen(a.grad_reads, a.input, row * n.R * D, n.R * D, s.grad_read) : nullptr;
       const T* previous = s.previous;
       // A head's own arrays are apart, but squares are of one memory: so the heads of each go forward and back together.
@@ -345,7 +359,16 @@ void scan_backward_sample(const NtmScanBackward& a, const Sizes<T>& n, int64_t b
       narrow(s.grad_erase, n.W * D, a.grad_erase, a.input, row * n.W * D);
       narrow(s.grad_add, n.W * D, a.grad_add, a.input, row * n.W * D);
     }
+    if (begins) {
+      give_to_start(s.grad_memory, ld, n.N, D, 0, ld, grad_start);
+      std::memset(s.grad_weights, 0, n.heads * ld * sizeof(T));
+    }
   }
+  clear_steps<T>(a.grad_keys, a.input, length, a.T, a.B, b, n.heads * D);
+  for (void* grad : {a.grad_sharpness, a.grad_gates, a.grad_sharpening})
+    clear_steps<T>(grad, a.input, length, a.T, a.B, b, n.heads);
+  clear_steps<T>(a.grad_shift, a.input, length, a.T, a.B, b, n.heads * n.shifts);
+  for (void* grad : {a.grad_erase, a.grad_add}) clear_steps<T>(grad, a.input, length, a.T, a.B, b, n.W * D);
   store_slots(static_cast<const T*>(s.grad_memory), ld, n.N, D, 0, ld, static_cast<T*>(a.grad_in_memory) + b * n.N * D);
   store_rows(static_cast<const T*>(s.grad_weights), ld, n.heads, n.N, 0, ld,
              static_cast<T*>(a.grad_in_weights) + b * n.heads * n.N);

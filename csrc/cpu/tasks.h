@@ -75,8 +75,8 @@ bool run_items(const Parallel& parallel, int64_t items, int64_t tasks, Make make
   parallel_run(parallel, tasks, [&](int64_t task) {
     Arena arena(memory.data() + task * size.used());
     auto scratch = make(arena);
-    const Range mine = part_of(items, tasks, task);
-    for (int64_t item = mine.lo; item < mine.hi; ++item) run(item, scratch);
+    // Every so manieth, since items may have been sorted by their work.
+    for (int64_t item = task; item < items; item += tasks) run(item, scratch);
   });
   return true;
 }

@@ -143,8 +143,8 @@ struct Cell {
   int64_t reads_weight_ld;
   const void *head_weight, *head_bias;  // [heads, H], [heads]
   Sequences sequences;
-  void* output;                                      // [T, B, K]: hidden states and reads
-  void *out_hidden, *out_cell, *out_reads;           // the last; hidden and cell are null as those that come in
+  void* output;                             // [T, B, K]: hidden states and reads
+  void *out_hidden, *out_cell, *out_reads;  // the last; hidden and cell are null as those that come in
   void *out_memory, *out_read_weights, *out_usage;
   // Kept for backward: [T, B, 4 H] (feed-forward: H) after the nonlinearities; [T, B, H] the cell, or the GRU's hidden
   // state; [T, B, heads] head values, keys and write vectors after their nonlinearity.
@@ -186,10 +186,10 @@ struct NtmScan {
   bool read_first;
   double eps;
   int64_t anchor_every;
-  const void *memory, *weights;            // [B, N, D], [B, R+W, N]
-  const void *keys, *sharpness, *gates;    // [T, B, R+W, D], [T, B, R+W], [T, B, R+W]
-  const void *shift, *sharpening;          // [T, B, R+W, shifts], [T, B, R+W]
-  const void *erase, *add;                 // [T, B, W, D]
+  const void *memory, *weights;          // [B, N, D], [B, R+W, N]
+  const void *keys, *sharpness, *gates;  // [T, B, R+W, D], [T, B, R+W], [T, B, R+W]
+  const void *shift, *sharpening;        // [T, B, R+W, shifts], [T, B, R+W]
+  const void *erase, *add;               // [T, B, W, D]
   Sequences sequences;
   void *reads, *out_memory, *out_weights;  // reads [T, B, R, D]
   void *history, *anchors;                 // history [T, B, R+W, N]: the weights of every step
