@@ -2,8 +2,9 @@
 // of gates and heads before their nonlinearities.
 //
 // Every block replays its sample's memory, at most `anchor_every` steps at a time, from an anchor or where the sample began anew,
-// without a barrier of the cluster. A step back: add up what reached the reads of the own sample, and its memory's step back (two barriers of the block); tell the gradients of its heads |
-// barrier | back through heads and controller of own units, and their part of what goes round | barrier |.
+// without a barrier of the cluster. A step back: add up what reached the reads of the own sample, and its memory's step back (two
+// barriers of the block); tell the gradients of its heads | barrier | back through heads and controller of own units, and their
+// part of what goes round | barrier |.
 #include "cell.cuh"
 #include "lrua_backward.cuh"
 

@@ -36,9 +36,10 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
     for (int64_t t = 0; t < steps; ++t) {
       const bool more = t + 1 < steps;
       if (more) stream.ask((t + 1) * a.B + sample);
+      const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
       this->write_and_read(inputs(t), t);
       this->sync();
-      this->weigh_and_use(more && a.sequences.begins(t + 1, a.B, sample));
+      this->weigh_and_use(next_anew);
       give_reads(t);
       if (more) stream.put(inputs(t + 1));
       this->sync();

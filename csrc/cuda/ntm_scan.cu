@@ -184,6 +184,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
       const NtmInputs<T> in = inputs(t);
       const bool more = t + 1 < steps;
       if (more) stream.ask((t + 1) * a.B + sample);
+      const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
       if (has_anchor(t, a.anchor_every)) save_memory(t);
       if (a.read_first) {
         address(in, 0, heads, t, more, true);
@@ -197,7 +198,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
       }
       if (a.anchor_every > 0)
         this->give_rows(small.weights, plan.N, static_cast<T*>(a.history) + (t * a.B + sample) * plan.R * a.N);
-      if (more && a.sequences.begins(t + 1, a.B, sample)) {
+      if (next_anew) {
         gpu::sync_warp();  // its lanes have read the weights
         begin(true);
       }
