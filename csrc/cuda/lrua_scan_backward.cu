@@ -45,8 +45,8 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
     gpu::sync();
     if (steps > 0) stream.put(inputs(0));
     this->sync();
-    for (int64_t end = steps; end > 0;) {
-      const int count = static_cast<int>(end - first);
+    for (int64_t left = steps; left > 0;) {
+      const int count = static_cast<int>(left - first);
       const int64_t earlier = this->replay_before(first);
       this->replay_all(stream, first, count);
       for (int step = count - 1; step >= 0; --step) {
@@ -62,7 +62,7 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
         ++visits;
       }
       if (a.sequences.begins(first, a.B, sample)) this->through_start();
-      end = first;
+      left = first;
       first = earlier;
     }
     this->end();

@@ -461,8 +461,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     small.in.clear();
     gpu::sync();
     if (steps > 0) stream.put(inputs(0));
-    for (int64_t end = steps; end > 0;) {
-      const int count = static_cast<int>(end - first);
+    for (int64_t left = steps; left > 0;) {
+      const int count = static_cast<int>(left - first);
       const int64_t earlier = replay_before(first);
       begin_replay(first);
       gpu::sync();  // the inputs of the step before are not needed any more, and those of the first are there
@@ -481,7 +481,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
       }
       if (begins(first))
         this->through_start(held, tiles.grad, per_slot.later, static_cast<T*>(a.grad_start) + sample * a.N * a.D);
-      end = first;
+      left = first;
       first = earlier;
     }
     this->sync();
