@@ -229,7 +229,8 @@ def test_halves_and_whole_and_single_samples_are_the_same_bits(controller):
     whole = run()
     first = run(gates=gates[:13])
     carried = {name: x for name, x in first.items() if name != "output"}
-    second = run(gates=gates[13:], reads=first["output"][-1, :, 30:].reshape(11, 3, 8), **carried)
+    assert torch.equal(first["output"][-1, :, 30:], carried["reads"].flatten(1))
+    second = run(gates=gates[13:], **carried)
     assert torch.equal(whole["output"], torch.cat([first["output"], second["output"]]))
     assert all(torch.equal(x, whole[name]) for name, x in second.items() if name != "output")
     one = {name: x[4:5] for name, x in inputs.items() if name in OF_SAMPLES[1:] and x is not None}
@@ -334,14 +335,16 @@ def test_no_steps_give_the_state_back(controller):
 def test_opcheck(controller, steps, anchor_every):
     inputs = [x if x is None else x.float() for x in cell_inputs(steps, 2, 5, 6, 3, 2, controller=controller)]
     options = (list(CONTROLLERS).index(controller), True, True, 1.0, 10.0, False, False)
-    arguments = (*inputs, *options, 0.95, 1e-6, False, anchor_every)
+    sequences = (None, None, None)
+    arguments = (*inputs, *sequences, *options, 0.95, 1e-6, False, anchor_every)
     torch.library.opcheck(RAW_OPS.cell.default, arguments)
     if anchor_every:
         output, *results = RAW_OPS.cell(*arguments)
         named = dict(zip(NAMES, inputs, strict=True))
         saved = [named[name] for name in ("hidden", "cell", "memory", "read_weights", "hidden_weight")]
-        saved += [named["reads_weight"], named["head_weight"], *results[4:]]
-        arguments = (output, None, None, named["read_weights"], *saved, *options, 1e-6, False, anchor_every)
+        saved += [named["reads_weight"], named["head_weight"], *results[6:]]
+        grads = (output, None, None, named["reads"], None, named["read_weights"])
+        arguments = (*grads, *saved, *sequences, *options, 1e-6, False, anchor_every)
         torch.library.opcheck(RAW_OPS.cell_backward.default, arguments)
 
 

@@ -41,7 +41,7 @@ struct CellForward {
 
   __device__ __forceinline__ CellForward(const Cell& a, const LruaScan& of_memory, const CellPlan& plan, Carver carver,
                                          unsigned char* scratch)
-      : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
+      : a(a), plan(plan), place(plan, a), present(place.there(place.rank)),
         memory(of_memory, plan.memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0),
         shared(carver, plan) {}
 
@@ -68,7 +68,7 @@ struct CellForward {
       const int k = i / plan.lanes, m = i % plan.lanes;
       const int64_t sample = place.sample(m);
       T value = 0;
-      if (place.there(m))
+      if (place.there(m) && !place.begins(0, m))
         value = k < reads ? static_cast<const T*>(a.hidden)[sample * plan.H + k]
                           : static_cast<const T*>(a.reads)[sample * plan.reads() + k - reads];
       shared.round[i] = value;
@@ -76,15 +76,17 @@ struct CellForward {
     const void* state = plan.controller == Controller::lstm ? a.cell : a.hidden;
     for (int i = thread; plan.recurrent && i < plan.items(); i += threads) {
       const int own = i / plan.lanes, m = i % plan.lanes, unit = place.unit(own);
-      shared.state[i] = unit < plan.H && place.there(m) ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
+      const bool is = unit < plan.H && place.there(m) && !place.begins(0, m);
+      shared.state[i] = is ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
     }
+    for (int i = thread; i < plan.items(); i += threads) shared.hidden[i] = 0;  // what pads it stays so
     memory.small.in.clear();
-    if (present) memory.begin();
+    if (present) memory.begin(place.begins(0, place.rank));
   }
 
   // What an item's gates have of the input.
   __device__ __forceinline__ void ask(int64_t t, int i, T (&gates)[4]) const {
-    const Item item = place.item(i);
+    const Item item = place.item(t, i);
     const int of_input = static_cast<int>(gates_per_unit(plan.controller));
     const T* from = static_cast<const T*>(a.gates) + place.row(t, item.m) * of_input * plan.H + item.unit;
 #pragma unroll
@@ -95,7 +97,8 @@ struct CellForward {
     const int slices = slices_of(plan.columns), per_unit = plan.per_unit();
     for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
       if (i >= gpu::threads()) ask(t, i, asked);
-      const Item item = place.item(i);
+      const Item item = place.item(t, i);
+      if (!item.there) continue;
       T gate[4] = {};
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
@@ -111,7 +114,6 @@ struct CellForward {
         kept[2] = tanh(asked[2] + gate[2]);
         kept[3] = sigmoid(asked[3] + gate[3]);
         now = kept[1] * shared.state[item.at] + kept[0] * kept[2];
-        shared.state[item.at] = now;
         shared.hidden[item.at] = kept[3] * tanh(now);
       } else if (plan.controller == Controller::gru) {
         kept[0] = sigmoid(asked[0] + gate[0]);
@@ -119,11 +121,12 @@ struct CellForward {
         kept[2] = tanh(asked[2] + gate[2] + kept[0] * gate[3]);
         kept[3] = gate[3];
         now = kept[2] + kept[1] * (shared.state[item.at] - kept[2]);
-        shared.state[item.at] = shared.hidden[item.at] = now;
+        shared.hidden[item.at] = now;
       } else {
         shared.hidden[item.at] = kept[0] = now = tanh(asked[0] + gate[0]);
       }
-      if (a.anchor_every == 0 || !item.there) continue;
+      if (plan.recurrent) shared.state[item.at] = place.begins(t + 1, item.m) ? T(0) : now;
+      if (a.anchor_every == 0) continue;
       const int64_t row = place.row(t, item.m);
       T* to = static_cast<T*>(a.kept_gates) + row * per_unit * plan.H + item.unit;
 #pragma unroll
@@ -135,11 +138,12 @@ struct CellForward {
 
   __device__ __forceinline__ void tell_hidden(int64_t t) {
     for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
-      const Item item = place.item(i);
+      const Item item = place.item(t, i);
       if (!item.there) continue;
       const T value = shared.hidden[item.at];
       static_cast<T*>(a.output)[place.row(t, item.m) * plan.width() + item.unit] = value;
-      if (plan.recurrent) place.tell(shared.round + item.unit * plan.lanes + item.m, value);
+      if (plan.recurrent)
+        place.tell(shared.round + item.unit * plan.lanes + item.m, place.begins(t + 1, item.m) ? T(0) : value);
     }
   }
 
@@ -153,12 +157,29 @@ struct CellForward {
     }
   }
 
-  __device__ __forceinline__ void tell_reads(int64_t t) {
+  __device__ __forceinline__ void tell_reads(int64_t t, bool next_anew) {
     for (int j = gpu::thread(); j < plan.reads(); j += gpu::threads()) {
       const T value = memory.read_at(j);
       static_cast<T*>(a.output)[place.row(t, place.rank) * plan.width() + plan.H + j] = value;
-      place.tell(shared.round + (plan.reads_at() + j) * plan.lanes + place.rank, value);
+      place.tell(shared.round + (plan.reads_at() + j) * plan.lanes + place.rank, next_anew ? T(0) : value);
     }
+  }
+
+  // The last state, of which what goes round is in every block, and nothing beyond a sample's end.
+  __device__ __forceinline__ void end() {
+    for (int i = gpu::thread(); plan.recurrent && i < plan.items(); i += gpu::threads()) {
+      const Item item = place.item(i);
+      if (!item.there) continue;
+      const int64_t to = place.sample(item.m) * plan.H + item.unit;
+      static_cast<T*>(a.out_hidden)[to] = shared.round[item.unit * plan.lanes + item.m];
+      if (plan.controller == Controller::lstm) static_cast<T*>(a.out_cell)[to] = shared.state[item.at];
+    }
+    if (!present) return;
+    for (int j = gpu::thread(); j < plan.reads(); j += gpu::threads())
+      static_cast<T*>(a.out_reads)[place.sample(place.rank) * plan.reads() + j] =
+          shared.round[(plan.reads_at() + j) * plan.lanes + place.rank];
+    memory.end();
+    memory.clear_steps(a, place.sample(place.rank), place.length(place.rank), a.output, a.state, plan.width());
   }
 
   __device__ __forceinline__ void run() {
@@ -167,7 +188,8 @@ struct CellForward {
     const Inputs<T> in = memory.inputs(0);
     put_sharpness(a, plan.memory, in);
     place.barrier();
-    for (int64_t t = 0; t < a.T; ++t) {
+    const int64_t steps = place.steps();
+    for (int64_t t = 0; t < steps; ++t) {
       T asked[4];
       ask(t, gpu::thread(), asked);
       multiply(plan, shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products);
@@ -177,21 +199,18 @@ struct CellForward {
       multiply(plan, shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products);
       place.barrier();
       tell_hidden(t);
-      if (present) {
+      if (present && place.goes_on(t, place.rank)) {
+        const bool next_anew = place.begins(t + 1, place.rank);
         take_heads(t, in);
         gpu::sync();
         memory.write_and_read(in, t);
         gpu::sync();
-        memory.weigh_and_use();
-        tell_reads(t);
+        memory.weigh_and_use(next_anew);
+        tell_reads(t, next_anew);
       }
       place.barrier();
     }
-    for (int i = gpu::thread(); plan.controller == Controller::lstm && i < plan.items(); i += gpu::threads()) {
-      const Item item = place.item(i);
-      if (item.there) static_cast<T*>(a.out_cell)[place.sample(item.m) * plan.H + item.unit] = shared.state[item.at];
-    }
-    if (present) memory.end();
+    end();
   }
 };
 
@@ -204,9 +223,9 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 LruaScan memory_of(const Cell& a) {
   return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,
-          a.memory, a.read_weights, a.usage, nullptr, nullptr, nullptr, nullptr, nullptr,
+          a.memory, a.read_weights, a.usage, nullptr, nullptr, nullptr, nullptr, a.sequences,
           // results
-          a.out_memory, a.out_read_weights, a.out_usage, a.slots, a.anchors};
+          nullptr, a.out_memory, a.out_read_weights, a.out_usage, a.slots, a.anchors};
 }
 
 template <class T>

@@ -118,16 +118,18 @@ __device__ __forceinline__ T sigmoid(T x) {
 // An own unit of a sample: among own units and those of all blocks, and where it lies in [units, lanes].
 struct Item {
   int m, own, unit, at;
-  bool there;  // neither padding of the units nor of the samples
+  bool there;  // neither padding of the units nor of the samples, nor beyond the sample's end
 };
 
 // A block's place among those of its cluster.
 struct CellPlace {
   const CellPlan& plan;
-  const int64_t& B;              // in the kernel's parameters: no register
+  const int64_t &T, &B;  // in the kernel's parameters: no registers
+  const Sequences& sequences;
   const int rank, first, count;  // samples of the cluster: the first, and how many there are
-  __device__ __forceinline__ CellPlace(const CellPlan& plan, const int64_t& B)
-      : plan(plan), B(B), rank(static_cast<int>(gpu::block() % plan.cluster)),
+  template <class Arguments>
+  __device__ __forceinline__ CellPlace(const CellPlan& plan, const Arguments& a)
+      : plan(plan), T(a.T), B(a.B), sequences(a.sequences), rank(static_cast<int>(gpu::block() % plan.cluster)),
         first(static_cast<int>(gpu::block() / plan.cluster * plan.samples)),
         count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)) {}
 
@@ -135,11 +137,26 @@ struct CellPlace {
   __device__ __forceinline__ int64_t sample(int m) const { return first + m; }
   __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * B + sample(m); }
   __device__ __forceinline__ int unit(int own) const { return rank * plan.units + own; }
-  // Units side by side, as they lie in device memory.
+  // Units side by side, as they lie in device memory; of any step, or of step t.
   __device__ __forceinline__ Item item(int i) const {
     const int m = i / plan.units, own = i % plan.units;
     return {m, own, unit(own), own * plan.lanes + m, i < plan.items() && unit(own) < plan.H && there(m)};
   }
+  __device__ __forceinline__ Item item(int64_t t, int i) const {
+    Item item = this->item(i);
+    item.there = item.there && goes_on(t, item.m);
+    return item;
+  }
+
+  // The samples go through the steps side by side, so many as the longest of them has; what they do at a step may differ.
+  __device__ __forceinline__ int64_t length(int m) const { return sequences.length(T, sample(m)); }
+  __device__ __forceinline__ int64_t steps() const {
+    int64_t most = 0;
+    for (int m = 0; m < count; ++m) most = length(m) > most ? length(m) : most;
+    return most;
+  }
+  __device__ __forceinline__ bool goes_on(int64_t t, int m) const { return t < length(m); }
+  __device__ __forceinline__ bool begins(int64_t t, int m) const { return goes_on(t, m) && sequences.begins(t, B, sample(m)); }
 
   __device__ __forceinline__ void barrier() const {
     if (plan.cluster > 1) gpu::sync_cluster();

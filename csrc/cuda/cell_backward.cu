@@ -1,9 +1,10 @@
 // cell backward: all steps in one launch. The gradient of every weight is one product over all steps after it, from the gradients
 // of gates and heads before their nonlinearities.
 //
-// Takes `anchor_every` steps at a time: every block replays its sample's memory from the anchor, without a barrier. A step back: add up
-// what reached the reads of the own sample, and its memory's step back (two barriers of the block); tell the gradients of its heads |
-// barrier | back through heads and controller of own units, and their part of what goes round | barrier |.
+// Every block replays its sample's memory, at most `anchor_every` steps at a time, from an anchor or where the sample began anew,
+// without a barrier of the cluster. A step back: add up what reached the reads of the own sample, and its memory's step back (two
+// barriers of the block); tell the gradients of its heads | barrier | back through heads and controller of own units, and their
+// part of what goes round | barrier |.
 #include "cell.cuh"
 #include "lrua_backward.cuh"
 
@@ -77,7 +78,7 @@ struct CellBack {
 
   __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan,
                                       Carver carver, unsigned char* scratch)
-      : a(a), plan(plan), place(plan, a.B), present(place.there(place.rank)),
+      : a(a), plan(plan), place(plan, a), present(place.there(place.rank)),
         memory(of_memory, plan.memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0,
                true),
         shared(carver, plan) {}
@@ -105,30 +106,38 @@ struct CellBack {
     if (present) memory.begin();
   }
 
-  // The gradient of the hidden state of an own unit by the step after.
-  __device__ __forceinline__ T hidden_by_round(const Item& item) const {
-    T grad = plan.recurrent ? place.total(shared.products + item.m * shared.round_ld + item.unit) : T(0);
+  // The gradient of the hidden state of an own unit by the step t, or after the sample's last by the state that came out. Nothing
+  // passes where the sample began anew before t.
+  __device__ __forceinline__ T hidden_by_step(int64_t t, const Item& item) const {
+    if (!plan.recurrent || place.begins(t, item.m)) return 0;
+    if (!place.goes_on(t, item.m))
+      return a.grad_hidden ? static_cast<const T*>(a.grad_hidden)[place.sample(item.m) * plan.H + item.unit] : T(0);
+    T grad = place.total(shared.products + item.m * shared.round_ld + item.unit);
     if (plan.controller == Controller::gru) grad += shared.state[item.at];
     return grad;
   }
-  __device__ __forceinline__ T read_by_round(int j) const {
+  // The same of number j of the own sample's reads.
+  __device__ __forceinline__ T read_by_step(int64_t t, int j) const {
+    if (place.begins(t, place.rank)) return 0;
+    if (!place.goes_on(t, place.rank))
+      return a.grad_reads ? static_cast<const T*>(a.grad_reads)[place.sample(place.rank) * plan.reads() + j] : T(0);
     return place.total(shared.products + place.rank * shared.round_ld + plan.reads_at() + j);
   }
 
   // What comes from the step after and from outside, for the hidden states of own units and the reads of the own sample.
-  __device__ __forceinline__ void gather(int64_t t, const Inputs<T>& in) {
+  __device__ __forceinline__ void gather(int64_t t, bool goes_on, const Inputs<T>& in) {
     const T* outside = static_cast<const T*>(a.grad_output);
     for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
-      const Item item = place.item(i);
+      const Item item = place.item(t, i);
       T grad = 0;
       if (item.there) {
-        grad = hidden_by_round(item);
+        grad = hidden_by_step(t + 1, item);
         if (outside) grad += outside[place.row(t, item.m) * plan.width() + item.unit];
       }
       shared.hidden[item.at] = grad;
     }
-    for (int j = gpu::thread(); present && j < plan.reads(); j += gpu::threads()) {
-      T grad = read_by_round(j);
+    for (int j = gpu::thread(); goes_on && j < plan.reads(); j += gpu::threads()) {
+      T grad = read_by_step(t + 1, j);
       if (outside) grad += outside[place.row(t, place.rank) * plan.width() + plan.H + j];
       in.grads[plan.memory.vector_at(j)] = grad;
     }
@@ -162,7 +171,7 @@ struct CellBack {
     T gate[4], now, before;
   };
   __device__ __forceinline__ void ask(int64_t t, int i, Kept& kept) const {
-    const Item item = place.item(i);
+    const Item item = place.item(t, i);
     const int per_unit = plan.per_unit();
     kept = Kept{};
     if (!item.there) return;
@@ -175,6 +184,7 @@ struct CellBack {
     const T* states = static_cast<const T*>(a.kept_states) + item.unit;
     const T* start = static_cast<const T*>(plan.controller == Controller::lstm ? a.cell : a.hidden);
     kept.now = states[row * plan.H];
+    if (place.begins(t, item.m)) return;  // from a state of 0
     kept.before = t > 0 ? states[(row - a.B) * plan.H] : start[place.sample(item.m) * plan.H + item.unit];
   }
 
@@ -183,29 +193,30 @@ struct CellBack {
     const int of_input = static_cast<int>(gates_per_unit(plan.controller));
     for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
       if (i >= gpu::threads()) ask(t, i, kept);
-      const Item item = place.item(i);
+      const Item item = place.item(t, i);
       T grad = shared.hidden[item.at];
 #pragma unroll 1  // more would spill registers
       for (int slice = 0; slice < slices; ++slice)
         grad += shared.products[(slice * plan.lanes + item.m) * shared.units_ld + item.own];
       const T(&gate)[4] = kept.gate;
-      T of_gate[4] = {};
+      T of_gate[4] = {}, before = 0;  // before: what passes to the state before by itself
       if (plan.controller == Controller::lstm) {
         const T shown = tanh(kept.now), grad_now = shared.state[item.at] + grad * gate[3] * (T(1) - shown * shown);
         of_gate[0] = grad_now * gate[2] * gate[0] * (T(1) - gate[0]);
         of_gate[1] = grad_now * kept.before * gate[1] * (T(1) - gate[1]);
         of_gate[2] = grad_now * gate[0] * (T(1) - gate[2] * gate[2]);
         of_gate[3] = grad * shown * gate[3] * (T(1) - gate[3]);
-        shared.state[item.at] = grad_now * gate[1];
+        before = grad_now * gate[1];
       } else if (plan.controller == Controller::gru) {  // reset, update, candidate; the hidden state's part of the candidate
         of_gate[2] = grad * (T(1) - gate[1]) * (T(1) - gate[2] * gate[2]);
         of_gate[0] = of_gate[2] * gate[3] * gate[0] * (T(1) - gate[0]);
         of_gate[1] = grad * (kept.before - gate[2]) * gate[1] * (T(1) - gate[1]);
         of_gate[3] = of_gate[2] * gate[0];
-        shared.state[item.at] = grad * gate[1];
+        before = grad * gate[1];
       } else {
         of_gate[0] = grad * (T(1) - gate[0] * gate[0]);
       }
+      if (plan.recurrent && item.there) shared.state[item.at] = place.begins(t, item.m) ? T(0) : before;
       const int64_t start = place.row(t, item.m) * of_input * plan.H + item.unit;
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
@@ -224,54 +235,62 @@ struct CellBack {
       const Item item = place.item(i);
       if (!item.there) continue;
       const int64_t to = place.sample(item.m) * plan.H + item.unit;
-      static_cast<T*>(a.grad_hidden)[to] = hidden_by_round(item);
+      static_cast<T*>(a.grad_in_hidden)[to] = hidden_by_step(0, item);
       if (plan.controller == Controller::lstm) static_cast<T*>(a.grad_in_cell)[to] = shared.state[item.at];
     }
     if (!present) return;
+    const int64_t sample = place.sample(place.rank), length = place.length(place.rank);
     for (int j = gpu::thread(); j < plan.reads(); j += gpu::threads())
-      static_cast<T*>(a.grad_reads)[place.sample(place.rank) * plan.reads() + j] = read_by_round(j);
+      static_cast<T*>(a.grad_in_reads)[sample * plan.reads() + j] = read_by_step(0, j);
     memory.end();
+    const int64_t of_input = gates_per_unit(plan.controller) * plan.H;
+    memory.clear_steps(a, sample, length, a.grad_gates, a.state, of_input);
+    if (a.grad_hidden_gates) memory.clear_steps(a, sample, length, a.grad_hidden_gates, a.state, of_input);
+    memory.clear_steps(a, sample, length, a.grad_heads, a.state, plan.heads);
   }
 
   __device__ __forceinline__ void run() {
     HeadStream<T> stream(a, plan);
-    const int steps = static_cast<int>(a.T), last_first = static_cast<int>(last_replay(a.T, memory.every));
+    const int steps = static_cast<int>(place.steps()), length = present ? static_cast<int>(place.length(place.rank)) : 0;
+    int first = length;  // the step at which the replay in hand begins
     begin();
     gpu::sync();
     for (int visit = 0; visit < 2; ++visit) put_sharpness(a, plan.memory, memory.inputs(visit));
-    if (present && steps > 0) {
-      stream.ask(place.row(last_first, place.rank));
+    if (length > 0) {
+      stream.ask(place.row(memory.replay_before(length), place.rank));
       stream.put(memory.inputs(0));
     }
     place.barrier();
-    for (int first = last_first; first >= 0; first -= memory.every) {
-      const int count = steps - first < memory.every ? steps - first : memory.every;
-      if (present) memory.replay_all(stream, first, count);
-      for (int step = count - 1; step >= 0; --step) {
-        const int t = first + step, next = step > 0 ? t - 1 : first - memory.every;
-        const Inputs<T> in = memory.inputs(memory.visits);
-        gather(t, in);
-        if (present) {
-          gpu::sync();
-          memory.gather(in, step);
-          gpu::sync();
-          memory.back(in, step);
-          gpu::sync();
-          tell_heads(t, in);
-          ++memory.visits;
-        }
-        Kept kept;
-        ask(t, gpu::thread(), kept);
-        place.barrier();
-        multiply(plan, shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products);
-        gpu::sync();
-        control(t, kept);
-        gpu::sync();
-        if (present && next >= 0) stream.ask(place.row(next, place.rank));
-        multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
-        if (present && next >= 0) stream.put(memory.inputs(memory.visits));
-        place.barrier();
+    for (int t = steps - 1; t >= 0; --t) {
+      const bool goes_on = t < length;
+      if (goes_on && t < first) {
+        first = static_cast<int>(memory.replay_before(t + 1));
+        memory.replay_all(stream, first, t + 1 - first);
       }
+      const Inputs<T> in = memory.inputs(memory.visits);
+      gather(t, goes_on, in);
+      if (goes_on) {
+        gpu::sync();
+        memory.gather(in, t - first);
+        gpu::sync();
+        memory.back(in, t - first);
+        gpu::sync();
+        tell_heads(t, in);
+        if (place.begins(t, place.rank)) memory.through_start();
+        ++memory.visits;
+      }
+      Kept kept;
+      ask(t, gpu::thread(), kept);
+      place.barrier();
+      multiply(plan, shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products);
+      gpu::sync();
+      control(t, kept);
+      gpu::sync();
+      const bool more = goes_on && t > 0;
+      if (more) stream.ask(place.row(t > first ? t - 1 : memory.replay_before(t), place.rank));
+      multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
+      if (more) stream.put(memory.inputs(memory.visits));
+      place.barrier();
     }
     end();
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
@@ -287,9 +306,10 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 LruaScanBackward memory_of(const CellBackward& a) {
   return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.eps, a.anchor_every, nullptr,
-          a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr, a.slots, a.anchors,
+          a.grad_memory, a.grad_read_weights, a.memory, a.read_weights, nullptr, nullptr, nullptr, nullptr, a.sequences,
+          a.slots, a.anchors,
           // results
-          a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr};
+          a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr, a.grad_start};
 }
 
 template <class T>

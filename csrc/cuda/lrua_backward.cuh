@@ -68,15 +68,26 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     const T *of_memory = static_cast<const T*>(a.grad_memory), *of_weights = static_cast<const T*>(a.grad_read_weights);
     this->begin_gradients(of_memory ? of_memory + sample * a.N * a.D : nullptr,
                           of_weights ? of_weights + sample * a.R * a.N : nullptr, held, tiles.grad, per_slot.later);
+    if (a.grad_start) this->begin_start(static_cast<T*>(a.grad_start) + sample * a.N * a.D);
+  }
+
+  // Where the replay of the step before `end` begins; 0 where there is none.
+  __device__ __forceinline__ int64_t replay_before(int64_t end) const {
+    return end > 0 ? a.sequences.replay_from(end - 1, every, a.B, sample) : 0;
   }
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
     const int64_t ld = mann_fast::padded_slots(plan.N);
-    const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D + a.R, a.N);
-    const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
-    this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
-    if (first > 0) this->take_rows(anchor + a.D * ld, ld, read_weights(0));
-    else this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, read_weights(0));
+    const bool anew = a.sequences.begins(first, a.B, sample);
+    const T *anchor = nullptr, *weights = nullptr;
+    if (first > 0 && !anew) {
+      anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D + a.R, a.N);
+      weights = anchor + a.D * ld;
+    } else if (!anew) {
+      weights = static_cast<const T*>(a.read_weights) + sample * a.R * a.N;
+    }
+    this->begin_memory(anchor, this->first_memory(a, sample, anew), memory(0));
+    this->take_rows(weights, anchor ? ld : plan.N, read_weights(0));
     gpu::sync_warp();
   }
 
@@ -303,6 +314,11 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
       gpu::sync_warp();
       ++visits;
     }
+  }
+
+  // Having gone back through a step at which the sample began anew.
+  __device__ __forceinline__ void through_start() {
+    Base::through_start(held, tiles.grad, per_slot.later, static_cast<T*>(a.grad_start) + sample * a.N * a.D);
   }
 
   __device__ __forceinline__ void end() {

@@ -53,16 +53,19 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     this->template with_tile_of<KEEP>(held, tiles.memory, g, k, f);
   }
 
-  __device__ __forceinline__ void begin() {
-    const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
+  // The state that came in, or anew that at the start of a sequence.
+  __device__ __forceinline__ void begin(bool anew) {
+    const T* memory = this->first_memory(a, sample, anew);
+    const T* read_weights = anew ? nullptr : static_cast<const T*>(a.read_weights) + sample * a.R * a.N;
     const T* usage = static_cast<const T*>(a.usage) + sample * a.N;
     for (int g = 0; g < this->groups(); ++g) {
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
-      const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots) per_slot.usage[slot] = first_slot + slot < plan.N ? usage[first_slot + slot] : T(0);
+      const int slot = this->group(g) + place.lane, of_sample = first_slot + slot;
+      if (place.lane < warp_slots)
+        per_slot.usage[slot] = of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample];
     }
-    this->take_rows(static_cast<const T*>(a.read_weights) + sample * a.R * a.N, plan.N, per_slot.read_weights);
+    this->take_rows(read_weights, plan.N, per_slot.read_weights);
     find_candidates();
   }
 
@@ -198,8 +201,9 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     write_and_compare(in, chosen, small.exchange.sums);
     read();
   }
-  // and what comes after it.
-  __device__ __forceinline__ void weigh_and_use() {
+  // and what comes after it: the state before the next step. Where that begins anew, so does it.
+  __device__ __forceinline__ void weigh_and_use(bool anew) {
+    if (anew) return begin(true);
     this->normalise(small.exchange.sums, per_slot.read_weights);
     gpu::sync_warp();
     use();

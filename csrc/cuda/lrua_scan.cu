@@ -26,22 +26,26 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
 
   __device__ __forceinline__ void run() {
     Stream<T, LruaScan> stream(a, plan);
-    if (a.T > 0) stream.ask(sample);
-    this->begin();
+    const int64_t steps = a.sequences.length(a.T, sample);
+    if (steps > 0) stream.ask(sample);
+    this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
     small.in.clear();
     gpu::sync();
-    if (a.T > 0) stream.put(inputs(0));
+    if (steps > 0) stream.put(inputs(0));
     this->sync();
-    for (int64_t t = 0; t < a.T; ++t) {
-      if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
+    for (int64_t t = 0; t < steps; ++t) {
+      const bool more = t + 1 < steps;
+      if (more) stream.ask((t + 1) * a.B + sample);
+      const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
       this->write_and_read(inputs(t), t);
       this->sync();
-      this->weigh_and_use();
+      this->weigh_and_use(next_anew);
       give_reads(t);
-      if (t + 1 < a.T) stream.put(inputs(t + 1));
+      if (more) stream.put(inputs(t + 1));
       this->sync();
     }
     this->end();
+    this->clear_steps(a, sample, steps, a.reads, a.input, plan.R * plan.D);
   }
 };
 

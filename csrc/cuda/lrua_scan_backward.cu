@@ -1,7 +1,7 @@
 // lrua_scan backward: one launch for all steps.
 //
-// Takes `anchor_every` steps at a time: replays them from the anchor, a memory for each kept, one barrier a step; then goes back
-// through them with two. Similarities beyond a bound cost the replay one more.
+// Takes at most `anchor_every` steps at a time: replays them from an anchor or where the sample began anew, a memory for each
+// kept, one barrier a step; then goes back through them with two. Similarities beyond a bound cost the replay one more.
 #include "kernels.h"
 #include "lrua_backward.cuh"
 
@@ -37,30 +37,40 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
 
   __device__ __forceinline__ void run() {
     Stream<T, LruaScanBackward> stream(a, plan);
-    const int64_t last_first = last_replay(a.T, every);
-    if (a.T > 0) stream.ask(last_first * a.B + sample);
+    const int64_t steps = a.sequences.length(a.T, sample);
+    int64_t first = this->replay_before(steps);
+    if (steps > 0) stream.ask(first * a.B + sample);
     this->begin();
     small.in.clear();
     gpu::sync();
-    if (a.T > 0) stream.put(inputs(0));
+    if (steps > 0) stream.put(inputs(0));
     this->sync();
-    for (int64_t first = last_first; first >= 0; first -= every) {
-      const int count = a.T - first < every ? static_cast<int>(a.T - first) : every;
+    for (int64_t left = steps; left > 0;) {
+      const int count = static_cast<int>(left - first);
+      const int64_t earlier = this->replay_before(first);
       this->replay_all(stream, first, count);
       for (int step = count - 1; step >= 0; --step) {
         const Inputs<T> in = inputs(visits);
-        const int64_t next = step > 0 ? first + step - 1 : first - every;
-        if (next >= 0) stream.ask(next * a.B + sample);
+        const int64_t next = step > 0 ? first + step - 1 : earlier;
+        if (first + step > 0) stream.ask(next * a.B + sample);
         this->gather(in, step);
         this->sync();
         this->back(in, step);
-        if (next >= 0) stream.put(inputs(visits + 1));
+        if (first + step > 0) stream.put(inputs(visits + 1));
         this->sync();
         give_gradients(first + step);
         ++visits;
       }
+      if (a.sequences.begins(first, a.B, sample)) this->through_start();
+      left = first;
+      first = earlier;
     }
     this->end();
+    const int64_t heads = plan.R, size = heads * plan.D;
+    this->clear_steps(a, sample, steps, a.grad_keys, a.input, size);
+    this->clear_steps(a, sample, steps, a.grad_write_vectors, a.input, size);
+    this->clear_steps(a, sample, steps, a.grad_gate_logits, a.input, heads);
+    if (a.grad_sharpness) this->clear_steps(a, sample, steps, a.grad_sharpness, a.input, heads);
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
   }
 };

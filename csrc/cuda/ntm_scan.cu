@@ -61,12 +61,13 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     this->template with_tile_of<KEEP>(held, tiles.memory, g, k, f);
   }
 
-  __device__ __forceinline__ void begin() {
-    const T* memory = static_cast<const T*>(a.memory) + sample * a.N * a.D;
+  // The state that came in, or anew that at the start of a sequence.
+  __device__ __forceinline__ void begin(bool anew) {
+    const T* memory = this->first_memory(a, sample, anew);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
-    this->take_rows(static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
+    this->take_rows(anew ? nullptr : static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
   }
 
   __device__ __forceinline__ void save_memory(int64_t t) {
@@ -79,7 +80,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
 
   // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's
   // inputs are put in their places, between the two barriers.
-  __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool puts) {
+  __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool more, bool puts) {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
       this->compare(
@@ -91,7 +92,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
                 [&](int h, bool there, bool speaks, T most) { raise(in, h, there, speaks, most); });
     if (puts && t > 0) give_reads(t - 1);
-    if (puts && t + 1 < a.T) stream.put(inputs(t + 1));
+    if (puts && more) stream.put(inputs(t + 1));
     this->sync();
     weigh(in, first, last);
     gpu::sync_warp();
@@ -171,33 +172,41 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   }
 
   __device__ __forceinline__ void run() {
-    if (a.T > 0) stream.ask(sample);
-    begin();
+    const int64_t steps = a.sequences.length(a.T, sample);
+    if (steps > 0) stream.ask(sample);
+    begin(steps > 0 && a.sequences.begins(0, a.B, sample));
     small.in.clear();  // padded columns are 0 in every step
     gpu::sync();
-    if (a.T > 0) stream.put(inputs(0));
+    if (steps > 0) stream.put(inputs(0));
     this->sync();
     const int reads = plan.reads, heads = plan.R;
-    for (int64_t t = 0; t < a.T; ++t) {
+    for (int64_t t = 0; t < steps; ++t) {
       const NtmInputs<T> in = inputs(t);
-      if (t + 1 < a.T) stream.ask((t + 1) * a.B + sample);
+      const bool more = t + 1 < steps;
+      if (more) stream.ask((t + 1) * a.B + sample);
+      const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
       if (has_anchor(t, a.anchor_every)) save_memory(t);
       if (a.read_first) {
-        address(in, 0, heads, t, true);
+        address(in, 0, heads, t, more, true);
         read();
         write(in);
       } else {
-        if (reads < heads) address(in, reads, heads, t, reads == 0);
+        if (reads < heads) address(in, reads, heads, t, more, reads == 0);
         write(in);
-        if (reads > 0) address(in, 0, reads, t, true);
+        if (reads > 0) address(in, 0, reads, t, more, true);
         read();
       }
       if (a.anchor_every > 0)
         this->give_rows(small.weights, plan.N, static_cast<T*>(a.history) + (t * a.B + sample) * plan.R * a.N);
+      if (next_anew) {
+        gpu::sync_warp();  // its lanes have read the weights
+        begin(true);
+      }
     }
     this->sync();
-    if (a.T > 0) give_reads(a.T - 1);
+    if (steps > 0) give_reads(steps - 1);
     end();
+    this->clear_steps(a, sample, steps, a.reads, a.input, reads * plan.D);
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
   }
 };

@@ -1,7 +1,7 @@
 // ntm_scan backward: one launch for all steps.
 //
-// Takes `anchor_every` steps at a time: replays their writes from the anchor, whose weights are kept, so that no warp needs
-// another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
+// Takes at most `anchor_every` steps at a time: replays their writes from an anchor or where the sample began anew, with the
+// weights that were kept, so that no warp needs another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
 // sums of exponentials | barrier | shift; tell the maximum | barrier | back through sharpening; tell gradients of the shift | barrier |
 // back through shift, gate, softmax and similarity. Read first, all heads do so at once: three barriers a step. Write first,
 // those that read and then those that write: six. An erase is never undone by a division.
@@ -99,12 +99,19 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     const T *of_memory = static_cast<const T*>(a.grad_memory), *of_weights = static_cast<const T*>(a.grad_weights);
     this->begin_gradients(of_memory ? of_memory + sample * a.N * a.D : nullptr,
                           of_weights ? of_weights + sample * plan.R * a.N : nullptr, held, tiles.grad, per_slot.later);
+    if (a.grad_start) this->begin_start(static_cast<T*>(a.grad_start) + sample * a.N * a.D);
+  }
+
+  __device__ __forceinline__ bool begins(int64_t t) const { return a.sequences.begins(t, a.B, sample); }
+  // Where the replay of the step before `end` begins; 0 where there is none.
+  __device__ __forceinline__ int64_t replay_before(int64_t end) const {
+    return end > 0 ? a.sequences.replay_from(end - 1, every, a.B, sample) : 0;
   }
 
   __device__ __forceinline__ void begin_replay(int64_t first) {
+    const bool anew = begins(first);
     const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D, a.N);
-    const T* start = static_cast<const T*>(a.memory) + sample * a.N * a.D;
-    this->begin_memory(first > 0 ? anchor : nullptr, start, memory(0));
+    this->begin_memory(first > 0 && !anew ? anchor : nullptr, this->first_memory(a, sample, anew), memory(0));
   }
 
   // A step's write again, from the memory before it to the one after it.
@@ -124,13 +131,14 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void take_weights(int64_t t) {
     const int64_t row = t * a.B + sample;
     const T* now = history(row);
+    const bool anew = begins(t);
     const T* before = t > 0 ? history(row - a.B) : static_cast<const T*>(a.weights) + sample * plan.R * a.N;
     for (int g = 0; g < this->groups(); ++g)
       for (int i = place.lane; i < plan.heads * warp_slots; i += 32) {
         const int h = i / warp_slots, slot = this->group(g) + i % warp_slots;
         const bool there = first_slot + slot < plan.N;
         const int64_t from = static_cast<int64_t>(h) * plan.N + first_slot + slot;
-        const T weight = there ? now[from] : T(0), previous = there ? before[from] : T(0);
+        const T weight = there ? now[from] : T(0), previous = !there ? T(0) : anew ? T(first_slot + slot == 0) : before[from];
         per_slot.now[h * plan.span + slot] = weight;
         small.previous[h * plan.span + slot] = previous;
       }
@@ -435,15 +443,27 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_weights) + sample * plan.R * a.N);
   }
 
+  // What came in beyond a sample's end has no gradient.
+  __device__ __forceinline__ void clear_padding(int64_t steps) const {
+    const int64_t heads = plan.R, size = heads * plan.D, written = (heads - plan.reads) * plan.D;
+    this->clear_steps(a, sample, steps, a.grad_keys, a.input, size);
+    for (void* rows : {a.grad_sharpness, a.grad_gates, a.grad_sharpening})
+      this->clear_steps(a, sample, steps, rows, a.input, heads);
+    this->clear_steps(a, sample, steps, a.grad_shift, a.input, heads * plan.shifts);
+    for (void* rows : {a.grad_erase, a.grad_add}) this->clear_steps(a, sample, steps, rows, a.input, written);
+  }
+
   __device__ __forceinline__ void run() {
-    const int64_t last_first = last_replay(a.T, every);
-    if (a.T > 0) stream.ask(last_first * a.B + sample);
+    const int64_t steps = a.sequences.length(a.T, sample);
+    int64_t first = replay_before(steps);
+    if (steps > 0) stream.ask(first * a.B + sample);
     begin();
     small.in.clear();
     gpu::sync();
-    if (a.T > 0) stream.put(inputs(0));
-    for (int64_t first = last_first; first >= 0; first -= every) {
-      const int count = a.T - first < every ? static_cast<int>(a.T - first) : every;
+    if (steps > 0) stream.put(inputs(0));
+    for (int64_t left = steps; left > 0;) {
+      const int count = static_cast<int>(left - first);
+      const int64_t earlier = replay_before(first);
       begin_replay(first);
       gpu::sync();  // the inputs of the step before are not needed any more, and those of the first are there
       for (int step = 0; step < (a.read_first ? count - 1 : count); ++step) {
@@ -455,15 +475,19 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
       }
       for (int step = count - 1; step >= 0; --step) {
         // Going on with the steps before it begins with a replay.
-        const int64_t next = step > 0 ? first + step - 1 : first - every;
-        stream.ask((next >= 0 ? next : 0) * a.B + sample);
+        stream.ask((step > 0 ? first + step - 1 : earlier) * a.B + sample);
         back(inputs(visits), first + step, step);
         ++visits;
       }
+      if (begins(first))
+        this->through_start(held, tiles.grad, per_slot.later, static_cast<T*>(a.grad_start) + sample * a.N * a.D);
+      left = first;
+      first = earlier;
     }
     this->sync();
     give_told();
     end();
+    clear_padding(steps);
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
   }
 };

@@ -151,12 +151,14 @@ struct Thread {
     }
   }
 
-  // Rows [R, ld] of numbers per slot from and to [heads, span], by the lanes of the warp that has the slots.
+  // Rows [R, ld] of numbers per slot from and to [heads, span], by the lanes of the warp that has the slots. Null: as a sequence
+  // starts, 1 at slot 0.
   __device__ __forceinline__ void take_rows(const T* rows, int64_t ld, T* to) const {
     for (int g = 0; g < groups(); ++g)
       for (int i = place.lane; i < plan.heads * warp_slots; i += 32) {
-        const int r = i / warp_slots, slot = group(g) + i % warp_slots;
-        to[r * plan.span + slot] = r < plan.R && first_slot + slot < plan.N ? rows[r * ld + first_slot + slot] : T(0);
+        const int r = i / warp_slots, slot = group(g) + i % warp_slots, of_sample = first_slot + slot;
+        const bool there = r < plan.R && of_sample < plan.N;
+        to[r * plan.span + slot] = !there ? T(0) : rows ? rows[r * ld + of_sample] : T(of_sample == 0);
       }
   }
   __device__ __forceinline__ void give_rows(const T* from, int64_t ld, T* rows) const {
@@ -176,13 +178,54 @@ struct Thread {
           if (of_memory) take(of_memory, plan.D, 1, g, k, m);
           else m = Tile<T, C>{};
         });
-    if (of_weights) return take_rows(of_weights, plan.N, weights);
+    if (of_weights) take_rows(of_weights, plan.N, weights);
+    else clear_rows(weights);
+  }
+  __device__ __forceinline__ void clear_rows(T* rows) const {
     for (int g = 0; g < groups(); ++g)
       for (int i = place.lane; i < plan.heads * warp_slots; i += 32)
-        weights[i / warp_slots * plan.span + group(g) + i % warp_slots] = 0;
+        rows[i / warp_slots * plan.span + group(g) + i % warp_slots] = 0;
   }
 
-  // Puts the memory where a replay begins: from an anchor [columns, ld], or where that is null from the first memory [N, D].
+  // The sum over the resets of a sample, [N, D], of what comes to the start; a thread only touches its own numbers.
+  __device__ __forceinline__ void begin_start(T* of_start) const {
+    for (int g = 0; g < groups(); ++g)
+      for (int k = 0; k < pieces(); ++k) give(Tile<T, C>{}, plan.N, plan.D, 1, g, k, of_start);
+  }
+  // Having gone back through a step at which the sample began anew: the gradient of the memory before it is one of the start,
+  // and nothing goes on to the steps before, whatever it is.
+  __device__ __forceinline__ void through_start(Tile<T, C>& held, T* tiles, T* weights, T* of_start) const {
+    for (int g = 0; g < groups(); ++g)
+      for (int k = 0; k < pieces(); ++k)
+        with_tile_of<true>(held, tiles, g, k, [&](Tile<T, C>& m) {
+          Tile<T, C> sum;
+          take(of_start, plan.D, 1, g, k, sum);
+#pragma unroll
+          for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+            for (int c = 0; c < C; ++c) sum.at[s][c] += m.at[s][c];
+          give(sum, plan.N, plan.D, 1, g, k, of_start);
+          m = Tile<T, C>{};
+        });
+    clear_rows(weights);
+  }
+
+  // Rows [T, B, count] of a sample from a step on, of those that it takes no part in.
+  template <class Arguments>
+  __device__ __forceinline__ void clear_steps(const Arguments& a, int64_t sample, int64_t from, void* rows, Dtype dtype,
+                                              int64_t count) const {
+    for (int64_t t = from; t < a.T; ++t)
+      for (int64_t j = rank * gpu::threads() + gpu::thread(); j < count; j += blocks() * gpu::threads())
+        store_as(rows, dtype, (t * a.B + sample) * count + j, T(0));
+  }
+
+  // The memory [N, D] before a sample's first step, or before one at which it begins anew.
+  template <class Arguments>
+  __device__ __forceinline__ const T* first_memory(const Arguments& a, int64_t sample, bool anew) const {
+    return anew ? static_cast<const T*>(a.sequences.start) : static_cast<const T*>(a.memory) + sample * a.N * a.D;
+  }
+
+  // Puts the memory where a replay begins: from an anchor [columns, ld], or where that is null from a memory [N, D].
   __device__ __forceinline__ void begin_memory(const T* anchor, const T* start, T* tiles) const {
     const int64_t ld = mann_fast::padded_slots(plan.N);
     for (int g = 0; g < groups(); ++g)

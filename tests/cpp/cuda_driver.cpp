@@ -42,6 +42,7 @@ void compare(const char* name, Run function, const Case& c) {
   for (const int64_t value : {c.T, c.B, c.N, c.D, c.R, c.anchor_every}) current += " " + std::to_string(value);
   current += " dtypes " + std::to_string(static_cast<int>(c.state)) + " " + std::to_string(static_cast<int>(c.input));
   current += c.read_first ? " read first" : "";
+  current += c.cut ? " cut" : "";
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
   for (size_t j = 0; j < expected.size(); ++j) {
     const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
@@ -124,8 +125,12 @@ int main(int count, char** arguments) {
                 layout.input, sharp,    read_first, shared_target, 2,        1};
       if (only.empty() || only == "content") compare("content", content, c);
       if (only.empty() || only == "write") compare("write", write, c);
-      if (only.empty() || only == "scan") compare("scan", scan, c);
-      if (only.empty() || only == "ntm") compare("ntm", ntm, c);
+      for (const bool cut : {false, true}) {
+        if (cut && !few && options != 0 && options != 3) continue;
+        c.cut = cut;
+        if (only.empty() || only == "scan") compare("scan", scan, c);
+        if (only.empty() || only == "ntm") compare("ntm", ntm, c);
+      }
       ++cases;
     }
   }
@@ -151,9 +156,12 @@ int main(int count, char** arguments) {
     settings.limits.processors = layout.cluster;
     for (int options = few ? 2 : 0; options < 8; options += few || large ? 3 : 1) {
       const Controller kind = static_cast<Controller>((options + 1) % 3);
-      const Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0,
-                      2,   1};
-      compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
+      Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0, 2, 1};
+      for (const bool cut : {false, true}) {
+        if (cut && !few && options != 0 && options != 3) continue;
+        c.cut = cut;
+        compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
+      }
       if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
         fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " +
              std::to_string(layout.cluster));

@@ -79,6 +79,7 @@ struct Case {
   Dtype state, input;
   bool sharp, read_first, shared_target;
   int64_t anchor_every, threads;
+  bool cut = false;  // samples begin anew and end in the middle
 };
 
 using Results = std::vector<Array>;
@@ -101,6 +102,35 @@ void check_slots(const std::vector<int64_t>& slots, int64_t rows, int64_t n, int
         if (slots[row * n + j] == slot) fail("the same slot twice");
     }
 }
+
+// Where the samples of a case begin anew, the start, and where they end: some at their first step, or never.
+struct Cuts {
+  std::unique_ptr<bool[]> resets;
+  std::unique_ptr<int64_t[]> lengths;
+  std::unique_ptr<Array> start;
+  Cuts(const Case& c, Random& random) {
+    if (!c.cut) return;
+    resets.reset(new bool[c.T * c.B]);
+    lengths.reset(new int64_t[c.B]);
+    start = std::make_unique<Array>(random.normal(c.state, c.N * c.D));
+    for (int64_t i = 0; i < c.T * c.B; ++i) resets[i] = (i / c.B + 2 - i % c.B % 3) % 3 == 0;
+    for (int64_t b = 0; b < c.B; ++b) lengths[b] = c.T - (b % 4 == 3 ? c.T : std::min(c.T, b % 4));
+  }
+  Sequences sequences() const { return {resets.get(), lengths.get(), pointer(start)}; }
+  Array of_start(const Case& c) const { return Array(c.state, start ? c.B * c.N * c.D : 0); }
+  int64_t length(const Case& c, int64_t b) const { return lengths ? lengths[b] : c.T; }
+  // Of an input [T, B, count], what no sample takes: NaN.
+  void spoil(const Case& c, Array& input) const {
+    const int64_t count = c.T * c.B > 0 ? input.count / (c.T * c.B) : 0;
+    for (int64_t i = 0; i < input.count; ++i)
+      if (i / count / c.B >= length(c, i / count % c.B)) input.set(i, NAN);
+  }
+  void check_slots(const Case& c, const std::vector<int64_t>& slots) const {
+    for (int64_t row = 0; row < c.T * c.B; ++row)
+      if (row / c.B < length(c, row % c.B))
+        ::check_slots({slots.begin() + row * c.R, slots.begin() + (row + 1) * c.R}, 1, c.R, c.N);
+  }
+};
 
 Results content(const Kernels& k, const Case& c) {
   Random random;
@@ -178,14 +208,17 @@ Results scan(const Kernels& k, const Case& c) {
   const Array memory = random.normal(c.state, c.B * c.N * c.D), usage = random.positive(c.state, c.B * c.N);
   Array read_weights = random.positive(c.state, c.B * c.R * c.N);
   for (int64_t i = 0; i < read_weights.count; ++i) read_weights.set(i, read_weights[i] / static_cast<double>(c.N));
-  const Array keys = random.normal(c.input, vectors_count), vectors = random.normal(c.input, vectors_count);
-  const Array gates = random.normal(c.input, gates_count);
+  Array keys = random.normal(c.input, vectors_count), vectors = random.normal(c.input, vectors_count);
+  Array gates = random.normal(c.input, gates_count);
   const auto sharpness = optional(c.sharp, random.positive(c.input, gates_count));
   // So large that an exponential needs the maximum similarity taken off; with an eps that keeps the cosines so small that
   // the softmax does not saturate, since nothing is left of its gradients then.
   const bool large = sharpness && c.shared_target;
   const double eps = large ? 1e4 : 1e-6;
   for (int64_t i = 0; large && i < gates_count; ++i) sharpness->set(i, 60 * (*sharpness)[i]);
+  const Cuts cuts(c, random);
+  for (Array* array : {&keys, &vectors, &gates, sharpness.get()})
+    if (array) cuts.spoil(c, *array);
   Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
   std::vector<int64_t> slots(c.anchor_every > 0 ? gates_count : 0, -1);
   Array reads(c.input, vectors_count), out_memory(c.state, memory.count), out_weights(c.state, read_weights.count);
@@ -193,28 +226,30 @@ Results scan(const Kernels& k, const Case& c) {
   succeeded(k.lrua_scan(
       {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, 0.95, eps, c.anchor_every, pointer(memory),
        pointer(read_weights), pointer(usage), pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness),
+       cuts.sequences(),
        // results
        reads.data.get(), out_memory.data.get(), out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
       parallel));
   Results results;
   if (c.anchor_every > 0) {
-    check_slots(slots, c.T * c.B, c.R, c.N);
+    cuts.check_slots(c, slots);
     for (const int present : {0b001, 0b110, 0b111}) {  // each of the three gradients may be missing
       const auto grad_reads = optional(present & 1, random.normal(c.input, vectors_count));
       const auto grad_memory = optional(present & 2, random.normal(c.state, memory.count));
       const auto grad_weights = optional(present & 4, random.normal(c.state, read_weights.count));
       Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, read_weights.count);
       Array grad_keys(c.input, vectors_count), grad_vectors(c.input, vectors_count), grad_gates(c.input, gates_count);
-      Array grad_sharpness(c.input, c.sharp ? gates_count : 0);
+      Array grad_sharpness(c.input, c.sharp ? gates_count : 0), grad_start = cuts.of_start(c);
       succeeded(k.lrua_scan_backward(
           {c.T, c.B, c.N, c.D, c.R, c.state, c.input, c.read_first, c.shared_target, eps, c.anchor_every, pointer(grad_reads),
            pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(read_weights), pointer(keys), pointer(vectors),
-           pointer(gates), pointer(sharpness), slots.data(), anchors.data.get(),
+           pointer(gates), pointer(sharpness), cuts.sequences(), slots.data(), anchors.data.get(),
            // results
            grad_in_memory.data.get(), grad_in_weights.data.get(), grad_keys.data.get(), grad_vectors.data.get(),
-           grad_gates.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr},
+           grad_gates.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr, c.cut ? grad_start.data.get() : nullptr},
           parallel));
-      for (Array* array : {&grad_in_memory, &grad_in_weights, &grad_keys, &grad_vectors, &grad_gates, &grad_sharpness})
+      for (Array* array :
+           {&grad_in_memory, &grad_in_weights, &grad_keys, &grad_vectors, &grad_gates, &grad_sharpness, &grad_start})
         results.push_back(std::move(*array));
     }
   }
@@ -230,7 +265,8 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   const int64_t H = 2 * c.D + 1, G = gates_per_unit(controller) * H, RD = c.R * c.D;
   const int64_t heads = (c.sharp ? 2 : 1) * (RD + c.R), kept = c.anchor_every > 0 ? c.T * c.B : 0;
   const auto normal = [&](int64_t count) { return random.normal(c.state, count); };
-  const Array gates = normal(c.T * c.B * G), memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
+  Array gates = normal(c.T * c.B * G);
+  const Array memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
   const auto hidden = optional(recurrent, normal(c.B * H)), state = optional(lstm, normal(c.B * H));
   const Array usage = random.positive(c.state, c.B * c.N), read_weights = random.positive(c.state, c.B * c.R * c.N);
   const int64_t ld = RD + 3;                                // the reads' weight as part of a wider one
@@ -241,49 +277,56 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   };
   const auto hidden_weight = optional(recurrent, weight(G * H, H)), hidden_bias = optional(recurrent, normal(G));
   const Array reads_weight = weight(G * ld - 3, RD), head_weight = weight(heads * H, H), head_bias = normal(heads);
+  const Cuts cuts(c, random);
+  cuts.spoil(c, gates);
   Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
   Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
   Array kept_heads(c.state, kept * heads);
   std::vector<int64_t> slots(kept * c.R, -1);
-  Array output(c.state, c.T * c.B * (H + RD)), out_cell(c.state, lstm ? c.B * H : 0), out_memory(c.state, memory.count);
+  Array output(c.state, c.T * c.B * (H + RD)), out_hidden(c.state, recurrent ? c.B * H : 0);
+  Array out_cell(c.state, lstm ? c.B * H : 0), out_reads(c.state, reads.count), out_memory(c.state, memory.count);
   Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
   succeeded(k.cell({c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
                     c.shared_target, 0.95, 1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state),
                     pointer(memory), pointer(read_weights), pointer(usage), pointer(reads), pointer(hidden_weight),
-                    pointer(hidden_bias), pointer(reads_weight), ld, pointer(head_weight), pointer(head_bias),
+                    pointer(hidden_bias), pointer(reads_weight), ld, pointer(head_weight), pointer(head_bias), cuts.sequences(),
                     // results
-                    output.data.get(), out_cell.data.get(), out_memory.data.get(), out_weights.data.get(), out_usage.data.get(),
-                    kept_gates.data.get(), kept_states.data.get(), kept_heads.data.get(), slots.data(), anchors.data.get()},
+                    output.data.get(), out_hidden.data.get(), out_cell.data.get(), out_reads.data.get(), out_memory.data.get(),
+                    out_weights.data.get(), out_usage.data.get(), kept_gates.data.get(), kept_states.data.get(),
+                    kept_heads.data.get(), slots.data(), anchors.data.get()},
                    parallel));
   Results results;
   if (c.anchor_every > 0) {
-    check_slots(slots, c.T * c.B, c.R, c.N);
-    for (const int present : {0b0001, 0b0110, 0b1011}) {  // each of the four gradients may be missing
+    cuts.check_slots(c, slots);
+    for (const int present : {0b010001, 0b100110, 0b011011}) {  // each of the six gradients may be missing
       const auto grad_output = optional(present & 1, normal(output.count));
       const auto grad_cell = optional(lstm && (present & 2), normal(out_cell.count));
       const auto grad_memory = optional(present & 4, normal(memory.count));
       const auto grad_weights = optional(present & 8, normal(read_weights.count));
+      const auto grad_hidden = optional(recurrent && (present & 16), normal(c.B * H));
+      const auto grad_reads = optional(present & 32, normal(reads.count));
       Array grad_gates(c.state, gates.count), grad_hidden_gates(c.state, recurrent && !lstm ? gates.count : 0);
-      Array grad_heads(c.state, kept_heads.count), grad_hidden(c.state, recurrent ? c.B * H : 0);
+      Array grad_heads(c.state, kept_heads.count), grad_in_hidden(c.state, out_hidden.count);
       Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
-      Array grad_in_weights(c.state, read_weights.count), grad_reads(c.state, reads.count);
-      succeeded(
-          k.cell_backward({c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
-                           c.shared_target, 1e-6, c.anchor_every, pointer(grad_output), pointer(grad_cell),
-                           pointer(grad_memory), pointer(grad_weights), pointer(hidden), pointer(state), pointer(memory),
-                           pointer(read_weights), pointer(hidden_weight), pointer(reads_weight), ld, pointer(head_weight),
-                           pointer(kept_gates), pointer(kept_states), pointer(kept_heads), slots.data(), anchors.data.get(),
-                           // results
-                           grad_gates.data.get(), recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr,
-                           grad_heads.data.get(), grad_hidden.data.get(), grad_in_cell.data.get(), grad_in_memory.data.get(),
-                           grad_in_weights.data.get(), grad_reads.data.get()},
-                          parallel));
-      for (Array* array : {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_hidden, &grad_in_cell, &grad_in_memory,
-                           &grad_in_weights, &grad_reads})
+      Array grad_in_weights(c.state, read_weights.count), grad_in_reads(c.state, reads.count), grad_start = cuts.of_start(c);
+      succeeded(k.cell_backward(
+          {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
+           c.shared_target, 1e-6, c.anchor_every, pointer(grad_output), pointer(grad_hidden), pointer(grad_cell),
+           pointer(grad_reads), pointer(grad_memory), pointer(grad_weights), pointer(hidden), pointer(state), pointer(memory),
+           pointer(read_weights), pointer(hidden_weight), pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates),
+           pointer(kept_states), pointer(kept_heads), slots.data(), anchors.data.get(), cuts.sequences(),
+           // results
+           grad_gates.data.get(), recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr, grad_heads.data.get(),
+           grad_in_hidden.data.get(), grad_in_cell.data.get(), grad_in_memory.data.get(), grad_in_weights.data.get(),
+           grad_in_reads.data.get(), c.cut ? grad_start.data.get() : nullptr},
+          parallel));
+      for (Array* array : {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_in_hidden, &grad_in_cell, &grad_in_memory,
+                           &grad_in_weights, &grad_in_reads, &grad_start})
         results.push_back(std::move(*array));
     }
   }
-  for (Array* array : {&output, &out_cell, &out_memory, &out_weights, &out_usage}) results.push_back(std::move(*array));
+  for (Array* array : {&output, &out_hidden, &out_cell, &out_reads, &out_memory, &out_weights, &out_usage})
+    results.push_back(std::move(*array));
   return results;
 }
 
@@ -295,13 +338,15 @@ Results ntm(const Kernels& k, const Case& c) {
   const Array memory = random.normal(c.state, c.B * c.N * c.D);
   Array weights = random.positive(c.state, c.B * heads * c.N);
   for (int64_t i = 0; i < weights.count; ++i) weights.set(i, weights[i] / static_cast<double>(c.N));
-  const Array keys = random.normal(c.input, rows * heads * c.D);
+  Array keys = random.normal(c.input, rows * heads * c.D);
   Array sharpness = random.positive(c.input, rows * heads);
   for (int64_t i = 0; c.sharp && i < sharpness.count; ++i) sharpness.set(i, 60 * sharpness[i]);  // some beyond the bound of exp
-  const Array gates = random.positive(c.input, rows * heads), shift = random.positive(c.input, rows * heads * shifts);
+  Array gates = random.positive(c.input, rows * heads), shift = random.positive(c.input, rows * heads * shifts);
   Array sharpening = random.positive(c.input, rows * heads);
   for (int64_t i = 0; i < sharpening.count; ++i) sharpening.set(i, 1 + 3 * sharpening[i]);
-  const Array erase = random.positive(c.input, rows * W * c.D), add = random.normal(c.input, rows * W * c.D);
+  Array erase = random.positive(c.input, rows * W * c.D), add = random.normal(c.input, rows * W * c.D);
+  const Cuts cuts(c, random);
+  for (Array* array : {&keys, &sharpness, &gates, &shift, &sharpening, &erase, &add}) cuts.spoil(c, *array);
   const int64_t kept = c.anchor_every > 0 ? rows : 0;
   Array reads(c.input, rows * c.R * c.D), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
   Array history(c.state, kept * heads * c.N),
@@ -309,7 +354,7 @@ Results ntm(const Kernels& k, const Case& c) {
   succeeded(
       k.ntm_scan({c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(memory),
                   pointer(weights), pointer(keys), pointer(sharpness), pointer(gates), pointer(shift), pointer(sharpening),
-                  pointer(erase), pointer(add),
+                  pointer(erase), pointer(add), cuts.sequences(),
                   // results
                   reads.data.get(), out_memory.data.get(), out_weights.data.get(), history.data.get(), anchors.data.get()},
                  parallel));
@@ -322,16 +367,19 @@ Results ntm(const Kernels& k, const Case& c) {
     Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, weights.count), grad_keys(c.input, keys.count);
     Array grad_sharpness(c.input, rows * heads), grad_gates(c.input, rows * heads), grad_shift(c.input, shift.count);
     Array grad_sharpening(c.input, rows * heads), grad_erase(c.input, erase.count), grad_add(c.input, add.count);
+    Array grad_start = cuts.of_start(c);
     succeeded(k.ntm_scan_backward(
         {c.T, c.B, c.N, c.D, c.R, W, shifts, c.state, c.input, c.read_first, 1e-6, c.anchor_every, pointer(grad_reads),
          pointer(grad_memory), pointer(grad_weights), pointer(memory), pointer(weights), pointer(keys), pointer(sharpness),
-         pointer(gates), pointer(shift), pointer(sharpening), pointer(erase), pointer(add), pointer(history), pointer(anchors),
+         pointer(gates), pointer(shift), pointer(sharpening), pointer(erase), pointer(add), cuts.sequences(), pointer(history),
+         pointer(anchors),
          // results
          grad_in_memory.data.get(), grad_in_weights.data.get(), grad_keys.data.get(), grad_sharpness.data.get(),
-         grad_gates.data.get(), grad_shift.data.get(), grad_sharpening.data.get(), grad_erase.data.get(), grad_add.data.get()},
+         grad_gates.data.get(), grad_shift.data.get(), grad_sharpening.data.get(), grad_erase.data.get(), grad_add.data.get(),
+         c.cut ? grad_start.data.get() : nullptr},
         parallel));
     for (Array* array : {&grad_in_memory, &grad_in_weights, &grad_keys, &grad_sharpness, &grad_gates, &grad_shift,
-                         &grad_sharpening, &grad_erase, &grad_add})
+                         &grad_sharpening, &grad_erase, &grad_add, &grad_start})
       results.push_back(std::move(*array));
   }
   for (Array* array : {&reads, &out_memory, &out_weights}) results.push_back(std::move(*array));

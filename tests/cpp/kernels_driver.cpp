@@ -11,6 +11,7 @@ namespace {
 template <class Run>
 void check(const char* name, Run run, const Kernels& k, Case c) {
   current = std::string(k.isa) + " " + name;
+  current += c.cut ? " cut" : "";
   for (const int64_t value : {c.T, c.B, c.N, c.D, c.R, c.anchor_every, c.threads}) current += " " + std::to_string(value);
   current += " dtypes " + std::to_string(static_cast<int>(c.state)) + " " + std::to_string(static_cast<int>(c.input));
   const Results several = run(k, c);
@@ -55,8 +56,9 @@ int main() {
           check("content", content, *k, c);
           check("write", write, *k, c);
         }
-        for (const int64_t every : {0, 1, 2}) {
-          c.anchor_every = every;
+        for (const int variant : {0, 1, 2, 3}) {
+          c.anchor_every = variant < 2 ? variant : 2;
+          c.cut = variant == 3;
           check("scan", scan, *k, c);
           if (!shared_target) check("ntm", ntm, *k, c);  // an option of the scan only
           if (c.state != c.input) continue;
