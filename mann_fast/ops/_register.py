@@ -78,7 +78,7 @@ def _apply(function: type[_SingleLevelFunction], values: Sequence[Any]) -> Any:
     """``function.apply`` at the level of the transform that is being carried out. (torch.autograd.Function would hand the call
     to all of them, and bind the values to a signature, which takes 30 us.)"""
     for i in function.constants:
-        if values[i].requires_grad:
+        if values[i] is not None and values[i].requires_grad:
             values = (*values[:i], values[i].detach(), *values[i + 1 :])
     if torch._C._are_functorch_transforms_active():
         with enable_single_level_autograd_function():
