@@ -285,7 +285,9 @@ def _scan_backward_kernel(
             tl.debug_barrier()
         if RESETS:
             if begins:
-                g1, g2 = reset_backward(g1, g2, grad_in_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, R)
+                g1, g2 = reset_backward(
+                    g1, g2, grad_in_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, R
+                )
     store_memory(grad_in_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 

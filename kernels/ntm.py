@@ -208,7 +208,9 @@ def _ntm_scan_backward_kernel(
             m1, m2 = b1, b2
         if RESETS:
             if begins:
-                g1, g2 = reset_backward(g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, H)
+                g1, g2 = reset_backward(
+                    g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, H
+                )
     store_memory(grad_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 
@@ -296,8 +298,8 @@ def ntm_scan_backward(
     memories = memory.new_empty(batch, every, num_slots, slot_size)
     scratch = weights.new_empty(batch, 3, heads, num_slots)
     launch(
-        _ntm_scan_backward_kernel, (batch,), *given, *inputs, resets, lengths, start, history, anchors, *of_state, *grads, grad_start,
-        memories, scratch, steps, batch, every,
+        _ntm_scan_backward_kernel, (batch,), *given, *inputs, resets, lengths, start, history, anchors, *of_state, *grads,
+        grad_start, memories, scratch, steps, batch, every,
         **resident("ntm_scan_backward", memory.device, num_slots, slot_size, heads - writes),
         LD=anchors.shape[-1], W=writes, MOVES=shift.shape[3], READ_FIRST=read_first, EPS=eps,
         OF_READS=grad_reads is not None, OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_weights is not None,
