@@ -70,4 +70,4 @@ def new_anchors(memory: Tensor, rows: int, steps: int, every: int, lengths: Tens
 
 def new_gradient_of_start(start: Tensor | None, memory: Tensor) -> Tensor:
     """Room for a gradient of the start per sample, [B, N, D], to which resets add; of shape [0] without one."""
-    return memory.new_empty(0) if start is None else torch.zeros_like(memory)
+    return memory.new_empty(0) if start is None else memory.new_zeros(memory.shape)

@@ -14,7 +14,7 @@ def steps_of(lengths, T, b, LENGTHS: tl.constexpr):
     """How many steps sample b takes part in."""
     steps = T
     if LENGTHS:
-        steps = tl.minimum(tl.maximum(tl.load(lengths + b), 0), T).to(tl.int32)
+        steps = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), T)
     return steps
 
 

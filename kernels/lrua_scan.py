@@ -221,20 +221,20 @@ def _scan_backward_kernel(
         first = replay_from(resets, last - 1, every, B, b, RESETS)
         steps = last - first
         last = first
+        begins = False
+        if RESETS:
+            begins = tl.load(resets + first * B + b)
         tl.debug_barrier()
-        if first == 0:
+        if begins:
+            m1, m2 = load_memory(start, n, d1, d2, valid, D)
+            store_first(weights, n, valid, N, R)
+        elif first == 0:
             m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
             copy_slots(read_weights + b * R * N, weights, n, valid, R, N, N)
         else:
             anchor = anchors + ((first // every - 1) * B + b) * (D + R) * LD
             m1, m2 = load_memory(anchor, n, d1, d2, valid, D)
             copy_slots(anchor + D * LD, weights, n, valid, R, LD, N)
-        if RESETS:
-            begins = tl.load(resets + first * B + b)
-            if begins:
-                m1, m2 = load_memory(start, n, d1, d2, valid, D)
-                tl.debug_barrier()
-                store_first(weights, n, valid, N, R)
         tl.debug_barrier()
         for s in range(0, steps):
             row = (first + s) * B + b
@@ -283,11 +283,10 @@ def _scan_backward_kernel(
                     grad_keys + row * R * D, grad_sharpness + row * R, n, d1, d2, valid, N, D, R, SHARP, EPS,
                 )  # fmt: skip
             tl.debug_barrier()
-        if RESETS:
-            if begins:
-                g1, g2 = reset_backward(
-                    g1, g2, grad_in_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, R
-                )
+        if begins:
+            g1, g2 = reset_backward(
+                g1, g2, grad_in_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, R
+            )
     store_memory(grad_in_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 

@@ -148,15 +148,16 @@ def _ntm_scan_backward_kernel(
         first = replay_from(resets, last - 1, every, B, b, RESETS)
         steps = last - first
         last = first
+        begins = False
+        if RESETS:
+            begins = tl.load(resets + first * B + b)
         tl.debug_barrier()
-        if first == 0:
+        if begins:
+            m1, m2 = load_memory(start, n, d1, d2, valid, D)
+        elif first == 0:
             m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
         else:
             m1, m2 = load_memory(anchors + ((first // every - 1) * B + b) * D * LD, n, d1, d2, valid, D)
-        if RESETS:
-            begins = tl.load(resets + first * B + b)
-            if begins:
-                m1, m2 = load_memory(start, n, d1, d2, valid, D)
         for s in range(0, steps):
             row = (first + s) * B + b
             store_memory(memories + s * N * D, m1, m2, n, d1, d2, valid, D)
@@ -206,11 +207,8 @@ def _ntm_scan_backward_kernel(
             )  # fmt: skip
             tl.debug_barrier()
             m1, m2 = b1, b2
-        if RESETS:
-            if begins:
-                g1, g2 = reset_backward(
-                    g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, H
-                )
+        if begins:
+            g1, g2 = reset_backward(g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, H)
     store_memory(grad_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 
