@@ -148,9 +148,10 @@ def _ntm_scan_backward_kernel(
         first = replay_from(resets, last - 1, every, B, b, RESETS)
         steps = last - first
         last = first
-        begins = False
         if RESETS:
             begins = tl.load(resets + first * B + b)
+        else:
+            begins: tl.constexpr = False
         tl.debug_barrier()
         if begins:
             m1, m2 = load_memory(start, n, d1, d2, valid, D)
