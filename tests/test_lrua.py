@@ -130,7 +130,8 @@ def test_half_precision_loses_no_more_than_plain_pytorch(dtype, options):
 
 def chosen_slots(state, inputs, order="write_first", write_target="per_head"):
     """The slots that the kernel itself chose, which its raw op keeps for backward."""
-    raw = RAW_OPS.lrua_scan(*state, *inputs, order == "read_first", write_target == "shared", 0.95, 1e-6, 8)
+    options = (order == "read_first", write_target == "shared", 0.95, 1e-6, 8)
+    raw = RAW_OPS.lrua_scan(*state, *inputs, None, None, None, *options)
     return raw[4]
 
 
