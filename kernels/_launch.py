@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,11 +50,24 @@ def sum_programs(shares: Tensor, dtype: torch.dtype) -> Tensor:
     return shares[0] if shares.shape[0] == 1 else shares.sum(0).to(dtype)
 
 
-def new_anchors(memory: Tensor, rows: int, steps: int, every: int) -> Tensor:
+def new_steps(
+    like: Tensor, shape: Sequence[int], lengths: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Room for what a scan has per step, of the dtype of ``like`` or another. All 0 at first where samples have ``lengths``:
+    kernels take no step beyond them."""
+    return (like.new_empty if lengths is None else like.new_zeros)(shape, dtype=dtype)
+
+
+def new_anchors(memory: Tensor, rows: int, steps: int, every: int, lengths: Tensor | None) -> Tensor:
     """Room for the anchors of a scan, in their shape. Kernels use as many numbers of each as they need, slot by slot; where
-    the shape has padding all are 0 at first, so that equal calls give equal results."""
+    the shape has padding, too, all are 0 at first, so that equal calls give equal results."""
     batch, num_slots, _ = memory.shape
     if every == 0:
         return memory.new_empty(0)
     shape = anchors_shape(steps, batch, rows, num_slots, every)
-    return memory.new_empty(shape) if shape[-1] == num_slots else memory.new_zeros(shape)
+    return new_steps(memory, shape, lengths) if shape[-1] == num_slots else memory.new_zeros(shape)
+
+
+def new_gradient_of_start(start: Tensor | None, memory: Tensor) -> Tensor:
+    """Room for a gradient of the start per sample, [B, N, D], to which resets add; of shape [0] without one."""
+    return memory.new_empty(0) if start is None else memory.new_zeros(memory.shape)

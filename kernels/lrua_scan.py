@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.lrua import LRUAState
+from ..reference.sequences import Steps
 from . import lrua_steps
-from ._launch import BACKWARD, FORWARD, contiguous, launch, new_anchors
+from ._launch import BACKWARD, FORWARD, contiguous, launch, new_anchors, new_gradient_of_start, new_steps
 from ._memory import (
     copy_slots,
     dot,
@@ -31,6 +33,7 @@ from ._memory import (
     store_slots,
     store_vector,
 )
+from ._sequences import replay_from, reset_backward, steps_of, store_first
 from ._sizes import fits_one_program, resident, scan_sentence
 from .lrua import ranks, sigmoids, take_least, targets
 
@@ -68,11 +71,11 @@ def _erase_and_add(
 
 @triton.jit(do_not_specialize=["T", "B", "every"])
 def _scan_kernel(
-    memory, read_weights, usage, keys, vectors, gates, sharpness, reads, out_memory, out_weights, out_usage, slots, anchors,
-    scratch, T, B, every,
+    memory, read_weights, usage, keys, vectors, gates, sharpness, resets, lengths, start, reads, out_memory, out_weights,
+    out_usage, slots, anchors, scratch, T, B, every,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     LD: tl.constexpr, SHARP: tl.constexpr, READ_FIRST: tl.constexpr, SHARED: tl.constexpr, DECAY: tl.constexpr,
-    EPS: tl.constexpr, KEEP: tl.constexpr,
+    EPS: tl.constexpr, KEEP: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """An anchor is [D + R, LD], the memory [N, D] in its first numbers, the read weights in its last R rows."""
     b = tl.program_id(0).to(tl.int64)
@@ -82,11 +85,18 @@ def _scan_kernel(
     u = load_slots(usage, b, n, valid, N)
     copy_slots(read_weights + b * R * N, scratch + b * R * N, n, valid, R, N, N)
     tl.debug_barrier()
-    for t in range(0, T):
+    steps = steps_of(lengths, T, b, LENGTHS)
+    for t in range(0, steps):
         row = t * B + b
         # Read weights of the step before and of this one take turns in the two halves of scratch [2, B, R, N].
         before = scratch + ((t % 2) * B + b) * R * N
         now = scratch + (((t + 1) % 2) * B + b) * R * N
+        if RESETS:
+            if tl.load(resets + row):
+                m1, m2 = load_memory(start, n, d1, d2, valid, D)
+                u = tl.where(n == 0, 1.0, 0.0).to(u.dtype)
+                store_first(before, n, valid, N, R)
+                tl.debug_barrier()
         rank = take_least(u, slots + row * R, n, valid, R, KEEP)
         if KEEP:
             if (t > 0) & (t % every == 0):
@@ -115,7 +125,7 @@ def _scan_kernel(
         tl.debug_barrier()
     store_memory(out_memory + b * N * D, m1, m2, n, d1, d2, valid, D)
     store_slots(out_usage, b, u, n, valid, N)
-    copy_slots(scratch + ((T % 2) * B + b) * R * N, out_weights + b * R * N, n, valid, R, N, N)
+    copy_slots(scratch + ((steps % 2) * B + b) * R * N, out_weights + b * R * N, n, valid, R, N, N)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -180,14 +190,16 @@ def _write_backward(
 
 @triton.jit(do_not_specialize=["T", "B", "every"])
 def _scan_backward_kernel(
-    grad_reads, grad_memory, grad_weights, memory, read_weights, keys, vectors, gates, sharpness, slots, anchors,
-    grad_in_memory, grad_in_weights, grad_keys, grad_vectors, grad_gates, grad_sharpness, memories, weights, T, B, every,
+    grad_reads, grad_memory, grad_weights, memory, read_weights, keys, vectors, gates, sharpness, resets, lengths, start,
+    slots, anchors, grad_in_memory, grad_in_weights, grad_keys, grad_vectors, grad_gates, grad_sharpness, grad_start,
+    memories, weights, T, B, every,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     LD: tl.constexpr, SHARP: tl.constexpr, READ_FIRST: tl.constexpr, SHARED: tl.constexpr, EPS: tl.constexpr,
-    OF_READS: tl.constexpr, OF_MEMORY: tl.constexpr, OF_WEIGHTS: tl.constexpr,
+    OF_READS: tl.constexpr, OF_MEMORY: tl.constexpr, OF_WEIGHTS: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """From the last anchor forward again, memories [every + 1, N, D] and read weights [every + 2, R, N] of the steps side by
-    side in scratch, which the last of the weights' rows is too; then back through these steps; then the anchor before."""
+    """From the last anchor or reset forward again, memories [every + 1, N, D] and read weights [every + 2, R, N] of the steps
+    side by side in scratch, which the last of the weights' rows is too; then back through these steps; then the anchor or
+    reset before."""
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
@@ -204,12 +216,20 @@ def _scan_backward_kernel(
         if OF_WEIGHTS:
             g = load_slots(grad_weights, b * R + r, n, valid, N)
         store_slots(grad_in_weights, r, g, n, valid, N)
-    segments = (T + every - 1) // every
-    for i in range(0, segments):
-        first = (segments - 1 - i) * every
-        steps = tl.minimum(every, T - first)
+    last = steps_of(lengths, T, b, LENGTHS)
+    while last > 0:
+        first = replay_from(resets, last - 1, every, B, b, RESETS)
+        steps = last - first
+        last = first
+        if RESETS:
+            begins = tl.load(resets + first * B + b)
+        else:
+            begins: tl.constexpr = False
         tl.debug_barrier()
-        if first == 0:
+        if begins:
+            m1, m2 = load_memory(start, n, d1, d2, valid, D)
+            store_first(weights, n, valid, N, R)
+        elif first == 0:
             m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
             copy_slots(read_weights + b * R * N, weights, n, valid, R, N, N)
         else:
@@ -264,6 +284,10 @@ def _scan_backward_kernel(
                     grad_keys + row * R * D, grad_sharpness + row * R, n, d1, d2, valid, N, D, R, SHARP, EPS,
                 )  # fmt: skip
             tl.debug_barrier()
+        if begins:
+            g1, g2 = reset_backward(
+                g1, g2, grad_in_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, R
+            )
     store_memory(grad_in_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 
@@ -283,6 +307,9 @@ def lrua_scan(
     write_vectors: Tensor,
     gate_logits: Tensor,
     sharpness: Tensor | None,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
     read_first: bool,
     shared_target: bool,
     usage_decay: float,
@@ -292,26 +319,28 @@ def lrua_scan(
     memory, read_weights, usage, *inputs = contiguous(
         memory, read_weights, usage, keys, write_vectors, gate_logits, sharpness
     )
+    resets, lengths, start = contiguous(resets, lengths, start)
     (batch, heads, num_slots), slot_size = read_weights.shape, memory.shape[2]
     keeps = anchor_every > 0
-    reads = torch.empty_like(inputs[0])
-    slots = memory.new_empty(keys.shape[:-1] if keeps else (0,), dtype=torch.int64)
+    reads = new_steps(keys, keys.shape, lengths)
+    slots = new_steps(memory, keys.shape[:-1] if keeps else (0,), lengths, torch.int64)
     steps = keys.shape[0] if keys.dim() == 4 else 1
-    anchors = new_anchors(memory, slot_size + heads, steps, anchor_every)
+    anchors = new_anchors(memory, slot_size + heads, steps, anchor_every, lengths)
     if not fits_one_program(num_slots, slot_size):
         options = (read_first, shared_target, usage_decay, eps)
-        *timed, to_reads, to_slots = _time_first(keys, *inputs, reads, slots)
-        state = (memory, read_weights, usage)
-        out = lrua_steps.scan(state, timed, to_reads, to_slots, anchors, options, anchor_every)
+        *timed, resets, to_reads, to_slots = _time_first(keys, *inputs, resets, reads, slots)
+        state, sequences = LRUAState(memory, read_weights, usage), Steps(resets, lengths, start)
+        out = lrua_steps.scan(state, timed, sequences, to_reads, to_slots, anchors, options, anchor_every)
         return reads, *out, slots, anchors
     *inputs, sharpness = inputs
     out = [torch.empty_like(x) for x in (memory, read_weights, usage)]
     scratch = read_weights.new_empty(2, batch, heads, num_slots)
     launch(
-        _scan_kernel, (batch,), memory, read_weights, usage, *inputs, inputs[2] if sharpness is None else sharpness, reads,
-        *out, slots, anchors, scratch, steps, batch, anchor_every,
+        _scan_kernel, (batch,), memory, read_weights, usage, *inputs, inputs[2] if sharpness is None else sharpness,
+        resets, lengths, start, reads, *out, slots, anchors, scratch, steps, batch, anchor_every,
         **resident("scan", memory.device, num_slots, slot_size, heads), LD=anchors.shape[-1], SHARP=sharpness is not None,
-        READ_FIRST=read_first, SHARED=shared_target, DECAY=usage_decay, EPS=eps, KEEP=keeps, options=FORWARD,
+        READ_FIRST=read_first, SHARED=shared_target, DECAY=usage_decay, EPS=eps, KEEP=keeps, RESETS=resets is not None,
+        LENGTHS=lengths is not None, options=FORWARD,
     )  # fmt: skip
     return reads, *out, slots, anchors
 
@@ -326,40 +355,48 @@ def lrua_scan_backward(
     write_vectors: Tensor,
     gate_logits: Tensor,
     sharpness: Tensor | None,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
     slots: Tensor,
     anchors: Tensor,
     read_first: bool,
     shared_target: bool,
     eps: float,
     anchor_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = contiguous(grad_reads, grad_memory, grad_read_weights)
     memory, read_weights, slots, anchors = contiguous(memory, read_weights, slots, anchors)
     inputs = contiguous(keys, write_vectors, gate_logits, sharpness)
+    resets, lengths, start = contiguous(resets, lengths, start)
     (batch, heads, num_slots), slot_size = read_weights.shape, memory.shape[2]
-    grads = [gate_logits.new_empty(0) if x is None else torch.empty_like(x) for x in inputs]
+    grads = [keys.new_empty(0) if x is None else new_steps(x, x.shape, lengths) for x in inputs]
+    grad_start = new_gradient_of_start(start, memory)
     steps = keys.shape[0] if keys.dim() == 4 else 1
     every = max(min(anchor_every, steps), 1)
     if not fits_one_program(num_slots, slot_size):
-        of_reads, slots = _time_first(keys, given[0], slots)
+        of_reads, slots, resets = _time_first(keys, given[0], slots, resets)
         timed, results = _time_first(keys, *inputs), _time_first(keys, *grads)
         options = (read_first, shared_target, eps)
-        of_start = lrua_steps.scan_backward(
-            (of_reads, *given[1:]), memory, read_weights, timed, slots, anchors, options, every, results
-        )
-        return *of_start, *grads
+        of_state = lrua_steps.scan_backward(
+            (of_reads, *given[1:]), memory, read_weights, timed, Steps(resets, lengths, start), slots, anchors, options, every,
+            results, grad_start,
+        )  # fmt: skip
+        return *of_state, *grads, grad_start
     *inputs, sharpness = inputs
-    of_start = torch.empty_like(memory), torch.empty_like(read_weights)
+    of_state = torch.empty_like(memory), torch.empty_like(read_weights)
     memories = memory.new_empty(batch, every + 1, num_slots, slot_size)
     weights = read_weights.new_empty(batch, every + 2, heads, num_slots)
     launch(
         _scan_backward_kernel, (batch,), *given, memory, read_weights, *inputs,
-        inputs[2] if sharpness is None else sharpness, slots, anchors, *of_start, *grads, memories, weights, steps, batch,
-        every, **resident("scan_backward", memory.device, num_slots, slot_size, heads), LD=anchors.shape[-1],
+        inputs[2] if sharpness is None else sharpness, resets, lengths, start, slots, anchors, *of_state, *grads, grad_start,
+        memories, weights, steps, batch, every,
+        **resident("scan_backward", memory.device, num_slots, slot_size, heads), LD=anchors.shape[-1],
         SHARP=sharpness is not None, READ_FIRST=read_first, SHARED=shared_target, EPS=eps, OF_READS=grad_reads is not None,
-        OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_read_weights is not None, options=BACKWARD,
+        OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_read_weights is not None,
+        RESETS=resets is not None, LENGTHS=lengths is not None, options=BACKWARD,
     )  # fmt: skip
-    return *of_start, *grads
+    return *of_state, *grads, grad_start
 
 
 def sentence(op: str, num_slots: int, slot_size: int, heads: int) -> str:

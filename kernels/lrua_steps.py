@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._steps import anchored_memory, product
+from ..reference.lrua import LRUAState
+from ._steps import anchored_memory, begin, begin_backward, product
 from .content import content_read, content_read_backward
 from .lrua import least_used, lrua_write_backward, write
 
@@ -32,14 +33,14 @@ def _anchored_weights(anchor: Tensor, read_weights: Tensor) -> Tensor:
     return anchor[:, -heads:, :num_slots]
 
 
-def scan(state, inputs, reads, slots, anchors, options, anchor_every):
-    """Writes reads and, if ``anchor_every`` > 0, slots and anchors; the state after the last step."""
-    memory, read_weights, usage = state
+def scan(state, inputs, sequences, reads, slots, anchors, options, anchor_every):
+    """Writes reads and, if ``anchor_every`` > 0, slots and anchors; the LRUAState after the last step."""
     read_first, shared, usage_decay, eps = options
     if reads.shape[0] == 0:
-        return memory.clone(), read_weights.clone(), usage.clone()
-    heads = read_weights.shape[1]
+        return state.clone()
+    heads = state.read_weights.shape[1]
     for t in range(reads.shape[0]):
+        memory, read_weights, usage = sequences.begin(t, state)
         chosen = least_used(usage, heads)
         if anchor_every > 0:
             slots[t] = chosen
@@ -47,47 +48,53 @@ def scan(state, inputs, reads, slots, anchors, options, anchor_every):
                 anchor = anchors[t // anchor_every - 1]
                 anchored_memory(anchor, memory).copy_(memory)
                 _anchored_weights(anchor, read_weights).copy_(read_weights)
-        reads[t], memory, read_weights, write_weights = _step(
-            memory, read_weights, chosen, *_at(inputs, t), read_first, shared, eps
+        given = sequences.inputs(t, *_at(inputs, t))
+        read, memory, read_weights, write_weights = _step(
+            memory, read_weights, chosen, *given, read_first, shared, eps
         )
         touched = read_weights + write_weights
         total = touched[:, 0]
         for r in range(1, heads):
             total = total + touched[:, r]
-        usage = usage_decay * usage + total
-    return memory, read_weights, usage
+        after = LRUAState(memory, read_weights, usage_decay * usage + total)
+        state = LRUAState(*sequences.end(t, after, state))
+        (reads[t],) = sequences.outputs(t, read)
+    return state
 
 
-def scan_backward(grads, memory, read_weights, inputs, slots, anchors, options, every, results):
-    """Writes the gradients of the inputs into ``results``; those of the memory and the read weights."""
+def scan_backward(
+    grads, memory, read_weights, inputs, sequences, slots, anchors, options, every, results, grad_start
+):
+    """Writes the gradients of the inputs into ``results`` and adds to that of the start; those of the memory and the read
+    weights."""
     read_first, shared, eps = options
-    steps = slots.shape[0]
     grad_reads, grad_memory, grad_weights = grads
     grad_memory = torch.zeros_like(memory) if grad_memory is None else grad_memory.clone()
     grad_weights = torch.zeros_like(read_weights) if grad_weights is None else grad_weights.clone()
-    for first in reversed(range(0, steps, every)):
-        last = min(first + every, steps)
-        states = [(memory, read_weights)]
+    for first in reversed(range(0, len(slots), every)):
+        last = min(first + every, len(slots))
+        state = memory, read_weights
         if first > 0:
             anchor = anchors[first // every - 1]
             kept = anchored_memory(anchor, memory), _anchored_weights(anchor, read_weights)
-            states = [tuple(x.contiguous() for x in kept)]
-        reads = []
+            state = tuple(x.contiguous() for x in kept)
+        steps = []
         for t in range(first, last):
-            read, *state = _step(*states[-1], slots[t], *_at(inputs, t), read_first, shared, eps)
-            reads.append(read)
-            states.append(tuple(state[:2]))
+            before = begin(sequences, t, *state)
+            given = sequences.inputs(t, *_at(inputs, t))
+            read, *state, _ = _step(*before, slots[t], *given, read_first, shared, eps)
+            steps.append((given, read, before, state))
         for t in reversed(range(first, last)):
-            key, vector, gate, beta = _at(inputs, t)
-            (before, old_weights), (after, weights) = states[t - first], states[t - first + 1]
+            (key, vector, gate, beta), read, (before, old_weights), (after, weights) = steps[t - first]
             grad_read = None if grad_reads is None else grad_reads[t]
+            of_after = grad_memory, grad_weights
             addressed, of_read = (before, None) if read_first else (after, grad_read)
             if read_first and grad_read is not None:
                 wide = grad_read.to(after.dtype)
                 grad_weights = grad_weights + product(wide, after.transpose(1, 2))
                 grad_memory = grad_memory + product(weights.transpose(1, 2), wide)
             through, grad_key, grad_beta = content_read_backward(
-                of_read, grad_weights, addressed, key, beta, reads[t - first], weights, eps
+                of_read, grad_weights, addressed, key, beta, read, weights, eps
             )
             if not read_first:
                 grad_memory = grad_memory + through
@@ -96,7 +103,10 @@ def scan_backward(grads, memory, read_weights, inputs, slots, anchors, options, 
             )
             if read_first:
                 grad_memory = grad_memory + through
+            grad_memory, grad_weights = begin_backward(
+                sequences, t, grad_memory, grad_weights, of_after, grad_start
+            )
             for result, grad in zip(results, (grad_key, grad_vector, grad_gate, grad_beta), strict=True):
                 if grad.numel():
-                    result[t] = grad
+                    (result[t],) = sequences.outputs(t, grad)
     return grad_memory, grad_weights

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.sequences import Steps
 from . import ntm_steps
-from ._launch import BACKWARD, FORWARD, contiguous, launch, new_anchors
+from ._launch import BACKWARD, FORWARD, contiguous, launch, new_anchors, new_gradient_of_start, new_steps
 from ._memory import (
     copy_slots,
     load_memory,
@@ -25,6 +26,7 @@ from ._memory import (
     store_slots,
     store_vector,
 )
+from ._sequences import replay_from, reset_backward, steps_of, store_first
 from ._sizes import fits_one_program, resident, scan_sentence
 from .ntm_heads import address, address_backward, erase_and_add, read_backward, write_backward
 
@@ -50,11 +52,11 @@ def _address_heads(
 
 @triton.jit(do_not_specialize=["T", "B", "every"])
 def _ntm_scan_kernel(
-    memory, weights, keys, sharpness, gates, shifts, sharpening, erase, add, reads, out_memory, out_weights, history,
-    anchors, scratch, T, B, every,
+    memory, weights, keys, sharpness, gates, shifts, sharpening, erase, add, resets, lengths, start, reads, out_memory,
+    out_weights, history, anchors, scratch, T, B, every,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     LD: tl.constexpr, W: tl.constexpr, MOVES: tl.constexpr, READ_FIRST: tl.constexpr, EPS: tl.constexpr,
-    KEEP: tl.constexpr,
+    KEEP: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Scratch: weights [2, H, N], this step's and those of the step before in turn, and gated weights [H, N]."""
     H: tl.constexpr = R + W
@@ -66,9 +68,15 @@ def _ntm_scan_kernel(
     m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
     copy_slots(weights + b * H * N, scratch, n, valid, H, N, N)
     tl.debug_barrier()
-    for t in range(0, T):
+    steps = steps_of(lengths, T, b, LENGTHS)
+    for t in range(0, steps):
         row = t * B + b
         before, now = scratch + (t % 2) * H * N, scratch + ((t + 1) % 2) * H * N
+        if RESETS:
+            if tl.load(resets + row):
+                m1, m2 = load_memory(start, n, d1, d2, valid, D)
+                store_first(before, n, valid, N, H)
+                tl.debug_barrier()
         if KEEP:
             if (t > 0) & (t % every == 0):
                 store_memory(anchors + ((t // every - 1) * B + b) * D * LD, m1, m2, n, d1, d2, valid, D)
@@ -97,7 +105,7 @@ def _ntm_scan_kernel(
                 store_slots(history, row * H + h, w, n, valid, N)
         tl.debug_barrier()
     store_memory(out_memory + b * N * D, m1, m2, n, d1, d2, valid, D)
-    copy_slots(scratch + (T % 2) * H * N, out_weights + b * H * N, n, valid, H, N, N)
+    copy_slots(scratch + (steps % 2) * H * N, out_weights + b * H * N, n, valid, H, N, N)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -106,23 +114,24 @@ def _ntm_scan_kernel(
 @triton.jit(do_not_specialize=["T", "B", "every"])
 def _ntm_scan_backward_kernel(
     grad_reads, grad_out_memory, grad_out_weights, memory, weights, keys, sharpness, gates, shifts, sharpening, erase, add,
-    history, anchors, grad_memory, grad_weights, grad_keys, grad_sharpness, grad_gates, grad_shifts, grad_sharpening,
-    grad_erase, grad_add, memories, scratch, T, B, every,
+    resets, lengths, start, history, anchors, grad_memory, grad_weights, grad_keys, grad_sharpness, grad_gates, grad_shifts,
+    grad_sharpening, grad_erase, grad_add, grad_start, memories, scratch, T, B, every,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     LD: tl.constexpr, W: tl.constexpr, MOVES: tl.constexpr, READ_FIRST: tl.constexpr, EPS: tl.constexpr,
-    OF_READS: tl.constexpr, OF_MEMORY: tl.constexpr, OF_WEIGHTS: tl.constexpr,
+    OF_READS: tl.constexpr, OF_MEMORY: tl.constexpr, OF_WEIGHTS: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """From the last anchor forward again, memories [every, N, D] of the steps side by side; then back through these steps; then
-    the anchor before. Scratch: gated weights and their gradients, [2, H, N]. grad_weights [H, N] is until the end that of the
-    weights that a step comes out with."""
+    """From the last anchor or reset forward again, memories [every, N, D] of the steps side by side; then back through these
+    steps; then the anchor or reset before. Scratch: gated weights, their gradients and the weights after a reset, [3, H, N].
+    grad_weights [H, N] is until the end that of the weights that a step comes out with."""
     H: tl.constexpr = R + W
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
     dtype = memory.dtype.element_ty
     memories += b * every * N * D
-    ring = scratch + b * 2 * H * N
+    ring = scratch + b * 3 * H * N
     grad_ring = ring + H * N
+    weights += b * H * N
     grad_weights += b * H * N
     g1, g2 = tl.zeros([NP, P1], dtype), tl.zeros([NP, P2], dtype)
     if OF_MEMORY:
@@ -132,12 +141,21 @@ def _ntm_scan_backward_kernel(
         if OF_WEIGHTS:
             g = load_slots(grad_out_weights, b * H + h, n, valid, N)
         store_slots(grad_weights, h, g, n, valid, N)
-    segments = (T + every - 1) // every
-    for i in range(0, segments):
-        first = (segments - 1 - i) * every
-        steps = tl.minimum(every, T - first)
+    if RESETS:
+        store_first(grad_ring + H * N, n, valid, N, H)
+    last = steps_of(lengths, T, b, LENGTHS)
+    while last > 0:
+        first = replay_from(resets, last - 1, every, B, b, RESETS)
+        steps = last - first
+        last = first
+        if RESETS:
+            begins = tl.load(resets + first * B + b)
+        else:
+            begins: tl.constexpr = False
         tl.debug_barrier()
-        if first == 0:
+        if begins:
+            m1, m2 = load_memory(start, n, d1, d2, valid, D)
+        elif first == 0:
             m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
         else:
             m1, m2 = load_memory(anchors + ((first // every - 1) * B + b) * D * LD, n, d1, d2, valid, D)
@@ -152,9 +170,12 @@ def _ntm_scan_backward_kernel(
             s = steps - 1 - j
             t = first + s
             row = t * B + b
-            before = weights + b * H * N
+            before = weights
             if t > 0:
                 before = history + (row - B) * H * N
+            if RESETS:
+                if (s == 0) & begins:
+                    before = grad_ring + H * N
             now = history + row * H * N
             b1, b2 = load_memory(memories + s * N * D, n, d1, d2, valid, D)
             if not READ_FIRST:  # the read heads saw the memory after the write
@@ -187,6 +208,8 @@ def _ntm_scan_backward_kernel(
             )  # fmt: skip
             tl.debug_barrier()
             m1, m2 = b1, b2
+        if begins:
+            g1, g2 = reset_backward(g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, H)
     store_memory(grad_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 
@@ -203,27 +226,34 @@ def ntm_scan(
     sharpening: Tensor,
     erase: Tensor,
     add: Tensor,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
     read_first: bool,
     eps: float,
     anchor_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (memory, weights, keys, sharpness, gates, shift, sharpening, erase, add)
     memory, weights, keys, *rest = contiguous(*inputs)
+    resets, lengths, start = contiguous(resets, lengths, start)
     (steps, batch, heads, slot_size), num_slots, writes = keys.shape, memory.shape[1], erase.shape[2]
     keeps = anchor_every > 0
-    history = memory.new_empty((steps, *weights.shape) if keeps else (0,))
-    anchors = new_anchors(memory, slot_size, steps, anchor_every)
-    reads = keys.new_empty(steps, batch, heads - writes, slot_size)
+    history = new_steps(memory, (steps, *weights.shape) if keeps else (0,), lengths)
+    anchors = new_anchors(memory, slot_size, steps, anchor_every, lengths)
+    reads = new_steps(keys, (steps, batch, heads - writes, slot_size), lengths)
     if not fits_one_program(num_slots, slot_size):
-        inputs = (keys, *rest)
-        end = ntm_steps.scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anchor_every)
+        inputs, sequences = (keys, *rest), Steps(resets, lengths, start)
+        options = (read_first, eps, anchor_every)
+        end = ntm_steps.scan(memory, weights, inputs, sequences, reads, history, anchors, *options)
         return reads, *end, history, anchors
     out_memory, out_weights = torch.empty_like(memory), torch.empty_like(weights)
     scratch = weights.new_empty(batch, 3, heads, num_slots)
     launch(
-        _ntm_scan_kernel, (batch,), memory, weights, keys, *rest, reads, out_memory, out_weights, history, anchors, scratch,
-        steps, batch, anchor_every, **resident("ntm_scan", memory.device, num_slots, slot_size, heads - writes),
-        LD=anchors.shape[-1], W=writes, MOVES=shift.shape[3], READ_FIRST=read_first, EPS=eps, KEEP=keeps, options=FORWARD,
+        _ntm_scan_kernel, (batch,), memory, weights, keys, *rest, resets, lengths, start, reads, out_memory, out_weights,
+        history, anchors, scratch, steps, batch, anchor_every,
+        **resident("ntm_scan", memory.device, num_slots, slot_size, heads - writes),
+        LD=anchors.shape[-1], W=writes, MOVES=shift.shape[3], READ_FIRST=read_first, EPS=eps, KEEP=keeps,
+        RESETS=resets is not None, LENGTHS=lengths is not None, options=FORWARD,
     )  # fmt: skip
     return reads, out_memory, out_weights, history, anchors
 
@@ -241,6 +271,9 @@ def ntm_scan_backward(
     sharpening: Tensor,
     erase: Tensor,
     add: Tensor,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
     history: Tensor,
     anchors: Tensor,
     read_first: bool,
@@ -249,24 +282,29 @@ def ntm_scan_backward(
 ) -> tuple[Tensor, ...]:
     given = contiguous(grad_reads, grad_memory, grad_weights)
     inputs = contiguous(memory, weights, keys, sharpness, gates, shift, sharpening, erase, add)
-    history, anchors = contiguous(history, anchors)
+    resets, lengths, start, history, anchors = contiguous(resets, lengths, start, history, anchors)
     (steps, batch, heads, slot_size), num_slots, writes = keys.shape, memory.shape[1], erase.shape[2]
-    grads = [torch.empty_like(x) for x in inputs]
+    of_state = [torch.empty_like(x) for x in inputs[:2]]
+    grads = [new_steps(x, x.shape, lengths) for x in inputs[2:]]
+    grad_start = new_gradient_of_start(start, memory)
     every = max(min(anchor_every, steps), 1)
     if not fits_one_program(num_slots, slot_size):
         memory, weights, *rest = inputs
-        options = (history, anchors, read_first, eps, every, grads[2:])
-        return *ntm_steps.scan_backward(given, memory, weights, rest, *options), *grads[2:]
+        sequences, kept = Steps(resets, lengths, start), (history, anchors)
+        options = (read_first, eps, every, grads, grad_start)
+        of_state = ntm_steps.scan_backward(given, memory, weights, rest, sequences, *kept, *options)
+        return *of_state, *grads, grad_start
     memories = memory.new_empty(batch, every, num_slots, slot_size)
-    scratch = weights.new_empty(batch, 2, heads, num_slots)
+    scratch = weights.new_empty(batch, 3, heads, num_slots)
     launch(
-        _ntm_scan_backward_kernel, (batch,), *given, *inputs, history, anchors, *grads, memories, scratch, steps,
-        batch, every, **resident("ntm_scan_backward", memory.device, num_slots, slot_size, heads - writes),
+        _ntm_scan_backward_kernel, (batch,), *given, *inputs, resets, lengths, start, history, anchors, *of_state, *grads,
+        grad_start, memories, scratch, steps, batch, every,
+        **resident("ntm_scan_backward", memory.device, num_slots, slot_size, heads - writes),
         LD=anchors.shape[-1], W=writes, MOVES=shift.shape[3], READ_FIRST=read_first, EPS=eps,
         OF_READS=grad_reads is not None, OF_MEMORY=grad_memory is not None, OF_WEIGHTS=grad_weights is not None,
-        options=BACKWARD,
+        RESETS=resets is not None, LENGTHS=lengths is not None, options=BACKWARD,
     )  # fmt: skip
-    return tuple(grads)
+    return *of_state, *grads, grad_start
 
 
 def sentence(op: str, num_slots: int, slot_size: int, heads: int) -> str:

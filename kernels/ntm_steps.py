@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.ntm import NTMHead
-from ._steps import anchored_memory, product
+from ._steps import anchored_memory, begin, begin_backward, product
 from .content import content_read, content_read_backward
 
 
@@ -99,37 +99,42 @@ def _erase_and_add_backward(grad: Tensor, memory: Tensor, weights: Tensor, erase
     return grad, of_weights, of_erase, of_add
 
 
-def scan(memory, weights, inputs, reads, history, anchors, read_first, eps, anchor_every):
+def scan(memory, weights, inputs, sequences, reads, history, anchors, read_first, eps, anchor_every):
     """Writes reads, history and anchors; the memory and the weights after the last step."""
-    *heads, erase, add = inputs
-    writes, all_heads = erase.shape[2], weights.shape[1]
+    writes, all_heads = inputs[-1].shape[2], weights.shape[1]
     first = all_heads - writes
     reading, writing = slice(0, first), slice(first, all_heads)
     memory, weights = memory.clone(), weights.clone()
     for t in range(reads.shape[0]):
+        came = memory, weights
+        memory, weights = begin(sequences, t, memory, weights)
         if anchor_every > 0 and t > 0 and t % anchor_every == 0:
             anchored_memory(anchors[t // anchor_every - 1], memory).copy_(memory)
-        given, now, before = NTMHead(*(x[t] for x in heads)), torch.empty_like(weights), memory
+        *heads, erase, add = sequences.inputs(t, *(x[t] for x in inputs))
+        now, before = torch.empty_like(weights), memory
         # Those of a memory together.
         groups = [slice(0, all_heads)] if read_first else [writing, reading]
         for group in groups:
             if group.stop > group.start:
                 previous = weights[:, group].contiguous()
-                now[:, group] = _address(memory, _of(given, group), previous, eps).weights
+                now[:, group] = _address(memory, _of(NTMHead(*heads), group), previous, eps).weights
             if group is not reading and writes:
-                memory = _erase_and_add(memory, now[:, writing], erase[t], add[t])
-        reads[t] = product(now[:, reading], before if read_first else memory).to(reads.dtype)
-        weights = now
+                memory = _erase_and_add(memory, now[:, writing], erase, add)
+        read = product(now[:, reading], before if read_first else memory).to(reads.dtype)
+        (reads[t],) = sequences.outputs(t, read)
         if anchor_every > 0:
             history[t] = now
+        memory, weights = sequences.end(t, (memory, now), came)
     return memory, weights
 
 
-def scan_backward(grads, memory, weights, inputs, history, anchors, read_first, eps, every, results):
-    """Writes the gradients of the inputs into ``results``; those of the memory and the weights."""
-    *heads, erase, add = inputs
+def scan_backward(
+    grads, memory, weights, inputs, sequences, history, anchors, read_first, eps, every, results, grad_start
+):
+    """Writes the gradients of the inputs into ``results`` and adds to that of the start; those of the memory and the
+    weights."""
     grad_reads, grad_memory, grad_weights = grads
-    steps, writes, all_heads = erase.shape[0], erase.shape[2], weights.shape[1]
+    steps, writes, all_heads = inputs[-1].shape[0], inputs[-1].shape[2], weights.shape[1]
     first_write = all_heads - writes
     reading, writing = slice(0, first_write), slice(first_write, all_heads)
     grad_memory = torch.zeros_like(memory) if grad_memory is None else grad_memory.clone()
@@ -142,38 +147,51 @@ def scan_backward(grads, memory, weights, inputs, history, anchors, read_first, 
         grad_weights[:, reading] += product(wide, addressed.transpose(1, 2))
         grad_memory.add_(product(history[t][:, reading].transpose(1, 2), wide))
 
-    def through_heads(t, group, addressed):
+    def through_heads(t, group, addressed, heads, previous):
         if group.stop == group.start:
             return
-        given = _of(NTMHead(*(x[t] for x in heads)), group)
-        previous = (history[t - 1] if t > 0 else weights)[:, group].contiguous()
-        of_memory, of_given, of_previous = _address_backward(
-            grad_weights[:, group].contiguous(), addressed, given, previous, eps
+        of_memory, of_heads, of_previous = _address_backward(
+            grad_weights[:, group].contiguous(),
+            addressed,
+            _of(NTMHead(*heads), group),
+            previous[:, group].contiguous(),
+            eps,
         )
         grad_memory.add_(of_memory)
         grad_weights[:, group] = of_previous
-        for result, of in zip(results, of_given, strict=False):
+        for result, of in zip(results, sequences.outputs(t, *of_heads), strict=False):
             result[t][:, group] = of
 
     for first in reversed(range(0, steps, every)):
         last = min(first + every, steps)
-        memories = [memory]
+        now, replayed = memory, []
         if first > 0:
-            memories = [anchored_memory(anchors[first // every - 1], memory).contiguous()]
-        for t in range(first, last if not read_first else last - 1):
-            memories.append(_erase_and_add(memories[-1], history[t][:, writing], erase[t], add[t]))
+            now = anchored_memory(anchors[first // every - 1], memory).contiguous()
+        for t in range(first, last):
+            before, previous = begin(sequences, t, now, history[t - 1] if t > 0 else weights)
+            *heads, erase, add = sequences.inputs(t, *(x[t] for x in inputs))
+            if not read_first or t < last - 1:
+                now = _erase_and_add(before, history[t][:, writing], erase, add)
+            replayed.append((before, previous, now, heads, erase, add))
         for t in reversed(range(first, last)):
-            before = memories[t - first]
+            before, previous, after, heads, erase, add = replayed[t - first]
+            of_after = grad_memory, grad_weights
+            if sequences.lengths is not None:  # where a sample has ended these go on as they are
+                grad_memory, grad_weights = grad_memory.clone(), grad_weights.clone()
             if not read_first:
-                through_reads(t, memories[t - first + 1])
-                through_heads(t, reading, memories[t - first + 1])
+                through_reads(t, after)
+                through_heads(t, reading, after, heads, previous)
             if writes:
-                of_memory, of_weights, results[5][t], results[6][t] = _erase_and_add_backward(
-                    grad_memory, before, history[t][:, writing], erase[t], add[t]
+                of_memory, of_weights, *of_written = _erase_and_add_backward(
+                    grad_memory, before, history[t][:, writing], erase, add
                 )
+                results[5][t], results[6][t] = sequences.outputs(t, *of_written)
                 grad_memory.copy_(of_memory)
                 grad_weights[:, writing] += of_weights
             if read_first:
                 through_reads(t, before)
-            through_heads(t, slice(0, all_heads) if read_first else writing, before)
+            through_heads(t, slice(0, all_heads) if read_first else writing, before, heads, previous)
+            grad_memory, grad_weights = begin_backward(
+                sequences, t, grad_memory, grad_weights, of_after, grad_start
+            )
     return grad_memory, grad_weights

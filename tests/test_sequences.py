@@ -222,6 +222,8 @@ def test_the_constant_start(family, name):
 @needs_kernels
 @every_family
 def test_the_bits_are_those_of_the_pieces(family):
+    if BACKEND == "triton" and isinstance(family, Cell):
+        pytest.skip("a cell's products are PyTorch's there, whose bits depend on the size of the batch")
     state, inputs, shared, start = drawn(family)
     resets, lengths = flags(), torch.tensor(LENGTHS)
     actual = family.run(state, inputs, shared, resets=resets, lengths=lengths, start=start)

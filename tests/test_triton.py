@@ -109,19 +109,20 @@ def run_both_ways(op, slots, size, heads):
         shapes = [(heads, *tail) for tail in ((size,), (), (), (3,), ())] + [(0, size)] * 2
         inputs = [torch.zeros(2, 1, *shape) for shape in shapes]
         every = ntm_interval(size, heads)
-        _, *_, history, anchors = ntm.ntm_scan(memory, weights, *inputs, True, 1e-6, every)
+        whole = [None] * 3
+        _, *_, history, anchors = ntm.ntm_scan(memory, weights, *inputs, *whole, True, 1e-6, every)
         ntm.ntm_scan_backward(
-            None, memory, None, memory, weights, *inputs, history, anchors, True, 1e-6, every
+            None, memory, None, memory, weights, *inputs, *whole, history, anchors, True, 1e-6, every
         )
     else:
         time = (2,) if op == "lrua_scan" else ()
-        inputs = [torch.zeros(*time, *x.shape) for x in (key, key, scalar)]
+        inputs = [*(torch.zeros(*time, *x.shape) for x in (key, key, scalar)), *[None] * 4]
         every = lrua_interval(slots, size, heads)
         *_, slots, anchors = lrua_scan.lrua_scan(
-            memory, weights, usage, *inputs, None, False, False, 0.95, 1e-6, every
+            memory, weights, usage, *inputs, False, False, 0.95, 1e-6, every
         )
         lrua_scan.lrua_scan_backward(
-            None, memory, None, memory, weights, *inputs, None, slots, anchors, False, False, 1e-6, every
+            None, memory, None, memory, weights, *inputs, slots, anchors, False, False, 1e-6, every
         )
 
 
@@ -166,32 +167,42 @@ def head():
     return [draw(R, D), draw(R), draw(R).sigmoid(), draw(R, 3).softmax(-1), 1 + draw(R).abs()]
 
 torch.manual_seed(0)
+sequences = {}
+if sys.argv[2] == "cut":
+    resets = torch.zeros(T, B, dtype=torch.bool)
+    resets[[0, 5, 8, 13, 2, 4], [0, 0, 0, 0, 1, 1]] = True  # the last beyond its sample's end
+    start = torch.randn(N, D, dtype=torch.float64)
+    sequences = {"resets": resets, "lengths": torch.tensor([T, 3]), "start": start}
 weights = [draw(R, N)[0].softmax(-1) for _ in range(2)]
 if sys.argv[1] == "lrua_scan":
     tensors = [draw(N, D)[0], weights[0], draw(R, D), draw(R, D), draw(R), draw(R)]
     usage = draw(N)[0].abs()
-    call = lambda m, w, *inputs: ops.lrua_scan(ops.LRUAState(m, w, usage), *inputs)
+    call = lambda m, w, *inputs: ops.lrua_scan(ops.LRUAState(m, w, usage), *inputs, **sequences)
 else:
     tensors = [draw(N, D)[0], *weights, *head(), *head(), draw(R, D).sigmoid(), draw(R, D)]
     call = lambda m, r, w, *x: ops.ntm_scan(
-        ops.NTMState(m, r, w), ops.NTMHead(*x[:5]), ops.NTMHead(*x[5:10]), *x[10:]
+        ops.NTMState(m, r, w), ops.NTMHead(*x[:5]), ops.NTMHead(*x[5:10]), *x[10:], **sequences
     )
 results = []
 for backend in ("triton", "reference"):
     with mann_fast.backend(backend):
         leaves = [x.clone().requires_grad_() for x in tensors]
-        reads, state = call(*leaves)
+        if sequences:
+            sequences["start"] = start.clone().requires_grad_()
+            leaves.append(sequences["start"])
+        reads, state = call(*leaves[: len(tensors)])
         results.append([reads, *torch.autograd.grad(reads.square().sum() + state.memory.sum(), leaves)])
 for x, y in zip(*results, strict=True):
     torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 """
 
 
+@pytest.mark.parametrize("sequences", ["whole", "cut"])
 @pytest.mark.parametrize("op", ["lrua_scan", "ntm_scan"])
-def test_a_loop_of_steps_over_several_samples_and_anchors(op):
+def test_a_loop_of_steps_over_several_samples_and_anchors(op, sequences):
     """In a process of its own: Triton is interpreted or not from its import on."""
     done = subprocess.run(
-        [sys.executable, "-c", LOOP_OF_STEPS, op],
+        [sys.executable, "-c", LOOP_OF_STEPS, op, sequences],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
