@@ -454,18 +454,22 @@ class MemoryLayer(nn.Module):
             x = known.rows.put(x, 1)
         elif taken is not None:
             x = torch.where(taken.unsqueeze(2), x, 1)
-        first = None if begins is None else self.initial_state(1).to(x.dtype)
+        scans = self._scans(x) and not record
+        # For a scan it is made of the parameters inside: torch.export warns of a closure over what has a history.
+        first = None if begins is None or scans else self.initial_state(1).to(x.dtype)
         start, calling = state, self._calling(x.dtype)
 
         def step(
             now: Tensor, begins: Tensor | None, ended: Tensor | None, state: MemoryState
         ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
-            before, state = state, sequences.restart(state, begins, first)
+            before = state
+            if begins is not None:
+                state = sequences.restart(state, begins, first or self.initial_state(1).to(x.dtype))
             output, state, weights = self._step(now, state, record, calling)
-            return output, sequences.keep(state, ended, before), weights
+            return output, state if ended is None else sequences.keep(state, ended, before), weights
 
         outputs, recorded = [], []
-        if self._scans(x) and not record:
+        if scans:
             output, state = _scan(step, x, begins, ended, state)
         elif x.shape[0]:
             flags = (sequences.each_step(part, x.shape[0]) for part in (begins, ended))

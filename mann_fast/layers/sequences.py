@@ -186,11 +186,9 @@ def each_step(flags: Tensor | None, steps: int) -> list[Tensor | None]:
     return [now if some else None for now, some in zip(flags.unbind(0), flags.any(1).tolist(), strict=True)]
 
 
-def restart(state: MemoryState, mask: Tensor | None, first: MemoryState | None) -> MemoryState:
+def restart(state: MemoryState, mask: Tensor, first: MemoryState) -> MemoryState:
     """The state where mask [B] is False, else a sequence's start: the memory of ``first``, of one sample, and a controller and
     reads of zeros. Nothing of the state passes there, no NaN and no gradient."""
-    if mask is None or first is None:
-        return state
 
     def zero(now: Tensor) -> Tensor:
         return where(~mask, _of_samples(now, mask), 0)
@@ -201,10 +199,8 @@ def restart(state: MemoryState, mask: Tensor | None, first: MemoryState | None) 
     )
 
 
-def keep(state: MemoryState, mask: Tensor | None, before: MemoryState) -> MemoryState:
+def keep(state: MemoryState, mask: Tensor, before: MemoryState) -> MemoryState:
     """The state where mask [B] is False, else that before the step. (A controller that had none yet: zeros.)"""
-    if mask is None:
-        return state
 
     def choose(now: Tensor, old: Tensor | None = None) -> Tensor:
         now = _of_samples(now, mask)
