@@ -670,6 +670,51 @@ def test_compiles_no_more_often(memory, sizes, anew):
     assert counts[0] <= counts[1]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch.compile's own
+@pytest.mark.parametrize(
+    "make", [MemoryLayer, MemoryStack, partial(MANN, num_classes=3)], ids=["layer", "stack", "mann"]
+)
+def test_a_packed_sequence_is_not_compiled(make, anew):
+    """As of nn.LSTM: what is around is."""
+    model = make(4, hidden_size=6, **SIZES)
+    packed = pack_padded_sequence(torch.randn(STEPS, BATCH, 4), [4, 9, 1, 7], enforce_sorted=False)
+
+    def run(packed):
+        return model(packed)[0].data * 2
+
+    torch.testing.assert_close(torch.compile(run, backend="eager")(packed), run(packed))
+    output, _ = torch.compile(model, backend="eager")(packed)
+    assert type(output) is PackedSequence
+    assert torch.equal(output.unsorted_indices, packed.unsorted_indices)
+    anew()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="packed_uncompiled"):
+        torch.compile(model, fullgraph=True, backend="eager")(packed)
+
+
+def test_ensembles():
+    layers = [make_layer("ntm"), make_layer("ntm")]
+    with torch.no_grad():
+        layers[1].heads.weight.mul_(2)
+    x, _ = drawn(layers[0])
+    lengths = torch.tensor([4, 9, 1, 7])
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    parameters, _ = torch.func.stack_module_state(layers)
+
+    def padded(parameters):
+        return torch.func.functional_call(layers[0], parameters, (x,), {"lengths": lengths})[0]
+
+    def rows(parameters):
+        return torch.func.functional_call(layers[0], parameters, (packed,))[0].data
+
+    for function, argument, given in ((padded, x, {"lengths": lengths}), (rows, packed, {})):
+        together = torch.func.vmap(function)(parameters)
+        for layer, one in zip(layers, together, strict=True):
+            expected, _ = layer(argument, **given)
+            torch.testing.assert_close(one, getattr(expected, "data", expected), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 @pytest.mark.parametrize("memory", [pytest.param("lrua", marks=needs_cpp), "ntm"])
 def test_exports(memory, anew):

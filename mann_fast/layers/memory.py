@@ -329,6 +329,10 @@ class MemoryLayer(nn.Module):
         Raises:
             TypeError, ValueError: wrong type, shape, dtype or value of x, state, resets or lengths; RuntimeError: wrong device.
         """
+        if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
+            return sequences.packed_uncompiled(
+                self.forward, x, state, resets=resets, lengths=lengths, return_weights=return_weights
+            )
         dtype, on = self._dtype_and_device()
         packed = x if isinstance(x, PackedSequence) else None
         x = self._check_input(x, on)

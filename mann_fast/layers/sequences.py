@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from .._state import check_dense, map_tensors
@@ -68,7 +69,7 @@ def of_padded(x: Tensor, resets: Any, lengths: Any, batch_first: bool) -> Sequen
             lengths,
             torch.int64,
             "B" if batched else "",
-            x.shape[1 - time : -1][: int(batched)],
+            x.shape[1 - time : 2 - time] if batched else x.shape[:0],
             x.device,
         )
         check_lengths(lengths, x.shape[time])
@@ -97,6 +98,12 @@ def of_packed(packed: PackedSequence, resets: object, lengths: object) -> Sequen
         sample, length = packed.sorted_indices[sample], length[packed.unsorted_indices]
     rows = Rows(step * batch + sample, steps, batch)
     return Sequences(None, length, steps_taken(length, steps), rows)
+
+
+@_disable_dynamo  # as torch.compiler.disable, but the import of torch._dynamo takes seconds
+def packed_uncompiled(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A forward of a PackedSequence under torch.compile, which gets what is around it: here sizes are values of a tensor."""
+    return forward(*arguments, **options)
 
 
 def steps_taken(lengths: Tensor, steps: int, batch_first: bool = False) -> Tensor:
