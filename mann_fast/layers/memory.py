@@ -3,14 +3,13 @@
 # Annotations are not postponed here: Hugging Face's mixin for models reads those of __init__, to know what a file holds.
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -474,7 +473,7 @@ class MemoryLayer(nn.Module):
 
         outputs, recorded = [], []
         if scans:
-            output, state = _scan(step, x, begins, ended, state)
+            output, state = sequences.scan_steps(step, x, begins, ended, state)
         elif x.shape[0]:
             flags = (sequences.each_step(part, x.shape[0]) for part in (begins, ended))
             for now, begins_now, ended_now in zip(x.unbind(0), *flags, strict=True):
@@ -558,34 +557,3 @@ class MemoryLayer(nn.Module):
     def _check_state(self, state: MemoryState, x: Tensor, batch: tuple[int, ...]) -> None:
         sizes = (self.hidden_size, self.memory.num_heads, self.memory.slot_size)
         check_state(state, self.memory.state_like, self._state_names, sizes, x, batch)
-
-
-def _scan(
-    step: Callable[..., tuple[Tensor, MemoryState, Any]],
-    x: Tensor,
-    begins: Tensor | None,
-    ended: Tensor | None,
-    state: MemoryState,
-) -> tuple[Tensor, MemoryState]:
-    """All steps for a compiler, which sees one for any number of them: output [T, B, H + R D], and the last state."""
-    kind = type(state.memory)
-
-    def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
-        return part.clone(memory_format=torch.contiguous_format)
-
-    def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
-        return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
-
-    def named(carried: tuple[Any, ...]) -> MemoryState:
-        controller, memory, reads = carried
-        return MemoryState(tuple(controller), kind(*memory), reads)
-
-    def one(carried: tuple[Any, ...], now: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor]:
-        x, *flags = now
-        begins_now = None if begins is None else flags[0]
-        output, state, _ = step(x, begins_now, None if ended is None else flags[-1], named(carried))
-        return plain(state), output
-
-    flags = tuple(part for part in (begins, ended) if part is not None)
-    carried, output = scan(one, plain(state), (x, *flags))
-    return output, named(carried)

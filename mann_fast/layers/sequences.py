@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._higher_order_ops.scan import scan
 from torch.nn.utils.rnn import PackedSequence
 
 from .._state import check_dense, map_tensors
@@ -191,6 +192,37 @@ def each_step(flags: Tensor | None, steps: int) -> list[Tensor | None]:
     if not _may_look(flags):
         return list(flags.unbind(0))
     return [now if some else None for now, some in zip(flags.unbind(0), flags.any(1).tolist(), strict=True)]
+
+
+def scan_steps(
+    step: Callable[..., tuple[Tensor, MemoryState, Any]],
+    x: Tensor,
+    begins: Tensor | None,
+    ended: Tensor | None,
+    state: MemoryState,
+) -> tuple[Tensor, MemoryState]:
+    """All steps for a compiler, which sees one for any number of them: output [T, B, H + R D], and the last state."""
+    kind = type(state.memory)
+
+    def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
+        return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
+
+    def named(carried: tuple[Any, ...]) -> MemoryState:
+        controller, memory, reads = carried
+        return MemoryState(tuple(controller), kind(*memory), reads)
+
+    def one(carried: tuple[Any, ...], now: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor]:
+        x, *flags = now
+        begins_now = None if begins is None else flags[0]
+        output, state, _ = step(x, begins_now, None if ended is None else flags[-1], named(carried))
+        return plain(state), output
+
+    flags = tuple(part for part in (begins, ended) if part is not None)
+    carried, output = scan(one, plain(state), (x, *flags))
+    return output, named(carried)
 
 
 def restart(state: MemoryState, mask: Tensor, first: MemoryState) -> MemoryState:
