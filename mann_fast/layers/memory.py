@@ -47,7 +47,8 @@ class MemoryLayer(nn.Module):
         hidden_size: width of the controller's hidden state.
         controller: "lstm", "gru", or "feedforward": one layer with tanh, which remembers by the memory alone; or a module of
             your own: ``hidden, state = module(z, state)`` with z [B, input_size + num_heads * slot_size], hidden [B,
-            hidden_size], and its state a tuple of tensors [B, ...], () at the start of a sequence.
+            hidden_size], and its state a tuple of tensors [B, ...], () at the start of a sequence; at a reset within a call
+            these tensors become 0.
         addressing: "lrua" (least recently used access: :class:`LRUA`), "ntm" (content, location and shift, with erase and add:
             :class:`NTM`) or "content" (the same by content alone: :class:`Content`); or a :class:`Memory` of your own.
         memory_start: "constant" (1e-6, as in Collier and Beel 2018, arXiv 1807.08518) or "learned": a parameter, which
@@ -389,9 +390,12 @@ class MemoryLayer(nn.Module):
             output = known.rows.take(output)
         if self.projection is not None:
             project = partial(controllers.linear, "projection", self.projection)
-            plain = controllers.obstacle("projection", self.projection, nn.Linear) is None
+            taken = None if packed else known.taken
+            plain = (
+                taken is not None and controllers.obstacle("projection", self.projection, nn.Linear) is None
+            )
             with self._calling(x.dtype):
-                output = sequences.each(project, output, None if packed else known.taken, by_rows=plain)
+                output = sequences.each(project, output, taken, by_rows=plain)
         if not batched:
             output, state = output.squeeze(1), state.map(lambda part: part.squeeze(0))
         elif self.batch_first and not packed:

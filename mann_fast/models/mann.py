@@ -115,10 +115,10 @@ class MANN(nn.Module):
         output, state = self.layer(x, state, resets=resets, lengths=lengths)
         if isinstance(output, PackedSequence):
             return output._replace(data=self.classifier(output.data)), state
-        taken = None
-        if lengths is not None:
-            batch_first = self.layer.batch_first
-            taken = steps_taken(lengths, output.shape[int(batch_first and output.dim() == 3)], batch_first)
+        if lengths is None:
+            return self.classifier(output), state
+        batch_first = self.layer.batch_first
+        taken = steps_taken(lengths, output.shape[int(batch_first and output.dim() == 3)], batch_first)
         plain = obstacle("classifier", self.classifier, nn.Linear) is None
         return each(self.classifier, output, taken, by_rows=plain), state
 
