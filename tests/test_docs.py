@@ -41,6 +41,10 @@ def test_example_of_migrating_runs():
     run_examples(DOCS / "migrating.md", 1)
 
 
+def test_examples_of_sequences_run():
+    assert run_examples(DOCS / "sequences.md", 6)["logits"].shape == (20, 4, 3)
+
+
 @every_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
