@@ -130,7 +130,7 @@ class Memory(ABC):
         """
 
     def cell(
-        self, *tensors: Any, controller: str, **sequences: Tensor | None
+        self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], Any, Tensor]:
         """A whole sequence with a built-in controller in one call, with the tensors and results of :func:`mann_fast.ops.cell`,
         and its resets, lengths and start; called where ``fused``."""

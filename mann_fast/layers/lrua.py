@@ -84,7 +84,7 @@ class LRUA(Memory):
         return reads, state, weights
 
     def cell(
-        self, *tensors: Any, controller: str, **sequences: Tensor | None
+        self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], LRUAState, Tensor]:
         options = {"write_vector": self.write_vector, "sharpness": self.sharpness, **self._step_options}
-        return ops.cell(*tensors, controller=controller, **options, **sequences)
+        return ops.cell(*tensors, controller=controller, **options | sequences)

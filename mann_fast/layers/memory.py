@@ -3,9 +3,10 @@
 # Annotations are not postponed here: Hugging Face's mixin for models reads those of __init__, to know what a file holds.
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,15 @@ from torch.nn.utils.rnn import PackedSequence
 from .._onnx import exporting
 from .._state import check_dense, check_size
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
-from . import controllers
+from . import controllers, sequences
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
 from .registry import PRESETS, make_memory, name_of, options_of
+from .sequences import Sequences
 from .state import MemoryState, as_state, check_state, memory_dtype
 
 MEMORY_STARTS = ("constant", "learned")
+
+Input = TypeVar("Input", Tensor, PackedSequence)
 
 # Of nn.LSTM, with what to do instead.
 ELSEWHERE = {
@@ -222,13 +226,18 @@ class MemoryLayer(nn.Module):
         """
         check_size("batch", batch, 0)
         state = self._constant_state(batch, *self._dtype_and_device())
-        if self.start is None:
+        first, *rest = state.memory
+        start = self._learned_start(first.dtype)
+        if start is None:
             return state
+        return state._replace(memory=type(state.memory)(start.repeat(batch, *(1,) * start.dim()), *rest))
+
+    def _learned_start(self, dtype: torch.dtype) -> Tensor | None:
+        if self.start is None:
+            return None
         if type(self.start) not in controllers.PLAIN:
             controllers.check_whole("start", self.start)
-        first, *rest = state.memory
-        start = self.start.to(first.dtype).repeat(batch, *(1,) * self.start.dim())
-        return state._replace(memory=type(state.memory)(start, *rest))
+        return self.start.to(dtype)
 
     def _dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
         """Of the parameters, without computing one that is parametrized; float32 on the CPU where none is floating-point, as of
@@ -253,25 +262,45 @@ class MemoryLayer(nn.Module):
     @overload
     def forward(
         self,
-        x: Tensor,
+        x: Input,
         state: MemoryState | Sequence[Any] | None = None,
         *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
         return_weights: Literal[False] = False,
-    ) -> tuple[Tensor, MemoryState]: ...
+    ) -> tuple[Input, MemoryState]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: Literal[True]
-    ) -> tuple[Tensor, MemoryState, MemoryWeights]: ...
+        self,
+        x: Input,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_weights: Literal[True],
+    ) -> tuple[Input, MemoryState, MemoryWeights]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: bool
-    ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]: ...
+        self,
+        x: Input,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_weights: bool,
+    ) -> tuple[Input, MemoryState] | tuple[Input, MemoryState, MemoryWeights]: ...
 
     def forward(
-        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None, *, return_weights: bool = False
-    ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]:
+        self,
+        x: Tensor | PackedSequence,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Any, MemoryState] | tuple[Any, MemoryState, MemoryWeights]:
         """Run over a sequence.
 
         Under ``torch.autocast`` a float32 layer computes as if it, x and state had been converted to the
@@ -279,23 +308,36 @@ class MemoryLayer(nn.Module):
 
         Args:
             x: [T, B, input_size], [B, T, input_size] with batch_first, or [T, input_size] unbatched; of the
-                parameters' dtype and device. T and B may be 0.
+                parameters' dtype and device. T and B may be 0. Or a PackedSequence.
             state: what an earlier call returned, or None for the start of a sequence; the same tensors in plain nested tuples
                 or lists will do. A state carried over two halves of a sequence gives the output of the whole; in half
                 precision it is rounded where it is cut.
+            resets: bool [T, B], laid out as x. Where True, that sample goes back to the start of a sequence before that step:
+                the memory to its start, learned or not, the controller's state (also of a module of your own, tensor by
+                tensor) and the reads to 0. Nothing of the steps before reaches those after, no value and no gradient.
+            lengths: int64 [B], [] unbatched, each within [0, T]. A sample takes part in its first steps alone: its later output
+                is 0, its state the one after its last step (of length 0 the one that came in; zeros, where a controller of your
+                own had none), and what x and resets hold later reaches nothing and has a gradient of exactly 0. (Not beside a
+                PackedSequence, which has its lengths.)
             return_weights: also return where the heads were at every step; slower, one step after the other.
 
         Returns:
-            output [T, B, output_size] (laid out as x), and the state after the last step; with ``return_weights`` also
-            :class:`MemoryWeights`, always time first and with the axis B, in the memory's dtype.
+            output [T, B, output_size] (laid out as x; of a PackedSequence one of the same batch_sizes and indices), and the
+            state after the last step, in the order of the batch before it was sorted; with ``return_weights`` also
+            :class:`MemoryWeights`, always time first and with the axis B, in the memory's dtype; 0 beyond a sample's length.
 
         Raises:
-            TypeError, ValueError: wrong type, shape or dtype of x or state; RuntimeError: wrong device.
+            TypeError, ValueError: wrong type, shape, dtype or value of x, state, resets or lengths; RuntimeError: wrong device.
         """
         dtype, on = self._dtype_and_device()
-        self._check_input(x, on)
+        packed = x if isinstance(x, PackedSequence) else None
+        x = self._check_input(x, on)
         if state is not None:
             state = as_state(state, self.memory.state_like, self._state_names)
+        if packed is None:
+            known = sequences.of_padded(x, resets, lengths, self.batch_first)
+        else:
+            known = sequences.of_packed(packed, resets, lengths)
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and x.is_floating_point() and torch.float64 not in (dtype, x.dtype):
@@ -303,44 +345,53 @@ class MemoryLayer(nn.Module):
             if state is not None:
                 state = state.to(dtype)
             with torch.autocast(device, enabled=False):
-                return self._forward(x.to(dtype), state, return_weights)
-        if x.dtype != dtype:
-            raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
-        return self._forward(x, state, return_weights)
+                output, *rest = self._forward(x.to(dtype), state, known, return_weights)
+        elif x.dtype != dtype:
+            name = "x" if packed is None else "x.data"
+            raise TypeError(f"{name} must have the dtype of the parameters, {dtype}, got {x.dtype}")
+        else:
+            output, *rest = self._forward(x, state, known, return_weights)
+        return (output if packed is None else packed._replace(data=output), *rest)
 
     if TYPE_CHECKING:
         __call__ = forward
 
     def _forward(
-        self, x: Tensor, state: MemoryState | None, return_weights: bool
+        self, x: Tensor, state: MemoryState | None, known: Sequences, return_weights: bool
     ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, MemoryWeights]:
-        """Bring x and state to [T, B, ...] and [B, ...], and the results back."""
-        batched = x.dim() == 3
+        """Bring x and state to [T, B, ...] and [B, ...], and the results back. Of a PackedSequence, x and output are rows."""
+        packed = known.rows is not None
+        batched = x.dim() == 3 or packed
         if not batched:
             x = x.unsqueeze(1)
-        elif self.batch_first:
+        elif self.batch_first and not packed:
             x = x.transpose(0, 1)
-        if torch.jit.is_tracing() and x.shape[0] == 0:  # type: ignore[attr-defined]
+        steps, batch = (known.rows.steps, known.rows.batch) if known.rows is not None else x.shape[:2]
+        if torch.jit.is_tracing() and steps == 0:  # type: ignore[attr-defined]
             raise ValueError(
                 "x must have T >= 1 in torch.jit.trace: no step is what it would go on doing, got T = 0"
             )
         if state is None:
-            state = self.initial_state(x.shape[1]).to(x.dtype)
+            state = self.initial_state(batch).to(x.dtype)
         else:
-            self._check_state(state, x, batched)
+            self._check_state(state, x, (batch,) if batched else ())
             if not batched:
                 state = state.map(lambda part: part.unsqueeze(0))
         weights: MemoryWeights | None = None
         if self.memory.fused and self.kind != "module" and not return_weights and not self._has_to_call():
-            output, state = self._run(x, state)
+            output, state = self._run(x, state, known)
         else:
-            output, state, weights = self._run_by_steps(x, state, return_weights)
+            output, state, weights = self._run_by_steps(x, state, known, return_weights)
+        if known.rows is not None:
+            output = known.rows.take(output)
         if self.projection is not None:
+            project = partial(controllers.linear, "projection", self.projection)
+            plain = controllers.obstacle("projection", self.projection, nn.Linear) is None
             with self._calling(x.dtype):
-                output = controllers.linear("projection", self.projection, output)
+                output = sequences.each(project, output, None if packed else known.taken, by_rows=plain)
         if not batched:
             output, state = output.squeeze(1), state.map(lambda part: part.squeeze(0))
-        elif self.batch_first:
+        elif self.batch_first and not packed:
             output = output.transpose(0, 1)
         return (output, state) if weights is None else (output, state, weights)
 
@@ -362,14 +413,23 @@ class MemoryLayer(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype, cache_enabled=False)
 
-    def _run(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    def _run(self, x: Tensor, state: MemoryState, known: Sequences) -> tuple[Tensor, MemoryState]:
         """All steps, in x's dtype: hidden states and reads [T, B, H + R D], and the last state."""
         weight, bias, hidden_weight, hidden_bias = controllers.weights(self.controller, x.dtype)
         head_weight, head_bias, *_ = controllers.weights(self.heads, x.dtype)
         sizes = [self.input_size, weight.shape[1] - self.input_size]
         input_weight, reads_weight = weight.split_with_sizes(sizes, 1)
+
+        def of_input(x: Tensor) -> Tensor:  # one product for all steps
+            return F.linear(x, input_weight, bias)
+
+        given: dict[str, Tensor | None] = {}
+        if known.resets is not None:
+            given = {"resets": known.resets, "start": self._learned_start(state.memory[0].dtype)}
+        if known.lengths is not None:
+            given["lengths"] = known.lengths
         output, controller, memory, reads = self.memory.cell(
-            F.linear(x, input_weight, bias),  # the input's part is one product for all steps
+            sequences.each(of_input, x, known.taken) if known.rows is None else known.rows.put(of_input(x)),
             *state,
             hidden_weight,
             hidden_bias,
@@ -377,35 +437,54 @@ class MemoryLayer(nn.Module):
             head_weight,
             head_bias,
             controller=self.kind,
+            **given,
         )
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined] # it may run where gradients are asked for
-        if self.projection is None and (output.requires_grad or traced):
+        if self.projection is None and known.rows is None and (output.requires_grad or traced):
             output = output.clone()  # backward needs it as it is; callers may change theirs in place
         return output, MemoryState(controller, memory, reads)
 
     def _run_by_steps(
-        self, x: Tensor, state: MemoryState, record: bool
+        self, x: Tensor, state: MemoryState, known: Sequences, record: bool
     ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
         """The same one step after the other, with the weights of each where ``record``."""
+        taken, begins = known.taken, known.begins
+        ended = None if taken is None else ~taken
+        if known.rows is not None:
+            x = known.rows.put(x, 1)
+        elif taken is not None:
+            x = torch.where(taken.unsqueeze(2), x, 1)
+        first = None if begins is None else self.initial_state(1).to(x.dtype)
         start, calling = state, self._calling(x.dtype)
-        if self._scans(x) and not record:
-            return (*self._scan(x, state, calling), None)
-        outputs, recorded = [], []
-        for now in x.unbind(0):
+
+        def step(
+            now: Tensor, begins: Tensor | None, ended: Tensor | None, state: MemoryState
+        ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
+            before, state = state, sequences.restart(state, begins, first)
             output, state, weights = self._step(now, state, record, calling)
-            outputs.append(output)
-            recorded.append(weights)
-        if outputs:
+            return output, sequences.keep(state, ended, before), weights
+
+        outputs, recorded = [], []
+        if self._scans(x) and not record:
+            output, state = _scan(step, x, begins, ended, state)
+        elif x.shape[0]:
+            flags = (sequences.each_step(part, x.shape[0]) for part in (begins, ended))
+            for now, begins_now, ended_now in zip(x.unbind(0), *flags, strict=True):
+                output, state, weights = step(now, begins_now, ended_now, state)
+                outputs.append(output)
+                recorded.append(weights)
             output = torch.stack(outputs)
         else:
             output = x.new_empty(0, x.shape[1], self.hidden_size + state.reads.shape[1:].numel())
             state = start.clone()
+        if taken is not None:
+            output = torch.where(taken.unsqueeze(2), output, 0)
         if not record:
             return output, state, None
         if not recorded:  # a step for its sizes
             values = x.new_zeros(x.shape[1], sum(self.memory.head_sizes()))
             recorded.append(self._access(values, state.memory, record)[2])
-        return output, state, stack_weights(recorded, x.shape[0])
+        return output, state, sequences.mask_weights(stack_weights(recorded, x.shape[0]), taken)
 
     def _scans(self, x: Tensor) -> bool:
         """Whether a compiler that may run the steps for another T can take one of them for all. (torch.compile does not say
@@ -414,30 +493,6 @@ class MemoryLayer(nn.Module):
             return False
         symbolic = torch.compiler.is_dynamo_compiling() or isinstance(x.shape[0], torch.SymInt)
         return symbolic and x.shape[0] > 0 and not self._has_to_call()
-
-    def _scan(
-        self, x: Tensor, state: MemoryState, calling: contextlib.AbstractContextManager[Any]
-    ) -> tuple[Tensor, MemoryState]:
-        """The same for a compiler, which sees one step for any number of them."""
-
-        kind = type(state.memory)
-
-        def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
-            return part.clone(memory_format=torch.contiguous_format)
-
-        def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
-            return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
-
-        def named(carried: tuple[Any, ...]) -> MemoryState:
-            controller, memory, reads = carried
-            return MemoryState(tuple(controller), kind(*memory), reads)
-
-        def step(carried: tuple[Any, ...], now: Tensor) -> tuple[tuple[Any, ...], Tensor]:
-            output, state, _ = self._step(now, named(carried), False, calling)
-            return plain(state), output
-
-        carried, output = scan(step, plain(state), x)
-        return output, named(carried)
 
     def _step(
         self, now: Tensor, state: MemoryState, record: bool, calling: contextlib.AbstractContextManager[Any]
@@ -472,27 +527,57 @@ class MemoryLayer(nn.Module):
             raise TypeError(f"{self.addressing}.step must give MemoryWeights where they are asked for")
         return reads, state, weights
 
-    def _check_input(self, x: object, device: torch.device) -> None:
-        if isinstance(x, PackedSequence):
-            raise TypeError(
-                "x must be a tensor, got PackedSequence: run on the padded tensor, which pad_packed_sequence gives, and pack "
-                "or mask the output; steps of padding change none before them"
-            )
-        check_dense("x", x)
-        assert isinstance(x, Tensor)
+    def _check_input(self, x: object, device: torch.device) -> Tensor:
+        """x, or the rows of a PackedSequence."""
         layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
-        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
-            expected = f"{layout} or [T, input_size] with input_size = {self.input_size}"
-            raise ValueError(f"x must have shape {expected}, got {list(x.shape)}")
+        name, layout, dims = "x", f"{layout} or [T, input_size]", {2, 3}
+        if isinstance(x, PackedSequence):
+            name, x, layout, dims = "x.data", x.data, "[rows, input_size]", {2}
+        check_dense(name, x)
+        assert isinstance(x, Tensor)
+        if x.dim() not in dims or x.shape[-1] != self.input_size:
+            expected = f"{layout} with input_size = {self.input_size}"
+            raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")
         if x.device != device:
-            raise RuntimeError(f"x must be on the device of the parameters, {device}, got {x.device}")
+            raise RuntimeError(f"{name} must be on the device of the parameters, {device}, got {x.device}")
+        return x
 
     @property
     def _state_names(self) -> tuple[str, ...] | None:
         # What a module of the user's own keeps is its own to check.
         return None if self.kind == "module" else controllers.state_names(self.kind)
 
-    def _check_state(self, state: MemoryState, x: Tensor, batched: bool) -> None:
+    def _check_state(self, state: MemoryState, x: Tensor, batch: tuple[int, ...]) -> None:
         sizes = (self.hidden_size, self.memory.num_heads, self.memory.slot_size)
-        batch = (x.shape[1],) if batched else ()
         check_state(state, self.memory.state_like, self._state_names, sizes, x, batch)
+
+
+def _scan(
+    step: Callable[..., tuple[Tensor, MemoryState, Any]],
+    x: Tensor,
+    begins: Tensor | None,
+    ended: Tensor | None,
+    state: MemoryState,
+) -> tuple[Tensor, MemoryState]:
+    """All steps for a compiler, which sees one for any number of them: output [T, B, H + R D], and the last state."""
+    kind = type(state.memory)
+
+    def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
+        return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
+
+    def named(carried: tuple[Any, ...]) -> MemoryState:
+        controller, memory, reads = carried
+        return MemoryState(tuple(controller), kind(*memory), reads)
+
+    def one(carried: tuple[Any, ...], now: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor]:
+        x, *flags = now
+        begins_now = None if begins is None else flags[0]
+        output, state, _ = step(x, begins_now, None if ended is None else flags[-1], named(carried))
+        return plain(state), output
+
+    flags = tuple(part for part in (begins, ended) if part is not None)
+    carried, output = scan(one, plain(state), (x, *flags))
+    return output, named(carried)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._state import State, describe, is_plain
 from .base import MemoryWeights, check_sizes
-from .memory import MemoryLayer
+from .memory import Input, MemoryLayer
+from .sequences import Turn
 from .state import MemoryState
 
 
@@ -128,45 +129,63 @@ class MemoryStack(nn.Module):
     @overload
     def forward(
         self,
-        x: Tensor,
+        x: Input,
         state: StackState | Sequence[Any] | None = None,
         *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
         return_weights: Literal[False] = False,
-    ) -> tuple[Tensor, StackState]: ...
+    ) -> tuple[Input, StackState]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: Literal[True]
-    ) -> tuple[Tensor, StackState, tuple[MemoryWeights, ...]]: ...
+        self,
+        x: Input,
+        state: StackState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_weights: Literal[True],
+    ) -> tuple[Input, StackState, tuple[MemoryWeights, ...]]: ...
 
     @overload
     def forward(
-        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: bool
-    ) -> tuple[Tensor, StackState] | tuple[Tensor, StackState, tuple[MemoryWeights, ...]]: ...
+        self,
+        x: Input,
+        state: StackState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_weights: bool,
+    ) -> tuple[Input, StackState] | tuple[Input, StackState, tuple[MemoryWeights, ...]]: ...
 
     def forward(
-        self, x: Tensor, state: StackState | Sequence[Any] | None = None, *, return_weights: bool = False
-    ) -> tuple[Tensor, StackState] | tuple[Tensor, StackState, tuple[MemoryWeights, ...]]:
+        self,
+        x: Tensor | PackedSequence,
+        state: StackState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Any, StackState] | tuple[Any, StackState, tuple[MemoryWeights, ...]]:
         """Run over a sequence.
 
         Args:
             x: as of :meth:`MemoryLayer.forward`.
             state: what an earlier call returned, or None for the start of a sequence. As of ``nn.LSTM``, a backward layer
                 starts from its state at the last step.
+            resets, lengths: as of :meth:`MemoryLayer.forward`, for every layer. A backward layer starts at each sample's last
+                step, and begins anew at the last step before each reset: it sees the same pieces from their ends.
             return_weights: also return where the heads were at every step; slower, one step after the other.
 
         Returns:
-            output [T, B, output_size] (laid out as x), of a bidirectional stack forward then backward; the state; with
-            ``return_weights`` also a :class:`MemoryWeights` for every layer, in the order of the state, each by the step of x.
+            output [T, B, output_size] (laid out as x, or a PackedSequence as x), of a bidirectional stack forward then
+            backward; the state; with ``return_weights`` also a :class:`MemoryWeights` for every layer, in the order of the
+            state, each by the step of x.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`MemoryLayer.forward`; a state of another number of layers.
         """
-        if self.bidirectional and isinstance(x, PackedSequence):
-            raise TypeError(
-                "x must be a tensor, got PackedSequence: run a bidirectional stack on sequences of one length at a time; on a "
-                "padded tensor it would begin with the padding"
-            )
         states: tuple[MemoryState | None, ...] = (None,) * len(self.layers)
         if state is not None:
             layers = (
@@ -178,22 +197,28 @@ class MemoryStack(nn.Module):
                     f"state must be a StackState of {len(self.layers)} layers or None, got {came}"
                 )
             states = tuple(layers)
-        time = 1 if self.batch_first and isinstance(x, Tensor) and x.dim() == 3 else 0
         ends: list[MemoryState] = []
         recorded: list[MemoryWeights] = []
+        turn: Any = None
         for number in range(self.num_layers):
             outputs = []
             for direction in self._directions():
                 layer, start = self.layers[len(ends)], states[len(ends)]
+                if direction and turn is None:  # the layer before has checked all
+                    turn = Turn(x, resets, lengths, self.batch_first)
                 output, end, *weights = layer(
-                    x.flip(time) if direction else x, start, return_weights=return_weights
+                    turn.around(x) if direction else x,
+                    start,
+                    resets=turn.resets if direction else resets,
+                    lengths=lengths,
+                    return_weights=return_weights,
                 )
-                outputs.append(output.flip(time) if direction else output)
+                outputs.append(turn.around(output) if direction else output)
                 ends.append(end)
-                recorded += [_flip(one) for one in weights] if direction else weights
-            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+                recorded += [turn.weights(one) for one in weights] if direction else weights
+            x = _map(lambda *parts: torch.cat(parts, -1), *outputs) if self.bidirectional else outputs[0]
             if self.dropout and number < self.num_layers - 1:
-                x = F.dropout(x, self.dropout, self.training)
+                x = _map(lambda part: F.dropout(part, self.dropout, self.training), x)
         end = StackState(tuple(ends))
         return (x, end, tuple(recorded)) if return_weights else (x, end)
 
@@ -201,7 +226,8 @@ class MemoryStack(nn.Module):
         __call__ = forward
 
 
-def _flip(weights: MemoryWeights) -> MemoryWeights:
-    """From the last step to the first."""
-    usage = None if weights.usage is None else weights.usage.flip(0)
-    return MemoryWeights(weights.read.flip(0), weights.write.flip(0), usage)
+def _map(function: Callable[..., Tensor], x: Any, *others: Any) -> Any:
+    """``function`` of tensors, or of the rows of PackedSequences of the same lengths."""
+    if not isinstance(x, PackedSequence):
+        return function(x, *others)
+    return x._replace(data=function(x.data, *(other.data for other in others)))

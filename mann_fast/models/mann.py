@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..layers import Memory, MemoryLayer, MemoryState
 from ..layers.base import check_sizes
+from ..layers.controllers import obstacle
+from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
+from ..layers.sequences import each, steps_taken
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
 # character is background: at nn.LSTMCell's width the hidden states of two characters are almost the same, and
@@ -87,21 +91,34 @@ class MANN(nn.Module):
         self._adjust_parameters()
 
     def forward(
-        self, x: Tensor, state: MemoryState | Sequence[Any] | None = None
-    ) -> tuple[Tensor, MemoryState]:
+        self,
+        x: Input,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Input, MemoryState]:
         """Logits for every step of a sequence.
 
         Args:
-            x, state: as of :meth:`mann_fast.MemoryLayer.forward`.
+            x, state, resets, lengths: as of :meth:`mann_fast.MemoryLayer.forward`.
 
         Returns:
-            logits [T, B, num_classes] (laid out as x), and the state after the last step.
+            logits [T, B, num_classes] (laid out as x; of a PackedSequence one of the same batch_sizes and indices; 0 beyond a
+            sample's length), and the state after the last step.
 
         Raises:
             as :meth:`mann_fast.MemoryLayer.forward`.
         """
-        output, state = self.layer(x, state)
-        return self.classifier(output), state
+        output, state = self.layer(x, state, resets=resets, lengths=lengths)
+        if isinstance(output, PackedSequence):
+            return output._replace(data=self.classifier(output.data)), state
+        taken = None
+        if lengths is not None:
+            batch_first = self.layer.batch_first
+            taken = steps_taken(lengths, output.shape[int(batch_first and output.dim() == 3)], batch_first)
+        plain = obstacle("classifier", self.classifier, nn.Linear) is None
+        return each(self.classifier, output, taken, by_rows=plain), state
 
     if TYPE_CHECKING:
         __call__ = forward
