@@ -15,8 +15,8 @@ LSTM_ARGUMENTS = ("lstm_hidden_size", "n_lstm_layers", "lstm_kwargs")
 
 
 class PackedMemory(nn.Module):
-    """A MemoryLayer whose state is two tensors [1, B, hidden_size], as RecurrentPPO keeps the (h, c) of an LSTM: the numbers of a
-    :class:`mann_fast.MemoryState`, half of them in each.
+    """A MemoryLayer whose state is two tensors [1, B, hidden_size], as RecurrentPPO keeps the (h, c) of an LSTM: the numbers of
+    a :class:`mann_fast.MemoryState`, half of them in each.
 
     Args:
         layer: a MemoryLayer with batch_first=True and a built-in controller.
