@@ -160,5 +160,5 @@ def test_ppo_remembers():
         MemoryPolicy, make_vec_env(Recall, 16), n_steps=20, batch_size=320, n_epochs=5, learning_rate=1e-2, gamma=0.9,
         ent_coef=0.01, seed=0, device="cpu", policy_kwargs={"memory_kwargs": MEMORY, "net_arch": []},
     )  # fmt: skip
-    model.learn(320 * 30)
+    model.learn(320 * 12)
     assert np.mean([episode["r"] for episode in model.ep_info_buffer]) > 2.2
