@@ -197,8 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--share", type=float, default=0.75, help="of each series that is learned from (0.75)"
     )
-    parser.add_argument("--steps", type=int, default=400, help="of training (400)")
-    parser.add_argument("--longest", type=int, default=192, help="window (192)")
+    parser.add_argument("--steps", type=int, default=250, help="of training (250)")
+    parser.add_argument("--longest", type=int, default=160, help="of the windows (160)")
     parser.add_argument("--ahead", type=int, default=48, help="steps of the forecast (48)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

@@ -273,8 +273,8 @@ class Captioner(nn.Module):
 
     def forward(self, images, captions, lengths):
         embeddings = torch.cat((self.image(images).unsqueeze(1), self.embed(captions)), 1)
-        hiddens, _ = self.lstm(embeddings)
-        hiddens = pack_padded_sequence(hiddens, lengths, batch_first=True)
+        packed = pack_padded_sequence(embeddings, lengths, batch_first=True)
+        hiddens, _ = self.lstm(packed)
         outputs = self.linear(hiddens[0])
         return outputs
 

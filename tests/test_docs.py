@@ -48,6 +48,10 @@ def test_examples_of_rl_run():
     assert run_examples(DOCS / "rl.md", 3)["data"]["features"].shape == (20, 64)
 
 
+def test_examples_of_sequences_run():
+    assert run_examples(DOCS / "sequences.md", 6)["logits"].shape == (20, 4, 3)
+
+
 @every_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):

@@ -36,7 +36,7 @@ def test_time_series_of_a_csv(example, tmp_path, capsys):
     (tmp_path / "data.csv").write_text("\n".join([*lines[:30], "day,,1", *lines[30:]]))
     with pytest.raises(SystemExit):
         program.main([str(tmp_path / "data.csv")])
-    assert "a must have a number in every line to its end, but line 31 has none" in capsys.readouterr().err
+    assert "a must have a number in every line to its end, but line 31 is empty" in capsys.readouterr().err
 
 
 def test_time_series_finds_what_is_far_off(example):

@@ -766,6 +766,3 @@ def test_refuses_what_is_no_state():
         ValueError, match=re.escape("state.controller.hidden must have shape [6], got [2, 6]")
     ):
         layer(x[:, 0], state)
-    packed = nn.utils.rnn.pack_padded_sequence(x, [3, 2])
-    with pytest.raises(TypeError, match="x must be a tensor, got PackedSequence: run on the padded tensor"):
-        layer(packed)

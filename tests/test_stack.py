@@ -137,16 +137,6 @@ def test_refuses_arguments(options, error, message):
         MemoryStack(4, 6, **SIZES, **options)
 
 
-@pytest.mark.parametrize(
-    ("bidirectional", "instead"), [(False, "the padded tensor"), (True, "one length at a time")]
-)
-def test_says_what_to_do_with_a_packed_sequence(bidirectional, instead):
-    stack = MemoryStack(4, 6, 2, bidirectional=bidirectional, **SIZES)
-    packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 4), torch.zeros(2, 4)])
-    with pytest.raises(TypeError, match=f"x must be a tensor, got PackedSequence: .*{instead}"):
-        stack(packed)
-
-
 def test_refuses_other_states():
     stack = MemoryStack(4, 6, 2, **SIZES)
     x = torch.randn(5, 3, 4, dtype=torch.float64)

@@ -3,14 +3,13 @@
 # Annotations are not postponed here: Hugging Face's mixin for models reads those of __init__, to know what a file holds.
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -48,7 +47,8 @@ class MemoryLayer(nn.Module):
         hidden_size: width of the controller's hidden state.
         controller: "lstm", "gru", or "feedforward": one layer with tanh, which remembers by the memory alone; or a module of
             your own: ``hidden, state = module(z, state)`` with z [B, input_size + num_heads * slot_size], hidden [B,
-            hidden_size], and its state a tuple of tensors [B, ...], () at the start of a sequence.
+            hidden_size], and its state a tuple of tensors [B, ...], () at the start of a sequence; at a reset within a call
+            these tensors become 0.
         addressing: "lrua" (least recently used access: :class:`LRUA`), "ntm" (content, location and shift, with erase and add:
             :class:`NTM`) or "content" (the same by content alone: :class:`Content`); or a :class:`Memory` of your own.
         memory_start: "constant" (1e-6, as in Collier and Beel 2018, arXiv 1807.08518) or "learned": a parameter, which
@@ -329,6 +329,10 @@ class MemoryLayer(nn.Module):
         Raises:
             TypeError, ValueError: wrong type, shape, dtype or value of x, state, resets or lengths; RuntimeError: wrong device.
         """
+        if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
+            return sequences.packed_uncompiled(
+                self.forward, x, state, resets=resets, lengths=lengths, return_weights=return_weights
+            )
         dtype, on = self._dtype_and_device()
         packed = x if isinstance(x, PackedSequence) else None
         x = self._check_input(x, on)
@@ -386,9 +390,12 @@ class MemoryLayer(nn.Module):
             output = known.rows.take(output)
         if self.projection is not None:
             project = partial(controllers.linear, "projection", self.projection)
-            plain = controllers.obstacle("projection", self.projection, nn.Linear) is None
+            taken = None if packed else known.taken
+            plain = (
+                taken is not None and controllers.obstacle("projection", self.projection, nn.Linear) is None
+            )
             with self._calling(x.dtype):
-                output = sequences.each(project, output, None if packed else known.taken, by_rows=plain)
+                output = sequences.each(project, output, taken, by_rows=plain)
         if not batched:
             output, state = output.squeeze(1), state.map(lambda part: part.squeeze(0))
         elif self.batch_first and not packed:
@@ -454,19 +461,23 @@ class MemoryLayer(nn.Module):
             x = known.rows.put(x, 1)
         elif taken is not None:
             x = torch.where(taken.unsqueeze(2), x, 1)
-        first = None if begins is None else self.initial_state(1).to(x.dtype)
+        scans = self._scans(x) and not record
+        # For a scan it is made of the parameters inside: torch.export warns of a closure over what has a history.
+        first = None if begins is None or scans else self.initial_state(1).to(x.dtype)
         start, calling = state, self._calling(x.dtype)
 
         def step(
             now: Tensor, begins: Tensor | None, ended: Tensor | None, state: MemoryState
         ) -> tuple[Tensor, MemoryState, MemoryWeights | None]:
-            before, state = state, sequences.restart(state, begins, first)
+            before = state
+            if begins is not None:
+                state = sequences.restart(state, begins, first or self.initial_state(1).to(x.dtype))
             output, state, weights = self._step(now, state, record, calling)
-            return output, sequences.keep(state, ended, before), weights
+            return output, state if ended is None else sequences.keep(state, ended, before), weights
 
         outputs, recorded = [], []
-        if self._scans(x) and not record:
-            output, state = _scan(step, x, begins, ended, state)
+        if scans:
+            output, state = sequences.scan_steps(step, x, begins, ended, state)
         elif x.shape[0]:
             flags = (sequences.each_step(part, x.shape[0]) for part in (begins, ended))
             for now, begins_now, ended_now in zip(x.unbind(0), *flags, strict=True):
@@ -550,34 +561,3 @@ class MemoryLayer(nn.Module):
     def _check_state(self, state: MemoryState, x: Tensor, batch: tuple[int, ...]) -> None:
         sizes = (self.hidden_size, self.memory.num_heads, self.memory.slot_size)
         check_state(state, self.memory.state_like, self._state_names, sizes, x, batch)
-
-
-def _scan(
-    step: Callable[..., tuple[Tensor, MemoryState, Any]],
-    x: Tensor,
-    begins: Tensor | None,
-    ended: Tensor | None,
-    state: MemoryState,
-) -> tuple[Tensor, MemoryState]:
-    """All steps for a compiler, which sees one for any number of them: output [T, B, H + R D], and the last state."""
-    kind = type(state.memory)
-
-    def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
-        return part.clone(memory_format=torch.contiguous_format)
-
-    def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
-        return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
-
-    def named(carried: tuple[Any, ...]) -> MemoryState:
-        controller, memory, reads = carried
-        return MemoryState(tuple(controller), kind(*memory), reads)
-
-    def one(carried: tuple[Any, ...], now: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor]:
-        x, *flags = now
-        begins_now = None if begins is None else flags[0]
-        output, state, _ = step(x, begins_now, None if ended is None else flags[-1], named(carried))
-        return plain(state), output
-
-    flags = tuple(part for part in (begins, ended) if part is not None)
-    carried, output = scan(one, plain(state), (x, *flags))
-    return output, named(carried)

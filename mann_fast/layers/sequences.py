@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch._higher_order_ops.scan import scan
 from torch.nn.utils.rnn import PackedSequence
 
 from .._state import check_dense, map_tensors
@@ -68,7 +70,7 @@ def of_padded(x: Tensor, resets: Any, lengths: Any, batch_first: bool) -> Sequen
             lengths,
             torch.int64,
             "B" if batched else "",
-            x.shape[1 - time : -1][: int(batched)],
+            x.shape[1 - time : 2 - time] if batched else x.shape[:0],
             x.device,
         )
         check_lengths(lengths, x.shape[time])
@@ -97,6 +99,12 @@ def of_packed(packed: PackedSequence, resets: object, lengths: object) -> Sequen
         sample, length = packed.sorted_indices[sample], length[packed.unsorted_indices]
     rows = Rows(step * batch + sample, steps, batch)
     return Sequences(None, length, steps_taken(length, steps), rows)
+
+
+@_disable_dynamo  # as torch.compiler.disable, but the import of torch._dynamo takes seconds
+def packed_uncompiled(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A forward of a PackedSequence under torch.compile, which gets what is around it: here sizes are values of a tensor."""
+    return forward(*arguments, **options)
 
 
 def steps_taken(lengths: Tensor, steps: int, batch_first: bool = False) -> Tensor:
@@ -186,11 +194,40 @@ def each_step(flags: Tensor | None, steps: int) -> list[Tensor | None]:
     return [now if some else None for now, some in zip(flags.unbind(0), flags.any(1).tolist(), strict=True)]
 
 
-def restart(state: MemoryState, mask: Tensor | None, first: MemoryState | None) -> MemoryState:
+def scan_steps(
+    step: Callable[..., tuple[Tensor, MemoryState, Any]],
+    x: Tensor,
+    begins: Tensor | None,
+    ended: Tensor | None,
+    state: MemoryState,
+) -> tuple[Tensor, MemoryState]:
+    """All steps for a compiler, which sees one for any number of them: output [T, B, H + R D], and the last state."""
+    kind = type(state.memory)
+
+    def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
+        return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
+
+    def named(carried: tuple[Any, ...]) -> MemoryState:
+        controller, memory, reads = carried
+        return MemoryState(tuple(controller), kind(*memory), reads)
+
+    def one(carried: tuple[Any, ...], now: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor]:
+        x, *flags = now
+        begins_now = None if begins is None else flags[0]
+        output, state, _ = step(x, begins_now, None if ended is None else flags[-1], named(carried))
+        return plain(state), output
+
+    flags = tuple(part for part in (begins, ended) if part is not None)
+    carried, output = scan(one, plain(state), (x, *flags))
+    return output, named(carried)
+
+
+def restart(state: MemoryState, mask: Tensor, first: MemoryState) -> MemoryState:
     """The state where mask [B] is False, else a sequence's start: the memory of ``first``, of one sample, and a controller and
     reads of zeros. Nothing of the state passes there, no NaN and no gradient."""
-    if mask is None or first is None:
-        return state
 
     def zero(now: Tensor) -> Tensor:
         return where(~mask, _of_samples(now, mask), 0)
@@ -201,10 +238,8 @@ def restart(state: MemoryState, mask: Tensor | None, first: MemoryState | None) 
     )
 
 
-def keep(state: MemoryState, mask: Tensor | None, before: MemoryState) -> MemoryState:
+def keep(state: MemoryState, mask: Tensor, before: MemoryState) -> MemoryState:
     """The state where mask [B] is False, else that before the step. (A controller that had none yet: zeros.)"""
-    if mask is None:
-        return state
 
     def choose(now: Tensor, old: Tensor | None = None) -> Tensor:
         now = _of_samples(now, mask)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .._state import State, describe, is_plain
 from .base import MemoryWeights, check_sizes
 from .memory import Input, MemoryLayer
-from .sequences import Turn
+from .sequences import Turn, packed_uncompiled
 from .state import MemoryState
 
 
@@ -186,6 +186,10 @@ class MemoryStack(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`MemoryLayer.forward`; a state of another number of layers.
         """
+        if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
+            return packed_uncompiled(
+                self.forward, x, state, resets=resets, lengths=lengths, return_weights=return_weights
+            )
         states: tuple[MemoryState | None, ...] = (None,) * len(self.layers)
         if state is not None:
             layers = (

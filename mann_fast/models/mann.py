@@ -14,7 +14,7 @@ from ..layers.base import check_sizes
 from ..layers.controllers import obstacle
 from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
-from ..layers.sequences import each, steps_taken
+from ..layers.sequences import each, packed_uncompiled, steps_taken
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
 # character is background: at nn.LSTMCell's width the hidden states of two characters are almost the same, and
@@ -110,13 +110,15 @@ class MANN(nn.Module):
         Raises:
             as :meth:`mann_fast.MemoryLayer.forward`.
         """
+        if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
+            return packed_uncompiled(self.forward, x, state, resets=resets, lengths=lengths)
         output, state = self.layer(x, state, resets=resets, lengths=lengths)
         if isinstance(output, PackedSequence):
             return output._replace(data=self.classifier(output.data)), state
-        taken = None
-        if lengths is not None:
-            batch_first = self.layer.batch_first
-            taken = steps_taken(lengths, output.shape[int(batch_first and output.dim() == 3)], batch_first)
+        if lengths is None:
+            return self.classifier(output), state
+        batch_first = self.layer.batch_first
+        taken = steps_taken(lengths, output.shape[int(batch_first and output.dim() == 3)], batch_first)
         plain = obstacle("classifier", self.classifier, nn.Linear) is None
         return each(self.classifier, output, taken, by_rows=plain), state
 

@@ -36,7 +36,7 @@ def raw_sequences(memory: Tensor, steps: int, resets: Any, lengths: Any, start: 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:
     """Each within [0, T]. On a GPU, and while a compiler looks on, it is an assertion, which fails when it is run."""
-    if torch._C._functorch.is_batchedtensor(lengths):
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
     fits = ((lengths >= 0) & (lengths <= steps)).all()
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or lengths.device.type != "cpu":
