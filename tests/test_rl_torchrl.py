@@ -29,18 +29,20 @@ from torchrl.objectives.value import GAE
 from mann_fast.rl.torchrl import MemoryModule
 
 SIZES = {"num_slots": 6, "slot_size": 4, "num_heads": 2}
-KINDS = [
-    {"controller": "lstm", "addressing": "lrua", "memory_start": "learned"},
-    {"controller": "gru", "addressing": "ntm"},
-    {"controller": "feedforward", "addressing": "lrua", "output_size": 5},
-]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["controller"])
+KINDS = {
+    "lstm": {"controller": "lstm", "addressing": "lrua", "memory_start": "learned"},
+    "gru": {"controller": "gru", "addressing": "ntm"},
+    "feedforward": {"controller": "feedforward", "addressing": "lrua", "output_size": 5},
+}
+# TorchRL's own module, too: these tests say what it does.
+every_kind = pytest.mark.parametrize("kind", [*KINDS, "LSTMModule"])
 
 
-def make_module(kind, **arguments):
-    module = MemoryModule(
-        3, 7, in_key="observation", out_key="features", **SIZES, **kind, **arguments
-    ).double()
+def make_module(kind):
+    keys = {"in_key": "observation", "out_key": "features"}
+    if kind == "LSTMModule":
+        return LSTMModule(3, 7, **keys).double()
+    module = MemoryModule(3, 7, **keys, **SIZES, **KINDS[kind]).double()
     with torch.no_grad():
         for parameter in module.parameters():  # a learned start that is no longer the constant one
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -105,9 +107,10 @@ def test_from_the_middle_of_an_episode(kind):
     assert worst_error(later["features"], by_steps["features"][:, 3:]) < 1e-12
 
 
-def test_next_observations_go_on_from_the_states_that_came_before_them():
+@every_kind
+def test_next_observations_go_on_from_the_states_that_came_before_them(kind):
     """Value estimators call the module on "next", where the first step of an episode is marked but is not its first."""
-    module = make_module(KINDS[0])
+    module = make_module(kind)
     x, is_init = torch.randn(3, 8, 3, dtype=torch.float64), torch.zeros(3, 8, 1, dtype=torch.bool)
     is_init[:, 0] = True
     is_init[0, 4] = is_init[1, 2] = is_init[1, 3] = True
@@ -124,6 +127,20 @@ def test_next_observations_go_on_from_the_states_that_came_before_them():
     assert worst_error(data["features"], expected["features"]) < 1e-12
     for key in module.out_keys[1:]:
         assert worst_error(data[key][:, -1], expected[key][:, -1]) < 1e-12
+
+
+@every_kind
+def test_a_step_that_begins_an_episode_forgets_the_state_it_is_given(kind):
+    module = make_module(kind)
+    x, begins = torch.randn(2, 6, 3, dtype=torch.float64), torch.zeros(2, 6, 1, dtype=torch.bool)
+    begins[:, 0] = True
+    last = rollout(module, x, begins)[:, -1]
+    step = {"observation": torch.randn(2, 3, dtype=torch.float64), "is_init": torch.tensor([[True], [False]])}
+    fresh = module(TensorDict(step, [2]))["features"]
+    kept = {key[1]: last[key] for key in module.out_keys[1:]}
+    given = module(TensorDict({**step, **kept}, [2]))["features"]
+    assert worst_error(given[:1], fresh[:1]) < 1e-12
+    assert worst_error(given[1:], fresh[1:]) > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)], ids=str)
