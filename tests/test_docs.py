@@ -41,6 +41,13 @@ def test_example_of_migrating_runs():
     run_examples(DOCS / "migrating.md", 1)
 
 
+@pytest.mark.filterwarnings("ignore")  # of these libraries about themselves
+def test_examples_of_rl_run():
+    for package in ("torchrl", "sb3_contrib", "popgym.baselines.ray_models.base_model"):
+        pytest.importorskip(package, exc_type=ImportError)
+    assert run_examples(DOCS / "rl.md", 3)["data"]["features"].shape == (20, 64)
+
+
 def test_examples_of_sequences_run():
     assert run_examples(DOCS / "sequences.md", 6)["logits"].shape == (20, 4, 3)
 
