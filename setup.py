@@ -2,7 +2,8 @@
 
 The kernels are compiled once per instruction set and know nothing of torch; csrc/bindings.cpp uses
 LibTorch's stable ABI only, so the library needs nothing of the very torch that it was built with. It has no
-Python module inside: torch.ops.load_library loads it. Objects are kept in build/objects for the next time.
+Python module inside: torch.ops.load_library loads it. Objects are kept in build/objects for the next time, and may come
+from another build's (MANN_FAST_OBJECTS, see native.Compiler.compile).
 Where there are nvcc and a GPU, the CUDA kernels come with it, in a library of their own that torch without CUDA need not
 load; native.cuda_architectures says how to ask for them elsewhere. MANN_FAST_VERBOSE=1 shows the compilers' commands.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -99,35 +103,60 @@ class Compiler:
             raise CannotBuild(f"{self.version} failed ({self.needed} is needed): {reason}")
         return done.stderr
 
-    def kernel_units(self) -> list[Unit]:
-        """The kernels, once per instruction set, and what chooses between them: all that needs no torch."""
+    def kernel_units(self, isas: Iterable[str] | None = None) -> list[Unit]:
+        """The kernels, once per instruction set, and what chooses between them: all that needs no torch.
+
+        If instruction sets are named, the others get a stand-in that aborts, for drivers that do not run them.
+        """
+        named = self.isas if isas is None else isas
         per_isa = [
             Unit(
-                f"csrc/cpu/{kernel}.cpp", f"{kernel}_{isa}", [*KERNEL_FLAGS, *flags, f"-DMANN_FAST_ISA={isa}"]
+                f"csrc/cpu/{kernel}.cpp",
+                f"{kernel}_{isa}",
+                [*KERNEL_FLAGS, *self.isas[isa], f"-DMANN_FAST_ISA={isa}"],
             )
             for kernel in KERNELS
-            for isa, flags in self.isas.items()
+            for isa in named
+        ]
+        per_isa += [
+            Unit("tests/cpp/left_out.cpp", f"left_out_{isa}", [f"-DMANN_FAST_ISA={isa}"])
+            for isa in self.isas
+            if isa not in named
         ]
         return [*per_isa, Unit("csrc/cpu/dispatch.cpp", "dispatch", KERNEL_FLAGS)]
 
     def compile(self, units: list[Unit], folder: Path, more_flags: list[str] | None = None) -> list[Path]:
-        """Compile what is not up to date, in parallel, into the folder; returns the objects."""
+        """Compile what is not up to date, in parallel, into the folder; returns the objects.
+
+        $MANN_FAST_OBJECTS names the folder of another build: an object there that was made of the same files by the same
+        command is copied. So the wheel, which is built from an unpacked source distribution, compiles nothing anew.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(lambda unit: self._compile(unit, folder, more_flags or []), units))
 
     def _compile(self, unit: Unit, folder: Path, more_flags: list[str]) -> Path:
         target = folder / f"{unit.name}.o"
-        stamp = target.with_suffix(".stamp")  # what it was compiled with, written after it was
-        arguments = [*self.flags, *unit.flags, *more_flags, "-MD", "-c", unit.source, "-o", str(target)]
-        made_by = f"{self.version}\n{shlex.join(self.command + arguments)}\n"
-        if not (stamp.exists() and stamp.read_text() == made_by and _newer(stamp, target.with_suffix(".d"))):
-            stamp.unlink(missing_ok=True)
-            started = time.time()
-            target.with_suffix(".log").write_text(self.run(arguments))
-            print(f"{unit.name}.o from {unit.source}: {time.time() - started:.0f} seconds", flush=True)
-            stamp.write_text(made_by)
-            os.utime(stamp, (started, started))  # a file changed meanwhile counts as newer
+        # Nothing in the command or the object says where this tree lies: sources are named relative to it.
+        arguments = [*self.flags, *unit.flags, *more_flags, "-c", unit.source]
+        command = f"{self.version}\n{shlex.join(self.command + arguments)}"
+        if _up_to_date(target, command):
+            return target
+        # Others may build in the same folder: files are replaced as a whole, and a stamp holds for one object only.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{unit.name}-") as scratch:
+            made = Path(scratch).absolute() / target.name
+            others = os.environ.get("MANN_FAST_OBJECTS")
+            if others and _copy(Path(others) / target.name, made) and _up_to_date(made, command):
+                print(f"{unit.name}.o from {others}", flush=True)
+            else:
+                started = time.time()
+                dependencies = made.with_suffix(".d")
+                log = self.run([*arguments, "-MD", "-MF", str(dependencies), "-o", str(made)])
+                print(f"{unit.name}.o from {unit.source}: {time.time() - started:.0f} seconds", flush=True)
+                made.with_suffix(".log").write_text(log)
+                _write_stamp(made, command, _files(dependencies), started)
+            for suffix in KEPT:
+                os.replace(made.with_suffix(suffix), target.with_suffix(suffix))
         return target
 
     def link(self, target: Path, objects: list[Path], arguments: list[str], folder: Path) -> None:
@@ -218,10 +247,43 @@ class Nvcc(Compiler):
         return [Unit(f"csrc/cuda/{name}.cu", f"cuda_{name}", codes) for name in CUDA_KERNELS]
 
 
-def _newer(stamp: Path, dependencies: Path) -> bool:
-    """Whether the stamp is newer than every file in the compiler's list of dependencies."""
+# Of each object: itself, what the compiler said, and what it was made of, by which command.
+KEPT = (".o", ".log", ".stamp")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _files(dependencies: Path) -> list[str]:
+    """The source and the headers in the compiler's list of dependencies: relative to ROOT, or of the system."""
+    return shlex.split(dependencies.read_text().replace("\\\n", " ").split(":", 1)[1])
+
+
+def _write_stamp(target: Path, command: str, files: list[str], started: float) -> None:
+    if any((ROOT / name).stat().st_mtime >= started for name in files):
+        command = "a file changed meanwhile"  # and which content was compiled is not known
+    stamp = {"command": command, "object": _digest(target), "files": {x: _digest(ROOT / x) for x in files}}
+    target.with_suffix(".stamp").write_text(json.dumps(stamp, indent=1) + "\n")
+
+
+def _up_to_date(target: Path, command: str) -> bool:
+    """Whether the object was made by this command of files that have the same content now."""
     try:
-        names = shlex.split(dependencies.read_text().replace("\\\n", " ").split(":", 1)[1])
-        return all((ROOT / name).stat().st_mtime < stamp.stat().st_mtime for name in names)
+        stamp = json.loads(target.with_suffix(".stamp").read_text())
+        return (
+            stamp["command"] == command
+            and stamp["object"] == _digest(target)
+            and all(_digest(ROOT / name) == digest for name, digest in stamp["files"].items())
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _copy(source: Path, target: Path) -> bool:
+    try:
+        for suffix in KEPT:
+            shutil.copyfile(source.with_suffix(suffix), target.with_suffix(suffix))
     except OSError:
         return False
+    return True

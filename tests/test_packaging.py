@@ -109,6 +109,8 @@ def test_objects_are_compiled_again_only_if_something_changed(native, tmp_path, 
 
     assert compiled()
     assert not compiled()
+    header.touch()  # the same content, as after a checkout to and fro
+    assert not compiled()
     header.write_text("constexpr int one = 2 - 1;\n")
     assert compiled()
     assert compiled("-g")
@@ -118,6 +120,71 @@ def test_objects_are_compiled_again_only_if_something_changed(native, tmp_path, 
         compiled("-g")
     source.write_text("int f() { return 2; }\n")
     assert compiled("-g")
+
+
+@in_source_tree
+def test_objects_of_another_build_serve_if_made_of_the_same_by_the_same_command(
+    native, tmp_path, monkeypatch, capsys
+):
+    try:
+        compiler = native.Compiler()
+    except native.CannotBuild as problem:
+        pytest.skip(str(problem))
+    unit = native.Unit("csrc/a.cpp", "a", [])
+
+    def tree(name, header="constexpr int one = 1;\n"):
+        csrc = tmp_path / name / "csrc"
+        csrc.mkdir(parents=True)
+        (csrc / "a.h").write_text(header)
+        (csrc / "a.cpp").write_text(
+            '#include "../csrc/a.h"\nconst char* f(int i) { return i == one ? __FILE__ : ""; }\n'
+        )
+        return tmp_path / name
+
+    def compiled(root, *flags, others=None):
+        """The object, and whether it was compiled here."""
+        monkeypatch.setattr(native, "ROOT", root)
+        monkeypatch.setenv("MANN_FAST_OBJECTS", str(others or ""))
+        (object_file,) = compiler.compile([unit], root / "objects", list(flags))
+        assert not [x for x in (root / "objects").iterdir() if x.is_dir()]
+        return object_file.read_bytes(), "seconds" in capsys.readouterr().out
+
+    first = tree("first")
+    objects = first / "objects"
+    whole, here = compiled(first)
+    assert here
+    assert compiled(tree("alone")) == (whole, True)  # so it does not matter where one was compiled
+    second = tree("second")
+    assert compiled(second, others=objects) == (whole, False)
+    assert compiled(second) == (whole, False)  # the copy is up to date without the other build
+    assert compiled(tree("flags"), "-DX", others=objects)[1]
+    assert compiled(tree("header", "constexpr int one = 2;\n"), others=objects)[1]
+    assert compiled(tree("nothing there"), others=tmp_path / "nowhere") == (whole, True)
+    (objects / "a.o").write_bytes(whole[:-1])  # of a build that has just replaced it, say
+    assert compiled(tree("replaced"), others=objects) == (whole, True)
+    assert compiled(first) == (whole, True)
+
+
+@in_source_tree
+def test_an_object_whose_source_changed_meanwhile_is_compiled_again(native, tmp_path, monkeypatch):
+    try:
+        compiler = native.Compiler()
+    except native.CannotBuild as problem:
+        pytest.skip(str(problem))
+    source, runs = tmp_path / "a.cpp", []
+    source.write_text("int f() { return 1; }\n")
+
+    def run(arguments, run=compiler.run):
+        runs.append(1)
+        log = run(arguments)
+        if len(runs) == 1:
+            source.write_text("int f() { return 2; }\n")
+        return log
+
+    monkeypatch.setattr(compiler, "run", run)
+    for expected in (1, 2, 2):
+        compiler.compile([native.Unit(str(source), "a", [])], tmp_path / "objects")
+        assert len(runs) == expected
 
 
 @in_source_tree
