@@ -378,6 +378,11 @@ def test_half_precision_is_as_good_as_plain_pytorch(shape, dtype, controller):
     for part, factor in ((0, 2), (1, 3)):
         for name, y in plain[part].items():
             assert fused[part][name].dtype == y.dtype
+            if (
+                part == 0 and name == "reads"
+            ):  # too few numbers to compare their worst: the output has them, too
+                assert torch.equal(fused[0]["reads"].flatten(1), fused[0]["output"][-1, :, shape[2] :])
+                continue
             error, bound = (
                 worst_error(x.flatten()[None], exact[part][name].flatten()[None])
                 for x in (fused[part][name], y)

@@ -197,7 +197,9 @@ def test_ctrl_c_saves_and_resume_gives_what_an_unbroken_run_gives(tmp_path, pict
 
     config = broken["config"]
     dataset = load_data(config)
-    last = max(step + 3, config.log_every)  # on a busy machine it may be stopped before the first line of metrics
+    last = max(
+        step + 3, config.log_every
+    )  # on a busy machine it may be stopped before the first line of metrics
     for trainer, folder in (
         (resume_run(config, dataset, out), out),
         (start_run(config, dataset, unbroken), unbroken),

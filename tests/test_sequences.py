@@ -1,8 +1,17 @@
-"""Resets and lengths in every scan: each sample against the same sample cut at its resets and its length, run piece by piece."""
+"""Resets and lengths in every scan: each sample against the same sample cut at its resets and its length, piece by piece."""
 
 import pytest
 import torch
-from cases import BACKEND, distinct_state, fixed_noise, needs_kernels, scan_inputs, served_by, shorter, worst_error
+from cases import (
+    BACKEND,
+    distinct_state,
+    fixed_noise,
+    needs_kernels,
+    scan_inputs,
+    served_by,
+    shorter,
+    worst_error,
+)
 
 from mann_fast import ops, reference
 from mann_fast.reference.cell import CONTROLLERS, head_sizes
@@ -214,7 +223,9 @@ def test_the_constant_start(family, name):
     state, inputs, shared, start = drawn(family)
     with served_by(name):
         actual = family.run(state, inputs, shared, resets=flags())
-        expected = family.run(state, inputs, shared, resets=flags(), start=torch.full_like(start, STATE_START))
+        expected = family.run(
+            state, inputs, shared, resets=flags(), start=torch.full_like(start, STATE_START)
+        )
     for x, y in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
         assert torch.equal(x, y)
 

@@ -39,7 +39,8 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
     fits = ((lengths >= 0) & (lengths <= steps)).all()
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or lengths.device.type != "cpu":
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if traced or lengths.device.type != "cpu":
         torch._assert_async(fits, "lengths must be within [0, T]")
     elif not fits:
         raise ValueError(f"lengths must be within [0, T = {steps}], got {lengths.tolist()}")

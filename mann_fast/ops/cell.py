@@ -307,7 +307,7 @@ def cell(
                 write_target=write_target,
                 usage_decay=usage_decay,
                 eps=eps,
-                **dict(zip(SEQUENCE_NAMES, sequences, strict=True)),
+                **dict(zip(SEQUENCE_NAMES, sequences, strict=True)),  # type: ignore[arg-type]
                 step=reference.lrua_step if backend == "reference" else lrua_step,
             )
     dtype = gates.dtype

@@ -184,7 +184,7 @@ def lrua_write(
 
 def _lrua(
     state: LRUAState,
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
     names: tuple[str, ...],
     function: Callable[..., tuple[Tensor, LRUAState]],
     *,
@@ -196,9 +196,7 @@ def _lrua(
     _checks.check_tuple("state", state, LRUAState)
     steps = sequences is not None
     tensors = (*state, *inputs)
-    _checks.check_tensors(
-        LRUA_SCAN.arguments, names, (*tensors, *(sequences or NO_SEQUENCES)), steps=steps
-    )
+    _checks.check_tensors(LRUA_SCAN.arguments, names, (*tensors, *(sequences or NO_SEQUENCES)), steps=steps)
     raw = raw_options(**options)
     sequences = raw_sequences(state[0], inputs[0].shape[0], *sequences) if sequences else NO_SEQUENCES
     backend = _backend.serving(state[0].device)

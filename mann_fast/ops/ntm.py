@@ -212,8 +212,8 @@ def ntm_scan(
 
     All of ``read_head``, ``write_head``, ``erase`` and ``add`` have a leading T, which may be 0; then the state is cloned.
     Other arguments, dtypes and errors as in :func:`ntm_step`; resets [T, B], lengths [B] and start [N, D] as in
-    :func:`mann_fast.ops.lrua_scan`, where a reset takes weights to those of ``NTMState.initial``. Backward keeps the weights of every step and the memory of
-    every few.
+    :func:`mann_fast.ops.lrua_scan`, where a reset takes weights to those of ``NTMState.initial``. Backward keeps the
+    weights of every step and the memory of every few.
     """
     sequences = (resets, lengths, start)
     return _ntm(state, read_head, write_head, erase, add, sequences=sequences, order=order, eps=eps)

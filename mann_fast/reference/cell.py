@@ -87,11 +87,13 @@ def cell(
         memory = LRUAState(slots.clone(), read_weights.clone(), usage.detach().clone())
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
         return output, tuple(x.clone() for x in state), memory, reads.clone()
-    sequences, outputs = Steps(resets, lengths, start), []
+    sequences = Steps(resets, lengths, start)
+    outputs: list[Tensor] = []
     for t in range(gates.shape[0]):
-        before = (memory, reads, *state)
+        before, kept = memory, (reads, *state)
         memory = sequences.begin(t, memory)
-        reads, *state = sequences.zero(t, reads, *state)
+        reads, *parts = sequences.zero(t, *kept)
+        state = tuple(parts)
         (now,) = sequences.inputs(t, gates[t])
         now = torch.addmm(now, reads.flatten(1), reads_weight.t())
         if hidden_weight is None or hidden_bias is None:  # feed-forward
@@ -110,6 +112,7 @@ def cell(
             eps=eps,
         )
         outputs += sequences.outputs(t, torch.cat([hidden, reads.flatten(1)], dim=1))
-        memory = LRUAState(*sequences.end(t, memory, before[0]))
-        reads, *state = sequences.end(t, (reads, *state), before[1:])
-    return torch.stack(outputs), tuple(state), memory, reads
+        memory = LRUAState(*sequences.end(t, memory, before))
+        reads, *parts = sequences.end(t, (reads, *state), kept)
+        state = tuple(parts)
+    return torch.stack(outputs), state, memory, reads

@@ -171,7 +171,8 @@ def lrua_scan(
     if keys.shape[0] == 0:
         memory, read_weights, usage = state
         return keys.clone(), LRUAState(memory.clone(), read_weights.clone(), usage.detach().clone())
-    sequences, reads = Steps(resets, lengths, start), []
+    sequences = Steps(resets, lengths, start)
+    reads: list[Tensor] = []
     for t in range(keys.shape[0]):
         inputs = (keys[t], write_vectors[t], gate_logits[t], None if sharpness is None else sharpness[t])
         before = state

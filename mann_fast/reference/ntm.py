@@ -134,16 +134,15 @@ def ntm_scan(
     """See :func:`mann_fast.ops.ntm_scan`."""
     if erase.shape[0] == 0:
         return read_head[0].clone(), NTMState(*(x.clone() for x in state))
-    sequences, reads = Steps(resets, lengths, start), []
+    sequences = Steps(resets, lengths, start)
+    reads: list[Tensor] = []
     for t in range(erase.shape[0]):
         reading, writing = (
             NTMHead(*sequences.inputs(t, *(x[t] for x in head))) for head in (read_head, write_head)
         )
         before = state
         written = sequences.inputs(t, erase[t], add[t])
-        read, state = ntm_step(
-            sequences.begin(t, before), reading, writing, *written, order=order, eps=eps
-        )
+        read, state = ntm_step(sequences.begin(t, before), reading, writing, *written, order=order, eps=eps)
         state = NTMState(*sequences.end(t, state, before))
         reads += sequences.outputs(t, read)
     return torch.stack(reads), state

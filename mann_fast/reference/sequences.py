@@ -24,8 +24,9 @@ def restart(state: AnyState, mask: Tensor, start: Tensor | None) -> AnyState:
     Nothing of the state passes where mask is True: no value, no NaN, no gradient.
     """
     memory, *rest = state.initial_like()  # type: ignore[attr-defined]
-    first = [memory if start is None else start, *rest]
-    return type(state)(*(where(mask, x.expand_as(now), now) for x, now in zip(first, state, strict=True)))
+    first: list[Tensor] = [memory if start is None else start, *rest]
+    parts: list[Tensor] = list(state)  # type: ignore[call-overload]
+    return type(state)(*(where(mask, x.expand_as(now), now) for x, now in zip(first, parts, strict=True)))
 
 
 class Steps:
