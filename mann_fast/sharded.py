@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import ops
 from .ops import LRUAState, _backend, _checks
+from .ops._sequences import NO_SEQUENCES
 from .ops.content import CONTENT_READ
 from .ops.lrua import LRUA_SCAN, STEP_NAMES, raw_options
 from .reference import lrua as reference
@@ -129,7 +130,7 @@ def lrua_step(
     """
     group = _group(mesh)
     _checks.check_tuple("state", state, LRUAState)
-    tensors = (*state, key, write_vector, gate_logit, sharpness)
+    tensors = (*state, key, write_vector, gate_logit, sharpness, *NO_SEQUENCES)
     _checks.check_tensors(LRUA_SCAN.arguments, STEP_NAMES, tensors, steps=False)
     read_first, *_ = raw_options(order, write_target, usage_decay, eps)
     dtype = state[0].dtype

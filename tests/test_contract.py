@@ -134,6 +134,10 @@ def variants(op):
     yield expanded
 
 
+def has_steps(argument, x):
+    return isinstance(x, torch.Tensor) and argument.names_of(x.dim())[:1] == ("T",)
+
+
 def strided(x):
     """The same numbers in a slice of a larger, transposed tensor that else holds NaN, or of integers the least."""
     other = float("nan") if x.is_floating_point() else -(2**63) if x.dtype == torch.int64 else True
@@ -151,6 +155,14 @@ CHECKS += ("test_aot_dispatch_dynamic",) if BACKEND == "cpp" else ()
 def test_opcheck(op):
     """Schema, aliasing, fake rule, registration of autograd, and tracing with symbolic sizes; of the raw backward too."""
     for values in variants(op):
+        for i, argument in enumerate(op.arguments):
+            # All outputs are compared, and what is kept for backward of a sample's steps after its length is never written.
+            if argument.within == "up to T" and values[i] is not None:
+                steps = max(
+                    (x.shape[0] for a, x in zip(op.arguments, values, strict=False) if has_steps(a, x)),
+                    default=1,
+                )
+                values[i] = torch.full_like(values[i], steps)
         torch.library.opcheck(raw(op), tuple(values), test_utils=CHECKS)
         if op.saved and values[-1] != 0:
             backward = getattr(RAW_OPS, f"{op.name}_backward").default

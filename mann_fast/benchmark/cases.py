@@ -238,8 +238,11 @@ def _lrua(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], fused, plain
             return plain(state, *inputs)[:1]
         # By name, for with --base these are the ops of another commit.
         raw = getattr(torch.ops, "mann_fast" if serving == "cpp" else f"mann_fast_{serving}")
+        options = (False, False, 0.95, 1e-6, 8)
+        # What follows the inputs there: nothing, or resets, lengths and start.
+        optional = len(raw.lrua_scan.default._schema.arguments) - len((*state, *inputs, *options))
         with torch.no_grad():
-            slots = raw.lrua_scan(*state, *inputs, False, False, 0.95, 1e-6, 8)[4]
+            slots = raw.lrua_scan(*state, *inputs, *(None,) * optional, *options)[4]
         return plain(state, *inputs, slots=slots)[:1]
 
     size = (1 if steps is None else steps, shape.B, shape.N, shape.D, shape.R)

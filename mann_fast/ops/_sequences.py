@@ -10,20 +10,26 @@ from torch import Tensor
 from .._state import START
 from ._declare import Argument
 
-# Of a raw op: resets and start come together.
-SEQUENCES = (
-    Argument("resets", "[T] B", dtype=torch.bool, optional=True, differentiable=False, within="flags"),
-    Argument("lengths", "B", dtype=torch.int64, optional=True, differentiable=False, within="up to T"),
-    Argument("start", "N D", like="memory", optional=True),
-)
-NAMES = tuple(argument.name for argument in SEQUENCES)
+NAMES = ("resets", "lengths", "start")
+
+
+def sequences(resets_axes: str, memory: str = "memory") -> tuple[Argument, ...]:
+    """The arguments of an op; of a raw op resets and start come together. memory: the argument whose dtype start has."""
+    return (
+        Argument(
+            NAMES[0], resets_axes, dtype=torch.bool, optional=True, differentiable=False, within="flags"
+        ),
+        Argument(NAMES[1], "B", dtype=torch.int64, optional=True, differentiable=False, within="up to T"),
+        Argument(NAMES[2], "N D", like=memory, optional=True),
+    )
+
 
 Values = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_SEQUENCES: Values = (None, None, None)
 
 
 def raw_sequences(memory: Tensor, steps: int, resets: Any, lengths: Any, start: Any) -> Values:
-    """The values of SEQUENCES as the raw op takes them, from the public ones, whose shapes are checked already."""
+    """The values of these as the raw op takes them, from the public ones, whose shapes are checked already."""
     if lengths is not None:
         check_lengths(lengths, steps)
     if resets is None:

@@ -20,7 +20,8 @@ from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output, Sizes, came
 from ._register import call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
-from ._sequences import SEQUENCES, raw_sequences
+from ._sequences import raw_sequences
+from ._sequences import sequences as of_sequences
 from .content import EPS
 from .lrua import (
     READ_FIRST,
@@ -39,7 +40,7 @@ NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of all that is differentiable, in the order of the arguments: the weights' are one product each, of the
     gradients of gates and heads at all steps with what they met there."""
-    resets, *_, reads, output = tensors[RESETS:]
+    resets, lengths, _, reads, output = tensors[RESETS:]
     hidden, head_weight = tensors[0], tensors[6]
     needed = dict(zip(CELL.names, ctx.needs_input_grad, strict=True))
     products = torch.bfloat16 if ctx.options[BFLOAT16] else output.dtype
@@ -64,13 +65,14 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         head_bias = grad_heads.sum((0, 1))
     with _backend.without_autocast(output.device.type):  # backward may be called inside the caller's
         met = output.to(products)
+        nothing = _meets_nothing(resets, lengths, output.shape[0])
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
         if needed["hidden_weight"]:
-            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size], resets)
+            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size], nothing)
         if needed["reads_weight"]:
             first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
-            reads_weight = _weight_gradient(of_gates, first, met[..., size:], resets)
+            reads_weight = _weight_gradient(of_gates, first, met[..., size:], nothing)
         if needed["head_weight"]:
             head_weight = torch.mm(_rows(grad_heads.to(products)).t(), _rows(met[..., :size]))
     weights = [
@@ -87,14 +89,22 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(steps * batch, width)
 
 
-def _weight_gradient(grads: Tensor, first: Tensor, met: Tensor, resets: Tensor | None) -> Tensor:
+def _meets_nothing(resets: Tensor | None, lengths: Tensor | None, steps: int) -> Tensor | None:
+    """bool [T, B]: where a sample begins anew or has ended, so that it takes nothing of the step before, not even a NaN."""
+    if lengths is None:
+        return resets
+    ended = torch.arange(steps, device=lengths.device).unsqueeze(1) >= lengths
+    return ended if resets is None else resets | ended
+
+
+def _weight_gradient(grads: Tensor, first: Tensor, met: Tensor, nothing: Tensor | None) -> Tensor:
     """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, then met
-    [T, B, K] of the step before, but 0 at resets [T, B]. (No tensor of T - 1 steps: torch.compile would make T = 2 a case of
-    its own.)"""
+    [T, B, K] of the step before, but 0 where they met ``nothing`` [T, B]. (No tensor of T - 1 steps: torch.compile would make
+    T = 2 a case of its own.)"""
     grads = _rows(grads)
     before = torch.cat([first, _rows(met)])[: grads.shape[0]]
-    if resets is not None:
-        before = before.masked_fill(resets.reshape(-1, 1), 0)
+    if nothing is not None:
+        before = before.masked_fill(nothing.reshape(-1, 1), 0)
     return torch.mm(grads.t(), before)
 
 
@@ -125,7 +135,7 @@ CELL = declare(
             Argument("reads_weight", "G RD", like="gates"),
             Argument("head_weight", "heads H", like="gates"),
             Argument("head_bias", "heads", like="gates"),
-            *SEQUENCES,
+            *of_sequences("T B"),
         ),
         options=(
             Option("controller", "int", NUMBERS["lstm"]),

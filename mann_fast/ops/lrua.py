@@ -14,7 +14,8 @@ from ..reference.lrua import LRUAState
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output
 from ._register import call, declare
-from ._sequences import NAMES, NO_SEQUENCES, SEQUENCES, raw_sequences
+from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
+from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 
 ORDERS = ("write_first", "read_first")
@@ -71,7 +72,7 @@ LRUA_SCAN = declare(
             Argument("write_vectors", "[T] B R D", like="keys"),
             Argument("gate_logits", "[T] B R", like="keys"),
             Argument("sharpness", "[T] B R", like="keys", optional=True),
-            *SEQUENCES,
+            *of_sequences("[T] B"),
         ),
         options=(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
         outputs=(

@@ -11,7 +11,8 @@ from ..reference.ntm import NTMHead, NTMState
 from . import _backend, _checks
 from ._declare import Argument, Op, Output, Sizes
 from ._register import call, declare
-from ._sequences import NAMES, NO_SEQUENCES, SEQUENCES, raw_sequences
+from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
+from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 from .lrua import ORDERS, READ_FIRST
 
@@ -42,7 +43,7 @@ NTM_SCAN = declare(
             Argument("sharpening", "T B R+W", like="keys", within="from 1"),
             Argument("erase", "T B W D", like="keys", within="unit"),
             Argument("add", "T B W D", like="keys"),
-            *SEQUENCES,
+            *of_sequences("T B"),
         ),
         options=(READ_FIRST, EPS),
         outputs=(
@@ -72,8 +73,7 @@ STEP = (
     Argument("add", "[T] B W D", like="erase"),
     *_head("read_head.", "R", "erase"),
     *_head("write_head.", "W", "erase"),
-    *SEQUENCES[:2],
-    Argument("start", "N D", like="state.memory", optional=True),
+    *of_sequences("[T] B", memory="state.memory"),
 )
 ADDRESS_NAMES, STEP_NAMES = ([argument.name for argument in arguments] for arguments in (ADDRESS, STEP))
 
