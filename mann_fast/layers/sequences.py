@@ -13,7 +13,7 @@ from torch._higher_order_ops.scan import scan
 from torch.nn.utils.rnn import PackedSequence
 
 from .._state import check_dense, map_tensors
-from ..ops._sequences import check_lengths
+from ..ops._sequences import check_lengths, may_look
 from ..reference.sequences import where
 from .base import MemoryWeights
 from .state import MemoryState
@@ -174,7 +174,7 @@ def each(
     """
     if taken is None:
         return function(x)
-    if by_rows and _may_look(taken):
+    if by_rows and may_look(taken):
         places = taken.flatten().nonzero().squeeze(1)
         if places.shape[0] == taken.numel():
             return function(x)
@@ -189,7 +189,7 @@ def each_step(flags: Tensor | None, steps: int) -> list[Tensor | None]:
     """The flags [B] of every step; None where they are all False, if that can be known without waiting."""
     if flags is None:
         return [None] * steps
-    if not _may_look(flags):
+    if not may_look(flags):
         return list(flags.unbind(0))
     return [now if some else None for now, some in zip(flags.unbind(0), flags.any(1).tolist(), strict=True)]
 
@@ -279,15 +279,6 @@ def _check(
         raise ValueError(f"{name} must have shape [{axes}] = {list(shape)}, got {list(value.shape)}")
     if value.device != device:
         raise RuntimeError(f"{name} must be on the device of x, {device}, got {value.device}")
-
-
-def _may_look(flags: Tensor) -> bool:
-    """Whether their values can be asked for, and soon."""
-    return flags.device.type == "cpu" and not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _put(rows: Tensor, places: Tensor, shape: tuple[int, ...], value: float = 0) -> Tensor:

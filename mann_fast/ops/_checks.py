@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,28 +28,29 @@ def check_tensors(
     values: Sequence[Any],
     *,
     steps: bool = True,
-    known: tuple[tuple[str, int], ...] = (),
+    choices: tuple[Any, ...] = (),
+    known: Callable[[], Sizes] = dict,
 ) -> Sizes:
     """Tensors of the axes, dtypes and device that their declaration asks for.
 
-    names: what the caller knows them by. steps: whether those with an axis [T] have it. known: sizes of axes beforehand.
-    Returns the size of every axis.
+    names: what the caller knows them by. steps: whether those with an axis [T] have it. known: sizes of axes beforehand, which
+    follow from ``choices`` and what the tensors are. Returns the size of every axis.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _check_tensors(arguments, names, values, steps, dict(known))
+        return _check_tensors(arguments, names, values, steps, known())
     try:
         kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]
     except (AttributeError, RuntimeError):  # not a tensor, or a nested one, which has no shape
-        return _check_tensors(arguments, names, values, steps, dict(known))
-    key = (id(arguments), steps, known, *kinds)
+        return _check_tensors(arguments, names, values, steps, known())
+    key = (id(arguments), steps, choices, *kinds)
     try:
         sizes = _passed.get(key)
     except TypeError:  # symbolic sizes, as make_fx has them, cannot be looked up
-        return _check_tensors(arguments, names, values, steps, dict(known))
+        return _check_tensors(arguments, names, values, steps, known())
     if sizes is None:
         if len(_passed) > 1000:
             _passed.clear()
-        sizes = _check_tensors(arguments, names, values, steps, dict(known))
+        sizes = _check_tensors(arguments, names, values, steps, known())
         _check_sizes(arguments, names, values, steps)
         _passed[key] = sizes
     return sizes

@@ -40,6 +40,19 @@ def raw_sequences(memory: Tensor, steps: int, resets: Any, lengths: Any, start: 
     return resets, lengths, start
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether the values of a tensor can be asked for, and soon."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor  # not what a compiler traces with
+        and not (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined]
+            or torch._C._are_functorch_transforms_active()
+        )
+    )
+
+
 def check_lengths(lengths: Tensor, steps: int) -> None:
     """Each within [0, T]. On a GPU, and while a compiler looks on, it is an assertion, which fails when it is run."""
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):

@@ -20,7 +20,7 @@ from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output, Sizes, came
 from ._register import call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
-from ._sequences import raw_sequences
+from ._sequences import may_look, raw_sequences
 from ._sequences import sequences as of_sequences
 from .content import EPS
 from .lrua import (
@@ -65,16 +65,22 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
         head_bias = grad_heads.sum((0, 1))
     with _backend.without_autocast(output.device.type):  # backward may be called inside the caller's
         met = output.to(products)
-        nothing = _meets_nothing(resets, lengths, output.shape[0])
+        nothing, taken = resets, None
+        if lengths is not None:
+            ended = torch.arange(output.shape[0], device=lengths.device).unsqueeze(1) >= lengths
+            # From its end on a sample takes nothing of the step before, not even a NaN, and has gradients of 0: no work on it,
+            # where it can be left out.
+            nothing = ended if resets is None else resets | ended
+            taken = (~ended).flatten().nonzero().squeeze(1) if may_look(lengths) else None
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
         if needed["hidden_weight"]:
-            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size], nothing)
+            hidden_weight = _weight_gradient(of_hidden, hidden.to(products), met[..., :size], nothing, taken)
         if needed["reads_weight"]:
             first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
-            reads_weight = _weight_gradient(of_gates, first, met[..., size:], nothing)
+            reads_weight = _weight_gradient(of_gates, first, met[..., size:], nothing, taken)
         if needed["head_weight"]:
-            head_weight = torch.mm(_rows(grad_heads.to(products)).t(), _rows(met[..., :size]))
+            head_weight = _product(_rows(grad_heads.to(products)), _rows(met[..., :size]), taken)
     weights = [
         x if x is None else x.to(output.dtype)
         for x in (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
@@ -89,23 +95,23 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(steps * batch, width)
 
 
-def _meets_nothing(resets: Tensor | None, lengths: Tensor | None, steps: int) -> Tensor | None:
-    """bool [T, B]: where a sample begins anew or has ended, so that it takes nothing of the step before, not even a NaN."""
-    if lengths is None:
-        return resets
-    ended = torch.arange(steps, device=lengths.device).unsqueeze(1) >= lengths
-    return ended if resets is None else resets | ended
-
-
-def _weight_gradient(grads: Tensor, first: Tensor, met: Tensor, nothing: Tensor | None) -> Tensor:
+def _weight_gradient(
+    grads: Tensor, first: Tensor, met: Tensor, nothing: Tensor | None, taken: Tensor | None
+) -> Tensor:
     """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, then met
     [T, B, K] of the step before, but 0 where they met ``nothing`` [T, B]. (No tensor of T - 1 steps: torch.compile would make
-    T = 2 a case of its own.)"""
-    grads = _rows(grads)
-    before = torch.cat([first, _rows(met)])[: grads.shape[0]]
+    T = 2 a case of its own.) taken: see :func:`_product`."""
+    before = torch.cat([first, _rows(met)])[: grads.shape[0] * grads.shape[1]]
     if nothing is not None:
         before = before.masked_fill(nothing.reshape(-1, 1), 0)
-    return torch.mm(grads.t(), before)
+    return _product(_rows(grads), before, taken)
+
+
+def _product(grads: Tensor, met: Tensor, taken: Tensor | None) -> Tensor:
+    """grads^T met over their rows; where ``taken`` is known, over those alone, as all others are 0."""
+    if taken is not None:
+        grads, met = grads.index_select(0, taken), met.index_select(0, taken)
+    return torch.mm(grads.t(), met)
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
@@ -361,21 +367,26 @@ def _check_cell(
         came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
         raise TypeError(f"state must be a tuple ({', '.join(state_names)}) of this controller, got {came}")
     _checks.check_tuple("memory", memory, LRUAState)
-    of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
-    hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
-    for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
-        if not state and value is not None:
-            raise TypeError(f"{name} must be None for a feed-forward controller, got {type(value).__name__}")
-        if state and value is None:
-            raise TypeError(f"{name} must be a tensor, got NoneType")
-    known = (
-        ("H", hidden_size),
-        ("G", gates_per_unit * hidden_size),
-        ("RD", of_memory["R"] * of_memory["D"]),
-        ("heads", sum(head_sizes(of_memory["R"], of_memory["D"], write_vector, sharpness))),
-    )
+
+    def known() -> Sizes:
+        of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
+        hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
+        for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
+            if not state and value is not None:
+                came = type(value).__name__
+                raise TypeError(f"{name} must be None for a feed-forward controller, got {came}")
+            if state and value is None:
+                raise TypeError(f"{name} must be a tensor, got NoneType")
+        return {
+            "H": hidden_size,
+            "G": gates_per_unit * hidden_size,
+            "RD": of_memory["R"] * of_memory["D"],
+            "heads": sum(head_sizes(of_memory["R"], of_memory["D"], write_vector, sharpness)),
+        }
+
     tensors = (*memory, gates, *(*state, None, None)[:2], reads, *weights, *sequences)
-    return _checks.check_tensors(TENSORS, NAMES, tensors, known=known)
+    choices = (controller, write_vector, sharpness)
+    return _checks.check_tensors(TENSORS, NAMES, tensors, choices=choices, known=known)
 
 
 def check_sharpness(sharpness: Any) -> None:
