@@ -766,3 +766,72 @@ def test_refuses_what_is_no_state():
         ValueError, match=re.escape("state.controller.hidden must have shape [6], got [2, 6]")
     ):
         layer(x[:, 0], state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"controller": "gru", "batch_first": True},
+        {"controller": "feedforward", "output_size": 3},
+        {"memory_start": "learned", "sharpness": 2.0},
+        {"addressing": "ntm"},
+    ],
+    ids=str,
+)
+def test_a_step_without_gradients_has_the_bits_of_one_with(options, dtype):
+    """A rollout goes a shorter way, which leaves the checks to the op."""
+    layer = MemoryLayer(4, 6, num_slots=9, slot_size=5, num_heads=2, dtype=dtype, **options)
+    first, *xs = torch.randn(5, 1, 3, 4, dtype=dtype)
+    resets = torch.tensor([[False, True, False]])
+    if layer.batch_first:
+        first, xs, resets = first.transpose(0, 1), [x.transpose(0, 1) for x in xs], resets.t()
+
+    def run():
+        output, state = layer(first)
+        outputs = [output]
+        for i, x in enumerate(xs):
+            output, state = layer(x, state, resets=resets if i == 1 else None)
+            outputs.append(output)
+        return [*outputs, *state.flatten()]
+
+    with torch.no_grad():
+        without = run()
+    for x, y in zip(without, run(), strict=True):
+        assert torch.equal(x, y)
+        assert not x.requires_grad
+
+
+def test_a_step_without_gradients_refuses_what_one_with_refuses():
+    layer = MemoryLayer(4, 6, num_slots=9, slot_size=5, num_heads=2)
+    x = torch.randn(1, 3, 4)
+    state = layer.initial_state(3)
+    larger = MemoryLayer(4, 6, num_slots=10, slot_size=5, num_heads=2).initial_state(3)
+    turned = MemoryLayer(4, 6, num_slots=9, slot_size=2, num_heads=5).initial_state(3)
+    ntm = MemoryLayer(4, 6, num_slots=9, slot_size=5, num_heads=2, addressing="ntm").initial_state(3)
+    gru = MemoryLayer(4, 6, num_slots=9, slot_size=5, num_heads=2, controller="gru").initial_state(3)
+    wrong = [
+        (x, larger, None),
+        (x, turned, None),
+        (x, ntm, None),
+        (x, gru, None),
+        (x, state.to(torch.float64), None),
+        (x, state.select(slice(0, 2)), None),
+        (x, state._replace(reads=state.reads[:, :1]), None),
+        (x, state._replace(controller=list(state.controller)[:1]), None),
+        (x.double(), state, None),
+        (x[..., :3], state, None),
+        (x[0], state, None),
+        (x.to_sparse(), state, None),
+        (x.numpy(), state, None),
+        (x, state, torch.zeros(1, 3)),
+        (x, state, torch.zeros(1, 2, dtype=torch.bool)),
+        (x, state, [False] * 3),
+    ]
+    for x, state, resets in wrong:
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as expected:
+            layer(x, state, resets=resets)
+        with torch.no_grad(), pytest.raises(expected.type) as caught:
+            layer(x, state, resets=resets)
+        assert str(caught.value) == str(expected.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,13 +63,18 @@ def weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     """Weight and bias of the input of an ``nn.Linear`` or a cell, and of its hidden state where it has one; in ``dtype``. A
     bias that it does not have is 0."""
     if isinstance(module, nn.Linear):
-        return *_convert(module.weight, module.bias, dtype), None, None
-    assert isinstance(module, nn.RNNCellBase)
-    of_input = _convert(module.weight_ih, module.bias_ih, dtype)
-    return *of_input, *_convert(module.weight_hh, module.bias_hh, dtype)
+        return *_convert(module, "weight", "bias", dtype), None, None
+    of_input = _convert(module, "weight_ih", "bias_ih", dtype)
+    return *of_input, *_convert(module, "weight_hh", "bias_hh", dtype)
 
 
-def _convert(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _convert(module: nn.Module, of_weight: str, of_bias: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight: Any = module._parameters.get(of_weight)  # sooner than an attribute
+    bias: Any = module._parameters.get(of_bias)
+    if weight is None:  # parametrized, or a replica of nn.DataParallel
+        weight = getattr(module, of_weight)
+    if bias is None:
+        bias = getattr(module, of_bias)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
     # Each by itself: some train half-precision weights beside float32 biases.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ class LRUA(Memory):
         check_sharpness(self.sharpness)
         check_choice("write_vector", self.write_vector, WRITE_VECTORS)
         raw_options(**self._step_options)  # for its checks
+        _ = self._cell_options
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ = self._cell_options
+
+    @cached_property
+    def _cell_options(self) -> dict[str, Any]:
+        return {"write_vector": self.write_vector, "sharpness": self.sharpness, **self._step_options}
 
     @property
     def _step_options(self) -> dict[str, Any]:
@@ -86,5 +96,4 @@ class LRUA(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], LRUAState, Tensor]:
-        options = {"write_vector": self.write_vector, "sharpness": self.sharpness, **self._step_options}
-        return ops.cell(*tensors, controller=controller, **options | sequences)
+        return ops.cell(*tensors, controller=controller, **self._cell_options | sequences)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from .._onnx import exporting
-from .._state import check_dense, check_size
+from .._state import check_dense, check_size, is_dense
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
 from . import controllers, sequences
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
@@ -329,6 +329,10 @@ class MemoryLayer(nn.Module):
         Raises:
             TypeError, ValueError: wrong type, shape, dtype or value of x, state, resets or lengths; RuntimeError: wrong device.
         """
+        if state is not None and lengths is None and not (return_weights or torch.is_grad_enabled()):
+            quick = self._quickly(x, state, resets)
+            if quick is not None:
+                return quick
         if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
             return sequences.packed_uncompiled(
                 self.forward, x, state, resets=resets, lengths=lengths, return_weights=return_weights
@@ -359,6 +363,36 @@ class MemoryLayer(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def _quickly(self, x: Any, state: Any, resets: Tensor | None) -> tuple[Tensor, MemoryState] | None:
+        """A step of a rollout, whose time is Python's: where the state is one that a layer gives, what
+        :func:`mann_fast.ops.cell` checks is all that there is to check. None where it is not, or does not fit, which the long
+        way says."""
+        if (
+            type(x) is not Tensor
+            or x.layout is not torch.strided
+            or x.dim() != 3
+            or type(state) is not MemoryState
+            or type(state.memory) is not self.memory.state_like.type
+            or not is_dense(state.memory[0])
+            or state.memory[0].shape[1:] != self.memory.state_like.parts[0][1]
+            or not self.memory.fused
+            or self.kind == "module"
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined]
+            or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+            or self._obstacle()
+        ):
+            return None
+        try:
+            if self.batch_first:
+                x, resets = x.transpose(0, 1), None if resets is None else resets.t()
+            output, state = self._run(x, state, Sequences(resets))
+            if self.projection is not None:
+                output = controllers.linear("projection", self.projection, output)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None
+        return output.transpose(0, 1) if self.batch_first else output, state
 
     def _forward(
         self, x: Tensor, state: MemoryState | None, known: Sequences, return_weights: bool
@@ -402,10 +436,17 @@ class MemoryLayer(nn.Module):
             output = output.transpose(0, 1)
         return (output, state) if weights is None else (output, state, weights)
 
+    def _obstacle(self) -> str | None:
+        """Why controller or heads do what their parameters do not say; None where they do not."""
+        modules: Any = self._modules  # sooner than attributes
+        why = controllers.obstacle("heads", modules["heads"], nn.Linear)
+        return why or controllers.obstacle(
+            "controller", modules["controller"], controllers.MODULES[self.kind]
+        )
+
     def _has_to_call(self) -> bool:
         """Whether controller or heads do what their parameters do not say; warns of what that costs."""
-        why = controllers.obstacle("heads", self.heads, nn.Linear)
-        why = why or controllers.obstacle("controller", self.controller, controllers.MODULES[self.kind])
+        why = self._obstacle()
         if why and not torch.compiler.is_compiling():
             warnings.warn(
                 f"MemoryLayer goes one step after the other, which is slower, for {why}", stacklevel=6
@@ -422,8 +463,9 @@ class MemoryLayer(nn.Module):
 
     def _run(self, x: Tensor, state: MemoryState, known: Sequences) -> tuple[Tensor, MemoryState]:
         """All steps, in x's dtype: hidden states and reads [T, B, H + R D], and the last state."""
-        weight, bias, hidden_weight, hidden_bias = controllers.weights(self.controller, x.dtype)
-        head_weight, head_bias, *_ = controllers.weights(self.heads, x.dtype)
+        modules: Any = self._modules  # sooner than attributes
+        weight, bias, hidden_weight, hidden_bias = controllers.weights(modules["controller"], x.dtype)
+        head_weight, head_bias, *_ = controllers.weights(modules["heads"], x.dtype)
         sizes = [self.input_size, weight.shape[1] - self.input_size]
         input_weight, reads_weight = weight.split_with_sizes(sizes, 1)
 
