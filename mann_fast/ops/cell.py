@@ -287,13 +287,10 @@ def cell(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    _checks.check_choice("controller", controller, tuple(CONTROLLERS))
-    _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
-    check_sharpness(sharpness)
-    raw = raw_options(order, write_target, usage_decay, eps)
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     sequences = (resets, lengths, start)
-    sizes = _check_cell(gates, state, memory, reads, weights, sequences, controller, write_vector, sharpness)
+    options = (controller, write_vector, sharpness, order, write_target, usage_decay, eps)
+    sizes = _check_cell(gates, state, memory, reads, weights, sequences, options)
     sequences = raw_sequences(memory[0], gates.shape[0], *sequences)
     backend = _backend.serving(gates.device)
     learned, separate = sharpness == "learned", write_vector == "separate"
@@ -340,7 +337,10 @@ def cell(
         learned,
         SHARPNESS_MIN if learned else 1.0 if sharpness is None else float(sharpness),
         SHARPNESS_SCALE,
-        *raw,
+        order == "read_first",
+        write_target == "shared",
+        float(usage_decay),
+        float(eps),
         dtype == torch.bfloat16 and backend == "cpp",
         0,
     )[:7]
@@ -357,18 +357,22 @@ def _check_cell(
     reads: Tensor,
     weights: tuple[Tensor | None, ...],
     sequences: tuple[Tensor | None, ...],
-    controller: str,
-    write_vector: str,
-    sharpness: str | float | None,
+    options: tuple[Any, ...],
 ) -> Sizes:
-    """The size of every axis."""
-    gates_per_unit, state_names = CONTROLLERS[controller]
-    if not isinstance(state, tuple) or len(state) != len(state_names):
-        came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
-        raise TypeError(f"state must be a tuple ({', '.join(state_names)}) of this controller, got {came}")
+    """The size of every axis. What has passed once is not looked at again: a rollout calls this at every step."""
     _checks.check_tuple("memory", memory, LRUAState)
+    parts = state if isinstance(state, tuple) else ()
 
     def known() -> Sizes:
+        controller, write_vector, sharpness, *of_step = options
+        _checks.check_choice("controller", controller, tuple(CONTROLLERS))
+        _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
+        check_sharpness(sharpness)
+        raw_options(*of_step)  # for its checks
+        gates_per_unit, names = CONTROLLERS[controller]
+        if not isinstance(state, tuple) or len(state) != len(names):
+            came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
+            raise TypeError(f"state must be a tuple ({', '.join(names)}) of this controller, got {came}")
         of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
         hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
         for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
@@ -384,8 +388,8 @@ def _check_cell(
             "heads": sum(head_sizes(of_memory["R"], of_memory["D"], write_vector, sharpness)),
         }
 
-    tensors = (*memory, gates, *(*state, None, None)[:2], reads, *weights, *sequences)
-    choices = (controller, write_vector, sharpness)
+    tensors = (*memory, gates, *(*parts, None, None)[:2], reads, *weights, *sequences)
+    choices = (type(state), len(parts), *options)
     return _checks.check_tensors(TENSORS, NAMES, tensors, choices=choices, known=known)
 
 
