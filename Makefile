@@ -1,6 +1,7 @@
 # make demo    a model trained on built-in glyphs, from nothing but Python, g++ and this folder
 # make test    the test suite                     make check   everything else that CI runs
 # make nightly make check with nothing left out (CI leaves out what changed files cannot break)
+# make fuzz    random cases of every op against the reference, some ten minutes (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
 # make clean   removes all of it, the virtual environment too
 #
@@ -26,7 +27,7 @@ WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check nightly build lint abi isas triton cuda emulate sanitize wheel clean
+.PHONY: demo test check nightly fuzz build lint abi isas triton cuda emulate sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -52,6 +53,10 @@ test: build
 
 # What is over soon and fails often first, then by time: two at once should end together.
 check: lint abi cuda sanitize wheel triton emulate isas
+
+CASES ?= 10000
+fuzz: build
+	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 nightly:
 	$(MAKE) --jobs 2 --output-sync=target check WHOLE="once isas triton emulate sanitize wheel"
