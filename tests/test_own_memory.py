@@ -1,5 +1,7 @@
 """The memory of docs/adding-a-memory.md, run as the page has it, and what the layer asks of any memory of a user's own."""
 
+import copy
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +185,12 @@ class Counting(Memory):
 
     wrong: str = ""
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "sizes", [self.num_heads * self.slot_size])
+
     def head_sizes(self):
-        return [self.num_heads * self.slot_size]
+        return self.sizes
 
     def initial_state(self, batch, *, dtype, device):
         slots = torch.zeros(batch, self.num_slots, self.slot_size, dtype=dtype, device=device)
@@ -219,6 +225,13 @@ def test_a_state_may_hold_integers_and_know_its_start():
         TypeError, match=r"state must be a MemoryState of \(hidden, cell\), an Counter and reads"
     ):
         layer(x, MemoryLayer(4, 5, **SIZES).initial_state(2))
+
+
+def test_copies_keep_what_a_memory_made_of_its_options():
+    layer = MemoryLayer(4, 5, addressing=Counting(**SIZES))
+    x = torch.randn(3, 2, 4)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], layer(x)[0])
 
 
 def test_what_is_no_state_or_no_name_of_an_option_is_refused():
