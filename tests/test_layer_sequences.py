@@ -38,7 +38,9 @@ class Recurrent(nn.Module):
     def forward(self, z, state):
         hidden = self.rnn(z, *state[:1])
         count = torch.ones(len(z), dtype=torch.int64) if not state else state[1] + 1
-        return hidden * (1 + 0.1 * count[:, None]), (hidden, count)
+        odd = torch.ones(len(z), dtype=torch.bool) if not state else ~state[2]
+        assert count.dtype == torch.int64 and odd.dtype == torch.bool
+        return hidden * (1 + 0.1 * count[:, None]) + odd[:, None], (hidden, count, odd)
 
 
 class RingState(NamedTuple):
@@ -203,9 +205,8 @@ def test_without_a_state(memory, controller):
     output, end = layer(x, resets=RESETS, lengths=LENGTHS)
     start = layer.initial_state(BATCH)
     if controller == "module":  # what it has for a sample that took no step
-        start = start._replace(
-            controller=(start.reads.new_zeros(BATCH, 6), torch.zeros(BATCH, dtype=torch.int64))
-        )
+        counts = torch.zeros(BATCH, dtype=torch.int64)
+        start = start._replace(controller=(start.reads.new_zeros(BATCH, 6), counts, counts.bool()))
     expected = cut(layer, x, start, RESETS, LENGTHS)
     assert_same(([output, *end.flatten()], []), ([expected[0], *expected[1].flatten()], []))
 
