@@ -164,6 +164,21 @@ def test_a_subclass_of_a_memory_has_a_name_of_its_own():
     assert again.config == model.config and torch.equal(again(x)[0], model(x)[0])
 
 
+def test_a_subclass_with_a_step_of_its_own_goes_by_it():
+    @dataclass(frozen=True)
+    class Blind(LRUA):
+        def step(self, state, heads, record=False):
+            reads, state, weights = super().step(state, heads, record)
+            return torch.zeros_like(reads), state, weights
+
+    layer = MemoryLayer(4, 5, addressing=Blind(**SIZES))
+    output, state = layer(torch.randn(3, 2, 4))
+    assert (output[..., 5:] == 0).all() and (output[..., :5] != 0).all()
+    with torch.no_grad():
+        output, _ = layer(torch.randn(3, 2, 4), state)
+    assert (output[..., 5:] == 0).all()
+
+
 def test_a_reset_needs_a_start_or_a_state_that_knows_it(page):
     layer = make_layer(page)
     state = layer.initial_state(2)

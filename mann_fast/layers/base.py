@@ -72,6 +72,12 @@ class Memory(ABC):
     # Whether torch.compile may trace `step` once for all steps: it changes nothing, and draws no random numbers.
     scans: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).keys()
+        if own & {"split", "step"} and not own & {"fused", "cell"}:
+            cls.fused = False  # the `cell` that it has from its base knows nothing of these
+
     def __post_init__(self) -> None:
         check_sizes(num_slots=self.num_slots, slot_size=self.slot_size, num_heads=self.num_heads)
         if self.num_heads > self.num_slots:
