@@ -12,6 +12,7 @@ import torch
 from cases import fixed_noise, needs_cpp, worst_error
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
@@ -394,6 +395,18 @@ def test_names_axes_as_x_has_them():
         layer(x[:, 0], resets=RESETS)
     with pytest.raises(ValueError, match=re.escape("lengths must have shape [] = [], got [4]")):
         layer(x[:, 0], lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+def test_fake_tensors_have_no_values_to_look_at(memory):
+    with FakeTensorMode():
+        layer = make_layer(memory)
+        x, state = drawn(layer)
+        output, end = layer(
+            x, state, resets=torch.zeros(9, 4, dtype=torch.bool), lengths=torch.zeros(4, dtype=torch.int64)
+        )
+        assert output.shape == (9, 4, layer.output_size) and output.requires_grad
+        assert [part.shape for part in end.flatten()] == [part.shape for part in state.flatten()]
 
 
 def test_refuses_beside_a_packed_sequence():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .._state import START
 from ._declare import Argument
@@ -59,7 +60,7 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
         lengths = torch._C._functorch.get_unwrapped(lengths)
     fits = ((lengths >= 0) & (lengths <= steps)).all()
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if traced or lengths.device.type != "cpu":
+    if traced or lengths.device.type != "cpu" or isinstance(lengths, FakeTensor):
         torch._assert_async(fits, "lengths must be within [0, T]")
     elif not fits:
         raise ValueError(f"lengths must be within [0, T = {steps}], got {lengths.tolist()}")
