@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -395,6 +396,29 @@ def test_names_axes_as_x_has_them():
         layer(x[:, 0], resets=RESETS)
     with pytest.raises(ValueError, match=re.escape("lengths must have shape [] = [], got [4]")):
         layer(x[:, 0], lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+def test_make_fx_writes_down_no_values(memory, mode):
+    layer = make_layer(memory)
+    x, state = drawn(layer)
+
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def run(parameters, x, state, **given):
+        return torch.func.functional_call(layer, parameters, (x, state), given)[0]
+
+    never, whole = torch.zeros_like(RESETS), torch.full_like(LENGTHS, STEPS)
+    for given, others in (
+        ({"resets": never}, {"resets": RESETS}),
+        ({"resets": never, "lengths": whole}, {"resets": RESETS, "lengths": LENGTHS}),
+    ):
+        graph = make_fx(lambda *tensors: run(*tensors[:3], **tensors[3]), tracing_mode=mode)(
+            parameters, x, state, given
+        )
+        found, expected = graph(parameters, x, state, others), run(parameters, x, state, **others)
+        assert worst_error(found, expected) < 1e-12
 
 
 @pytest.mark.parametrize("memory", ["lrua", "ntm"])
