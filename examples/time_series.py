@@ -62,7 +62,7 @@ def made_up(count: int = 6, steps: int = 640, seed: int = 0) -> list[Series]:
 def read(path: Path) -> list[Series]:
     """The columns of numbers of a CSV. Raises ValueError for a file without any, or a gap within one."""
     with path.open(newline="", encoding="utf-8") as file:
-        names, *lines = [line for line in csv.reader(file) if line]
+        names, *lines = [line for line in csv.reader(file) if line] or [[]]
     series = []
     for i, name in enumerate(names):
         cells = [line[i].strip() if i < len(line) else "" for line in lines]
@@ -76,6 +76,8 @@ def read(path: Path) -> list[Series]:
             raise ValueError(
                 f"{path}: {name} must have a number in every line to its end, but line {cells.index('') + 2} is empty"
             )
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{path}: {name} must have finite numbers, but one is nan or infinite")
         if values:
             series.append(Series(name, torch.tensor(values)))
     if not series:
@@ -206,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         columns = made_up(seed=args.seed) if args.csv is None else read(args.csv)
         cuts = [int(len(series.values) * args.share) for series in columns]
-        if min(cuts) < 8 or any(cut == len(series.values) for cut, series in zip(cuts, columns, strict=True)):
+        if min(cuts) < 8 or any(cut >= len(series.values) for cut, series in zip(cuts, columns, strict=True)):
             raise ValueError("every series must have 8 values in its first part, and one after it")
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -393,6 +393,8 @@ WRONG = [
     ("gates", torch.zeros(3, 2, 9).double(), ValueError, r"= \[3, 2, 16\], got \[3, 2, 9\]"),
     ("gates", torch.zeros(3, 2, 16), TypeError, "gates must have dtype torch.float64"),
     ("hidden", 1.0, TypeError, r"state.hidden must be a tensor, got float"),
+    ("hidden", None, TypeError, "state.hidden must be a tensor, got NoneType"),
+    ("cell", None, TypeError, "state.cell must be a tensor, got NoneType"),
     ("cell", torch.zeros(2, 5).double(), ValueError, r"state.cell must have .* = \[2, 4\], got \[2, 5\]"),
     ("memory", torch.zeros(2, 6).double(), ValueError, "memory.memory must have shape"),
     ("reads", torch.zeros(2, 2, 4).double(), ValueError, r"reads must have shape \[B, R, D\] = \[2, 2, 3\]"),
@@ -423,6 +425,7 @@ def test_wrong_arguments_are_named(name, value, error, message, backend):
 
 def test_wrong_options_are_named():
     inputs = cell_inputs(3, 2, 4, 6, 3, 2)
+    call(ops.cell, inputs, eps=1.0)
     for options, error, message in (
         (
             {"controller": "rnn"},
@@ -439,6 +442,7 @@ def test_wrong_options_are_named():
         ({"sharpness": float("inf")}, ValueError, "sharpness must be finite"),
         ({"order": 1}, ValueError, "order must be one of"),
         ({"eps": 0}, ValueError, "eps must be positive"),
+        ({"eps": True}, TypeError, "eps must be a number, got bool"),  # though equal to one that has passed
     ):
         with pytest.raises(error, match=message):
             call(ops.cell, inputs, **options)

@@ -37,6 +37,17 @@ def test_time_series_of_a_csv(example, tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main([str(tmp_path / "data.csv")])
     assert "a must have a number in every line to its end, but line 31 is empty" in capsys.readouterr().err
+    for text, message in (
+        ("a\n" + "1\nnan\n" * 20, "a must have finite numbers, but one is nan or infinite"),
+        ("", "must have a column of numbers, but has none"),
+    ):
+        (tmp_path / "data.csv").write_text(text)
+        with pytest.raises(SystemExit):
+            program.main([str(tmp_path / "data.csv")])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program.main(["--share", "1.2"])
+    assert "every series must have 8 values in its first part, and one after it" in capsys.readouterr().err
 
 
 def test_time_series_finds_what_is_far_off(example):

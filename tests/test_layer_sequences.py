@@ -12,7 +12,9 @@ import torch
 from cases import fixed_noise, needs_cpp, worst_error
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -38,7 +40,9 @@ class Recurrent(nn.Module):
     def forward(self, z, state):
         hidden = self.rnn(z, *state[:1])
         count = torch.ones(len(z), dtype=torch.int64) if not state else state[1] + 1
-        return hidden * (1 + 0.1 * count[:, None]), (hidden, count)
+        odd = torch.ones(len(z), dtype=torch.bool) if not state else ~state[2]
+        assert count.dtype == torch.int64 and odd.dtype == torch.bool
+        return hidden * (1 + 0.1 * count[:, None]) + odd[:, None], (hidden, count, odd)
 
 
 class RingState(NamedTuple):
@@ -203,9 +207,8 @@ def test_without_a_state(memory, controller):
     output, end = layer(x, resets=RESETS, lengths=LENGTHS)
     start = layer.initial_state(BATCH)
     if controller == "module":  # what it has for a sample that took no step
-        start = start._replace(
-            controller=(start.reads.new_zeros(BATCH, 6), torch.zeros(BATCH, dtype=torch.int64))
-        )
+        counts = torch.zeros(BATCH, dtype=torch.int64)
+        start = start._replace(controller=(start.reads.new_zeros(BATCH, 6), counts, counts.bool()))
     expected = cut(layer, x, start, RESETS, LENGTHS)
     assert_same(([output, *end.flatten()], []), ([expected[0], *expected[1].flatten()], []))
 
@@ -393,6 +396,41 @@ def test_names_axes_as_x_has_them():
         layer(x[:, 0], resets=RESETS)
     with pytest.raises(ValueError, match=re.escape("lengths must have shape [] = [], got [4]")):
         layer(x[:, 0], lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+def test_make_fx_writes_down_no_values(memory, mode):
+    layer = make_layer(memory)
+    x, state = drawn(layer)
+
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def run(parameters, x, state, **given):
+        return torch.func.functional_call(layer, parameters, (x, state), given)[0]
+
+    never, whole = torch.zeros_like(RESETS), torch.full_like(LENGTHS, STEPS)
+    for given, others in (
+        ({"resets": never}, {"resets": RESETS}),
+        ({"resets": never, "lengths": whole}, {"resets": RESETS, "lengths": LENGTHS}),
+    ):
+        graph = make_fx(lambda *tensors: run(*tensors[:3], **tensors[3]), tracing_mode=mode)(
+            parameters, x, state, given
+        )
+        found, expected = graph(parameters, x, state, others), run(parameters, x, state, **others)
+        assert worst_error(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+def test_fake_tensors_have_no_values_to_look_at(memory):
+    with FakeTensorMode():
+        layer = make_layer(memory)
+        x, state = drawn(layer)
+        output, end = layer(
+            x, state, resets=torch.zeros(9, 4, dtype=torch.bool), lengths=torch.zeros(4, dtype=torch.int64)
+        )
+        assert output.shape == (9, 4, layer.output_size) and output.requires_grad
+        assert [part.shape for part in end.flatten()] == [part.shape for part in state.flatten()]
 
 
 def test_refuses_beside_a_packed_sequence():

@@ -821,6 +821,8 @@ def test_a_step_without_gradients_refuses_what_one_with_refuses():
         (x, state._replace(reads=state.reads[:, :1]), None),
         (x, state._replace(controller=list(state.controller)[:1]), None),
         (x.double(), state, None),
+        (x.double(), state.to(torch.float64), None),
+        (x.bfloat16(), state.to(torch.bfloat16), None),
         (x[..., :3], state, None),
         (x[0], state, None),
         (x.to_sparse(), state, None),

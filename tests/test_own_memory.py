@@ -1,5 +1,7 @@
 """The memory of docs/adding-a-memory.md, run as the page has it, and what the layer asks of any memory of a user's own."""
 
+import copy
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +164,21 @@ def test_a_subclass_of_a_memory_has_a_name_of_its_own():
     assert again.config == model.config and torch.equal(again(x)[0], model(x)[0])
 
 
+def test_a_subclass_with_a_step_of_its_own_goes_by_it():
+    @dataclass(frozen=True)
+    class Blind(LRUA):
+        def step(self, state, heads, record=False):
+            reads, state, weights = super().step(state, heads, record)
+            return torch.zeros_like(reads), state, weights
+
+    layer = MemoryLayer(4, 5, addressing=Blind(**SIZES))
+    output, state = layer(torch.randn(3, 2, 4))
+    assert (output[..., 5:] == 0).all() and (output[..., :5] != 0).all()
+    with torch.no_grad():
+        output, _ = layer(torch.randn(3, 2, 4), state)
+    assert (output[..., 5:] == 0).all()
+
+
 def test_a_reset_needs_a_start_or_a_state_that_knows_it(page):
     layer = make_layer(page)
     state = layer.initial_state(2)
@@ -183,8 +200,12 @@ class Counting(Memory):
 
     wrong: str = ""
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "sizes", [self.num_heads * self.slot_size])
+
     def head_sizes(self):
-        return [self.num_heads * self.slot_size]
+        return self.sizes
 
     def initial_state(self, batch, *, dtype, device):
         slots = torch.zeros(batch, self.num_slots, self.slot_size, dtype=dtype, device=device)
@@ -219,6 +240,13 @@ def test_a_state_may_hold_integers_and_know_its_start():
         TypeError, match=r"state must be a MemoryState of \(hidden, cell\), an Counter and reads"
     ):
         layer(x, MemoryLayer(4, 5, **SIZES).initial_state(2))
+
+
+def test_copies_keep_what_a_memory_made_of_its_options():
+    layer = MemoryLayer(4, 5, addressing=Counting(**SIZES))
+    x = torch.randn(3, 2, 4)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], layer(x)[0])
 
 
 def test_what_is_no_state_or_no_name_of_an_option_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -72,6 +72,12 @@ class Memory(ABC):
     # Whether torch.compile may trace `step` once for all steps: it changes nothing, and draws no random numbers.
     scans: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).keys()
+        if own & {"split", "step"} and not own & {"fused", "cell"}:
+            cls.fused = False  # the `cell` that it has from its base knows nothing of these
+
     def __post_init__(self) -> None:
         check_sizes(num_slots=self.num_slots, slot_size=self.slot_size, num_heads=self.num_heads)
         if self.num_heads > self.num_slots:
@@ -80,7 +86,12 @@ class Memory(ABC):
     # A file of a model names the classes of all that it holds: what follows from the options is left out, and made again at
     # once, since a call under torch.compile should find it.
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        kind = type(self)
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not isinstance(getattr(kind, name, None), cached_property)
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -382,6 +382,7 @@ class MemoryLayer(nn.Module):
             or torch.jit.is_tracing()  # type: ignore[attr-defined]
             or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
             or self._obstacle()
+            or (x.dtype, x.device) != self._dtype_and_device()
         ):
             return None
         try:

@@ -230,7 +230,8 @@ def restart(state: MemoryState, mask: Tensor, first: MemoryState) -> MemoryState
     reads of zeros. Nothing of the state passes there, no NaN and no gradient."""
 
     def zero(now: Tensor) -> Tensor:
-        return where(~mask, _of_samples(now, mask), 0)
+        now = _of_samples(now, mask)
+        return where(~mask, now, now.new_zeros(()))  # no number, beside which flags would become integers
 
     memory = [where(mask, x, now) for x, now in zip(first.memory, state.memory, strict=True)]
     return MemoryState(
@@ -248,7 +249,7 @@ def keep(state: MemoryState, mask: Tensor, before: MemoryState) -> MemoryState:
                 "controller must keep tensors of the same shapes at every step where lengths are given, got "
                 f"{list(now.shape)} after {list(old.shape)}"
             )
-        return where(~mask, now, 0 if old is None else old)
+        return where(~mask, now, now.new_zeros(()) if old is None else old)
 
     kept = (before.controller,) if before.controller else ()
     memory = [where(mask, old, now) for old, now in zip(before.memory, state.memory, strict=True)]

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .._state import START
 from ._declare import Argument
@@ -40,16 +42,21 @@ def raw_sequences(memory: Tensor, steps: int, resets: Any, lengths: Any, start: 
     return resets, lengths, start
 
 
+def _traced() -> bool:
+    """Whether what is computed now is written down, to be run with other values."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or get_proxy_mode() is not None
+    )
+
+
 def may_look(x: Tensor) -> bool:
     """Whether the values of a tensor can be asked for, and soon."""
     return (
         x.device.type == "cpu"
         and type(x) is Tensor  # not what a compiler traces with
-        and not (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined]
-            or torch._C._are_functorch_transforms_active()
-        )
+        and not (_traced() or torch._C._are_functorch_transforms_active())
     )
 
 
@@ -58,8 +65,7 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
     fits = ((lengths >= 0) & (lengths <= steps)).all()
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if traced or lengths.device.type != "cpu":
+    if _traced() or lengths.device.type != "cpu" or isinstance(lengths, FakeTensor):
         torch._assert_async(fits, "lengths must be within [0, T]")
     elif not fits:
         raise ValueError(f"lengths must be within [0, T = {steps}], got {lengths.tolist()}")

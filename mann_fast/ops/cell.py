@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import reference
 from .._anchors import lrua_interval
+from .._state import check_dense
 from ..reference.cell import CONTROLLERS, SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
 from . import _backend, _checks
@@ -373,6 +374,8 @@ def _check_cell(
         if not isinstance(state, tuple) or len(state) != len(names):
             came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
             raise TypeError(f"state must be a tuple ({', '.join(names)}) of this controller, got {came}")
+        for name, part in zip(names, state, strict=True):
+            check_dense(f"state.{name}", part)
         of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
         hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
         for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
@@ -389,7 +392,8 @@ def _check_cell(
         }
 
     tensors = (*memory, gates, *(*parts, None, None)[:2], reads, *weights, *sequences)
-    choices = (type(state), len(parts), *options)
+    # With their types: True is equal to 1, but no number here.
+    choices = (type(state), len(parts), *options, *map(type, options))
     return _checks.check_tensors(TENSORS, NAMES, tensors, choices=choices, known=known)
 
 
