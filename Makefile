@@ -1,7 +1,7 @@
 # make demo    a model trained on built-in glyphs, from nothing but Python, g++ and this folder
 # make test    the test suite                     make check   everything else that CI runs
 # make nightly make check with nothing left out (CI leaves out what changed files cannot break)
-# make fuzz    random cases of every op against the reference, some ten minutes (CASES=10000)
+# make fuzz    random cases of the ops against the reference (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
 # make clean   removes all of it, the virtual environment too
 #

@@ -28,7 +28,9 @@ from mann_fast._anchors import lrua_interval, ntm_interval
 from mann_fast.kernels import content, lrua, lrua_scan, ntm
 from mann_fast.kernels._sizes import fits_one_program
 
-SPILLS = 8  # bytes of a thread that are not worth a complaint: a number that is needed once a step, as that of the steps
+# Bytes that a launch is known to spill, by its name, keys and compute capability; any other may spill none. A number that is
+# needed once a step, that of the steps.
+KNOWN_SPILLS = {("ntm_scan, read_first, resets and lengths", "fp32", 80): 8}
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
 PAPER = (128, 40, 4)
 SHAPES = [PAPER, (64, 32, 1), (256, 64, 4), (4096, 64, 4)]  # N, D, R
@@ -171,7 +173,8 @@ def main() -> int:
                     where = f"{launch.name} at {shape}, {TYPES[dtype]} keys, sm_{capability}"
                     if shared > limit:
                         problems.append(f"{where}: {shared:.0f} KiB of shared memory, the chip has {limit}")
-                    if spilled > SPILLS and shape == PAPER and dtype != torch.float64:  # which is for tests
+                    known = KNOWN_SPILLS.get((launch.name, TYPES[dtype], capability), 0)
+                    if spilled > known and shape == PAPER and dtype != torch.float64:  # which is for tests
                         problems.append(f"{where}: {spilled} bytes spilled")
                 sizes = ", ".join(map(str, shape))
                 lines.append(
@@ -185,7 +188,7 @@ def main() -> int:
         args.write.write_text(before + table + rest.split(END)[1])
     print(
         "\n".join(problems)
-        or f"Triton {triton.__version__}: no spills above {SPILLS} bytes at the paper's sizes, shared memory within limits"
+        or f"Triton {triton.__version__}: no spills at the paper's sizes but the one known, shared memory within limits"
     )
     return 1 if problems else 0
 

@@ -75,7 +75,7 @@ bool run_items(const Parallel& parallel, int64_t items, int64_t tasks, Make make
   parallel_run(parallel, tasks, [&](int64_t task) {
     Arena arena(memory.data() + task * size.used());
     auto scratch = make(arena);
-    // Every so manieth, since items may have been sorted by their work.
+    // In strides, since items may be sorted by their work, which is then much the same for every task.
     for (int64_t item = task; item < items; item += tasks) run(item, scratch);
   });
   return true;

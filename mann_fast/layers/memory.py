@@ -389,10 +389,10 @@ class MemoryLayer(nn.Module):
             if self.batch_first:
                 x, resets = x.transpose(0, 1), None if resets is None else resets.t()
             output, state = self._run(x, state, Sequences(resets))
-            if self.projection is not None:
-                output = controllers.linear("projection", self.projection, output)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
+        if self.projection is not None:
+            output = controllers.linear("projection", self.projection, output)
         return output.transpose(0, 1) if self.batch_first else output, state
 
     def _forward(
