@@ -75,6 +75,8 @@ def mann_by_steps(model: MANN, x: Tensor, one_step: Callable = cell_step) -> Ten
     controller, memory, reads = layer.initial_state(x.shape[1])
     outputs = []
     for gates in F.linear(x, input_weight, lstm.bias_ih).unbind(0):
-        output, controller, memory, reads = one_step(gates, controller, memory, reads, *weights)
+        # With --base these are the functions of another commit, which may give no reads beside the output.
+        output, controller, memory, *_ = one_step(gates, controller, memory, reads, *weights)
         outputs.append(output[0])
+        reads = output[0, :, layer.hidden_size :].unflatten(1, reads.shape[1:])
     return model.classifier(torch.stack(outputs))
