@@ -72,7 +72,9 @@ def describe(state: object) -> str:
 
 
 def map_tensors(function: Callable[..., Any], state: Tree, *others: Tree) -> Tree:
-    """``function`` of every tensor of nested tuples, and of those in the same place of others of the same form."""
+    """``function`` of every tensor of nested tuples, and of those in the same place of others of the same form; None stays."""
+    if state is None:
+        return state
     if not isinstance(state, (tuple, list)):
         return function(state, *others)
     parts = [map_tensors(function, *part) for part in zip(state, *others, strict=True)]
@@ -80,11 +82,11 @@ def map_tensors(function: Callable[..., Any], state: Tree, *others: Tree) -> Tre
 
 
 def tensors_of(state: object) -> Iterator[Any]:
-    """The tensors of nested tuples, in order."""
+    """The tensors of nested tuples, in order; there is none in the place of None."""
     if isinstance(state, (tuple, list)):
         for part in state:
             yield from tensors_of(part)
-    else:
+    elif state is not None:
         yield state
 
 
@@ -93,6 +95,10 @@ def check_alike(name: str, state: Any, like: Any, axes: int, batch: Sequence[int
 
     Raises TypeError, ValueError, and RuntimeError for another device.
     """
+    if like is None:
+        if state is not None:
+            raise TypeError(f"{name} must be None, got {describe(state)}")
+        return
     if not isinstance(like, Tensor):
         if is_plain(like):
             alike = is_plain(state) and len(state) == len(like)
@@ -117,6 +123,7 @@ def check_alike(name: str, state: Any, like: Any, axes: int, batch: Sequence[int
 
 class State:
     """The methods of a state, which is a NamedTuple of tensors [B, ...] and of tuples of them; all but detach differentiable.
+    Where an option of a memory leaves a tensor out, None stands in its place.
 
     (A second base: a class of typing.NamedTuple can have no other, only a subclass of one.)
     """

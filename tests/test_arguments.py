@@ -40,6 +40,11 @@ def calls():
     start = ops.NTMState(torch.rand(B, N, D), torch.rand(B, R, N), torch.rand(B, R, N))
     steps = {"write_vectors": keys, "gate_logits": gates, "sharpness": gates}
     step = {"write_vector": keys[0], "gate_logit": gates[0]}
+    dnc = ops.DNCState.initial(B, N, D, R)
+    row, one, modes = keys[:, :, 0], gates[:, :, 0], torch.rand(T, B, R, 3)
+    told = ops.DNCInterface(
+        *(keys, gates, row, one, row, row, gates, one, one, modes, keys, row, torch.rand(T, B, R, 2))
+    )
     values = 2 * R * D + 2 * R
     return {
         "content_read": {"memory": state.memory, "key": keys[0], "sharpness": gates[0]},
@@ -50,6 +55,8 @@ def calls():
         "ntm_address": {"memory": start.memory, "head": head, "previous": start.read_weights},
         "ntm_step": {"state": start, "read_head": head, "write_head": head, "erase": keys[0], "add": keys[0]},
         "ntm_scan": {"state": start, "read_head": heads, "write_head": heads, "erase": keys, "add": keys},
+        "dnc_step": {"state": dnc, "interface": ops.DNCInterface(*(x[0] for x in told))},
+        "dnc_scan": {"state": dnc, "interface": told},
         "cell": {
             "gates": torch.rand(T, B, 4 * H),
             "state": (torch.rand(B, H), torch.rand(B, H)),

@@ -20,7 +20,7 @@ from mann_fast.ops._register import NAMESPACES, OPS
 
 pytestmark = needs_kernels
 
-SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2S+1": 3, "H": 4}
+SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2S+1": 3, "H": 4, "2": 2, "3": 3}
 # Of axes that follow from an option: an LSTM's gates, and what its heads have where each has a vector and a sharpness.
 SIZES |= {"G": 4 * SIZES["H"], "RD": 15, "heads": 2 * 15 + 2 * 3}
 TIGHT = 1e-11
@@ -532,6 +532,16 @@ def test_a_compiled_call_refuses_forward_mode():
             call()
 
 
+def interface(keys, gates):
+    """Of a DNC with all repairs, from numbers [T, B, R, D] and [T, B, R]."""
+    unit, modes = torch.sigmoid, keys[..., :1] * torch.arange(3.0, dtype=keys.dtype)
+    one, row = gates[..., 0], keys[..., 0, :]
+    return reference.DNCInterface(
+        *(keys, 1 + gates**2, row, 1 + one**2, unit(row), row, unit(gates), unit(one), unit(-one)),
+        *(torch.softmax(modes, -1), unit(keys), unit(row), 1 + keys[..., :2] ** 2),
+    )
+
+
 def reference_calls():
     state, keys = (
         reference.LRUAState.initial(2, 5, 3, 2, dtype=torch.float64),
@@ -552,6 +562,9 @@ def reference_calls():
             f"lrua_scan {target}",
             lambda x, t=target: reference.lrua_scan(state, x, x, gates, write_target=t)[0],
         )
+    first = reference.DNCState.initial(2, 5, 3, 2, dtype=torch.float64)
+    told = interface(keys, gates)
+    yield "dnc_scan", lambda x: reference.dnc_scan(first, told._replace(read_keys=x))[0]
     yield (
         "ntm_scan",
         lambda x: reference.ntm_scan(start, head._replace(key=x), head, torch.sigmoid(keys), keys)[0],
@@ -583,6 +596,7 @@ def public_calls():
     )
     first = reference.NTMHead(*(x[0] for x in head))
     start = reference.NTMState.initial(2, 5, 3, 2, 2)
+    differentiable = reference.DNCState.initial(2, 5, 3, 2)
     erase, weights = (
         torch.sigmoid(keys),
         (torch.randn(8, 2), torch.randn(8), torch.randn(8, 6), torch.randn(10, 2), torch.randn(10)),
@@ -597,6 +611,8 @@ def public_calls():
         "ntm_address": lambda: ops.ntm_address(start.memory, first, start.read_weights),
         "ntm_step": lambda: ops.ntm_step(start, first, first, erase[0], keys[0]),
         "ntm_scan": lambda: ops.ntm_scan(start, head, head, erase, keys),
+        "dnc_step": lambda: ops.dnc_step(differentiable, interface(keys[0], gates[0])),
+        "dnc_scan": lambda: ops.dnc_scan(differentiable, interface(keys, gates)),
         "cell": lambda: ops.cell(
             torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
             hidden,
@@ -635,7 +651,7 @@ def test_every_public_op_is_declared_and_has_its_reference():
     for name in declared:
         ours = inspect.signature(getattr(ops, name)).parameters
         theirs = dict(inspect.signature(getattr(reference, name)).parameters)
-        for extra in ("slots", "step"):  # what the reference takes besides
+        for extra in ("slots", "step", "orders"):  # what the reference takes besides
             theirs.pop(extra, None)
         assert {k: v.default for k, v in ours.items()} == {k: v.default for k, v in theirs.items()}
 

@@ -12,12 +12,12 @@ from cases import (
     shorter,
     worst_error,
 )
+from test_dnc import dnc_inputs
 
 from mann_fast import ops, reference
 from mann_fast.reference.cell import CONTROLLERS, head_sizes
 
 SLOTS, WIDTH, HEADS, HIDDEN = 7, 5, 2, 6
-STATE_START = 1e-6  # SPEC: the constant memory
 
 
 class Family:
@@ -25,6 +25,8 @@ class Family:
 
     ``run(state, inputs, shared, **sequences)`` gives outputs [T, B, ...] and the state after.
     """
+
+    constant_start = 1e-6  # of every number of the memory
 
     def __init__(self, options):
         self.options = options
@@ -83,6 +85,25 @@ class Ntm(Family):
         return reads, list(state)
 
 
+class Dnc(Family):
+    constants = (5,)  # write weights
+    constant_start = 0.0
+
+    def draw(self, steps, batch):
+        inputs = dnc_inputs(steps, batch, SLOTS, WIDTH, HEADS)
+        return inputs[:6], inputs[6:], []
+
+    def first(self, memory):
+        state = ops.DNCState.initial(1, SLOTS, WIDTH, HEADS, dtype=torch.float64)
+        return [memory[None], *state[1:]]
+
+    def run(self, state, inputs, shared, **sequences):
+        reads, state = ops.dnc_scan(
+            ops.DNCState(*state), ops.DNCInterface(*inputs), **sequences, **self.options
+        )
+        return reads, list(state)
+
+
 class Cell(Family):
     constants = (2,)
 
@@ -116,6 +137,7 @@ FAMILIES = {
     "lrua-read-first": Lrua({"order": "read_first", "write_target": "shared"}),
     "ntm": Ntm({}),
     "ntm-write-first": Ntm({"order": "write_first"}),
+    "dnc": Dnc({"deallocate": True}),
     **{f"cell-{name}": Cell({"controller": name}) for name in CONTROLLERS},
 }
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -224,7 +246,7 @@ def test_the_constant_start(family, name):
     with served_by(name):
         actual = family.run(state, inputs, shared, resets=flags())
         expected = family.run(
-            state, inputs, shared, resets=flags(), start=torch.full_like(start, STATE_START)
+            state, inputs, shared, resets=flags(), start=torch.full_like(start, family.constant_start)
         )
     for x, y in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
         assert torch.equal(x, y)

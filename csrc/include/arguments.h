@@ -23,8 +23,8 @@ constexpr int64_t anchor_offset(int64_t t, int64_t every, int64_t B, int64_t b, 
 }
 
 // Where samples begin anew and end, of every scan. All are null where they always go on to the end; resets and start come
-// together. A sample that begins anew has the memory `start`, and weights and usage of 1 at slot 0; of a cell, a controller's
-// state and reads of 0. It takes no part in steps from its length on: its outputs and gradients there are 0.
+// together. A sample that begins anew has the memory `start`, and weights and usage of 1 at slot 0 (a DNC's are 0, all of
+// them); of a cell, a controller's state and reads of 0. It takes no part in steps from its length on: its outputs and gradients there are 0.
 struct Sequences {
   const bool* resets;      // [T, B]
   const int64_t* lengths;  // [B], taken as within [0, T]
@@ -208,6 +208,57 @@ struct NtmScanBackward {
   void *grad_in_memory, *grad_in_weights, *grad_keys, *grad_sharpness, *grad_gates, *grad_shift, *grad_sharpening;
   void *grad_erase, *grad_add;
   void* grad_start;  // as in LruaScanBackward
+};
+
+// What a DNC's step is told, each with a leading [T, B]. read_modes is null without links; both masks are null or none;
+// link_sharpening may be null. Pointer is const void*, or void* of the gradients.
+template <class Pointer>
+struct DncInterface {
+  Pointer read_keys, read_sharpness, write_key, write_sharpness;  // [R, D], [R], [D], []
+  Pointer erase, write_vector, free_gates;                        // [D], [D], [R]
+  Pointer allocation_gate, write_gate;                            // []
+  Pointer read_modes, read_masks, write_mask, link_sharpening;    // [R, 3], [R, D], [D], [R, 2]
+};
+
+// The state [B, ...]; precedence and links are null without links. As a gradient each may be null.
+template <class Pointer>
+struct DncState {
+  Pointer memory, usage, precedence, links, read_weights, write_weights;  // [N, D], [N], [N], [N, N], [R, N], [N]
+};
+
+struct DncScan {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool deallocate;
+  double eps;
+  DncState<const void*> before;
+  DncInterface<const void*> told;
+  Sequences sequences;
+  void* reads;  // [T, B, R, D]
+  DncState<void*> after;
+  // Kept for backward: all null where nothing is kept. The weights of every step, [T, B, R, N] and [T, B, N]; the slots in the
+  // order of allocation, [T, B, N]; where directions are sharpened, backward and forward before that, [T, B, R, 2, N], else null.
+  void *read_history, *write_history;
+  int64_t* orders;
+  void* directions;
+};
+
+struct DncScanBackward {
+  int64_t T, B, N, D, R;
+  Dtype state, input;
+  bool deallocate;
+  double eps;
+  const void* grad_reads;            // may be null
+  DncState<const void*> grad_after;  // each may be null
+  DncState<const void*> before;
+  DncInterface<const void*> told;
+  Sequences sequences;
+  const void *read_history, *write_history;
+  const int64_t* orders;
+  const void* directions;
+  DncState<void*> grad_before;    // write_weights is null: they are a constant
+  DncInterface<void*> grad_told;  // null where what was told is
+  void* grad_start;               // as in LruaScanBackward
 };
 
 }  // namespace mann_fast

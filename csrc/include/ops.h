@@ -22,6 +22,10 @@
   OP(ntm_scan, NtmScan)       \
   OP(ntm_scan_backward, NtmScanBackward)
 
+#define MANN_FAST_DNC_OPS(OP) \
+  OP(dnc_scan, DncScan)       \
+  OP(dnc_scan_backward, DncScanBackward)
+
 #define MANN_FAST_OPS(OP)   \
   MANN_FAST_CONTENT_OPS(OP) \
   MANN_FAST_LRUA_OPS(OP)    \

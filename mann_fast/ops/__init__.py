@@ -1,15 +1,19 @@
 """The memory ops: checked arguments, autograd, and one fused kernel per call where a backend has one."""
 
+from ..reference.dnc import DNCInterface, DNCState
 from ..reference.lrua import LRUAState
 from ..reference.ntm import NTMHead, NTMState
 from . import _loading
 from ._backend import backend, backends
 from .cell import cell
 from .content import content_read
+from .dnc import dnc_scan, dnc_step
 from .lrua import least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import ntm_address, ntm_scan, ntm_step
 
 __all__ = [
+    "DNCInterface",
+    "DNCState",
     "LRUAState",
     "NTMHead",
     "NTMState",
@@ -17,6 +21,8 @@ __all__ = [
     "backends",
     "cell",
     "content_read",
+    "dnc_scan",
+    "dnc_step",
     "least_used",
     "lrua_scan",
     "lrua_step",

@@ -307,7 +307,7 @@ def _fakes(outputs: Sequence[Output], op: Op, values: dict[str, Any], sizes: Siz
     sizes = {"T": 1, **sizes, **{option.name: values.get(option.name) for option in op.options}}
     sizes |= op.extents(sizes)
     keeps = op.interval is not None and values["anchor_every"] != 0
-    if keeps and "A" not in sizes:
+    if keeps and "A" not in sizes and any("A" in output.argument.names for output in outputs):
         sizes["A"], *_, sizes["P"] = anchors_shape(sizes["T"], 0, 0, sizes["N"], values["anchor_every"])
         # Where T is a symbol, their number is one of its own that is found at run time: of an expression of T torch would ask
         # whether it is 0 or 1, and compile each answer apart.

@@ -30,15 +30,18 @@ Values = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_SEQUENCES: Values = (None, None, None)
 
 
-def raw_sequences(memory: Tensor, steps: int, resets: Any, lengths: Any, start: Any) -> Values:
-    """The values of these as the raw op takes them, from the public ones, whose shapes are checked already."""
+def raw_sequences(
+    memory: Tensor, steps: int, resets: Any, lengths: Any, start: Any, *, value: float = START
+) -> Values:
+    """The values of these as the raw op takes them, from the public ones, whose shapes are checked already. value: of every
+    number of a memory at the start of a sequence, where it is not said."""
     if lengths is not None:
         check_lengths(lengths, steps)
     if resets is None:
         if start is not None:
             raise TypeError("start is where a sample goes at a reset: resets must be given with it, got None")
     elif start is None:
-        start = memory.new_full(memory.shape[1:], START)
+        start = memory.new_full(memory.shape[1:], value)
     return resets, lengths, start
 
 

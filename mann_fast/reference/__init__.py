@@ -5,15 +5,20 @@ The functions have the names, signatures and results of :mod:`mann_fast.ops`. Th
 
 from .cell import cell
 from .content import content_read, similarity
+from .dnc import DNCInterface, DNCState, dnc_scan, dnc_step
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import NTMHead, NTMState, ntm_address, ntm_scan, ntm_step
 
 __all__ = [
+    "DNCInterface",
+    "DNCState",
     "LRUAState",
     "NTMHead",
     "NTMState",
     "cell",
     "content_read",
+    "dnc_scan",
+    "dnc_step",
     "least_used",
     "lrua_scan",
     "lrua_step",

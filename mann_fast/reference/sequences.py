@@ -23,10 +23,10 @@ def restart(state: AnyState, mask: Tensor, start: Tensor | None) -> AnyState:
 
     Nothing of the state passes where mask is True: no value, no NaN, no gradient.
     """
-    memory, *rest = state.initial_like()  # type: ignore[attr-defined]
-    first: list[Tensor] = [memory if start is None else start, *rest]
-    parts: list[Tensor] = list(state)  # type: ignore[call-overload]
-    return type(state)(*(where(mask, x.expand_as(now), now) for x, now in zip(first, parts, strict=True)))
+    first: Any = state.initial_like()  # type: ignore[attr-defined]
+    if start is not None:
+        first = type(first)(start, *first[1:])
+    return state.map(lambda now, x: where(mask, x.expand_as(now), now), first)
 
 
 class Steps:
@@ -68,8 +68,10 @@ class Steps:
             return parts
         return tuple(where(t < self.lengths, x, 0) for x in parts)
 
-    def end(self, t: int, after: Iterable[Tensor], before: Iterable[Tensor]) -> Iterable[Tensor]:
-        """The tensors of a state after step t: those before it where the sample has ended."""
+    def end(self, t: int, after: Iterable[Any], before: Iterable[Any]) -> Iterable[Any]:
+        """The tensors of a state after step t: those before it where the sample has ended; None stays."""
         if self.lengths is None:
             return after
-        return [where(t < self.lengths, x, old) for x, old in zip(after, before, strict=True)]
+        return [
+            x if x is None else where(t < self.lengths, x, old) for x, old in zip(after, before, strict=True)
+        ]

@@ -1,0 +1,206 @@
+"""The Differentiable Neural Computer's memory (Graves et al. 2016; Csordas and Schmidhuber 2019): dnc_step, dnc_scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ..reference.dnc import DNCInterface, DNCState
+from . import _backend, _checks
+from ._declare import Argument, Op, Option, Output, came
+from ._register import call, declare
+from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
+from ._sequences import sequences as of_sequences
+from .content import EPS, MEMORY
+
+STATE = (
+    MEMORY,
+    Argument("usage", "B N", like="memory", within="unit"),
+    Argument("precedence", "B N", like="memory", optional=True, within="shares"),
+    Argument("links", "B N N", like="memory", optional=True, within="shares"),
+    Argument("read_weights", "B R N", like="memory", within="shares"),
+    Argument("write_weights", "B N", like="memory", differentiable=False, within="shares"),
+)
+
+
+def _interface(steps: str) -> tuple[Argument, ...]:
+    key = "read_keys"
+    return (
+        Argument(key, f"{steps} B R D", like="memory", half=True),
+        Argument("read_sharpness", f"{steps} B R", like=key, within="from 1"),
+        Argument("write_key", f"{steps} B D", like=key),
+        Argument("write_sharpness", f"{steps} B", like=key, within="from 1"),
+        Argument("erase", f"{steps} B D", like=key, within="unit"),
+        Argument("write_vector", f"{steps} B D", like=key),
+        Argument("free_gates", f"{steps} B R", like=key, within="unit"),
+        Argument("allocation_gate", f"{steps} B", like=key, within="unit"),
+        Argument("write_gate", f"{steps} B", like=key, within="unit"),
+        Argument("read_modes", f"{steps} B R 3", like=key, optional=True, within="shares"),
+        Argument("read_masks", f"{steps} B R D", like=key, optional=True, within="unit"),
+        Argument("write_mask", f"{steps} B D", like=key, optional=True, within="unit"),
+        Argument("link_sharpening", f"{steps} B R 2", like=key, optional=True, within="from 1"),
+    )
+
+
+# precedence, links and read_modes come together, and so do the masks; link_sharpening comes with links alone. Of every step
+# backward keeps the weights, the order of allocation and, where they are sharpened, the directions before that, [backward,
+# forward]. Memory and links are not kept: backward makes them again from what came in, and anchor_every only says whether
+# anything is kept.
+DNC_SCAN = declare(
+    Op(
+        "dnc_scan",
+        arguments=(*STATE, *_interface("T"), *of_sequences("T B")),
+        options=(Option("deallocate", "bool", False), EPS),
+        outputs=(
+            Output("reads", "T B R D", like="read_keys"),
+            Output("memory", "B N D", like="memory"),
+            Output("usage", "B N", like="memory"),
+            Output("precedence", "B N", like="memory", when=came("precedence")),
+            Output("links", "B N N", like="memory", when=came("links")),
+            Output("read_weights", "B R N", like="memory"),
+            Output("write_weights", "B N", like="memory"),
+            Output("read_history", "T B R N", like="memory", kept=True),
+            Output("write_history", "T B N", like="memory", kept=True),
+            Output("orders", "T B N", like="memory", kept=True, integer=True),
+            Output("directions", "T B R 2 N", like="memory", kept=True, when=came("link_sharpening")),
+        ),
+        saved=(
+            *(argument.name for argument in (*STATE, *_interface("T"))),
+            *(*NAMES, "read_history", "write_history", "orders", "directions"),
+        ),
+        public=("dnc_step", "dnc_scan"),
+        interval=lambda values, backend: 1,
+    )
+)
+
+# What the public functions take, named as their callers know it.
+PUBLIC = (*STATE, *_interface("[T]"), *of_sequences("[T] B"))
+PUBLIC_NAMES = [
+    *(f"state.{name}" for name in DNCState._fields),
+    *(f"interface.{name}" for name in DNCInterface._fields),
+    *NAMES,
+]
+KERNELS: tuple[str, ...] = ()  # the backends that have the op
+
+
+def _check_together(state: DNCState, interface: DNCInterface) -> None:
+    """What comes together, or not without another."""
+    named = {f"state.{name}": x for name, x in zip(DNCState._fields, state, strict=True)}
+    named |= {f"interface.{name}": x for name, x in zip(DNCInterface._fields, interface, strict=True)}
+    for name, other in (
+        ("state.precedence", "state.links"),
+        ("interface.read_modes", "state.links"),
+        ("interface.write_mask", "interface.read_masks"),
+    ):
+        if named[name] is None and named[other] is not None:
+            raise TypeError(f"{name} must be a tensor where {other} is, got None")
+        if named[name] is not None and named[other] is None:
+            raise TypeError(f"{name} must be None where {other} is, got {type(named[name]).__name__}")
+    if named["interface.link_sharpening"] is not None and named["state.links"] is None:
+        came = type(interface.link_sharpening).__name__
+        raise TypeError(f"interface.link_sharpening must be None where state.links is, got {came}")
+
+
+def _dnc(
+    state: DNCState,
+    interface: DNCInterface,
+    sequences: tuple[Tensor | None, ...] | None,
+    deallocate: bool,
+    eps: float,
+) -> tuple[Tensor, DNCState]:
+    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has."""
+    _checks.check_tuple("state", state, DNCState)
+    _checks.check_tuple("interface", interface, DNCInterface)
+    _check_together(DNCState(*state), DNCInterface(*interface))
+    steps = sequences is not None
+    tensors = (*state, *interface, *(sequences or NO_SEQUENCES))
+    sizes = _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps, known=lambda: {"2": 2, "3": 3})
+    if sizes["R"] == 0:
+        raise ValueError(f"state.read_weights must have at least one head, got {list(state[4].shape)}")
+    if not isinstance(deallocate, bool):
+        raise TypeError(f"deallocate must be a bool, got {type(deallocate).__name__}")
+    _checks.check_eps(eps)
+    memory, read_keys = state[0], interface[0]
+    if sequences:
+        sequences = raw_sequences(memory, read_keys.shape[0], *sequences, value=0.0)
+    backend = _backend.serving(memory.device)
+    if backend not in KERNELS:
+        function: Any = reference.dnc_scan if steps else reference.dnc_step
+        options = dict(zip(NAMES, sequences, strict=True)) if sequences else {}
+        with _backend.without_autocast(memory.device.type):
+            return function(
+                DNCState(*state), DNCInterface(*interface), deallocate=deallocate, eps=eps, **options
+            )
+    inputs = interface if steps else [x if x is None else x.unsqueeze(0) for x in interface]
+    outputs = call(
+        DNC_SCAN, backend, *state, *inputs, *(sequences or NO_SEQUENCES), deallocate, float(eps), 0
+    )
+    reads, *rest = outputs[:7]
+    after: list[Any] = [None if old is None else x for x, old in zip(rest, state, strict=True)]
+    return reads if steps else reads.squeeze(0), DNCState(*after)
+
+
+def dnc_step(
+    state: DNCState, interface: DNCInterface, *, deallocate: bool = False, eps: float = 1e-6
+) -> tuple[Tensor, DNCState]:
+    """One step of a Differentiable Neural Computer's memory (Graves et al. 2016, Nature 538, 471, Methods), with the repairs of
+    Csordas and Schmidhuber 2019 (arXiv 1904.10278) where their tensors are given.
+
+    One write head writes where nothing is needed any more (allocation) or where the content is like its key; R read heads read
+    by content, or what was written before or after what they read last (links). In this order, slots i and j, heads r:
+
+    - ``retained[i] = prod over r of (1 - free_gates[r] read_weights[r, i])``;
+      ``usage[i] = (usage[i] + (1 - usage[i]) write_weights[i]) retained[i]``;
+    - allocation: with the slots sorted by usage, equal ones by number, ``a[i] = (1 - usage[i]) * product of usages before i``;
+    - ``write_weights = write_gate (allocation_gate a + (1 - allocation_gate) c)``, c the softmax over slots of
+      ``write_sharpness cos(write_key, memory[i])``;
+    - ``memory[i] = memory[i] (1 - write_weights[i] erase) + write_weights[i] write_vector``; with ``deallocate`` the first
+      term times retained[i];
+    - ``links[i, j] = (1 - write_weights[i] - write_weights[j]) links[i, j] + write_weights[i] precedence[j]``, 0 where i = j;
+      ``precedence = (1 - sum of write_weights) precedence + write_weights``;
+    - ``forward[r] = links read_weights[r]``, ``backward[r] = links^T read_weights[r]``; with link_sharpening each becomes
+      ``d^s / sum of d^s``, d the direction + 1e-6;
+    - ``read_weights[r] = modes[r, 0] backward[r] + modes[r, 1] c[r] + modes[r, 2] forward[r]``, c by content as above but on
+      the memory written; without links ``c[r]``; ``reads[r] = sum over i of read_weights[r, i] memory[i]``.
+
+    The cosine is that of :func:`mann_fast.ops.content_read`; with masks, of key and slot times the mask. The order of
+    allocation, and the write weights that come in, are constants to the gradient.
+
+    Args:
+        state: :class:`DNCState`: memory [B, N, D], usage [B, N], precedence [B, N] and links [B, N, N] or both None,
+            read_weights [B, R, N], write_weights [B, N]; float32 or float64; N, D, R >= 1.
+        interface: :class:`DNCInterface`, of the dtype of the state, or all bfloat16 or float16 beside float32. The ranges that
+            it states are the caller's to ensure, and so are those of a state of his own.
+        deallocate: whether what is given free is erased, too (Csordas and Schmidhuber 2019).
+        eps: > 0, under the cosine's root.
+
+    Returns:
+        reads [B, R, D] of the interface's dtype, and the new state. Differentiable once in all tensors but
+        ``state.write_weights``.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or value, or a tensor without those that it comes with; RuntimeError:
+            tensors on different devices.
+    """
+    return _dnc(state, interface, None, deallocate, eps)
+
+
+def dnc_scan(
+    state: DNCState,
+    interface: DNCInterface,
+    *,
+    deallocate: bool = False,
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, DNCState]:
+    """T steps of :func:`dnc_step` in one call: reads [T, B, R, D] and the last state.
+
+    All of ``interface`` has a leading T, which may be 0; then the state is cloned. Other arguments, dtypes and errors as in
+    :func:`dnc_step`; resets [T, B], lengths [B] and start [N, D] as in :func:`mann_fast.ops.lrua_scan`, where a reset takes
+    everything to ``DNCState.initial``. Backward keeps the weights and the order of every step, no links.
+    """
+    return _dnc(state, interface, (resets, lengths, start), deallocate, eps)
