@@ -248,7 +248,11 @@ def test_no_steps(options):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"addressing": "dnc"}, ValueError, "addressing must be one of 'lrua', 'ntm', 'content', got 'dnc'"),
+        (
+            {"addressing": "dnc"},
+            ValueError,
+            "addressing must be one of 'lrua', 'ntm', 'content', 'dnc', got 'dnc'",
+        ),
         ({"addressing": "ntm", "max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
         ({"addressing": "ntm", "max_shift": 1.5}, TypeError, "max_shift must be an int, got float"),
         (

@@ -141,7 +141,9 @@ def test_options_are_those_of_the_memory(page):
         TypeError, match="usage_decay is no option here, got 0.95; addressing 'Ring' has num_s"
     ):
         make_layer(page, usage_decay=0.95)
-    with pytest.raises(ValueError, match="addressing must be one of 'lrua', 'ntm', 'content', got <class"):
+    with pytest.raises(
+        ValueError, match="addressing must be one of 'lrua', 'ntm', 'content', 'dnc', got <class"
+    ):
         MemoryLayer(4, addressing=Ring)
     with pytest.raises(AttributeError, match="no attribute 'usage_decay'"):
         _ = layer.usage_decay

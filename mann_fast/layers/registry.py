@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from ..ops._checks import check_choice
 from .base import Memory
+from .dnc import DNC
 from .lrua import LRUA
 from .ntm import NTM, Content
 
-MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Content}
+MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Content, "dnc": DNC}
 
 
 class Preset(NamedTuple):
