@@ -25,8 +25,8 @@ class DNC(Memory):
     Of the layer's heads, in this order: read keys (R D), read sharpness (R), write key (D), write sharpness (1), erase (D),
     write vector (D), free gates (R), allocation gate (1), write gate (1), and with links read modes (3R, head by head:
     backward, content, forward); then, where used, read masks (R D), write mask (D), and link sharpening (2R, head by head:
-    backward, forward). Keys and the write vector are taken as they are; sharpness goes through 1 + softplus, the read modes of a head
-    through a softmax, all else through a sigmoid. State: :class:`mann_fast.ops.DNCState`; at the start all of it is 0.
+    backward, forward). Keys and the write vector are taken as they are; sharpness goes through 1 + softplus, the read modes of
+    a head through a softmax, all else through a sigmoid. State: :class:`mann_fast.ops.DNCState`; at the start all of it is 0.
 
     Args:
         num_slots, slot_size, num_heads: N, D and R.

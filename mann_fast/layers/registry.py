@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from ..ops._checks import check_choice
 from .base import Memory
@@ -16,11 +19,41 @@ MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Conten
 
 
 class Preset(NamedTuple):
-    """options: of MemoryLayer. forget_bias: of the LSTM, above what a new one has."""
+    """options: of MemoryLayer. forget_bias: of the LSTM, above what a new one has. draw: draws the layer's weights anew."""
 
     options: Mapping[str, Any]
     forget_bias: float = 0.0
+    draw: Callable[[Any], None] | None = None
 
+
+def _weights(layer: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """The weights of the layer's linear maps, each with the inputs and outputs of its map (of an LSTM's: of one gate)."""
+    for module in (layer.controller, layer.heads, layer.projection):
+        if isinstance(module, nn.LSTMCell):
+            inputs = module.input_size + module.hidden_size
+            yield module.weight_ih, inputs, module.hidden_size
+            yield module.weight_hh, inputs, module.hidden_size
+        elif isinstance(module, nn.Linear):
+            yield module.weight, module.in_features, module.out_features
+
+
+def draw_as_sonnet(layer: Any) -> None:
+    """As google-deepmind/dnc has it from Sonnet: a normal distribution of deviation inputs^-1/2 cut off at two deviations."""
+    for weight, inputs, _ in _weights(layer):
+        deviation = inputs**-0.5
+        nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+
+def draw_as_xavier(layer: Any) -> None:
+    """As RobertCsordas/dnc: Glorot and Bengio 2010, with the gain of tanh for an LSTM's candidate."""
+    for weight, inputs, outputs in _weights(layer):
+        bound = math.sqrt(6 / (inputs + outputs))
+        nn.init.uniform_(weight, -bound, bound)
+        if isinstance(layer.controller, nn.LSTMCell) and weight.shape[0] == 4 * outputs:
+            weight[2 * outputs : 3 * outputs] *= nn.init.calculate_gain("tanh")
+
+
+OF_BABI = {"addressing": "dnc", "hidden_size": 256, "num_slots": 256, "slot_size": 64, "num_heads": 4}
 
 # What the papers and their best known implementations compute; docs/variants.md says how far each is from its original.
 PRESETS = {
@@ -31,6 +64,12 @@ PRESETS = {
     ),
     "snowkylin-2": Preset({"sharpness": None, "write_target": "shared", "eps": 1e-12}, forget_bias=1.0),
     "graves2014": Preset({"addressing": "ntm", "hidden_size": 100, "slot_size": 20, "num_heads": 1}),
+    "graves2016": Preset(OF_BABI, forget_bias=1.0, draw=draw_as_sonnet),
+    "csordas2019": Preset(
+        {**OF_BABI, "masks": True, "deallocate": True, "link_sharpening": True, "clip": 20.0},
+        forget_bias=1.0,
+        draw=draw_as_xavier,
+    ),
 }
 
 
