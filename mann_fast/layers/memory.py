@@ -159,9 +159,6 @@ class MemoryLayer(nn.Module):
         if draw is not None:
             with torch.no_grad():
                 draw(layer)
-                for parameter, value in layer.named_parameters():
-                    if "bias" in parameter:
-                        value.zero_()
         if forget_bias and isinstance(layer.controller, nn.LSTMCell):
             if layer.controller.bias_ih is None:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -19,38 +19,52 @@ MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Conten
 
 
 class Preset(NamedTuple):
-    """options: of MemoryLayer. forget_bias: of the LSTM, above what a new one has. draw: draws the layer's weights anew."""
+    """options: of MemoryLayer. forget_bias: of the LSTM, above what a new one has. draw: gives a layer its first weights, where
+    these are not the layer's own."""
 
     options: Mapping[str, Any]
     forget_bias: float = 0.0
     draw: Callable[[Any], None] | None = None
 
 
-def _weights(layer: Any) -> Iterator[tuple[Tensor, int, int]]:
-    """The weights of the layer's linear maps, each with the inputs and outputs of its map (of an LSTM's: of one gate)."""
+def _draw(layer: Any, draw: Callable[[Tensor, int, int], Any]) -> None:
+    """``draw(weight, inputs, outputs)`` of the weights of LSTM, heads and projection, where the inputs of an LSTM are z and its
+    hidden state, and the outputs those of one gate. Biases are 0."""
     for module in (layer.controller, layer.heads, layer.projection):
         if isinstance(module, nn.LSTMCell):
-            inputs = module.input_size + module.hidden_size
-            yield module.weight_ih, inputs, module.hidden_size
-            yield module.weight_hh, inputs, module.hidden_size
+            inputs, outputs = module.input_size + module.hidden_size, module.hidden_size
         elif isinstance(module, nn.Linear):
-            yield module.weight, module.in_features, module.out_features
+            inputs, outputs = module.in_features, module.out_features
+        else:
+            continue
+        for name, parameter in module.named_parameters():
+            if name.startswith("bias"):
+                parameter.zero_()
+            else:
+                draw(parameter, inputs, outputs)
 
 
 def draw_as_sonnet(layer: Any) -> None:
-    """As google-deepmind/dnc has it from Sonnet: a normal distribution of deviation inputs^-1/2 cut off at two deviations."""
-    for weight, inputs, _ in _weights(layer):
+    """As google-deepmind/dnc has it from Sonnet: normal with a deviation of inputs^-1/2, cut off at two deviations."""
+
+    def draw(weight: Tensor, inputs: int, outputs: int) -> None:
         deviation = inputs**-0.5
         nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
+    _draw(layer, draw)
+
 
 def draw_as_xavier(layer: Any) -> None:
-    """As RobertCsordas/dnc: Glorot and Bengio 2010, with the gain of tanh for an LSTM's candidate."""
-    for weight, inputs, outputs in _weights(layer):
+    """As RobertCsordas/dnc: uniform (Glorot and Bengio 2010), with the gain of tanh for an LSTM's cell gate."""
+
+    def draw(weight: Tensor, inputs: int, outputs: int) -> None:
         bound = math.sqrt(6 / (inputs + outputs))
         nn.init.uniform_(weight, -bound, bound)
-        if isinstance(layer.controller, nn.LSTMCell) and weight.shape[0] == 4 * outputs:
-            weight[2 * outputs : 3 * outputs] *= nn.init.calculate_gain("tanh")
+
+    _draw(layer, draw)
+    if isinstance(layer.controller, nn.LSTMCell):
+        for weight in (layer.controller.weight_ih, layer.controller.weight_hh):
+            weight.chunk(4)[2].mul_(nn.init.calculate_gain("tanh"))
 
 
 OF_BABI = {"addressing": "dnc", "hidden_size": 256, "num_slots": 256, "slot_size": 64, "num_heads": 4}
