@@ -69,12 +69,21 @@ def test_two_steps_of_one_sample_are_no_case_of_their_own():
     assert compilations(MemoryLayer(4, 6, **SMALL), [(5, 1), (12, 1), (2, 1)]) == 2
 
 
-@pytest.mark.parametrize("addressing", ["ntm", "content"])
-def test_a_loop_over_steps_compiles_no_more_often(addressing):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"addressing": "ntm"},
+        {"addressing": "content"},
+        {"addressing": "dnc"},
+        {"addressing": "dnc", "link": False},
+    ],
+    ids=str,
+)
+def test_a_loop_over_steps_compiles_no_more_often(options):
     sizes = [(3, 2), (4, 3), (6, 3), (2, 5), (1, 1)]
     expected = plain(sizes)
     torch.compiler.reset()
-    assert compilations(MemoryLayer(4, 6, addressing=addressing, **SMALL), sizes) <= expected
+    assert compilations(MemoryLayer(4, 6, **options, **SMALL), sizes) <= expected
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
