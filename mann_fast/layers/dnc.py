@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +61,13 @@ class DNC(Memory):
                 raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
         if self.link_sharpening and not self.link:
             raise ValueError("link_sharpening must be False without link, got True")
-        _check_number("mask_min", self.mask_min)
+        _check_number("mask_min", self.mask_min, "a number")
         if not 0 <= self.mask_min < 1:
             raise ValueError(f"mask_min must be within [0, 1), got {self.mask_min}")
         if self.mask_min and not self.masks:
             raise ValueError(f"mask_min must be 0 without masks, got {self.mask_min}")
         if self.clip is not None:
-            _check_number("clip", self.clip)
+            _check_number("clip", self.clip, "a number or None")
             if not 0 < self.clip < math.inf:
                 raise ValueError(f"clip must be a positive number or None, got {self.clip}")
         check_eps(self.eps)
@@ -136,6 +135,6 @@ class DNC(Memory):
         return reads, state, weights
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: object, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
