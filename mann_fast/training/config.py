@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..data.sequences import TASKS
+from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
 from ..ops.cell import CONTROLLERS
@@ -160,6 +160,8 @@ class SequenceConfig(RunConfig):
         super().__post_init__()
         _require(self.task in TASKS, "task", f"one of {', '.join(TASKS)}", self.task)
         _require(self.length >= self.least, "length", f"at least {self.least}", self.length)
+        fits = self.task != "key-value" or self.length <= KeyValue.most
+        _require(fits, "length", f"at most {KeyValue.most}, as many as can differ", self.length)
         choices = (("addressing", tuple(MEMORIES)), ("controller", tuple(CONTROLLERS)))
         for name, known in choices:
             value = getattr(self, name)
@@ -180,6 +182,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {},
     "repeat-copy": {"length": 5, "steps": 10_000, "lr": 3e-3},
     "recall": {"length": 6, "steps": 4000},
+    "key-value": {"length": 4, "slots": 8},
     "regression": {
         "length": 50,
         "steps": 10_000,
