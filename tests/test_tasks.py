@@ -161,7 +161,10 @@ def test_errors_count_wrong_bits_of_answers_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "sort"}, "task must be one of copy, repeat-copy, recall, key-value, regression, got 'sort'"),
+        (
+            {"task": "sort"},
+            "task must be one of copy, repeat-copy, recall, key-value, regression, got 'sort'",
+        ),
         ({"task": "recall", "length": 1}, "length must be at least 2, got 1"),
         ({"task": "key-value", "length": 17}, "length must be at most 16, as many as can differ, got 17"),
         ({"length": 0}, "length must be at least 1, got 0"),

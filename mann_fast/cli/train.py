@@ -103,8 +103,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--length",
         type=int,
         metavar="N",
-        help="of a sequence task, the longest of training: vectors to copy, items to recall, pairs of a round, points of a function "
-        f"(default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
+        help="of a sequence task, the longest of training: vectors to copy, items to recall, pairs of a round, points of a "
+        f"function (default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
     )
     setting(
         "--addressing",
