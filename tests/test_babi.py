@@ -1,14 +1,20 @@
 """bAbI: the files as the loader takes them, the model on them, and the command."""
 
 import io
+import json
 import tarfile
 import zipfile
 
 import pytest
 import torch
 from torch import Generator
+from torch.nn import functional as F
 
+from mann_fast import cli
 from mann_fast.data.babi import NONE, TASKS, Stories, load_babi
+from mann_fast.training import BabiConfig, BabiTrainer, load_checkpoint, restore_model
+from mann_fast.training.babi import MEANS, PUBLISHED, answer_logits, measure_babi, wanted_answers
+from mann_fast.training.loop import resume_run, start_run, train
 
 STORY = """1 Mary moved to the {0}.
 2 John went to the garden.
@@ -129,3 +135,111 @@ def test_what_is_missing_double_or_damaged_is_named(tmp_path):
     (tmp_path / "text.zip").write_text("no archive")
     with pytest.raises(ValueError, match="is no complete archive .* expected the .tar.gz or .zip"):
         load_babi(tmp_path / "text.zip")
+
+
+TINY = {
+    "addressing": "lrua",
+    "repairs": "",
+    "hidden_size": 7,
+    "slots": 9,
+    "slot_size": 5,
+    "heads": 2,
+    "steps": 6,
+    "log_every": 2,
+    "checkpoint_every": 3,
+}
+OPTIONS = ["--addressing", "lrua", "--repairs", "", "--hidden-size", "7", "--slots", "9", "--slot-size", "5"]
+OPTIONS += ["--heads", "2", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("babi") / "en-10k")
+
+
+@pytest.mark.parametrize("model", ["mann", "lstm"])
+def test_training_resumes_bit_for_bit_and_its_errors_are_those_counted_one_story_at_a_time(
+    model, files, tmp_path
+):
+    data = load_babi(files)
+    config = BabiConfig(**{**TINY, "model": model, "data": str(files)})
+    whole = start_run(config, data, tmp_path / "whole")
+    assert isinstance(whole, BabiTrainer) and train(whole, tmp_path / "whole")
+    first = start_run(config, data, tmp_path / "halves")
+    assert not train(first, tmp_path / "halves", stop=lambda: first.step == 3)
+    second = resume_run(config, data, tmp_path / "halves")
+    assert second.step == 3 and train(second, tmp_path / "halves")
+    states = [load_checkpoint(tmp_path / part) for part in ("whole", "halves")]
+    for a, b in zip(*(state["model"]["state"].values() for state in states), strict=True):
+        assert torch.equal(a, b)
+    assert states[0]["config"] == config
+    restored = restore_model(states[0])
+    found = measure_babi(restored, data, 1000)
+    for result in found[::7]:
+        wrong = [
+            restored(torch.eye(len(data.vocabulary))[story.words].unsqueeze(1))[0][t, 0].argmax() != answer
+            for story in data.test[result.task]
+            for t, answer in enumerate(story.answers)
+            if answer != NONE
+        ]
+        assert result.error == sum(wrong) / 4 and result.guess == (0.5 if result.task != 20 else 1.0)
+    other = write(tmp_path / "other", last="room1")
+    with pytest.raises(ValueError, match="the stories of --data .* are not those"):
+        resume_run(config, load_babi(other), tmp_path / "halves")
+
+
+def test_the_loss_is_the_mean_over_the_answers_and_falls(files):
+    data = load_babi(files)
+    config = BabiConfig(
+        **{**TINY, "data": str(files), "steps": 40, "lr": 0.03, "batch": 5, "hidden_size": 32}
+    )
+    trainer = BabiTrainer(config, data)
+    drawn = data.sample(5, Generator().manual_seed(config.seed))
+    with torch.no_grad():
+        one_by_one = [answer_logits(trainer.model, Stories.of([story]), trainer.words) for story in drawn]
+    logits = torch.cat(one_by_one).double()
+    wanted = torch.cat([wanted_answers(Stories.of([story])) for story in drawn])
+    assert logits.shape == (len(wanted), len(data.vocabulary)) and len({len(x) for x in one_by_one}) > 1
+    step = trainer.train_step()
+    assert step.loss == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-5)
+    assert step.error == pytest.approx((logits.argmax(1) != wanted).double().mean().item())
+    losses = [trainer.train_step().loss for _ in range(39)]
+    assert sum(losses[-5:]) / 5 < 0.75 * step.loss
+
+
+def test_the_papers_means_are_those_of_their_columns():
+    for name, column in PUBLISHED.items():
+        assert len(column) == 20
+        assert sum(mean for mean, _ in column) / 20 == pytest.approx(MEANS[name][0], abs=0.051)
+
+
+def test_commands_train_evaluate_and_name_mistakes(files, capsys, tmp_path):
+    run = str(tmp_path / "run")
+    command = ["train", "--task", "babi", "--data", str(files), "--out", run, *OPTIONS]
+    assert cli.main([*command, "--require-learning"]) == 1
+    printed, said = capsys.readouterr()
+    assert "19: path finding" in printed and "40.7 ± 34.9" in printed and "16.9 ± 5.2" in printed
+    assert "learning did not start" in said
+    assert cli.main(["train", "--out", run, "--resume", "--steps", "3", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["step"] == 3 and len(summary["results"]) == 20
+    assert cli.main(["evaluate", "--checkpoint", run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == summary["results"]
+    other = write(tmp_path / "other", last="cellar")
+    for arguments, message in (
+        (["evaluate", "--checkpoint", run, "--data", str(other)], "the words of"),
+        (["show", "--checkpoint", run], "is a model of the task babi"),
+        (["predict", "--checkpoint", run, "--support", ".", "a.png"], "is a model of the task babi"),
+        (["train", "--task", "babi", "--out", run + "2"], "--data is needed: the path of the bAbI files"),
+        ([*command, "--length", "3"], "--length does not belong to --task babi"),
+        (
+            [*command[:-2], "--out", run + "2", "--repairs", "mm"],
+            "repairs must be some of the letters m (masks)",
+        ),
+        (
+            [*command[:-2], "--out", run + "2", "--repairs", "m"],
+            "repairs must be empty with addressing 'lrua'",
+        ),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
