@@ -146,7 +146,7 @@ def test_its_controller_sees_the_reads_of_the_call_before_and_not_of_the_step_be
             outputs.append(torch.cat(seen, 1))
     assert torch.equal(outputs[0], outputs[1]) and (outputs[0][..., 4:] == 0).all()
     assert network(x)[0].shape == (1, 3, 4)  # as wide as the input
-    with pytest.raises(NameError):
+    with pytest.raises(IndexError):
         network(nn.utils.rnn.pack_sequence([x[0]]))
     first, second = (network(x, reset_experience=True)[0] for _ in range(2))
     assert not torch.equal(first, second)  # its controller starts at random
