@@ -6,30 +6,44 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .config import SequenceConfig
+from torch import Tensor
+
+from .config import BabiConfig, MemoryConfig, SequenceConfig
 from .files import replacing
-from .plots import _figure, _marker, plot_loss
+from .plots import Colours, _figure, _marker, draw_steps, plot_loss, slot_panels
 from .sequences import SequenceTrace, SizeResult, task_of
 
 
-def unit(config: SequenceConfig) -> str:
+def unit(config: MemoryConfig) -> str:
     """What an error counts."""
+    if isinstance(config, BabiConfig):
+        return "share of wrong answers"
     return "wrong bits per answer" if task_of(config).binary else "squared error"
 
 
+def loss_unit(config: MemoryConfig) -> str:
+    """What the loss of training is."""
+    if isinstance(config, BabiConfig):
+        return "loss (nats per answer)"
+    return "loss (nats per bit)" if task_of(config).binary else "squared error"
+
+
 def plot_sequence_curve(
-    path: str | os.PathLike, records: Sequence[dict[str, Any]], config: SequenceConfig, title: str
+    path: str | os.PathLike, records: Sequence[dict[str, Any]], config: MemoryConfig, title: str
 ) -> None:
-    """Errors on sequences of every size, and training loss, over steps; from the lines of metrics.jsonl."""
+    """Errors on sequences of every size, or of all bAbI tasks, and training loss, over steps; from the lines of
+    metrics.jsonl.
+    """
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name in records[-1]["test_error"]:
         values = [record["test_error"][name] for record in records]
         top.plot(steps, values, label=name, marker=_marker(steps))
-    top.set(title=f"{title}: new sequences", ylabel=unit(config), ylim=(0, None))
+    kind = "stories" if isinstance(config, BabiConfig) else "sequences"
+    top.set(title=f"{title}: new {kind}", ylabel=unit(config), ylim=(0, None))
     top.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
-    plot_loss(bottom, records, "loss (nats per bit)" if task_of(config).binary else "squared error")
+    plot_loss(bottom, records, loss_unit(config))
     bottom.set(yscale="log")
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
@@ -62,24 +76,23 @@ def plot_answers(
 
 def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, title: str) -> None:
     """One sequence step by step: inputs, what is wanted, what the model answers, and weights of writing and reading of every
-    slot (as figure 6 of Graves et al. 2014 shows them)."""
-    panels = [
+    slot (as figure 6 of Graves et al. 2014 shows them), of a DNC coloured by kind."""
+    panels: list[tuple[str, Tensor, Colours]] = [
         ("input", trace.inputs, "Greys"),
         ("wanted", trace.targets, "Greys"),
         ("answered", trace.outputs * trace.answered.unsqueeze(1), "Greys"),
     ]
-    if trace.written is not None:
-        panels += [("slot written", trace.written, "Oranges"), ("slot read", trace.read, "Blues")]
+    if trace.slots is not None:
+        panels += [(f"slot {name}", *drawn) for name, *drawn in slot_panels(trace.slots)]
     heights = [0.5 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, _ in panels]
     figure = _figure(max(7.0, 0.09 * len(trace.inputs) + 3), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     figure.suptitle(title)
     for axes, (label, values, colours) in zip(rows, panels, strict=True):
-        drawn = axes.imshow(values.T, cmap=colours, aspect="auto", interpolation="nearest")
+        draw_steps(axes, values, colours)
         axes.set_ylabel(label)
         if values.shape[1] <= 16:
             axes.set_yticks([])
-        figure.colorbar(drawn, ax=axes, pad=0.01)
     rows[-1].set_xlabel("step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
