@@ -214,9 +214,7 @@ def test_onnx_asks_the_reference(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's
-@pytest.mark.parametrize(
-    "options", [{}, {"addressing": "ntm"}, {"addressing": "dnc"}, {"addressing": "dnc", "link": False}]
-)
+@pytest.mark.parametrize("options", [{}, {"addressing": "ntm"}])
 def test_onnx(options, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
