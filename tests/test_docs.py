@@ -34,7 +34,7 @@ def run_examples(page, count):
 
 
 def test_examples_of_layers_run():
-    assert run_examples(DOCS / "layers.md", 9)["logits"].shape == (50, 16, 5)
+    assert run_examples(DOCS / "layers.md", 10)["logits"].shape == (50, 16, 5)
 
 
 def test_example_of_migrating_runs():

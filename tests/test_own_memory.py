@@ -312,7 +312,7 @@ def test_an_episode_of_images_is_drawn_with_and_without_usage(page, tmp_path):
     episodes = Episodes(glyphs, ways=2, shots=3, labels="onehot", seed=0)
     episode = episodes.sample(1)
     images = episode.inputs[:, 0, :64].unflatten(1, (8, 8))
-    for addressing, name in ((page["Ring"](), "ring.png"), ("lrua", "lrua.png")):
+    for addressing, name in ((page["Ring"](), "ring.png"), ("lrua", "lrua.png"), ("dnc", "dnc.png")):
         model = MANN(episodes.input_size, episodes.num_outputs, 5, addressing=addressing, **SIZES)
         found = trace(model, episode, "onehot")
         assert found.slots.written.shape == found.slots.read.shape == (6, 7) and (
