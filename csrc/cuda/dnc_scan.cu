@@ -9,13 +9,15 @@ namespace mann_fast {
 namespace cuda {
 namespace {
 
+constexpr int sorted_at_once = 256;
+
 template <class T>
 struct DncForward {
   using Bits = typename Order<T>::Bits;
   int64_t N, heads;
   T *in, *partial_reads, *total;  // [2, inputs]; [warps, R, D]; the sum of the write weights
-  Bits* ranks;                    // [N] each: the order of usages as integers
-  int* order;
+  Bits *ranks, *sorted;  // [N] each: usages as integers of the same order; part by part in order, where there are parts
+  int *order, *places;   // slots in order; a slot's place in its part
   T *usage, *retained, *precedence, *written, *before;
   T *read_weights, *dots, *squares;  // [heads, N], [R + 1, N] twice: of the heads that read, and of the one that writes
   T *forward, *backward;             // [heads, N], [warps, heads, N]: directions, the latter as far as each warp's rows go
@@ -27,9 +29,11 @@ struct DncForward {
   __device__ __host__ DncForward(Room<NEAR>& room, const DncPlan& plan, T* out_memory = nullptr, T* out_links = nullptr)
       : N(plan.N), heads(plan.heads), in(room.template take<T>(2 * plan.inputs())),
         partial_reads(room.template take<T>(static_cast<int64_t>(plan.warps) * plan.R * plan.D)),
-        total(room.template take<T>(1)), ranks(room.template take<Bits>(N)), order(room.template take<int>(N)),
-        usage(room.template take<T>(N)), retained(room.template take<T>(N)), precedence(room.template take<T>(N)),
-        written(room.template take<T>(N)), before(room.template take<T>(N)), read_weights(room.template take<T>(heads * N)),
+        total(room.template take<T>(1)), ranks(room.template take<Bits>(N)),
+        sorted(room.template take<Bits>(N > sorted_at_once ? N : 0)), order(room.template take<int>(N)),
+        places(room.template take<int>(N > sorted_at_once ? N : 0)), usage(room.template take<T>(N)),
+        retained(room.template take<T>(N)), precedence(room.template take<T>(N)), written(room.template take<T>(N)),
+        before(room.template take<T>(N)), read_weights(room.template take<T>(heads * N)),
         dots(room.template take<T>((plan.R + 1) * N)), squares(room.template take<T>((plan.R + 1) * N)),
         forward(room.template take<T>(plan.links ? heads * N : 0)),
         backward(room.template take<T>(plan.links ? plan.warps * heads * N : 0)) {
@@ -94,19 +98,49 @@ struct DncForwardScan : DncThread<T> {
     });
   }
 
-  // A slot's place is the number of those before it, which its 8 lanes count.
-  __device__ __forceinline__ void sort() {
+  // A slot's place is the number of those before it, which its 8 lanes count: all of them where they are few, else those of its
+  // own part, and after a barrier, when every part is in order, those of the other parts by halving.
+  __device__ __forceinline__ void sort_parts() {
     this->with_slots([&](int slot, bool there) {
+      const int first = slot / sorted_at_once * sorted_at_once;
       int before = 0;
       if (there) {
+        const int last = first + sorted_at_once < plan.N ? first + sorted_at_once : plan.N;
         const auto own = my.ranks[slot];
-        for (int j = lane % column_lanes; j < plan.N; j += column_lanes) {
+        for (int j = first + lane % column_lanes; j < last; j += column_lanes) {
           const auto other = my.ranks[j];
           before += other < own || (other == own && j < slot);
         }
       }
       before = add_columns(before);
-      if (there && lane % column_lanes == 0) my.order[before] = slot;
+      if (!there || lane % column_lanes != 0) return;
+      if (plan.N <= sorted_at_once) {
+        my.order[before] = slot;
+      } else {
+        my.places[slot] = before;
+        my.sorted[first + before] = my.ranks[slot];
+      }
+    });
+  }
+  __device__ __forceinline__ void sort_all() {
+    this->with_slots([&](int slot, bool there) {
+      const int own_part = slot / sorted_at_once, parts = (plan.N + sorted_at_once - 1) / sorted_at_once;
+      int before = 0;
+      for (int part = lane % column_lanes; there && part < parts; part += column_lanes) {
+        if (part == own_part) continue;
+        const auto own = my.ranks[slot];
+        const int first = part * sorted_at_once;
+        int low = first, high = first + sorted_at_once < plan.N ? first + sorted_at_once : plan.N;
+        while (low < high) {  // equal usage goes to the lower slot
+          const int middle = (low + high) / 2;
+          const auto other = my.sorted[middle];
+          if (other < own || (other == own && part < own_part)) low = middle + 1;
+          else high = middle;
+        }
+        before += low - first;
+      }
+      before = add_columns(before);
+      if (there && lane % column_lanes == 0) my.order[before + my.places[slot]] = slot;
     });
   }
 
@@ -280,7 +314,11 @@ struct DncForwardScan : DncThread<T> {
         this->compare(in, plan.R, slot, there, my.dots, my.squares, [&](int c) { return row[c]; });
       });
       gpu::sync();
-      sort();
+      sort_parts();
+      if (plan.N > sorted_at_once) {
+        gpu::sync();
+        sort_all();
+      }
       if (t > 0) give_reads(t - 1);
       gpu::sync();
       if (warp == 0) weigh_write(in);
