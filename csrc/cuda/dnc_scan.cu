@@ -23,7 +23,7 @@ struct DncForward {
   T *forward, *backward;             // [heads, N], [warps, heads, N]: directions, the latter as far as each warp's rows go
   T *memory, *links;                 // [N, row], [N, N]
   int row;
-  bool near;
+  bool near_memory, near_links, near;
 
   template <bool NEAR>
   __device__ __host__ DncForward(Room<NEAR>& room, const DncPlan& plan, T* out_memory = nullptr, T* out_links = nullptr)
@@ -39,11 +39,12 @@ struct DncForward {
         backward(room.template take<T>(plan.links ? plan.warps * heads * N : 0)) {
     const size_t used = room.near.used;
     memory = room.template take_or<T>(N * plan.row, out_memory);
-    const bool near_memory = room.near.used > used;
+    near_memory = room.near.used > used;
     row = near_memory ? plan.row : plan.D;
     const size_t with_memory = room.near.used;
     links = plan.links ? room.template take_or<T>(N * N, out_links) : nullptr;
-    near = near_memory && (!plan.links || room.near.used > with_memory) && room.far.used == 0;
+    near_links = room.near.used > with_memory;
+    near = near_memory && (near_links || !plan.links) && room.far.used == 0;
   }
 };
 
@@ -351,14 +352,21 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 template <class T>
-const char* scan(const DncScan& a, const Queue& queue) {
+const char* plan_of(const DncScan& a, DncPlan& plan) {
   if (const char* why = dnc_too_large(a)) return why;
-  DncPlan plan = dnc_sizes_of(a, nullptr, false);
-  const bool near = dnc_place<DncForward<T>>(plan, gpu::limits());
+  plan = dnc_sizes_of(a, nullptr, false);
+  dnc_place<DncForward<T>>(plan, gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan(const DncScan& a, const Queue& queue) {
+  DncPlan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const size_t bytes = plan.scratch * static_cast<size_t>(a.B);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
   const gpu::Launch how{a.B, 32 * plan.warps, 1, plan.shared, queue.stream};
-  if (sizeof(T) == 4 && near) return gpu::launch(dnc_forward_kernel<T, sizeof(T) == 4>, how, a, plan, scratch);
+  if (sizeof(T) == 4 && plan.near) return gpu::launch(dnc_forward_kernel<T, sizeof(T) == 4>, how, a, plan, scratch);
   return gpu::launch(dnc_forward_kernel<T, false>, how, a, plan, scratch);
 }
 
@@ -366,6 +374,12 @@ const char* scan(const DncScan& a, const Queue& queue) {
 
 const char* dnc_scan(const DncScan& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan<double>(a, queue) : scan<float>(a, queue);
+}
+const char* dnc_scan_layout(const DncScan& a, Layout& layout) {
+  DncPlan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = dnc_layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda

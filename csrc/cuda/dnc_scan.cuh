@@ -37,12 +37,13 @@ struct DncPlan {
   int N, D, R;
   int heads;  // R, padded: heads are taken four at a time through the links
   bool links, masks, sharpened, deallocate;
-  int warps, row;                 // numbers from a slot to the next in shared memory
-  const void* told[Told::kinds];  // null where there is none
-  int first[Told::kinds + 1];     // where each piece begins among a step's inputs
-  int segment, segments;          // of backward: steps of a replay, and how many there are
-  size_t limit;                   // bytes of shared memory that a block may have
-  size_t shared, scratch;         // bytes of a block
+  int warps, row;                      // numbers from a slot to the next in shared memory
+  const void* told[Told::kinds];       // null where there is none
+  int first[Told::kinds + 1];          // where each piece begins among a step's inputs
+  int segment, segments;               // of backward: steps of a replay, and how many there are
+  size_t limit;                        // bytes of shared memory that a block may have
+  size_t shared, scratch;              // bytes of a block
+  bool near_memory, near_links, near;  // in shared memory: the memory, the links, everything
 
   __device__ __host__ int count(int kind) const { return first[kind + 1] - first[kind]; }
   __device__ __host__ int inputs() const { return first[Told::kinds]; }
@@ -119,14 +120,21 @@ class Room {
   size_t limit_;
 };
 
-// Whether a direction's arrays all fit near; fills in how many bytes a block needs.
+// Decides where a direction's arrays lie.
 template <class Arrays>
-bool dnc_place(DncPlan& plan, const gpu::Limits& limits) {
+void dnc_place(DncPlan& plan, const gpu::Limits& limits) {
   plan.limit = limits.shared;
   Room<false> room(nullptr, nullptr, plan.limit);
   const Arrays arrays(room, plan);
   plan.shared = room.near.used, plan.scratch = room.far.used;
-  return arrays.near;
+  plan.near_memory = arrays.near_memory, plan.near_links = arrays.near_links, plan.near = arrays.near;
+}
+
+inline Layout dnc_layout_of(const DncPlan& plan) {
+  const char* memory = !plan.near_memory                ? "device memory"
+                       : plan.links && !plan.near_links ? "shared memory, its links in device memory"
+                                                        : "shared memory";
+  return {1, plan.warps, memory, plan.shared};
 }
 
 // The inputs of one step on their way: requested a step ahead, in registers as far as they go.

@@ -26,7 +26,7 @@ struct DncBackward {
   T *by_columns, *of_columns_written, *of_columns_before;            // [warps, heads, N], [warps, N] twice
   T *memory, *links;                                                 // their gradients [N, row], [N, N]
   int row;
-  bool near;
+  bool near_memory, near_links, near;
   T* states;  // [segments + segment - 1, state_numbers], in device memory
 
   static __device__ __host__ int64_t state_numbers(const DncPlan& plan) {
@@ -50,11 +50,12 @@ struct DncBackward {
     for (T** one : {&of_columns_written, &of_columns_before}) *one = room.template take<T>(plan.links ? plan.warps * N : 0);
     const size_t used = room.near.used;
     memory = room.template take_or<T>(N * plan.row, out_memory);
-    const bool near_memory = room.near.used > used;
+    near_memory = room.near.used > used;
     row = near_memory ? plan.row : plan.D;
     const size_t with_memory = room.near.used;
     links = plan.links ? room.template take_or<T>(N * N, out_links) : nullptr;
-    near = near_memory && (!plan.links || room.near.used > with_memory) && room.far.used == 0;
+    near_links = room.near.used > with_memory;
+    near = near_memory && (near_links || !plan.links) && room.far.used == 0;
     states = room.far.template take<T>((plan.segments + plan.segment - 1) * state_numbers(plan));
   }
 };
@@ -678,20 +679,27 @@ __global__ void __launch_bounds__(most_threads, 1)
 }
 
 template <class T>
-const char* scan_backward(const DncScanBackward& a, const Queue& queue) {
+const char* plan_of(const DncScanBackward& a, DncPlan& plan) {
   if (const char* why = dnc_too_large(a)) return why;
-  DncPlan plan = dnc_sizes_of(a, a.grad_reads, true);
+  plan = dnc_sizes_of(a, a.grad_reads, true);
   while (static_cast<int64_t>(plan.segment) * plan.segment < a.T) ++plan.segment;
   if (plan.segment == 0) plan.segment = 1;
   plan.segments = static_cast<int>((a.T + plan.segment - 1) / plan.segment);
-  const bool near = dnc_place<DncBackward<T>>(plan, gpu::limits());
+  dnc_place<DncBackward<T>>(plan, gpu::limits());
+  return nullptr;
+}
+
+template <class T>
+const char* scan_backward(const DncScanBackward& a, const Queue& queue) {
+  DncPlan plan;
+  if (const char* why = plan_of<T>(a, plan)) return why;
   const size_t bytes = plan.scratch * static_cast<size_t>(a.B);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
   const auto& g = a.grad_told;
   const DncGiven given = {{g.read_keys, g.read_sharpness, g.write_key, g.write_sharpness, g.erase, g.write_vector, g.free_gates,
                            g.allocation_gate, g.write_gate, g.read_modes, g.read_masks, g.write_mask, g.link_sharpening}};
   const gpu::Launch how{a.B, 32 * plan.warps, 1, plan.shared, queue.stream};
-  if (sizeof(T) == 4 && near) return gpu::launch(dnc_backward_kernel<T, sizeof(T) == 4>, how, a, given, plan, scratch);
+  if (sizeof(T) == 4 && plan.near) return gpu::launch(dnc_backward_kernel<T, sizeof(T) == 4>, how, a, given, plan, scratch);
   return gpu::launch(dnc_backward_kernel<T, false>, how, a, given, plan, scratch);
 }
 
@@ -699,6 +707,12 @@ const char* scan_backward(const DncScanBackward& a, const Queue& queue) {
 
 const char* dnc_scan_backward(const DncScanBackward& a, const Queue& queue) {
   return a.state == Dtype::float64 ? scan_backward<double>(a, queue) : scan_backward<float>(a, queue);
+}
+const char* dnc_scan_backward_layout(const DncScanBackward& a, Layout& layout) {
+  DncPlan plan;
+  const char* why = plan_of<float>(a, plan);
+  if (!why) layout = dnc_layout_of(plan);
+  return why;
 }
 
 }  // namespace cuda
