@@ -7,7 +7,7 @@ import torch
 from torch import Generator
 
 from mann_fast import cli
-from mann_fast.data.sequences import TASKS, AssociativeRecall, Copy, Regression, RepeatCopy
+from mann_fast.data.sequences import TASKS, AssociativeRecall, Copy, KeyValue, Regression, RepeatCopy
 from mann_fast.training import SequenceConfig, SequenceTrainer, load_checkpoint, restore_model
 from mann_fast.training.checkpoint import build_model
 from mann_fast.training.loop import resume_run, start_run, train
@@ -63,6 +63,36 @@ def test_recall_asks_for_the_item_after_the_one_that_is_shown_again():
         assert torch.equal(targets[answered][:, b], items[at + 1, 1:, b, :6])
         asked.add(at)
     assert asked == {0, 1, 2}
+
+
+def test_key_value_asks_for_each_pair_of_the_round_by_one_half_and_wants_the_other():
+    inputs, targets, answered, _ = KeyValue(4).sample(30, random(), 3, 2)
+    assert inputs.shape == (12, 30, 10) and targets.shape == (12, 30, 4)
+    assert answered.tolist() == ([False] * 3 + [True] * 3) * 2
+    orders, sides, reused = set(), set(), False
+    for b in range(30):
+        partners: dict[tuple, set] = {}
+        for start in (0, 6):
+            shown = inputs[start : start + 3, b]
+            assert shown[:, 8:].sum() == 0
+            halves = [[tuple(row[at : at + 4].tolist()) for row in shown] for at in (0, 4)]
+            assert len(set(halves[0])) == len(set(halves[1])) == 3
+            asked = []
+            for t in range(start + 3, start + 6):
+                (side,) = inputs[t, b, 8:].nonzero()[:, 0].tolist()
+                given, hidden = inputs[t, b, :8].view(2, 4)[[side, 1 - side]]
+                at = halves[side].index(tuple(given.tolist()))
+                assert hidden.sum() == 0 and tuple(targets[t, b].tolist()) == halves[1 - side][at]
+                asked.append(at)
+                sides.add(side)
+            assert sorted(asked) == [0, 1, 2]
+            orders.add(tuple(asked))
+            for first, second in zip(*halves, strict=True):
+                partners.setdefault(first, set()).add(second)
+        reused |= any(len(found) > 1 for found in partners.values())
+    assert sides == {0, 1} and len(orders) == 6 and reused
+    with pytest.raises(ValueError, match="length must be at most 16, got 17"):
+        KeyValue(4).sample(1, random(), 17, 1)
 
 
 def test_regression_is_a_gaussian_process_and_its_best_prediction_is_that_process_s_own():
@@ -131,8 +161,12 @@ def test_errors_count_wrong_bits_of_answers_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "sort"}, "task must be one of copy, repeat-copy, recall, regression, got 'sort'"),
+        (
+            {"task": "sort"},
+            "task must be one of copy, repeat-copy, recall, key-value, regression, got 'sort'",
+        ),
         ({"task": "recall", "length": 1}, "length must be at least 2, got 1"),
+        ({"task": "key-value", "length": 17}, "length must be at most 16, as many as can differ, got 17"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, got 'random'"),
         ({"controller": "rnn"}, "controller must be one of lstm, gru, feedforward, got 'rnn'"),

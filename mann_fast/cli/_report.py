@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
-from ..training.config import RunConfig
+from ..training.babi import MEANS, PUBLISHED, REPEATED
+from ..training.config import MemoryConfig, RunConfig
 from ..training.plots import ordinal, shown_instances
 from ..training.sequence_plots import unit
 from ..training.sequences import SequenceStep
@@ -72,7 +73,7 @@ class TrainingProgress:
             )
 
     def _numbers(self) -> str:
-        if isinstance(self.config, SequenceConfig):
+        if isinstance(self.config, MemoryConfig):
             return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}"
         shown = " ".join(f"{ordinal(k)} {self.values[k - 1]:.0%}" for k in shown_instances(self.config.shots))
         return f"loss {self.loss:.3f} {shown}"
@@ -124,6 +125,28 @@ def print_errors(results: Sequence[dict[str, Any]], config: SequenceConfig, titl
                 values = (result["by_answer"][k - 1], result["ideal"][k - 1], result["guess"])
                 table.add_row(ordinal(k), *(f"{value:.3f}" for value in values))
     print_table(table)
+
+
+def print_babi(results: Sequence[dict[str, Any]], title: str) -> None:
+    """The error of every task beside the papers', as a table on stdout."""
+    print(title)
+    table = Table("task")
+    for name in ("wrong answers", "the commonest answer", *PUBLISHED):
+        table.add_column(name, justify="right")
+    for result in results:
+        papers = (column[result["task"] - 1] for column in PUBLISHED.values())
+        figures = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in papers)
+        here = f"{100 * result['error']:.1f}%", f"{100 * result['guess']:.1f}%"
+        table.add_row(f"{result['task']}: {result['name']}", *here, *figures)
+    means = (100 * sum(result[name] for result in results) / len(results) for name in ("error", "guess"))
+    papers = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in MEANS.values())
+    table.add_row("mean", *(f"{mean:.1f}%" for mean in means), *papers)
+    failed = sum(result["error"] > 0.05 for result in results)
+    print_table(table)
+    print(
+        f"{failed} of {len(results)} tasks with more than 5% wrong. The DNC of Graves et al. as Csordas and Schmidhuber ran "
+        f"it: mean {REPEATED[0]} ± {REPEATED[1]}."
+    )
 
 
 def print_table(table: Table) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data.babi import load_babi
 from ..data.images import expand_user
-from ..training import SequenceConfig, evaluate, load_checkpoint, restore_model
+from ..training import BabiConfig, SequenceConfig, evaluate, load_checkpoint, restore_model
+from ..training.babi import measure_babi
 from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
 from ..training.loop import describe
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     config = content["config"]
     if isinstance(config, SequenceConfig):
         return evaluate_task(args, content)
+    if isinstance(config, BabiConfig):
+        return evaluate_babi(args, content)
     source = args.data or config.data
     episodes = heldout_episodes(config, source, args.seed)
     classes, model = episodes.classes.num_classes, restore_model(content)
@@ -115,6 +119,30 @@ def evaluate_task(args: argparse.Namespace, content: dict[str, Any]) -> int:
     }
     heading = f"{describe(config)}, step {content['step']}: {args.episodes:,} new sequences of each size"
     return report(args, result, lambda: print_errors(result["results"], config, heading))
+
+
+def evaluate_babi(args: argparse.Namespace, content: dict[str, Any]) -> int:
+    """The same for a model of the bAbI tasks; there is no picture."""
+    from ._report import print_babi
+
+    config = content["config"]
+    source = args.data or config.data
+    data = load_babi(source)
+    if list(data.vocabulary) != content["vocabulary"]:
+        raise ValueError(f"the words of {source} are not those that {args.checkpoint} was trained on")
+    results = [result._asdict() for result in measure_babi(restore_model(content), data, args.episodes)]
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "step": content["step"],
+        "data": source,
+        "results": results,
+    }
+    write_json(out_folder(args) / "evaluation.json", result)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_babi(results, f"{describe(config)}, step {content['step']}")
+    return 0
 
 
 def report(args: argparse.Namespace, result: dict[str, Any], print_table: Callable[[], None]) -> int:

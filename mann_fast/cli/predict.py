@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import image_files, load_images
 from ..data.folder import class_folders, warn_of_others
 from ..data.images import counted, expand_user
-from ..training import SequenceConfig, load_checkpoint, predict, restore_model
+from ..training import TrainConfig, load_checkpoint, predict, restore_model
 from ._options import add_checkpoint, say_which_model
 
 EXAMPLE = """\
@@ -93,7 +93,7 @@ def classify(
     read.
     """
     content = load_checkpoint(checkpoint)
-    if isinstance(content["config"], SequenceConfig):
+    if not isinstance(content["config"], TrainConfig):
         raise ValueError(f"{checkpoint} is a model of the task {content['config'].task}, not of images")
     groups = example_files(support)
     files = [file for group in groups.values() for file in group]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.images import expand_user
-from ..training import SequenceConfig, load_checkpoint, restore_model
+from ..training import BabiConfig, SequenceConfig, load_checkpoint, restore_model
 from ..training.loop import describe
 from ..training.sequences import trace_sequence
 from ..training.trace import trace
@@ -49,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
+    if isinstance(config, BabiConfig):
+        raise ValueError(
+            f"{args.checkpoint} is a model of the task {config.task}, of which there is no picture"
+        )
     if isinstance(config, SequenceConfig):
         return show_sequence(args, content)
     if args.length is not None:

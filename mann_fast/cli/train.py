@@ -6,14 +6,17 @@ import argparse
 import json
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
 from ..ops.cell import CONTROLLERS
 from ..training import (
+    BabiConfig,
     InstanceAccuracy,
     Interrupted,
     SequenceConfig,
@@ -23,10 +26,11 @@ from ..training import (
     resume_run,
     start_run,
     summarise,
+    summarise_babi,
     summarise_task,
 )
 from ..training import train as train_loop
-from ..training.config import LABELS, MODELS, RunConfig
+from ..training.config import BABI, LABELS, MODELS, REPAIRS, RunConfig, config_kind
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, require_no_run
 from ._options import load_data
@@ -38,6 +42,7 @@ examples:
   mann-fast train --data omniglot --out runs/omniglot          (fetches Omniglot first, 15 MB)
   mann-fast train --data my_images --out runs/mine --ways 2    (one folder of images per class)
   mann-fast train --task copy --out runs/copy                  (a Neural Turing Machine learns to copy, in minutes)
+  mann-fast train --task babi --data tasks_1-20_v1-2.tar.gz --out runs/babi
   mann-fast train --out runs/omniglot --resume                 (goes on after Ctrl-C)
   torchrun --nproc-per-node 4 -m mann_fast train --data omniglot --out runs/omniglot     (four processes share every batch)
 
@@ -61,14 +66,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting = parser.add_argument
     setting(
         "--task",
-        choices=(ONE_SHOT, *TASKS),
-        help=f"classes of images from a few examples, or a sequence task (default: {ONE_SHOT})",
+        choices=(ONE_SHOT, *TASKS, BABI),
+        help=f"classes of images from a few examples, a sequence task, or questions about stories (default: {ONE_SHOT})",
     )
     setting(
         "--data",
         metavar="DATA",
         help="glyphs (built in), omniglot (fetched once), or a folder: Omniglot's, or one with a "
-        "sub-folder of images per class; needed except with --resume or a sequence task",
+        "sub-folder of images per class; of --task babi the folder or archive of its files; needed except with --resume or "
+        "a sequence task",
     )
     setting(
         "--out",
@@ -103,16 +109,22 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--length",
         type=int,
         metavar="N",
-        help="of a sequence task, the longest of training: vectors to copy, items to recall, points of a function "
-        f"(default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
+        help="of a sequence task, the longest of training: vectors to copy, items to recall, pairs of a round, points of a "
+        f"function (default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
     )
     setting(
         "--addressing",
         choices=tuple(MEMORIES),
-        help="of the memory, in a sequence task (default: "
-        f"{', '.join(f'{SequenceConfig.of_task(task).addressing} for {task}' for task in TASKS)})",
+        help="of the memory, in a sequence task or babi (default: "
+        f"{', '.join(f'{SequenceConfig.of_task(task).addressing} for {task}' for task in TASKS)}, dnc for babi)",
     )
-    setting("--controller", choices=tuple(CONTROLLERS), help="of a sequence task (default: lstm)")
+    setting(
+        "--repairs",
+        metavar="LETTERS",
+        help="of --addressing dnc, those of Csordas and Schmidhuber 2019, such as md: "
+        f"{', '.join(f'{letter} ({option})' for letter, option in REPAIRS.items())}",
+    )
+    setting("--controller", choices=tuple(CONTROLLERS), help="of a sequence task or babi (default: lstm)")
     setting(
         "--hidden-size",
         type=int,
@@ -150,7 +162,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--require-learning",
         action="store_true",
         help="exit with status 1 if the 2nd image of a class is not recognised better than by guessing, or a sequence task "
-        "has half the errors of a guess",
+        "or babi has more than half the errors of a guess",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the summary as JSON, and nothing else, to stdout"
@@ -179,20 +191,24 @@ def configured(args: argparse.Namespace) -> RunConfig:
     """
     before = load_checkpoint(args.out / CHECKPOINT)["config"] if args.resume else None
     task = args.task or getattr(before, "task", ONE_SHOT)
-    kind = TrainConfig if task == ONE_SHOT else SequenceConfig
+    kind = config_kind(None if task == ONE_SHOT else task)
     if before is not None and task != getattr(before, "task", ONE_SHOT):
         raise ValueError(f"the run in {args.out} is not one of --task {task}; leave the option out")
-    every = {**TrainConfig().to_dict(), **SequenceConfig().to_dict()}
+    every = {field.name for known in (TrainConfig, SequenceConfig, BabiConfig) for field in fields(known)}
     given = {name: getattr(args, name) for name in every if getattr(args, name, None) is not None}
     if kind is TrainConfig:
         given.pop("task", None)
     for name in given:
-        if name not in kind().to_dict():
+        if name not in {field.name for field in fields(kind)}:
             raise ValueError(f"--{name.replace('_', '-')} does not belong to --task {task}")
     if before is not None:
         return kind.from_dict({**before.to_dict(), **given})
     if kind is SequenceConfig:
         return SequenceConfig.of_task(**given)
+    if kind is BabiConfig:
+        if "data" not in given:
+            raise ValueError("--data is needed: the path of the bAbI files, a folder or an archive")
+        return BabiConfig(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
     return TrainConfig(**given)
@@ -213,6 +229,8 @@ def train_and_report(
     if of_images:
         with processes.one_ahead():
             dataset = load_data(config)
+    elif isinstance(config, BabiConfig):
+        dataset = load_babi(config.data)
     trainer = (
         resume_run(config, dataset, out) if resume else start_run(config, dataset, out, overwrite=overwrite)
     )
@@ -234,6 +252,8 @@ def train_and_report(
             summary = None
             if finished and of_images:
                 summary = summarise(trainer, dataset, out, stop=stop)
+            elif finished and isinstance(config, BabiConfig):
+                summary = summarise_babi(trainer, out, stop=stop)
             elif finished:
                 summary = summarise_task(trainer, out, stop=stop)
         except Interrupted:
@@ -260,14 +280,18 @@ def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:
     """The figure that is no better than a guess."""
     if isinstance(config, SequenceConfig):
         return "a sequence of the longest length of training has more than half the errors of a guess"
+    if isinstance(config, BabiConfig):
+        return "more than half the answers are wrong that the commonest ones get wrong"
     accuracy = summary["heldout_accuracy"]["mean"][1]
     return f"the 2nd image of a class is right {accuracy:.1%} of the time, where {1 / config.ways:.0%} is guessing"
 
 
 def print_summary(config: RunConfig, summary: dict[str, Any]) -> None:
-    from ._report import duration, print_accuracy, print_errors
+    from ._report import duration, print_accuracy, print_babi, print_errors
 
-    if isinstance(config, SequenceConfig):
+    if isinstance(config, BabiConfig):
+        print_babi(summary["results"], describe(config))
+    elif isinstance(config, SequenceConfig):
         print_errors(
             summary["results"],
             config,

@@ -1,5 +1,6 @@
 """Sequence tasks for a memory: copy, repeat copy and associative recall (Graves et al. 2014, arXiv 1410.5401, sections 4.1 to
-4.3), and regression on functions drawn from a Gaussian process (Santoro et al. 2016, arXiv 1605.06065).
+4.3), pairs asked for by either half (after Csordas and Schmidhuber 2019, arXiv 1904.10278), and regression on functions drawn
+from a Gaussian process (Santoro et al. 2016, arXiv 1605.06065).
 """
 
 from __future__ import annotations
@@ -159,6 +160,62 @@ class AssociativeRecall:
 
 
 @dataclass(frozen=True)
+class KeyValue:
+    """1 to 3 rounds: in each 1 to ``length`` pairs of 4 and 4 bits, one a step; then each pair is asked for once, in another
+    order, by its first or by its second half. The answer, at the step of the question, is the other half.
+
+    Inputs are the bits, of which a question leaves one half 0, a mark of a question by the first half, and one by the second.
+    Within a round no first half comes twice and no second, so one pair alone answers; the next round pairs them anew, so what
+    an earlier one left in the memory misleads.
+    """
+
+    length: int
+    half = 4
+    most = 2**half  # pairs of a round
+    rounds = 3
+    input_size = 2 * half + 2
+    output_size = half
+    binary = True
+
+    def draw(self, generator: Generator) -> tuple[int, int]:
+        return _randint(1, self.length, generator), _randint(1, self.rounds, generator)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        return self.length, self.rounds
+
+    @property
+    def tests(self) -> list[tuple[int, int]]:
+        whole, rounds = self.length, self.rounds
+        sizes = [(whole, 1), (whole, rounds), (whole, 2 * rounds), (whole, 4 * rounds)]
+        return _distinct([*sizes, (min(2 * whole, self.most), rounds)])
+
+    @staticmethod
+    def name(pairs: int, rounds: int) -> str:
+        return f"{counted(pairs, 'pair')}, {counted(rounds, 'round')}"
+
+    def sample(self, batch: int, generator: Generator, pairs: int, rounds: int) -> Sequences:
+        if pairs > self.most:
+            raise ValueError(f"length must be at most {self.most}, got {pairs}: pairs of a round differ")
+        half = self.half
+        ranks = torch.rand(rounds, 2, batch, self.most, generator=generator)
+        codes = ranks.argsort(3)[..., :pairs].unsqueeze(4)
+        bits = (codes >> torch.arange(half) & 1).float()
+        order = torch.rand(rounds, 1, batch, pairs, 1, generator=generator).argsort(3)
+        first, second = bits.transpose(2, 3).unbind(1)  # [rounds, pairs, B, half]
+        asked_first, asked_second = bits.gather(3, order.expand_as(bits)).transpose(2, 3).unbind(1)
+        by_second = torch.randint(2, (rounds, pairs, batch, 1), generator=generator).float()
+        inputs = torch.zeros(rounds, 2 * pairs, batch, self.input_size)
+        inputs[:, :pairs, :, : 2 * half] = torch.cat([first, second], 3)
+        question = [asked_first * (1 - by_second), asked_second * by_second, 1 - by_second, by_second]
+        inputs[:, pairs:] = torch.cat(question, 3)
+        targets = torch.zeros(rounds, 2 * pairs, batch, half)
+        targets[:, pairs:] = torch.where(by_second == 1, asked_first, asked_second)
+        answered = torch.arange(2 * pairs).repeat(rounds) >= pairs
+        return Sequences(inputs.flatten(0, 1), targets.flatten(0, 1), answered)
+
+
+@dataclass(frozen=True)
 class Regression:
     """``length`` points of a function drawn from a Gaussian process, in random order; the answer at every step is the value of
     the function there, from the points before it.
@@ -204,7 +261,13 @@ class Regression:
         return Sequences(inputs, values.float().transpose(0, 1), answered, ideal.float().squeeze(2).T)
 
 
-TASKS = {"copy": Copy, "repeat-copy": RepeatCopy, "recall": AssociativeRecall, "regression": Regression}
+TASKS = {
+    "copy": Copy,
+    "repeat-copy": RepeatCopy,
+    "recall": AssociativeRecall,
+    "key-value": KeyValue,
+    "regression": Regression,
+}
 
 
 def _distinct(sizes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -1,15 +1,18 @@
-"""Training, evaluation and use of classifiers on episodes, and training on sequence tasks."""
+"""Training, evaluation and use of classifiers on episodes, and training on sequence tasks and bAbI."""
 
+from .babi import BabiTrainer
 from .checkpoint import load_checkpoint, restore_model
-from .config import SequenceConfig, TrainConfig
+from .config import BabiConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
-from .loop import has_learned, resume_run, start_run, summarise, summarise_task, train
+from .loop import has_learned, resume_run, start_run, summarise, summarise_babi, summarise_task, train
 from .prediction import predict
 from .run import TrainingDiverged
 from .sequences import SequenceTrainer
 from .trainer import Trainer
 
 __all__ = [
+    "BabiConfig",
+    "BabiTrainer",
     "InstanceAccuracy",
     "Interrupted",
     "SequenceConfig",
@@ -25,6 +28,7 @@ __all__ = [
     "resume_run",
     "start_run",
     "summarise",
+    "summarise_babi",
     "summarise_task",
     "train",
 ]

@@ -26,7 +26,7 @@ from torch.utils.serialization import config as serialization
 from ..data import num_outputs
 from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
-from .config import RunConfig, SequenceConfig, TrainConfig, config_from_dict
+from .config import BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -109,7 +109,8 @@ def _read_archive(path: Path) -> Any:
 
 
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
-    """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig or SequenceConfig.
+    """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig, SequenceConfig or
+    BabiConfig.
 
     Without a path: the model that comes with the package, 5-way, trained on Omniglot's background set.
 
@@ -197,13 +198,18 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
         _part(content, "data.drawn", bool)
         outputs = num_outputs(config.ways, config.labels)
         needed |= {"input_size": config.image_size**2 + outputs, "num_classes": outputs}
+    elif isinstance(config, BabiConfig):
+        words = _part(content, "vocabulary", list)
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("vocabulary must be words")
+        needed |= {"input_size": len(words), "num_classes": len(words)}
     else:
         task = TASKS[config.task]
         needed |= {"input_size": task.input_size, "num_classes": task.output_size}
     if config.model == "mann":
         needed |= {"num_slots": config.slots, "slot_size": config.slot_size, "num_heads": config.heads}
-        if isinstance(config, SequenceConfig):
-            needed |= {"addressing": config.addressing, "controller": config.controller}
+        if isinstance(config, MemoryConfig):
+            needed |= {"controller": config.controller, **config.memory_options}
     for name, value in needed.items():
         if made_with.get(name) != value:
             raise ValueError(
@@ -228,6 +234,8 @@ def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) ->
         _require_tensors("interval", accuracy, {"accuracy": torch.empty(config.shots, device="meta")})
         generators += ["episodes.generator"]
     else:
+        if isinstance(config, BabiConfig):
+            _part(content, "data.fingerprint", str)
         averages += ["error"]
         generators += ["generator"]
     for name in averages:
@@ -270,10 +278,10 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
         return LSTMClassifier(input_size, num_outputs, config.hidden_size)
-    if isinstance(config, TrainConfig):
-        options = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
+    if isinstance(config, MemoryConfig):
+        options = {"controller": config.controller, **config.memory_options}
     else:
-        options = {"addressing": config.addressing, "controller": config.controller}
+        options = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
     return MANN(
         input_size,
         num_outputs,

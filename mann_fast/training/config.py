@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..data.sequences import TASKS
+from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
 from ..ops.cell import CONTROLLERS
@@ -14,6 +14,9 @@ from ..ops.cell import CONTROLLERS
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
+BABI = "babi"  # the name of its task
+# Of the DNC, options by the letters of Csordas and Schmidhuber 2019: DNC-MD has masks and de-allocation.
+REPAIRS = {"m": "masks", "d": "deallocate", "s": "link_sharpening"}
 MOST_NUMBERS = (
     2**28
 )  # of one sample's memory: 1 GiB in float32. No parameter has this size, so no file bounds it
@@ -139,13 +142,44 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class SequenceConfig(RunConfig):
+class MemoryConfig(RunConfig):
+    """Of a run in which the memory and its controller may be chosen."""
+
+    addressing: str = GRAVES["addressing"]
+    controller: str = "lstm"
+    repairs: str = ""  # of addressing "dnc": letters of REPAIRS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = (("addressing", tuple(MEMORIES)), ("controller", tuple(CONTROLLERS)))
+        for name, known in choices:
+            value = getattr(self, name)
+            _require(value in known, name, f"one of {', '.join(known)}", value)
+        letters = sorted(self.repairs)
+        named = ", ".join(f"{letter} ({option})" for letter, option in REPAIRS.items())
+        known = set(letters) <= REPAIRS.keys() and len(set(letters)) == len(letters)
+        _require(known, "repairs", f"some of the letters {named}", self.repairs)
+        if self.addressing != "dnc":
+            _require(not letters, "repairs", f"empty with addressing {self.addressing!r}", self.repairs)
+
+    @property
+    def memory_options(self) -> dict[str, Any]:
+        """Of MemoryLayer, but for the sizes."""
+        repairs = {option: letter in self.repairs for letter, option in REPAIRS.items()}
+        return {"addressing": self.addressing, **(repairs if self.addressing == "dnc" else {})}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The same; checkpoints from before there were repairs have none."""
+        return super().from_dict({"repairs": "", **values})
+
+
+@dataclass(frozen=True)
+class SequenceConfig(MemoryConfig):
     """Of a run on a task of `mann_fast.data.sequences`; `of_task` gives each its own defaults."""
 
     task: str = "copy"
     length: int = 20  # the longest of training, in the task's own unit
-    addressing: str = GRAVES["addressing"]
-    controller: str = "lstm"
 
     hidden_size: int = GRAVES["hidden_size"]
     slot_size: int = GRAVES["slot_size"]
@@ -160,10 +194,8 @@ class SequenceConfig(RunConfig):
         super().__post_init__()
         _require(self.task in TASKS, "task", f"one of {', '.join(TASKS)}", self.task)
         _require(self.length >= self.least, "length", f"at least {self.least}", self.length)
-        choices = (("addressing", tuple(MEMORIES)), ("controller", tuple(CONTROLLERS)))
-        for name, known in choices:
-            value = getattr(self, name)
-            _require(value in known, name, f"one of {', '.join(known)}", value)
+        fits = self.task != "key-value" or self.length <= KeyValue.most
+        _require(fits, "length", f"at most {KeyValue.most}, as many as can differ", self.length)
 
     @property
     def least(self) -> int:
@@ -175,11 +207,38 @@ class SequenceConfig(RunConfig):
         return cls(task=task, **{**TASK_DEFAULTS.get(task, {}), **changes})
 
 
+@dataclass(frozen=True)
+class BabiConfig(MemoryConfig):
+    """Of a run on the bAbI tasks, all at once; sizes, learning rate and batch of Csordas and Schmidhuber 2019."""
+
+    task: str = BABI
+    data: str = ""  # the path of the files: `mann_fast.data.babi.load_babi`
+
+    addressing: str = "dnc"
+    repairs: str = "md"  # the best of the paper's table 1
+    hidden_size: int = 256
+    slots: int = 256
+    slot_size: int = 64
+    steps: int = 500_000
+    batch: int = 2  # stories
+    lr: float = 1e-4
+    decay: float = 0.0
+    weight_decay: float = 1e-5
+    log_every: int = 500
+    eval_episodes: int = 1000  # stories of each task at most: all of the release
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.task == BABI, "task", repr(BABI), self.task)
+        _require(bool(self.data), "data", "the path of the bAbI files", self.data)
+
+
 # Sizes of Graves et al. 2014 for their tasks, of Santoro et al. 2016 for regression; steps and learning rates: docs/tasks.md.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {},
     "repeat-copy": {"length": 5, "steps": 10_000, "lr": 3e-3},
     "recall": {"length": 6, "steps": 4000},
+    "key-value": {"length": 4, "slots": 8},
     "regression": {
         "length": 50,
         "steps": 10_000,
@@ -191,9 +250,16 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_from_dict(values: dict[str, Any]) -> TrainConfig | SequenceConfig:
+def config_kind(task: str | None) -> type[RunConfig]:
+    """The class of the settings of a task, None for episodes of images."""
+    if task is None:
+        return TrainConfig
+    return BabiConfig if task == BABI else SequenceConfig
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """The settings of a checkpoint."""
-    return (SequenceConfig if "task" in values else TrainConfig).from_dict(values)
+    return config_kind(values.get("task")).from_dict(values)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

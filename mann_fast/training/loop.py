@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from ..data import Dataset, Episodes
+from ..data.babi import Babi
 from . import processes
+from .babi import BabiTrainer, has_learned_babi, measure_babi
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import RunConfig, SequenceConfig, TrainConfig
+from .config import BabiConfig, MemoryConfig, RunConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .files import append_json_line, read_json_lines, remove_temporaries, replacing, write_json
 from .lock import only_run
@@ -39,13 +41,18 @@ def require_no_run(out: str | os.PathLike) -> None:
         )
 
 
-def make_trainer(config: RunConfig, dataset: Dataset | None) -> Trainer | SequenceTrainer:
-    return SequenceTrainer(config) if isinstance(config, SequenceConfig) else Trainer(config, dataset)
+AnyTrainer = Trainer | SequenceTrainer | BabiTrainer
+
+
+def make_trainer(config: RunConfig, dataset: Dataset | Babi | None) -> AnyTrainer:
+    if isinstance(config, SequenceConfig):
+        return SequenceTrainer(config)
+    return (BabiTrainer if isinstance(config, BabiConfig) else Trainer)(config, dataset)
 
 
 def start_run(
-    config: RunConfig, dataset: Dataset | None, out: str | os.PathLike, *, overwrite: bool = False
-) -> Trainer | SequenceTrainer:
+    config: RunConfig, dataset: Dataset | Babi | None, out: str | os.PathLike, *, overwrite: bool = False
+) -> AnyTrainer:
     """A new run in folder `out`, of a SequenceConfig without a dataset; FileExistsError where it holds one already, unless that
     is to be overwritten; BlockingIOError where another process is training in it.
     """
@@ -62,9 +69,7 @@ def start_run(
     return trainer
 
 
-def resume_run(
-    config: RunConfig, dataset: Dataset | None, out: str | os.PathLike
-) -> Trainer | SequenceTrainer:
+def resume_run(config: RunConfig, dataset: Dataset | Babi | None, out: str | os.PathLike) -> AnyTrainer:
     """The run in folder `out` where its checkpoint left it; lines of metrics.jsonl written after the
     checkpoint are cut off.
 
@@ -153,14 +158,17 @@ def draw_curve(trainer: Run, out: Path) -> None:
     """curve.png from metrics.jsonl; nothing before the first line is written."""
     config = trainer.config
     if (out / METRICS).exists() and (records := read_json_lines(out / METRICS)):
-        plot = plot_sequence_curve if isinstance(config, SequenceConfig) else plot_learning_curve
+        plot = plot_sequence_curve if isinstance(config, MemoryConfig) else plot_learning_curve
         plot(out / CURVE, records, config, describe(config))
 
 
 def describe(config: RunConfig, source: str | None = None) -> str:
     """A run in a few words, for titles; `source` if it is measured on other data than it was trained on."""
-    if isinstance(config, SequenceConfig):
-        memory = f" ({config.addressing}, {config.controller})" if config.model == "mann" else ""
+    if isinstance(config, MemoryConfig):
+        addressing = f"{config.addressing}-{config.repairs}" if config.repairs else config.addressing
+        memory = f" ({addressing}, {config.controller})" if config.model == "mann" else ""
+        if isinstance(config, BabiConfig):
+            return f"{config.model.upper()}{memory} on bAbI"
         task = task_of(config)
         return f"{config.model.upper()}{memory} on {config.task}, up to {task.name(*task.longest)}"
     source = source or config.data
@@ -213,6 +221,18 @@ def summarise_task(
     return _write_summary(trainer, out, found, answers=ANSWERS, memory=MEMORY)
 
 
+def summarise_babi(
+    trainer: BabiTrainer, out: str | os.PathLike, *, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """Measure on the stories for testing, write summary.json and return its content; Interrupted where `stop` said yes."""
+    results = measure_babi(trainer.model, trainer.data, trainer.config.eval_episodes, stop=stop)
+    found = {
+        "results": [result._asdict() for result in results],
+        "learned": has_learned_babi(results),
+    }
+    return _write_summary(trainer, out, found)
+
+
 def _write_summary(
     trainer: Run, out: str | os.PathLike, found: dict[str, Any], **pictures: str
 ) -> dict[str, Any]:
@@ -247,6 +267,7 @@ __all__ = [
     "resume_run",
     "start_run",
     "summarise",
+    "summarise_babi",
     "summarise_task",
     "train",
 ]

@@ -8,30 +8,42 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import SequenceConfig
+from .config import BabiConfig, MemoryConfig, SequenceConfig
 from .files import replacing
 from .plots import Colours, _figure, _marker, draw_steps, plot_loss, slot_panels
 from .sequences import SequenceTrace, SizeResult, task_of
 
 
-def unit(config: SequenceConfig) -> str:
+def unit(config: MemoryConfig) -> str:
     """What an error counts."""
+    if isinstance(config, BabiConfig):
+        return "share of wrong answers"
     return "wrong bits per answer" if task_of(config).binary else "squared error"
 
 
+def loss_unit(config: MemoryConfig) -> str:
+    """What the loss of training is."""
+    if isinstance(config, BabiConfig):
+        return "loss (nats per answer)"
+    return "loss (nats per bit)" if task_of(config).binary else "squared error"
+
+
 def plot_sequence_curve(
-    path: str | os.PathLike, records: Sequence[dict[str, Any]], config: SequenceConfig, title: str
+    path: str | os.PathLike, records: Sequence[dict[str, Any]], config: MemoryConfig, title: str
 ) -> None:
-    """Errors on sequences of every size, and training loss, over steps; from the lines of metrics.jsonl."""
+    """Errors on sequences of every size, or of all bAbI tasks, and training loss, over steps; from the lines of
+    metrics.jsonl.
+    """
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name in records[-1]["test_error"]:
         values = [record["test_error"][name] for record in records]
         top.plot(steps, values, label=name, marker=_marker(steps))
-    top.set(title=f"{title}: new sequences", ylabel=unit(config), ylim=(0, None))
+    kind = "stories" if isinstance(config, BabiConfig) else "sequences"
+    top.set(title=f"{title}: new {kind}", ylabel=unit(config), ylim=(0, None))
     top.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
-    plot_loss(bottom, records, "loss (nats per bit)" if task_of(config).binary else "squared error")
+    plot_loss(bottom, records, loss_unit(config))
     bottom.set(yscale="log")
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
