@@ -341,7 +341,7 @@ struct DncForwardScan : DncThread<T> {
     gpu::sync();
     if (steps > 0) give_reads(steps - 1);
     end();
-    this->clear_steps(steps, a.T, a.B, sample, a.reads, a.input, static_cast<int64_t>(plan.R) * plan.D);
+    this->clear_steps(a, sample, steps, a.reads, static_cast<int64_t>(plan.R) * plan.D);
   }
 };
 

@@ -346,10 +346,11 @@ struct DncThread {
   }
 
   // Rows [T, B, count] of a sample from a step on, of those that it takes no part in.
-  __device__ __forceinline__ void clear_steps(int64_t steps, int64_t T_, int64_t B, int64_t sample, void* rows, Dtype dtype,
+  template <class Arguments>
+  __device__ __forceinline__ void clear_steps(const Arguments& a, int64_t sample, int64_t from, void* rows,
                                               int64_t count) const {
-    for (int64_t t = steps; t < T_; ++t)
-      with_each(count, [&](int64_t i) { store_as(rows, dtype, (t * B + sample) * count + i, T(0)); });
+    for (int64_t t = from; t < a.T; ++t)
+      with_each(count, [&](int64_t i) { store_as(rows, a.input, (t * a.B + sample) * count + i, T(0)); });
   }
 };
 

@@ -667,7 +667,7 @@ struct DncBackwardScan : DncThread<T> {
     }
     end();
     for (int kind = 0; kind < Told::grad_reads; ++kind)
-      if (given.told[kind]) this->clear_steps(steps, a.T, a.B, sample, given.told[kind], a.input, plan.count(kind));
+      if (given.told[kind]) this->clear_steps(a, sample, steps, given.told[kind], plan.count(kind));
   }
 };
 
