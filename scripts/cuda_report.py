@@ -15,8 +15,8 @@ from pathlib import Path
 
 from native import CUDA_ARCHITECTURES, CannotBuild, Nvcc
 
-# 33 to 40 numbers a slot, in registers: of LRUA with more than one head, and of NTM.
-PAPER = ("<float, 5, 4, true>", "<float, 5, true>")
+# 33 to 40 numbers a slot, in registers: of LRUA with more than one head, and of NTM; of a DNC, all in shared memory.
+PAPER = ("<float, 5, 4, true>", "<float, 5, true>", "<float, true>")
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers",

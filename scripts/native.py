@@ -24,11 +24,13 @@ OLDEST_TORCH = (2, 11)
 KERNELS = ["dnc", "cell", "lrua", "ntm", "content"]
 CUDA_KERNELS = [
     "lrua_scan_backward",
+    "dnc_scan_backward",
     "ntm_scan_backward",
     "cell_backward",
     "lrua_scan",
     "cell",
     "ntm_scan",
+    "dnc_scan",
     "content",
     "lrua",
 ]

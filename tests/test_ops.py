@@ -323,6 +323,9 @@ def test_importing_compiles_nothing_and_stays_light():
         ("ntm_scan", (20, 5, 3), ("registers", "registers")),
         ("ntm_step", (1100, 64, 1), ("shared memory", "shared memory")),
         ("ntm_step", (5000, 128, 1), ("device memory", "device memory")),
+        ("dnc_scan", (20, 5, 2), ("shared memory", "shared memory")),
+        ("dnc_step", (300, 8, 2), ("shared memory", "shared memory")),  # its links in device memory
+        ("dnc_step", (300, 200, 1), ("device memory", "device memory")),
     ],
 )
 def test_explain_says_how_the_cuda_kernels_are_launched(op, sizes, memories):
@@ -333,7 +336,12 @@ def test_explain_says_how_the_cuda_kernels_are_launched(op, sizes, memories):
     memory = torch.randn(1, slots, size, requires_grad=True)
     weights = torch.rand(1, heads, slots)
     with mann_fast.backend("cuda"):
-        if op.startswith("ntm"):
+        if op.startswith("dnc"):
+            begin = ops.DNCState.initial(1, slots, size, heads)
+            vector, gate, modes = vectors[..., 0, :], scalars[..., 0], torch.rand(*scalars.shape, 3)
+            told = (vectors, 1 + scalars, vector, 1 + gate, vector, vector, scalars, gate, gate, modes)
+            reads, _ = getattr(ops, op)(begin._replace(memory=memory), ops.DNCInterface(*told))
+        elif op.startswith("ntm"):
             head = ops.NTMHead(vectors, scalars, scalars, torch.rand(*scalars.shape, 3), 1 + scalars)
             none = ops.NTMHead(*(x[..., :0, :] if x.dim() > scalars.dim() else x[..., :0] for x in head))
             state = ops.NTMState(memory, weights, weights[:, :0])
@@ -349,7 +357,7 @@ def test_explain_says_how_the_cuda_kernels_are_launched(op, sizes, memories):
     sentence = explain(op, *sizes)["cuda"]
     said = re.findall(
         r"(?:forward|backward) a (?:block|cluster of (\d+) blocks) of (\d+) warps per sample, "
-        r"its memory in (\w+(?: memory)?), (\d+) bytes",
+        r"its memory in (\w+(?: memory)?)(?:, its links in device memory)?, (\d+) bytes",
         sentence,
     )
     assert [(int(blocks or 1), int(warps), int(shared)) for blocks, warps, _, shared in said] == launches

@@ -104,6 +104,17 @@ Layout ntm_scan_layout(int64_t B, int64_t N, int64_t D, int64_t R, int64_t W, in
   return layout(cuda::ntm_scan_layout, sized(NtmScan{}));
 }
 
+Layout dnc_scan_layout(int64_t B, int64_t N, int64_t D, int64_t R, bool link, int64_t anchor_every) {
+  const auto sized = [&](auto a) {
+    a.T = 1;
+    a.B = B, a.N = N, a.D = D, a.R = R;
+    a.before.links = link ? &a : nullptr;
+    return a;
+  };
+  if (anchor_every > 0) return layout(cuda::dnc_scan_backward_layout, sized(DncScanBackward{}));
+  return layout(cuda::dnc_scan_layout, sized(DncScan{}));
+}
+
 }  // namespace
 }  // namespace mann_fast
 
@@ -111,6 +122,7 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
   m.impl("cell_fits", TORCH_BOX(&mann_fast::cell_fits));
   m.impl("lrua_scan_layout", TORCH_BOX(&mann_fast::lrua_scan_layout));
   m.impl("ntm_scan_layout", TORCH_BOX(&mann_fast::ntm_scan_layout));
+  m.impl("dnc_scan_layout", TORCH_BOX(&mann_fast::dnc_scan_layout));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {

@@ -36,6 +36,8 @@ const char* lrua_scan_layout(const LruaScan&, Layout&);
 const char* lrua_scan_backward_layout(const LruaScanBackward&, Layout&);
 const char* ntm_scan_layout(const NtmScan&, Layout&);
 const char* ntm_scan_backward_layout(const NtmScanBackward&, Layout&);
+const char* dnc_scan_layout(const DncScan&, Layout&);  // of its pointers, looks at which there are
+const char* dnc_scan_backward_layout(const DncScanBackward&, Layout&);
 
 }  // namespace cuda
 }  // namespace mann_fast

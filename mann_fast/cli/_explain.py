@@ -10,6 +10,7 @@ import torch
 from .._anchors import lrua_interval, ntm_interval
 from ..ops._loading import EMULATION, missing
 from ..ops._register import OPS
+from ..ops.dnc import KERNELS as DNC_KERNELS
 
 PUBLIC = tuple(
     name for op in OPS.values() for name in op.public if name != "cell"
@@ -28,11 +29,14 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
             raise ValueError(f"{name} must be at least 1, got {size}")
     if op.startswith("lrua") and num_heads > num_slots:
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
+    by_reference = "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else "")
+    without_triton = op.startswith("dnc") and "triton" not in DNC_KERNELS
     return {
         "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
-        "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
+        "reference": by_reference,
         "cuda": missing("cuda") or _cuda(op, num_slots, slot_size, num_heads),
-        "triton": missing("triton") or _triton(op, num_slots, slot_size, num_heads),
+        "triton": missing("triton")
+        or (by_reference if without_triton else _triton(op, num_slots, slot_size, num_heads)),
     }
 
 
@@ -53,7 +57,7 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
         work = "a pass over the memory in tiles"
     slots = (
         ""
-        if op.startswith("ntm")
+        if op.startswith(("ntm", "dnc"))
         else ", and the slots of a sample where samples are fewer and it is worth it"
     )
     return f"one call: {work}; samples over threads{slots}"
@@ -65,7 +69,10 @@ def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
     if op in ("content_read", "lrua_write"):
         return "a block for some slots of a sample, a second launch where a sample has several"
     sizes = (num_slots, slot_size, num_heads)
-    if op.startswith("ntm"):
+    if op.startswith("dnc"):
+        sizes += (True,)  # with links
+        every, layout = 1, torch.ops.mann_fast_cuda.dnc_scan_layout
+    elif op.startswith("ntm"):
         sizes += (0, 3)  # all heads read, none writes; moves of a shift
         every, layout = ntm_interval(slot_size, num_heads), torch.ops.mann_fast_cuda.ntm_scan_layout
     else:

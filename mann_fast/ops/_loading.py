@@ -17,7 +17,11 @@ LIBRARIES["cuda"].define(
     "cell_fits(int N, int D, int R, int H, int controller, bool separate_vector, bool learned_sharpness, bool wide) -> bool"
 )
 # How a scan takes each of B samples in float32, on the current device: forward, or backward where anchor_every > 0.
-for _scan, _sizes in (("lrua_scan", "int R"), ("ntm_scan", "int R, int W, int shifts")):
+for _scan, _sizes in (
+    ("lrua_scan", "int R"),
+    ("ntm_scan", "int R, int W, int shifts"),
+    ("dnc_scan", "int R, bool link"),
+):
     LIBRARIES["cuda"].define(
         f"{_scan}_layout(int B, int N, int D, {_sizes}, int anchor_every)"
         " -> (int blocks, int warps, str memory, int shared)"

@@ -1,7 +1,7 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan | cell | ntm] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | cell | ntm | dnc] [--seed N] [--few]    --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "../../csrc/cuda/gpu.h"
@@ -130,6 +130,7 @@ int main(int count, char** arguments) {
         c.cut = cut;
         if (only.empty() || only == "scan") compare("scan", scan, c);
         if (only.empty() || only == "ntm") compare("ntm", ntm, c);
+        if (only.empty() || only == "dnc") compare("dnc", dnc, c);
       }
       ++cases;
     }
