@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 
 
 SIZE_MAX = 2**31 - 1  # of one axis: kernels count in 32 bits
-START = 1e-6  # every number of a memory at the start of a sequence (Collier and Beel 2018, arXiv 1807.08518)
+START = 1e-6  # every number of an LRUA or NTM memory at the start of a sequence (Collier and Beel 2018, arXiv 1807.08518)
 
 
 def is_dense(value: object) -> bool:

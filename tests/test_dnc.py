@@ -307,12 +307,15 @@ def test_the_order_is_that_of_the_usage_that_comes_out(dtype):
 
 @needs_kernels
 @needs_dnc
-def test_ties_and_nan_are_ordered_as_a_stable_sort_does():
-    usage = torch.tensor([0.5, 0.0, -0.0, float("nan"), 0.5, 1.0, 1e30, -1.0, float("nan"), 0.25] * 5)[None]
-    inputs = cast(dnc_inputs(1, 1, usage.shape[1], 3, 1, False, False), torch.float32)
+@pytest.mark.parametrize("repeats", [5, 80])  # few slots and many are sorted in different ways
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ties_and_nan_are_ordered_as_a_stable_sort_does(repeats, dtype):
+    usage = [0.5, 0.0, -0.0, float("nan"), 0.5, 1.0, 1e30, -1.0, float("nan"), 0.25]
+    usage = torch.tensor(usage * shorter(repeats, 5) + [0.75], dtype=dtype)[None]
+    inputs = cast(dnc_inputs(1, 1, usage.shape[1], 3, 1, False, False), dtype)
     inputs[1], inputs[CONSTANT] = usage, torch.zeros_like(usage)
     inputs[STATES + 6] = torch.zeros(1, 1, 1)  # nothing is given free
-    assert torch.equal(orders_of(inputs, False, torch.float32)[0], torch.sort(usage, dim=1, stable=True)[1])
+    assert torch.equal(orders_of(inputs, False, dtype)[0], torch.sort(usage, dim=1, stable=True)[1])
 
 
 @needs_kernels

@@ -79,7 +79,7 @@ def assert_loads(program, model, folder):
         ({"controller": "gru", "memory_start": "learned"}, True),
         ({"addressing": "ntm"}, True),
         pytest.param({"addressing": "dnc"}, True, marks=pytest.mark.thorough),
-        ({"addressing": "dnc", "link": False}, False),
+        pytest.param({"addressing": "dnc", "link": False}, False, marks=pytest.mark.thorough),
     ],
     ids=str,
 )

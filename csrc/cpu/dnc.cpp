@@ -125,13 +125,33 @@ struct Sorting {
       : keys(arena.take<Int<T>>(n.ld)), order(arena.take<int64_t>(n.ld)), other(arena.take<int64_t>(n.ld)) {}
 };
 
-// order = the slots by ascending usage, equal ones by number, NaN last: a radix sort, byte by byte, which is stable.
+// The place of each slot is how many are before it: those with less, and of equal ones those of a lower number.
 template <class T>
-void sort_slots(const Sizes<T>& n, const T* usage, Sorting<T>& s) {
+void sort_few(const Sizes<T>& n, Sorting<T>& s) {
+  constexpr int64_t W = width<T>;
+  const Int<T>* keys = s.keys;
+  IntVec<T> index{};
+  for (int l = 0; l < W; ++l) index[l] = l;
+  for (int64_t block = 0; block < n.N; block += W) {
+    const IntVec<T> own = load_int(keys + block);
+    const int64_t end = block + W < n.N ? block + W : n.N;
+    IntVec<T> place{};  // a comparison that holds is -1
+    for (int64_t j = 0; j < block; ++j) place -= splat_int<T>(keys[j]) <= own;
+    for (int64_t j = block; j < end; ++j) {
+      const IntVec<T> other = splat_int<T>(keys[j]), lower = splat_int<T>(static_cast<Int<T>>(j - block)) < index;
+      place -= (other < own) | ((other == own) & lower);
+    }
+    for (int64_t j = end; j < n.N; ++j) place -= splat_int<T>(keys[j]) < own;
+    for (int64_t i = block; i < end; ++i) s.order[place[i - block]] = i;
+  }
+}
+
+// A radix sort, byte by byte from the lowest.
+template <class T>
+void sort_many(const Sizes<T>& n, Sorting<T>& s) {
   constexpr int bytes = sizeof(T);
   using Key = std::make_unsigned_t<Int<T>>;
   int32_t counts[bytes][256] = {};
-  order_slots(usage, n.ld, n.N, s.keys);
   for (int64_t i = 0; i < n.N; ++i) {
     const Key key = static_cast<Key>(s.keys[i]) ^ (Key(1) << (8 * bytes - 1));  // negative ones first
     s.keys[i] = static_cast<Int<T>>(key);
@@ -151,6 +171,14 @@ void sort_slots(const Sizes<T>& n, const T* usage, Sorting<T>& s) {
     for (int64_t place = 0; place < n.N; ++place) s.other[count[digit(s.order[place])]++] = s.order[place];
     std::swap(s.order, s.other);
   }
+}
+
+// order = the slots by ascending usage, equal ones by number, NaN last.
+template <class T>
+void sort_slots(const Sizes<T>& n, const T* usage, Sorting<T>& s) {
+  order_slots(usage, n.ld, n.N, s.keys);
+  if (n.N <= 32 * width<T>) sort_few(n, s);  // which takes N^2 / width
+  else sort_many(n, s);
 }
 
 // allocation[order[k]] = (1 - usage[order[k]]) * the product of the usages before, which goes to `products` unless null.
@@ -332,15 +360,24 @@ inline __attribute__((always_inline)) void along_row(int64_t ld, int64_t block, 
   for (int64_t j = block + width<T>; j < ld; j += width<T>) body(j, std::false_type());
 }
 
-// (1 - w[i] - w[j]) * links[i, j] + w[i] * precedence[j], 0 where i = j. from and to may be the same.
+// So many updates of each link while it is in a register: (1 - w[i] - w[j]) * links[i, j] + w[i] * precedence[j], 0 where i = j.
+// weights and precedences: a row for each step. The links after a step are `stride` after those of the step before; with 0 only
+// the last ones are stored, and may be where they came from.
 template <class T>
-void update_links(const Sizes<T>& n, const T* weights, const T* precedence, const T* from, T* to) {
-  for (int64_t i = 0; i < n.ld; ++i) {
-    const T weight = weights[i];
-    for (int64_t j = 0; j < n.ld; j += width<T>)
-      store(to + i * n.ld + j,
-            load(from + i * n.ld + j) * ((T(1) - load(weights + j)) - weight) + load(precedence + j) * weight);
-    to[i * n.ld + i] = 0;
+void update_links(const Sizes<T>& n, int64_t steps, const T* weights, const T* precedences, const T* from, T* to,
+                  int64_t stride) {
+  const int64_t ld = n.ld;
+  for (int64_t i = 0; i < ld; ++i) {
+    const int64_t block = i / width<T> * width<T>;
+    along_row<T>(ld, block, [&](int64_t j, auto diagonal) __attribute__((always_inline)) {
+      Vec<T> link = load(from + i * ld + j);
+      for (int64_t step = 0; step < steps; ++step) {
+        const T *row = weights + step * ld, *precedence = precedences + step * ld;
+        link = link * ((T(1) - load(row + j)) - row[i]) + load(precedence + j) * row[i];
+        if constexpr (decltype(diagonal)::value) link = without_lane<T>(link, i - block);
+        if (stride != 0 || step + 1 == steps) store(to + step * stride + i * ld + j, link);
+      }
+    });
   }
 }
 
@@ -529,7 +566,8 @@ struct BackwardScratch {
   Told<T> in;
   Content<T> write, read;
   int64_t every;
-  T *anchors, *states, *retained;  // states before every step of a segment and after its last one; retained of each step
+  T *anchors, *states;                  // states: at the start of a segment and after each of its steps
+  T *weights, *precedences, *retained;  // of each step of a segment: written, before it, retained
   T *grad_state, *grad_read_weights, *grad_write_weights;
   T *came_read, *came_write, *read_weights, *write_weights;
   T *allocation, *products, *grad_rows, *grad_squares, *grad_retained, *grad_came, *columns;
@@ -538,14 +576,14 @@ struct BackwardScratch {
   BackwardScratch(Arena& arena, const Sizes<T>& n, int64_t steps)
       : in(arena, n), write(arena, n, 1), read(arena, n, n.R), every(replay_every(steps)),
         anchors(arena.take<T>((steps + every - 1) / every * n.state())), states(arena.take<T>((every + 1) * n.state())),
-        retained(arena.take<T>(every * n.ld)), grad_state(arena.take<T>(n.state())),
-        grad_read_weights(arena.take<T>(n.R * n.ld)), grad_write_weights(arena.take<T>(n.ld)),
-        came_read(arena.take<T>(n.R * n.ld)), came_write(arena.take<T>(n.ld)), read_weights(arena.take<T>(n.R * n.ld)),
-        write_weights(arena.take<T>(n.ld)), allocation(arena.take<T>(n.ld)), products(arena.take<T>(n.ld)),
-        grad_rows(arena.take<T>(n.R * n.ld)), grad_squares(arena.take<T>(n.R * n.ld)), grad_retained(arena.take<T>(n.ld)),
-        grad_came(arena.take<T>(n.R * n.ld)), columns(arena.take<T>(2 * n.ld)), directions(arena.take<T>(2 * n.R * n.ld)),
-        logs(arena.take<T>(n.ld)), shares(arena.take<T>(n.ld)), along(arena.take<T>(2 * n.R * n.ld)),
-        scaled(arena.take<T>(2 * n.R * n.ld)), grad_read(arena.take<T>(n.R * n.D)) {
+        weights(arena.take<T>(every * n.ld)), precedences(arena.take<T>(every * n.ld)), retained(arena.take<T>(every * n.ld)),
+        grad_state(arena.take<T>(n.state())), grad_read_weights(arena.take<T>(n.R * n.ld)),
+        grad_write_weights(arena.take<T>(n.ld)), came_read(arena.take<T>(n.R * n.ld)), came_write(arena.take<T>(n.ld)),
+        read_weights(arena.take<T>(n.R * n.ld)), write_weights(arena.take<T>(n.ld)), allocation(arena.take<T>(n.ld)),
+        products(arena.take<T>(n.ld)), grad_rows(arena.take<T>(n.R * n.ld)), grad_squares(arena.take<T>(n.R * n.ld)),
+        grad_retained(arena.take<T>(n.ld)), grad_came(arena.take<T>(n.R * n.ld)), columns(arena.take<T>(2 * n.ld)),
+        directions(arena.take<T>(2 * n.R * n.ld)), logs(arena.take<T>(n.ld)), shares(arena.take<T>(n.ld)),
+        along(arena.take<T>(2 * n.R * n.ld)), scaled(arena.take<T>(2 * n.R * n.ld)), grad_read(arena.take<T>(n.R * n.D)) {
     for (int k = 0; k < told_count; ++k) grad_told.*told_fields<T*>[k] = arena.take<T>(n.told[k]);
   }
 };
@@ -563,19 +601,31 @@ void load_came(const DncScanBackward& a, const Sizes<T>& n, int64_t b, int64_t t
   load_or_clear(t > 0 ? a.write_history : a.before.write_weights, 1, n, row, write);
 }
 
-// The state after step t from that before, by the weights that were kept; from and to may be the same.
-template <class T>
-void replay_step(const DncScanBackward& a, const Sizes<T>& n, int64_t b, int64_t t, const Held<T>& from, const Held<T>& to,
-                 T* retained, bool links, BackwardScratch<T>& s) {
-  const int64_t row = t * n.B + b;
-  s.in.load(a.told, a.input, n, row);
-  load_came(a, n, b, t, s.came_read, s.came_write);
-  load_or_clear(a.write_history, 1, n, row, s.write_weights);
-  use_slots<T>(n, s.in.free_gates, s.came_read, s.came_write, from.usage, retained, to.usage);
-  write_memory<T>(n, s.write_weights, s.in.erase, s.in.write_vector, n.deallocate ? retained : nullptr, from.memory, to.memory);
-  if (!n.links || !links) return;
-  update_links<T>(n, s.write_weights, from.precedence, from.links, to.links);
-  precede<T>(n, s.write_weights, from.precedence, to.precedence);
+// The states after so many steps from that before the first of them, by the weights that were kept. to(step): where each goes,
+// which may be one place for all, and the place of `from`. Links are wanted after the first `linked` steps only.
+template <class T, class To>
+void replay(const DncScanBackward& a, const Sizes<T>& n, int64_t b, int64_t first, int64_t steps, int64_t linked,
+            const Held<T>& before, To to, BackwardScratch<T>& s) {
+  const T *usage = before.usage, *memory = before.memory, *precedence = before.precedence;
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t t = first + step, row = t * n.B + b;
+    const Held<T> after = to(step);
+    T *weights = s.weights + step * n.ld, *retained = s.retained + step * n.ld;
+    s.in.load(a.told, a.input, n, row);
+    load_came(a, n, b, t, s.came_read, s.came_write);
+    load_or_clear(a.write_history, 1, n, row, weights);
+    use_slots<T>(n, s.in.free_gates, s.came_read, s.came_write, usage, retained, after.usage);
+    write_memory<T>(n, weights, s.in.erase, s.in.write_vector, n.deallocate ? retained : nullptr, memory, after.memory);
+    if (n.links) {
+      std::memcpy(s.precedences + step * n.ld, precedence, n.ld * sizeof(T));
+      precede<T>(n, weights, precedence, after.precedence);
+    }
+    usage = after.usage;
+    memory = after.memory;
+    precedence = after.precedence;
+  }
+  if (n.links && linked > 0)
+    update_links<T>(n, linked, s.weights, s.precedences, before.links, to(0).links, linked > 1 ? to(1).links - to(0).links : 0);
 }
 
 // Back through the links for HEADS heads, in one traversal. `across` and `down` are gradients of backward[r][j] and forward[r][i]
@@ -856,25 +906,27 @@ void scan_backward_sample(const DncScanBackward& a, const Sizes<T>& n, int64_t b
   load_or_clear(a.grad_after.write_weights, 1, n, b, s.grad_write_weights);
   T* grad_start = a.grad_start ? static_cast<T*>(a.grad_start) + b * n.N * n.D : nullptr;
   if (grad_start) std::memset(grad_start, 0, n.N * n.D * sizeof(T));
-  // The first replay, to the state before each step at which a segment may begin; the second one's arrays are free for it.
-  const auto anchor = [&](int64_t t) { return Held<T>(s.anchors + t / s.every * n.state(), n); };
+  // The first replay, to the state before each step at which a segment may begin.
+  const int64_t every = s.every;
+  const auto anchor = [&](int64_t t) { return Held<T>(s.anchors + t / every * n.state(), n); };
   const auto state = [&](int64_t step) { return Held<T>(s.states + step * n.state(), n); };
   if (length > 0) load_state(a.before, n, b, anchor(0));
-  for (int64_t t = 0; t < (length - 1) / s.every * s.every; ++t) {
-    const Held<T> from = t % s.every == 0 ? anchor(t) : state(0), to = (t + 1) % s.every == 0 ? anchor(t + 1) : state(0);
-    if (a.sequences.begins(t, n.B, b)) start_state(a.sequences.start, n, from);
-    replay_step<T>(a, n, b, t, from, to, s.retained, true, s);
+  for (int64_t end = every; end < length; end += every) {
+    const int64_t first = a.sequences.replay_from(end - 1, every, n.B, b);
+    const bool begins = a.sequences.begins(first, n.B, b);
+    const Held<T> to = anchor(end), from = begins ? to : anchor(first);
+    if (begins) start_state(a.sequences.start, n, from);
+    replay<T>(a, n, b, first, end - first, end - first, from, [&](int64_t) { return to; }, s);
   }
   for (int64_t end = length, first = 0; end > 0; end = first) {
-    first = a.sequences.replay_from(end - 1, s.every, n.B, b);
+    first = a.sequences.replay_from(end - 1, every, n.B, b);
     const int64_t steps = end - first;
     const bool begins = a.sequences.begins(first, n.B, b);
-    if (begins) start_state(a.sequences.start, n, state(0));
-    else std::memcpy(s.states, s.anchors + first / s.every * n.state(), n.state() * sizeof(T));
-    for (int64_t step = 0; step < steps; ++step)
-      replay_step<T>(a, n, b, first + step, state(step), state(step + 1), s.retained + step * ld, step + 1 < steps, s);
+    const Held<T> from = begins ? state(0) : anchor(first);
+    if (begins) start_state(a.sequences.start, n, from);
+    replay<T>(a, n, b, first, steps, steps - 1, from, [&](int64_t step) { return state(step + 1); }, s);
     for (int64_t step = steps - 1; step >= 0; --step)
-      step_backward<T>(a, n, b, first + step, state(step), state(step + 1), s.retained + step * ld, grad, s);
+      step_backward<T>(a, n, b, first + step, step > 0 ? state(step) : from, state(step + 1), s.retained + step * ld, grad, s);
     if (begins) {
       give_to_start(grad.memory, ld, n.N, n.D, 0, ld, grad_start);
       clear_rows(n, grad);

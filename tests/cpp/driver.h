@@ -386,4 +386,120 @@ Results ntm(const Kernels& k, const Case& c) {
   return results;
 }
 
+// read_first stands for no links, shared_target for masks and what is given free erased, sharp for sharpened links.
+Results dnc(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const bool links = !c.read_first, masks = c.shared_target, sharpened = links && c.sharp;
+  const int64_t rows = c.T * c.B, heads = rows * c.R;
+  const auto shares = [&](int64_t count) {  // of N slots
+    Array array = random.positive(c.state, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, array[i] / static_cast<double>(c.N));
+    return array;
+  };
+  const auto from_1 = [&](int64_t count) {
+    Array array = random.positive(c.input, count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, 1 + 3 * array[i]);
+    return array;
+  };
+  const Array memory = random.normal(c.state, c.B * c.N * c.D), usage = random.positive(c.state, c.B * c.N);
+  const Array precedence = shares(links ? c.B * c.N : 0), linked = shares(links ? c.B * c.N * c.N : 0);
+  const Array read_weights = shares(c.B * c.R * c.N), write_weights = shares(c.B * c.N);
+  Array told[] = {random.normal(c.input, heads * c.D),
+                  from_1(heads),
+                  random.normal(c.input, rows * c.D),
+                  from_1(rows),
+                  random.positive(c.input, rows * c.D),
+                  random.normal(c.input, rows * c.D),
+                  random.positive(c.input, heads),
+                  random.positive(c.input, rows),
+                  random.positive(c.input, rows),
+                  random.positive(c.input, links ? heads * 3 : 0),
+                  random.positive(c.input, masks ? heads * c.D : 0),
+                  random.positive(c.input, masks ? rows * c.D : 0),
+                  from_1(sharpened ? heads * 2 : 0)};
+  const Cuts cuts(c, random);
+  for (Array& array : told) cuts.spoil(c, array);
+  const bool there[] = {true, true, true, true, true, true, true, true, true, links, masks, masks, sharpened};
+  const auto at = [&](int i) { return there[i] ? pointer(told[i]) : nullptr; };
+  const auto link = [&](const Array& array) { return links ? pointer(array) : nullptr; };
+  const DncInterface<const void*> interface = {at(0), at(1), at(2), at(3),  at(4),  at(5), at(6),
+                                               at(7), at(8), at(9), at(10), at(11), at(12)};
+  const DncState<const void*> before = {pointer(memory), pointer(usage),        link(precedence),
+                                        link(linked),    pointer(read_weights), pointer(write_weights)};
+  const auto state = [&] {
+    Results arrays;
+    for (const Array* like : {&memory, &usage, &precedence, &linked, &read_weights, &write_weights})
+      arrays.emplace_back(c.state, like->count);
+    return arrays;
+  };
+  const auto pointers = [&](Results& x) {
+    return DncState<void*>{
+        x[0].data.get(), x[1].data.get(), links ? x[2].data.get() : nullptr, links ? x[3].data.get() : nullptr,
+        x[4].data.get(), x[5].data.get()};
+  };
+  const bool keeps = c.anchor_every > 0;
+  Array reads(c.input, heads * c.D), read_history(c.state, keeps ? heads * c.N : 0),
+      write_history(c.state, keeps ? rows * c.N : 0);
+  Array directions(c.state, keeps && sharpened ? heads * 2 * c.N : 0);
+  std::vector<int64_t> orders(keeps ? rows * c.N : 0);
+  Results after = state();
+  succeeded(
+      k.dnc_scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, masks, 1e-6, before, interface, cuts.sequences(), reads.data.get(),
+                  pointers(after), keeps ? read_history.data.get() : nullptr, keeps ? write_history.data.get() : nullptr,
+                  keeps ? orders.data() : nullptr, keeps && sharpened ? directions.data.get() : nullptr},
+                 parallel));
+  for (int64_t row = 0; keeps && row < rows; ++row)
+    if (row / c.B < cuts.length(c, row % c.B))
+      check_slots({orders.begin() + row * c.N, orders.begin() + (row + 1) * c.N}, 1, c.N, c.N);
+  Results results;
+  for (const bool of_reads : {true, false}) {  // each gradient may be missing
+    if (!keeps) continue;
+    const auto grad_reads = optional(of_reads, random.normal(c.input, reads.count));
+    DncState<const void*> grad_after = {};
+    Results grads;
+    if (!of_reads) {
+      for (const Array& x : after) grads.push_back(random.normal(c.state, x.count));
+      grad_after = {pointer(grads[0]), pointer(grads[1]), link(grads[2]), link(grads[3]), pointer(grads[4]), pointer(grads[5])};
+    }
+    Results grad_before = state(), grad_told;
+    for (const Array& array : told) grad_told.emplace_back(c.input, array.count);
+    const auto of = [&](int i) -> void* { return there[i] ? grad_told[i].data.get() : nullptr; };
+    Array grad_start = cuts.of_start(c);
+    DncState<void*> grad_in = pointers(grad_before);
+    grad_in.write_weights = nullptr;
+    succeeded(
+        k.dnc_scan_backward({c.T,
+                             c.B,
+                             c.N,
+                             c.D,
+                             c.R,
+                             c.state,
+                             c.input,
+                             masks,
+                             1e-6,
+                             pointer(grad_reads),
+                             grad_after,
+                             before,
+                             interface,
+                             cuts.sequences(),
+                             pointer(read_history),
+                             pointer(write_history),
+                             orders.data(),
+                             sharpened ? pointer(directions) : nullptr,
+                             // results
+                             grad_in,
+                             {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12)},
+                             c.cut ? grad_start.data.get() : nullptr},
+                            parallel));
+    grad_before.pop_back();  // the write weights are a constant
+    for (Results* arrays : {&grad_before, &grad_told})
+      for (Array& array : *arrays) results.push_back(std::move(array));
+    results.push_back(std::move(grad_start));
+  }
+  results.push_back(std::move(reads));
+  for (Array& array : after) results.push_back(std::move(array));
+  return results;
+}
+
 }  // namespace

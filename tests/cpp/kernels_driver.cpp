@@ -61,6 +61,7 @@ int main() {
           c.cut = variant == 3;
           check("scan", scan, *k, c);
           if (!shared_target) check("ntm", ntm, *k, c);  // an option of the scan only
+          if (variant != 2) check("dnc", dnc, *k, c);    // it keeps something or nothing, not every so many steps
           if (c.state != c.input) continue;
           for (const Controller kind : {Controller::lstm, Controller::gru, Controller::feedforward})
             check(
