@@ -138,7 +138,7 @@ def test_what_is_missing_double_or_damaged_is_named(tmp_path):
 
 
 TINY = {
-    "addressing": "lrua",
+    "addressing": "lrua",  # the whole sequence is one call
     "repairs": "",
     "hidden_size": 7,
     "slots": 9,
@@ -226,20 +226,15 @@ def test_commands_train_evaluate_and_name_mistakes(files, capsys, tmp_path):
     assert cli.main(["evaluate", "--checkpoint", run, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"] == summary["results"]
     other = write(tmp_path / "other", last="cellar")
+    fresh = [*command, "--out", run + "2"]
     for arguments, message in (
         (["evaluate", "--checkpoint", run, "--data", str(other)], "the words of"),
         (["show", "--checkpoint", run], "is a model of the task babi"),
         (["predict", "--checkpoint", run, "--support", ".", "a.png"], "is a model of the task babi"),
         (["train", "--task", "babi", "--out", run + "2"], "--data is needed: the path of the bAbI files"),
         ([*command, "--length", "3"], "--length does not belong to --task babi"),
-        (
-            [*command[:-2], "--out", run + "2", "--repairs", "mm"],
-            "repairs must be some of the letters m (masks)",
-        ),
-        (
-            [*command[:-2], "--out", run + "2", "--repairs", "m"],
-            "repairs must be empty with addressing 'lrua'",
-        ),
+        ([*fresh, "--repairs", "mm"], "repairs must be some of the letters m (masks)"),
+        ([*fresh, "--repairs", "m"], "repairs must be empty with addressing 'lrua'"),
     ):
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err

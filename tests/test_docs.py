@@ -38,7 +38,7 @@ def test_examples_of_layers_run():
 
 
 def test_example_of_migrating_runs():
-    run_examples(DOCS / "migrating.md", 1)
+    run_examples(DOCS / "migrating.md", 2)
 
 
 @pytest.mark.filterwarnings("ignore")  # of these libraries about themselves

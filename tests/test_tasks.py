@@ -168,8 +168,10 @@ def test_errors_count_wrong_bits_of_answers_alone():
         ({"task": "recall", "length": 1}, "length must be at least 2, got 1"),
         ({"task": "key-value", "length": 17}, "length must be at most 16, as many as can differ, got 17"),
         ({"length": 0}, "length must be at least 1, got 0"),
-        ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, got 'random'"),
+        ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, dnc, got 'random'"),
         ({"controller": "rnn"}, "controller must be one of lstm, gru, feedforward, got 'rnn'"),
+        ({"repairs": "m"}, "repairs must be empty with addressing 'ntm', got 'm'"),
+        ({"addressing": "dnc", "repairs": "mx"}, r"repairs must be some of the letters m \(masks\), d "),
         ({"heads": 200}, "heads must be at most slots = 128, got 200"),
     ],
 )
@@ -185,6 +187,10 @@ def test_settings_of_a_task_are_its_own_and_can_be_changed():
     assert (config.addressing, config.heads, config.hidden_size) == ("lrua", 2, 200)
     assert SequenceConfig.from_dict(config.to_dict()) == config
     assert SequenceConfig.of_task("copy") == SequenceConfig()
+    before = {name: value for name, value in SequenceConfig().to_dict().items() if name != "repairs"}
+    assert SequenceConfig.from_dict(before) == SequenceConfig()
+    found = SequenceConfig(addressing="dnc", repairs="sm").memory_options
+    assert found == {"addressing": "dnc", "masks": True, "deallocate": False, "link_sharpening": True}
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -238,7 +238,16 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {},
     "repeat-copy": {"length": 5, "steps": 10_000, "lr": 3e-3},
     "recall": {"length": 6, "steps": 4000},
-    "key-value": {"length": 4, "slots": 8},
+    "key-value": {
+        "length": 4,
+        "addressing": "dnc",
+        "repairs": "mds",
+        "hidden_size": 64,
+        "slots": 8,  # fewer than pairs: what was asked for has to make room
+        "slot_size": 16,
+        "steps": 2000,
+        "lr": 3e-3,
+    },
     "regression": {
         "length": 50,
         "steps": 10_000,
