@@ -22,7 +22,7 @@ CONTENT_READ = declare(
         ),
         options=(EPS,),
         outputs=(Output("read", "B R D", like="key"), Output("weights", "B R N", like="memory")),
-        saved=("memory", "key", "sharpness", "read", "weights"),
+        saved=("memory", "key", "sharpness", "weights"),
         public=("content_read",),
     )
 )
