@@ -113,7 +113,16 @@ def _combine_kernel(
 
 @triton.jit
 def _weight_gradients(
-    g, grad_weights, m, rows, n, inside, N, dtype: tl.constexpr, OF_READ: tl.constexpr, OF_WEIGHTS: tl.constexpr
+    g,
+    grad_weights,
+    m,
+    rows,
+    n,
+    inside,
+    N,
+    dtype: tl.constexpr,
+    OF_READ: tl.constexpr,
+    OF_WEIGHTS: tl.constexpr,
 ):
     """dL/dw [heads, tile] of slots n, whose numbers are m, from the read's gradient g."""
     grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
@@ -144,7 +153,9 @@ def _mean_kernel(
         m = load_rows(memory, True, b * N + n, d, D, mask[:, None] & (d[None, :] < D), dtype)
         inside = (r[:, None] < R) & mask[None, :]
         w = load_rows(weights, True, rows, n, N, inside, dtype)
-        mean += tl.sum(w * _weight_gradients(g, grad_weights, m, rows, n, inside, N, dtype, OF_READ, OF_WEIGHTS), 1)
+        mean += tl.sum(
+            w * _weight_gradients(g, grad_weights, m, rows, n, inside, N, dtype, OF_READ, OF_WEIGHTS), 1
+        )
     tl.store(means + (b * splits + part) * R + r, mean, mask=r < R)
 
 

@@ -90,6 +90,16 @@ def test_extreme_rows_and_keys_are_finite(scale):
     assert all(torch.isfinite(x).all() for x in actual)
 
 
+def test_a_product_of_squares_beyond_the_largest_number_gives_similarity_0():
+    memory, key, _ = inputs(1, 20, 6, 2, torch.float32, False)
+    memory[0, 4] *= 1e12
+    key[0, 1] *= 1e10
+    for x, y in zip(
+        run(ops.content_read, (memory, key)), run(reference.content_read, (memory, key)), strict=True
+    ):
+        assert torch.isfinite(y).all() and worst_error(x, y) < 1e-4
+
+
 def test_gradient_of_one_output_alone():
     memory, key, sharpness = (t.requires_grad_() for t in inputs(2, 19, 6, 3, torch.float64, True))
     for index in (0, 1):
