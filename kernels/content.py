@@ -112,9 +112,57 @@ def _combine_kernel(
 
 
 @triton.jit
+def _weight_gradients(
+    g,
+    grad_weights,
+    m,
+    rows,
+    n,
+    inside,
+    N,
+    dtype: tl.constexpr,
+    OF_READ: tl.constexpr,
+    OF_WEIGHTS: tl.constexpr,
+):
+    """dL/dw [heads, tile] of slots n, whose numbers are m, from the read's gradient g."""
+    grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
+    if OF_READ:
+        grad_w += dot_rows(g, m)
+    return grad_w
+
+
+@triton.jit
+def _mean_kernel(
+    grad_read, grad_weights, memory, weights, means, N, span, splits, D: tl.constexpr, R: tl.constexpr,
+    DP: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, OF_READ: tl.constexpr, OF_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """A part's share of the sum over slots of w dL/dw. The gradients count only as far as they differ from it, so it must come
+    from the very same bits: a product of the read's gradient and the read would do but for its rounding, which a great
+    sharpness would magnify."""
+    b = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    dtype = memory.dtype.element_ty
+    d, r = tl.arange(0, DP), tl.arange(0, RP)
+    rows = b * R + r
+    g = load_rows(grad_read, OF_READ, rows, d, D, (r[:, None] < R) & (d[None, :] < D), dtype)
+    mean = tl.zeros([RP], dtype)
+    end = tl.minimum((part + 1) * span, N)
+    for start in range(part * span, end, TILE):
+        n = start + tl.arange(0, TILE)
+        mask = n < end
+        m = load_rows(memory, True, b * N + n, d, D, mask[:, None] & (d[None, :] < D), dtype)
+        inside = (r[:, None] < R) & mask[None, :]
+        w = load_rows(weights, True, rows, n, N, inside, dtype)
+        mean += tl.sum(
+            w * _weight_gradients(g, grad_weights, m, rows, n, inside, N, dtype, OF_READ, OF_WEIGHTS), 1
+        )
+    tl.store(means + (b * splits + part) * R + r, mean, mask=r < R)
+
+
+@triton.jit
 def _backward_kernel(
-    grad_read, grad_weights, memory, key, sharpness, read, weights, grad_memory, grad_key, grad_sharpness, B, N, span,
-    EPS: tl.constexpr,
+    grad_read, grad_weights, memory, key, sharpness, weights, means, grad_memory, grad_key, grad_sharpness, B, N, span,
+    splits, EPS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr,
     SHARP: tl.constexpr, OF_READ: tl.constexpr, OF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -126,17 +174,10 @@ def _backward_kernel(
     valid_rd = (r[:, None] < R) & (d[None, :] < D)
     rows = b * R + r
     k, key_square, beta = _load_head_inputs(key, sharpness, rows, r, d, dtype, D, R, SHARP)
-    # delta: the sum over slots of w dL/dw; the part through the read is grad_read . read
     g = load_rows(grad_read, OF_READ, rows, d, D, valid_rd, dtype)
-    delta = tl.zeros([RP], dtype)
-    if OF_READ:
-        delta += tl.sum(g * load_rows(read, True, rows, d, D, valid_rd, dtype), 1)
-    if OF_WEIGHTS:
-        for start in range(0, N, TILE):
-            n = start + tl.arange(0, TILE)
-            inside = (r[:, None] < R) & (n[None, :] < N)
-            w = load_rows(weights, True, rows, n, N, inside, dtype)
-            delta += tl.sum(w * load_rows(grad_weights, True, rows, n, N, inside, dtype), 1)
+    mean = tl.zeros([RP], dtype)
+    for p in range(0, splits):
+        mean += tl.load(means + (b * splits + p) * R + r, mask=r < R, other=0.0)
     sum_key = tl.zeros([RP, DP], dtype)
     sum_beta = tl.zeros([RP], dtype)
     sum_key_square = tl.zeros([RP], dtype)
@@ -151,10 +192,8 @@ def _backward_kernel(
         w = load_rows(weights, True, rows, n, N, inside, dtype)
         dots, squares = dot_rows(k, m), tl.sum(m * m, 1)
         q = inverse_root(key_square[:, None], squares[None, :], EPS)
-        grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
-        if OF_READ:
-            grad_w += dot_rows(g, m)
-        scaled = w * (grad_w - delta[:, None]) * q
+        grad_w = _weight_gradients(g, grad_weights, m, rows, n, inside, N, dtype, OF_READ, OF_WEIGHTS)
+        scaled = w * (grad_w - mean[:, None]) * q
         grad_dots, grad_beta, grad_norms = similarity_backward(scaled, dots, beta[:, None], q)
         sum_beta += tl.sum(grad_beta, 1)
         sum_key_square += tl.sum(grad_norms * squares[None, :], 1)
@@ -198,12 +237,11 @@ def content_read_backward(
     memory: Tensor,
     key: Tensor,
     sharpness: Tensor | None,
-    read: Tensor,
     weights: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_read, grad_weights, memory, key, sharpness, read, weights = contiguous(
-        grad_read, grad_weights, memory, key, sharpness, read, weights
+    grad_read, grad_weights, memory, key, sharpness, weights = contiguous(
+        grad_read, grad_weights, memory, key, sharpness, weights
     )
     batch, num_slots, slot_size = memory.shape
     heads = key.shape[1]
@@ -214,10 +252,16 @@ def content_read_backward(
     grad_sharpness = key.new_empty(
         (parts, batch, heads) if sharpness is not None else (parts, 0), dtype=dtype
     )
+    means = memory.new_empty(batch, parts, heads)
+    came = {"OF_READ": grad_read is not None, "OF_WEIGHTS": grad_weights is not None}
     launch(
-        _backward_kernel, (batch, parts), grad_read, grad_weights, memory, key, sharpness, read, weights, grad_memory,
-        grad_key, grad_sharpness, batch, num_slots, span, EPS=eps, **constants, SHARP=sharpness is not None,
-        OF_READ=grad_read is not None, OF_WEIGHTS=grad_weights is not None, options=BACKWARD,
+        _mean_kernel, (batch, parts), grad_read, grad_weights, memory, weights, means, num_slots, span, parts,
+        **constants, **came, options=BACKWARD,
+    )  # fmt: skip
+    launch(
+        _backward_kernel, (batch, parts), grad_read, grad_weights, memory, key, sharpness, weights, means, grad_memory,
+        grad_key, grad_sharpness, batch, num_slots, span, parts, EPS=eps, **constants, SHARP=sharpness is not None,
+        **came, options=BACKWARD,
     )  # fmt: skip
     return grad_memory, sum_programs(grad_key, key.dtype), sum_programs(grad_sharpness, key.dtype)
 

@@ -25,8 +25,8 @@ from ._memory import (
 
 @triton.jit
 def _power(x, exponent):
-    """x ** exponent for x >= 0, exponent >= 0; NaN of NaN."""
-    power = tl.exp(exponent * tl.log(tl.where(x == 0, 1.0, x)))
+    """x ** exponent for x >= 0, exponent >= 0 and infinite too; NaN of NaN."""
+    power = tl.where(x == 1, 1.0, tl.exp(exponent * tl.log(tl.where(x == 0, 1.0, x))))
     return tl.where(x == 0, tl.where(exponent == 0, 1.0, 0.0), power)
 
 

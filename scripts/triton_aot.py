@@ -103,7 +103,7 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
     memory, weights, usage = empty(2, slots, size), empty(2, heads, slots), empty(2, slots)
     key, gate = empty(2, heads, size, dtype=dtype), empty(2, heads, dtype=dtype)
     read, out = content.content_read(memory, key, gate, 1e-6)
-    content.content_read_backward(read, out, memory, key, gate, read, out, 1e-6)
+    content.content_read_backward(read, out, memory, key, gate, out, 1e-6)
     new, write_weights, chosen = lrua.lrua_write(memory, weights, usage, key, gate, False)
     lrua.lrua_write_backward(new, write_weights, weights, key, gate, chosen, False)
     whole = (None, None, None)

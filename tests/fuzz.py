@@ -43,8 +43,6 @@ class Case:
         if self.family == "cell":
             self.wide = torch.float64
         self.half = draw.choice([*HALF, None, None]) if self.wide == torch.float32 else None
-        if self.family == "content":
-            self.half = None
         self.scale = draw.choice([1.0, 1.0, 1.0, 1e-3, 30.0])
         self.sharp = draw.choice([0.0, 1.0, 10.0, 40.0])
         self.threads = draw.choice([1, 1, 2, 3])

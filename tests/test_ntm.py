@@ -178,6 +178,15 @@ def test_half_precision_is_as_good_as_plain_pytorch(dtype):
 
 
 @needs_ntm
+def test_an_infinite_sharpening_leaves_the_greatest():
+    inputs = ntm_inputs(3, 2, 9, 4, 2, 2, 1, dtype=torch.float32)
+    for i in (NAMES.index("read_sharpening"), NAMES.index("write_sharpening")):
+        inputs[i] = torch.full_like(inputs[i], float("inf"))
+    for x, y in zip(call(ops.ntm_scan, inputs), call(reference.ntm_scan, inputs), strict=True):
+        assert torch.isfinite(y).all() and torch.allclose(x, y, atol=1e-5)
+
+
+@needs_ntm
 @pytest.mark.parametrize("order", ORDERS)
 def test_steps_halves_and_whole_are_the_same_bits(order):
     steps, half = shorter((21, 13), (5, 3))

@@ -20,19 +20,18 @@ std::tuple<Tensor, Tensor> content_read(Tensor memory, Tensor key, std::optional
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> content_read_backward(std::optional<Tensor> grad_read, std::optional<Tensor> grad_weights,
                                                          Tensor memory, Tensor key, std::optional<Tensor> sharpness,
-                                                         Tensor read, Tensor weights, double eps) {
+                                                         Tensor weights, double eps) {
   const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = key.size(1);
   grad_read = input(grad_read, {B, R, D});
   grad_weights = input(grad_weights, {B, R, N});
   memory = input(memory, {B, N, D});
   key = input(key, {B, R, D});
   sharpness = input(sharpness, {B, R});
-  read = input(read, {B, R, D});
   weights = input(weights, {B, R, N});
   Tensor grad_memory = empty(memory, {B, N, D}), grad_key = empty(key, {B, R, D});
   Tensor grad_sharpness = empty(key, sharpness ? Shape{B, R} : Shape{0});
   Device(memory).run(ContentReadBackward{B, N, D, R, dtype_of(memory), dtype_of(key), eps, data(grad_read), data(grad_weights),
-                                         data(memory), data(key), data(sharpness), data(read), data(weights),
+                                         data(memory), data(key), data(sharpness), data(weights),
                                          grad_memory.mutable_data_ptr(), grad_key.mutable_data_ptr(),
                                          sharpness ? grad_sharpness.mutable_data_ptr() : nullptr});
   return {grad_memory, grad_key, grad_sharpness};

@@ -158,59 +158,83 @@ bool content_read(const ContentRead& a, const Parallel& parallel) {
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
+// Two passes over the memory: a weight's gradient counts only as far as it differs from the mean of all under the weights. The
+// mean must come from the very same bits: a product of the read's gradient and the read would do but for its rounding, which a
+// great sharpness would magnify where one slot has all the weight and nothing is left of the difference.
+
+// dL/dw of slots [lo, lo + count) for every head, of which `valid` there are; block gets the slots in lanes.
+template <class T>
+void weight_gradients(const ContentReadBackward& a, int64_t b, int64_t lo, int64_t valid, const T* grad_read, T* block,
+                      T* grad_weights) {
+  const int64_t count = padded_slots(valid);
+  load_slots(static_cast<const T*>(a.memory) + b * a.N * a.D, a.N, a.D, lo, lo + count, block, tile);
+  if (grad_read) dot_slots(static_cast<const T*>(block), tile, count, a.D, a.R, grad_read, grad_weights);
+  else std::memset(grad_weights, 0, a.R * tile * sizeof(T));
+  if (a.grad_weights == nullptr) return;
+  const T* more = static_cast<const T*>(a.grad_weights) + b * a.R * a.N + lo;
+  for (int64_t r = 0; r < a.R; ++r)
+    for (int64_t i = 0; i < valid; ++i) grad_weights[r * tile + i] += more[r * a.N + i];
+}
+
+template <class T>
+struct MeanScratch {
+  T *block, *weights, *grad_weights, *grad_read, *mean;
+  MeanScratch(Arena& arena, const ContentReadBackward& a)
+      : block(arena.take<T>(a.D * tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
+        grad_read(arena.take<T>(a.R * a.D)), mean(arena.take<T>(a.R)) {}
+};
+
+// A part's share of sum over slots of w dL/dw.
+template <class T>
+void mean_part(const ContentReadBackward& a, int64_t b, Range slots, MeanScratch<T>& s) {
+  const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
+  const T* grad_read = a.grad_read ? widen(a.grad_read, a.input, b * a.R * a.D, a.R * a.D, s.grad_read) : nullptr;
+  for (int64_t r = 0; r < a.R; ++r) s.mean[r] = 0;
+  for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
+    const int64_t valid = (lo + tile < slots.hi ? lo + tile : slots.hi) - lo, count = padded_slots(valid);
+    weight_gradients(a, b, lo, valid, grad_read, s.block, s.grad_weights);
+    load_tile_rows(weights + lo, a.R, a.N, valid, count, s.weights);
+    for (int64_t r = 0; r < a.R; ++r)
+      s.mean[r] +=
+          dot_rows(static_cast<const T*>(s.weights + r * tile), static_cast<const T*>(s.grad_weights + r * tile), count);
+  }
+}
 
 template <class T>
 struct BackwardScratch {
-  T *block, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *key, *sharpness, *grad_read, *read, *delta;
+  T *block, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *key, *sharpness, *grad_read;
   T *grad_key, *grad_sharpness, *grad_key_square;  // of one part of a sample's slots: [R, D], [R], [R]
   BackwardScratch(Arena& arena, const ContentReadBackward& a)
       : block(arena.take<T>(a.D * tile)), grad(arena.take<T>(a.D * tile)), dots(arena.take<T>(a.R * tile)),
         q(arena.take<T>(tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
         squares(arena.take<T>(tile)), grad_squares(arena.take<T>(tile)), key(arena.take<T>(a.R * a.D)),
-        sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * a.D)), read(arena.take<T>(a.R * a.D)),
-        delta(arena.take<T>(a.R)), grad_key(arena.take<T>(a.R * a.D)), grad_sharpness(arena.take<T>(a.R)),
-        grad_key_square(arena.take<T>(a.R)) {}
+        sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * a.D)), grad_key(arena.take<T>(a.R * a.D)),
+        grad_sharpness(arena.take<T>(a.R)), grad_key_square(arena.take<T>(a.R)) {}
 };
 
 template <class T>
-void backward_part(const ContentReadBackward& a, int64_t b, Range slots, BackwardScratch<T>& s) {
+void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T* mean, BackwardScratch<T>& s) {
   const int64_t numbers = a.R * a.D;
-  const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
-  const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + b * a.R * a.N : nullptr;
   T* grad_memory = static_cast<T*>(a.grad_memory) + b * a.N * a.D;
   const T* key = widen(a.key, a.input, b * numbers, numbers, s.key);
   const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
   const T* grad_read = a.grad_read ? widen(a.grad_read, a.input, b * numbers, numbers, s.grad_read) : nullptr;
-  const T* read = widen(a.read, a.input, b * numbers, numbers, s.read);
-  for (int64_t r = 0; r < a.R; ++r) {
-    // sum over slots of w dL/dw, without a pass of its own: the part through the read is grad_read . read.
-    T delta = 0;
-    if (grad_read)
-      for (int64_t d = 0; d < a.D; ++d) delta += grad_read[r * a.D + d] * read[r * a.D + d];
-    if (grad_weights)
-      for (int64_t i = 0; i < a.N; ++i) delta += grad_weights[r * a.N + i] * weights[r * a.N + i];
-    s.delta[r] = delta;
-    s.grad_sharpness[r] = s.grad_key_square[r] = 0;
-  }
+  for (int64_t r = 0; r < a.R; ++r) s.grad_sharpness[r] = s.grad_key_square[r] = 0;
   for (int64_t j = 0; j < numbers; ++j) s.grad_key[j] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
-    load_slots(memory, a.N, a.D, lo, lo + count, s.block, tile);
+    weight_gradients(a, b, lo, end - lo, grad_read, s.block, s.grad_weights);
     dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
     load_tile_rows(weights + lo, a.R, a.N, end - lo, count, s.weights);
-    if (grad_read) dot_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, grad_read, s.grad_weights);
-    else std::memset(s.grad_weights, 0, a.R * tile * sizeof(T));
     std::memset(s.grad_squares, 0, tile * sizeof(T));
     for (int64_t r = 0; r < a.R; ++r) {
       T *w = s.weights + r * tile, *g = s.grad_weights + r * tile;
-      if (grad_weights)
-        for (int64_t i = 0; i < end - lo; ++i) g[i] += grad_weights[r * a.N + lo + i];
       const T key_square = square_sum(key + r * a.D, a.D), beta = sharpness ? sharpness[r] : T(1);
       for (int64_t i = 0; i < count; i += width<T>)
         store(s.q + i, inverse_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
       const ScoreGradient<T> grad =
-          score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, s.delta[r], key_square, beta, g, s.grad_squares);
+          score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, mean[r], key_square, beta, g, s.grad_squares);
       s.grad_sharpness[r] += grad.beta;
       s.grad_key_square[r] += grad.key_square;
     }
@@ -245,11 +269,23 @@ void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardScr
 
 template <class T>
 bool content_read_backward(const ContentReadBackward& a, const Parallel& parallel) {
+  const Scratch means(a.B * a.R * sizeof(T));
+  if (means.data() == nullptr) return false;
+  T* const mean = reinterpret_cast<T*>(means.data());
+  const auto nothing = [](int64_t, auto&) {};
+  const bool found = run_samples_or_slots<MeanScratch<T>>(
+      a, parallel, a.D * a.R, a.D * a.R, nothing, [&](int64_t b, Range slots, MeanScratch<T>& s) { mean_part(a, b, slots, s); },
+      [&](int64_t b, const MeanScratch<T>* parts, int64_t count) {
+        for (int64_t r = 0; r < a.R; ++r) {
+          mean[b * a.R + r] = 0;
+          for (int64_t p = 0; p < count; ++p) mean[b * a.R + r] += parts[p].mean[r];
+        }
+      });
   // In as many parts as forward.
-  return run_samples_or_slots<BackwardScratch<T>>(
-      a, parallel, a.D * (2 * a.R + 1), a.D * (6 * a.R + 2), [](int64_t, BackwardScratch<T>&) {},
-      [&](int64_t b, Range slots, BackwardScratch<T>& s) { backward_part(a, b, slots, s); },
-      [&](int64_t b, const BackwardScratch<T>* parts, int64_t count) { combine_backward(a, b, parts, count); });
+  return found && run_samples_or_slots<BackwardScratch<T>>(
+                      a, parallel, a.D * (2 * a.R + 1), a.D * (6 * a.R + 2), nothing,
+                      [&](int64_t b, Range slots, BackwardScratch<T>& s) { backward_part(a, b, slots, mean + b * a.R, s); },
+                      [&](int64_t b, const BackwardScratch<T>* parts, int64_t count) { combine_backward(a, b, parts, count); });
 }
 
 }  // namespace

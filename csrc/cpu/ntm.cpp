@@ -98,10 +98,10 @@ void address(const Sizes<T>& n, const Inputs<T>& in, const T* memory, const T* p
       most = s > most ? s : most;
     }
     x.maximum[h] = maximum_lane<T>(most);
-    const T inverse = T(1) / x.maximum[h];
     Vec<T> total{};
     for (int64_t i = 0; i < n.ld; i += width<T>) {
-      const Vec<T> u = load(relative + i) * inverse, p = power(u, in.sharpening[h]);
+      // Divided: so the greatest is exactly 1, to any power, also an infinite one.
+      const Vec<T> u = load(relative + i) / x.maximum[h], p = power(u, in.sharpening[h]);
       store(relative + i, u);
       store(weights + i, p);
       total += p;

@@ -86,7 +86,8 @@ inline IntVec<T> splat_int(Int<T> x) {
 }
 
 // 1 / sqrt(x). In float by the processor's estimate and one Newton step, within 2e-7 (AVX2) or 1e-7 (AVX-512), at a third of
-// the time of root and division. The estimate of a denormal number may be infinite, so x counts as the least normal one.
+// the time of root and division. The estimate of a denormal number may be infinite, so x counts as the least normal one; of
+// infinity it is 0, with which the step would make NaN.
 template <class T>
 inline Vec<T> inverse_root(Vec<T> x) {
   for (int lane = 0; lane < width<T>; ++lane) x[lane] = T(1) / std::sqrt(x[lane]);
@@ -101,7 +102,7 @@ inline Vec<float> inverse_root<float>(Vec<float> x) {
 #else
   const Vec<float> y = _mm256_rsqrt_ps(x);
 #endif
-  return y * (1.5f - (0.5f * x) * (y * y));
+  return x > std::numeric_limits<float>::max() ? y : y * (1.5f - (0.5f * x) * (y * y));
 }
 #endif
 
@@ -189,14 +190,15 @@ inline Vec<double> log_positive(Vec<double> x) {
   return x;
 }
 
-// x to a power of at least 0, for x from 0 to 1; 0 to the power 0 is 1. A negative or NaN x gives NaN.
+// x to a power of at least 0, infinite too, for x from 0 to 1; 0 to the power 0 and 1 to any are 1. A negative or NaN x gives
+// NaN.
 template <class T>
 inline Vec<T> power(Vec<T> x, T exponent) {
   if (exponent == T(0)) return splat<T>(1);
   const T least = std::numeric_limits<T>::min();
   const Vec<T> result = exp_nonpositive(log_positive(x > least ? x : splat<T>(least)) * exponent);
   const Vec<T> none = splat<T>(std::numeric_limits<T>::quiet_NaN());
-  return x > T(0) ? result : x == T(0) ? Vec<T>{} : none;
+  return x == T(1) ? splat<T>(1) : x > T(0) ? result : x == T(0) ? Vec<T>{} : none;
 }
 
 template <class T>

@@ -148,11 +148,14 @@ __global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a,
   }
 }
 
-// Gradients of keys and sharpness are this block's part, [parts, B, R, D] and [parts, B, R].
+// Launched twice. First with `finds_means`, the block's share of the mean, under the weights, of the gradient that reaches them:
+// means [parts, B, R]. Then for the gradients, which need the mean of all parts, from the very same bits: a product of the
+// read's gradient and the read would do but for its rounding, which a great sharpness would magnify. Gradients of keys and
+// sharpness are this block's part, [parts, B, R, D] and [parts, B, R].
 template <class T, int C, int HEADS, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, 1)
     read_backward_kernel(const __grid_constant__ ContentReadBackward a, const __grid_constant__ Plan plan, int64_t parts,
-                         T* of_keys, T* of_sharpness) {
+                         bool finds_means, T* means, T* of_keys, T* of_sharpness) {
   constexpr int OWN = Place<HEADS>::OWN;
   const int64_t sample = gpu::block() / parts, part = gpu::block() % parts;
   Carver carver(gpu::shared_memory());
@@ -164,42 +167,59 @@ __global__ void __launch_bounds__(most_threads, 1)
   const auto& place = slots.place;
   const T* weights = static_cast<const T*>(a.weights) + sample * a.R * a.N;
   const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + sample * a.R * a.N : nullptr;
-  gpu::sync();
-  // The mean, under the weights, of the gradient that reaches them: what comes by the read is a product with the read itself.
-  for (int r = place.warp; r < plan.R; r += place.warps) {
+  for (int r = gpu::thread(); !finds_means && r < plan.R; r += gpu::threads()) {
     T mean = 0;
-    for (int64_t d = place.lane; a.grad_read && d < a.D; d += 32)
-      mean += shared.grads[r * plan.columns + d] * load_as<T>(a.read, a.input, (sample * a.R + r) * a.D + d);
-    for (int64_t n = place.lane; grad_weights && n < a.N; n += 32) mean += weights[r * a.N + n] * grad_weights[r * a.N + n];
-    mean = add_warp<1>(mean);
-    if (place.lane == 0) shared.mean[r] = mean;
+    for (int64_t p = 0; p < parts; ++p) mean += means[(p * a.B + sample) * a.R + r];
+    shared.mean[r] = mean;
   }
   gpu::sync();
 
   const int own_slot = slots.own(0), slot = slots.first_slot + own_slot;
+  // Of a number of heads from `first` on: products of the slots and the rows, of which this thread's are the first ones.
+  const auto dots_of = [&](const T* vectors, int first, T(&sums)[lane_slots* HEADS], auto also) {
+    for (int k = 0; k < slots.pieces(); ++k) {
+      T rows[HEADS][C];
+      load_rows<HEADS, C>(vectors + first * plan.columns + slots.first_column(k), plan.columns, rows);
+      also(rows);
+      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, sums); });
+    }
+    add_lanes<4, 1, lane_slots * HEADS>(sums, place.lane);
+  };
+  const auto gradient_of_weight = [&](T by_read, int r, bool valid) {
+    return by_read + (valid && grad_weights ? grad_weights[r * a.N + slot] : T(0));
+  };
+  if (finds_means) {
+    for (int first = 0; first < plan.heads; first += HEADS) {
+      T grads[lane_slots * HEADS] = {}, of_mean[OWN];
+      dots_of(shared.grads, first, grads, [](const auto&) {});
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) {
+        const int r = first + place.own_head + j;
+        const bool valid = r < a.R && slot < a.N;
+        of_mean[j] = valid ? weights[r * a.N + slot] * gradient_of_weight(grads[j], r, valid) : T(0);
+      }
+      slots.tell_sums(of_mean, first, false, shared.sums + place.warp * plan.heads);
+    }
+    gpu::sync();
+    for (int r = gpu::thread(); r < plan.R; r += gpu::threads())
+      means[(part * a.B + sample) * a.R + r] = slots.total(shared.sums, r, plan.heads);
+    return;
+  }
   T* of_squares_of_keys = shared.most + place.warp * plan.heads;
   T squares[lane_slots] = {};
   for (int k = 0; k < slots.pieces(); ++k) slots.with_piece(k, [&](const Tile<T, C>& m) { add_squares<C>(m, squares); });
   add_lanes<4, 1, lane_slots>(squares, place.lane);
   for (int first = 0; first < plan.heads; first += HEADS) {
     T dots[lane_slots * HEADS] = {}, grads[lane_slots * HEADS] = {}, key_squares[HEADS] = {}, own_key[OWN];
-    for (int k = 0; k < slots.pieces(); ++k) {
-      T rows[HEADS][C];
-      load_rows<HEADS, C>(shared.keys + first * plan.columns + slots.first_column(k), plan.columns, rows);
-      add_row_squares<HEADS, C>(rows, key_squares);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, dots); });
-      load_rows<HEADS, C>(shared.grads + first * plan.columns + slots.first_column(k), plan.columns, rows);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, grads); });
-    }
-    add_lanes<4, 1, lane_slots * HEADS>(dots, place.lane);
-    add_lanes<4, 1, lane_slots * HEADS>(grads, place.lane);
+    dots_of(shared.keys, first, dots, [&](const T(&rows)[HEADS][C]) { add_row_squares<HEADS, C>(rows, key_squares); });
+    dots_of(shared.grads, first, grads, [](const auto&) {});
     own_key_squares<HEADS>(place, key_squares, own_key);
     T of_beta[OWN], of_key[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; ++j) {
       const int r = first + place.own_head + j, at = r * plan.span + own_slot;
       const bool valid = r < a.R && slot < a.N;
-      const T grad = grads[j] + (valid && grad_weights ? grad_weights[r * a.N + slot] : T(0));
+      const T grad = gradient_of_weight(grads[j], r, valid);
       const T of_score = valid ? weights[r * a.N + slot] * (grad - shared.mean[r]) : T(0);
       const ScoreGradient<T> of = score_gradient(of_score, dots[j], shared.beta[r], own_key[j], squares[0], slots.eps);
       of_beta[j] = of.beta;
@@ -315,11 +335,16 @@ template <class T>
 const char* read_backward(const ContentReadBackward& a, const Queue& queue) {
   const Plan plan = plan_read<T>(a.N, a.D, a.R, true);
   const int64_t parts = (a.N + plan.span - 1) / plan.span, rows = a.B * a.R;
-  T* of_keys = static_cast<T*>(queue.scratch(queue.owner, parts * rows * (a.D + 1) * sizeof(T)));
-  T* of_sharpness = of_keys + parts * rows * a.D;
+  T* of_keys = static_cast<T*>(queue.scratch(queue.owner, parts * rows * (a.D + 2) * sizeof(T)));
+  T *of_sharpness = of_keys + parts * rows * a.D, *means = of_sharpness + parts * rows;
   const char* why = with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
-    return gpu::launch(read_backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                       {a.B * parts, 32 * plan.warps, 1, plan.shared, queue.stream}, a, plan, parts, of_keys, of_sharpness);
+    const auto kernel = read_backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>;
+    const char* why = nullptr;
+    for (const bool finds_means : {true, false})
+      if (why == nullptr)
+        why = gpu::launch(kernel, {a.B * parts, 32 * plan.warps, 1, plan.shared, queue.stream}, a, plan, parts, finds_means,
+                          means, of_keys, of_sharpness);
+    return why;
   });
   if (why) return why;
   if ((why = add_parts(of_keys, parts, rows * a.D, a.grad_key, a.input, queue.stream))) return why;

@@ -107,10 +107,12 @@ class NtmStream {
   T asked_[ahead];
 };
 
-// x to a power of at least 0, for x from 0 to 1; 0 to the power 0 is 1. A negative or NaN x gives NaN.
+// x to a power of at least 0, infinite too, for x from 0 to 1; 0 to the power 0 and 1 to any are 1. A negative or NaN x gives
+// NaN.
 template <class T>
 __device__ __forceinline__ T power(T x, T exponent) {
   if (x == T(0)) return exponent == T(0) ? T(1) : T(0);
+  if (x == T(1)) return T(1);
   return exp(exponent * log(x));
 }
 

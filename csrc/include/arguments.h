@@ -56,7 +56,7 @@ struct ContentReadBackward {
   Dtype state, input;
   double eps;
   const void *grad_read, *grad_weights;  // either may be null
-  const void *memory, *key, *sharpness, *read, *weights;
+  const void *memory, *key, *sharpness, *weights;
   void *grad_memory, *grad_key, *grad_sharpness;  // grad_sharpness is null where sharpness is
 };
 

@@ -22,7 +22,7 @@ CONTENT_READ = declare(
         ),
         options=(EPS,),
         outputs=(Output("read", "B R D", like="key"), Output("weights", "B R N", like="memory")),
-        saved=("memory", "key", "sharpness", "read", "weights"),
+        saved=("memory", "key", "sharpness", "weights"),
         public=("content_read",),
     )
 )
@@ -34,7 +34,9 @@ def content_read(
     """Read a memory by content (Graves et al. 2014, arXiv 1410.5401, eqs. 2, 5, 6).
 
     ``weights = softmax over slots of sharpness * dot(key, slot) / sqrt(|key|^2 |slot|^2 + eps)`` and ``read = weights @
-    memory``, for every sample and head. With zero keys or zero slots values and gradients are finite.
+    memory``, for every sample and head. With zero keys or zero slots values and gradients are finite. Where
+    ``|key|^2 |slot|^2`` exceeds the largest number of memory's dtype (in float32 where ``|key| |slot|`` exceeds 1.8e19) the
+    similarity is 0.
 
     Args:
         memory: [B, N, D], float32 or float64; N, D >= 1.

@@ -153,8 +153,8 @@ Results content(const Kernels& k, const Case& c) {
     Array grad_memory(c.state, memory.count), grad_key(c.input, key.count), grad_sharpness(c.input, c.sharp ? c.B * c.R : 0);
     succeeded(
         k.content_read_backward({c.B, c.N, c.D, c.R, c.state, c.input, 1e-6, pointer(grad_read), pointer(grad_weights),
-                                 pointer(memory), pointer(key), pointer(sharpness), pointer(read), pointer(weights),
-                                 grad_memory.data.get(), grad_key.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr},
+                                 pointer(memory), pointer(key), pointer(sharpness), pointer(weights), grad_memory.data.get(),
+                                 grad_key.data.get(), c.sharp ? grad_sharpness.data.get() : nullptr},
                                 parallel));
     results.push_back(std::move(grad_memory));
     results.push_back(std::move(grad_key));
