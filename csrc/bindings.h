@@ -4,6 +4,7 @@
 #pragma once
 #include "bindings/cell.h"
 #include "bindings/content.h"
+#include "bindings/dnc.h"
 #include "bindings/lrua.h"
 #include "bindings/ntm.h"
 #include "include/ops.h"

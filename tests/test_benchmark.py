@@ -274,3 +274,7 @@ def test_flop_are_those_of_the_products():
     assert cost.content_read_flop(batch, slots, size, heads) == 2 * batch * slots * size * (2 * heads + 1)
     ntm = {"dot": 3, "norm": 1, "read": 2, "kept": 2, "added": 1}
     assert cost.ntm_scan_flop(1, 1, slots, size, 2, 1) == 2 * slots * size * sum(ntm.values())
+    links, memory = {"become": 3, "directions": 4}, {"dot": 3, "norm": 2, "write": 2, "read": 2}
+    assert cost.dnc_scan_flop(1, 1, slots, size, 2) == 2 * slots * (
+        slots * sum(links.values()) + size * sum(memory.values())
+    )

@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mann_fast import MANN, MemoryLayer
+from mann_fast._state import tensors_of
 
 SMALL = {"num_slots": 8, "slot_size": 5, "num_heads": 2, "dtype": torch.float64}
 SIZES = [(6, 3), (7, 3), (8, 4), (9, 5), (33, 2), (2, 2), (1, 3), (5, 1), (12, 1), (1, 1)]
@@ -20,7 +21,7 @@ def anew():
 
 def outputs(result):
     """Every tensor that a call gave."""
-    return torch.utils._pytree.tree_leaves(result)
+    return list(tensors_of(result))
 
 
 def results_and_gradients(function, module, x, *state):
@@ -69,12 +70,21 @@ def test_two_steps_of_one_sample_are_no_case_of_their_own():
     assert compilations(MemoryLayer(4, 6, **SMALL), [(5, 1), (12, 1), (2, 1)]) == 2
 
 
-@pytest.mark.parametrize("addressing", ["ntm", "content"])
-def test_a_loop_over_steps_compiles_no_more_often(addressing):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"addressing": "ntm"},
+        {"addressing": "content"},
+        pytest.param({"addressing": "dnc"}, marks=pytest.mark.thorough),
+        pytest.param({"addressing": "dnc", "link": False}, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_a_loop_over_steps_compiles_no_more_often(options):
     sizes = [(3, 2), (4, 3), (6, 3), (2, 5), (1, 1)]
     expected = plain(sizes)
     torch.compiler.reset()
-    assert compilations(MemoryLayer(4, 6, addressing=addressing, **SMALL), sizes) <= expected
+    assert compilations(MemoryLayer(4, 6, **options, **SMALL), sizes) <= expected
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])

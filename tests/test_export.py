@@ -31,7 +31,7 @@ def example(model, steps, batch, dtype=torch.float64):
 
 def any_sizes(state):
     steps, batch = Dim("T", min=1), Dim("B", min=1)
-    return {"x": {0: steps, 1: batch}, "state": torch.utils._pytree.tree_map(lambda _: {0: batch}, state)}
+    return {"x": {0: steps, 1: batch}, "state": state.map(lambda _: {0: batch})}
 
 
 def assert_same(actual, expected, tolerance=1e-12):
@@ -78,6 +78,8 @@ def assert_loads(program, model, folder):
         ({}, True),
         ({"controller": "gru", "memory_start": "learned"}, True),
         ({"addressing": "ntm"}, True),
+        pytest.param({"addressing": "dnc"}, True, marks=pytest.mark.thorough),
+        ({"addressing": "dnc", "link": False}, False),
     ],
     ids=str,
 )
@@ -125,7 +127,16 @@ def test_ahead_of_time(tmp_path):
     assert_loads(path, model, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"addressing": "ntm"}, {"controller": "feedforward"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"addressing": "ntm"},
+        {"addressing": "dnc"},
+        {"addressing": "dnc", "link": False},
+        {"controller": "feedforward"},
+    ],
+)
 def test_states_are_loaded_as_torch_does_by_default(options, tmp_path):
     layer = MemoryLayer(4, 6, **SMALL, **options)
     _, state, weights = layer(torch.randn(3, 2, 4), return_weights=True)

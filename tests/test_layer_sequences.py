@@ -83,6 +83,7 @@ def called(layer):
 
 
 MEMORIES = ("lrua", "ntm", "content", "ring")
+DNC = ("dnc", "dnc without links")
 CONTROLLERS = ("lstm", "gru", "feedforward", "module")
 WAYS = ("plain", "weights", "projection", "batch_first", "called")
 
@@ -91,6 +92,8 @@ def make_layer(memory="lrua", controller="lstm", dtype=torch.float64, **options)
     torch.manual_seed(0)
     controller = Recurrent() if controller == "module" else controller
     addressing = Ring() if memory == "ring" else memory
+    if memory == "dnc without links":
+        addressing, options = "dnc", {"link": False, **options}
     options = {"memory_start": "learned", **SIZES, **options}
     return MemoryLayer(4, 6, addressing=addressing, controller=controller, dtype=dtype, **options)
 
@@ -122,8 +125,8 @@ def cut(layer, x, state, resets=None, lengths=None):
         whole = x.new_zeros(x.shape[0], 1, layer.output_size)
         outputs.append(torch.cat([*(row for row, _ in rows), whole[length:]]))
         ends.append(now)
-        padding = x.new_zeros(x.shape[0] - length, 1, layer.num_heads, layer.num_slots)
-        of_samples = [torch.cat([*(w[i] for _, w in rows), padding]) for i in range(2)]
+        padding = [x.new_zeros(x.shape[0] - length, *part.shape[1:]) for part in weights[0][:2]]
+        of_samples = [torch.cat([*(w[i] for _, w in rows), padding[i]]) for i in range(2)]
         recorded.append(of_samples)
     reads, writes = (torch.cat([sample[i] for sample in recorded], 1) for i in range(2))
     return torch.cat(outputs, 1), MemoryState.cat(ends), reads, writes
@@ -132,7 +135,7 @@ def cut(layer, x, state, resets=None, lengths=None):
 def with_gradients(run, layer, x, state):
     """Results, and the gradients in x, in the state and in the parameters of a fixed random functional of them."""
     x = x.detach().clone().requires_grad_()
-    usage = getattr(state.memory, "usage", None)  # it carries no gradient
+    usage = state.memory.usage if isinstance(state.memory, ops.LRUAState) else None  # it carries no gradient
     state = state.map(
         lambda part: part.detach().clone().requires_grad_(part.is_floating_point() and part is not usage)
     )
@@ -155,9 +158,14 @@ def assert_same(actual, expected, tolerance=1e-9):
         assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()), i
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("controller", CONTROLLERS)
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("memory", "controller", "way"),
+    [
+        *itertools.product(MEMORIES, CONTROLLERS, WAYS),
+        *itertools.product(DNC, ("lstm", "module"), ("plain", "weights")),
+        *itertools.product(DNC, ("gru",), WAYS[2:]),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:MemoryLayer goes one step after the other")
 def test_each_sample_is_as_if_cut(memory, controller, way):
     options = {"projection": {"output_size": 3}, "batch_first": {"batch_first": True}}.get(way, {})
@@ -188,7 +196,7 @@ def test_each_sample_is_as_if_cut(memory, controller, way):
 
 
 @pytest.mark.parametrize("given", ["resets", "lengths"])
-@pytest.mark.parametrize("memory", ["lrua", "ntm", "ring"])
+@pytest.mark.parametrize("memory", ["lrua", "ntm", "ring", *DNC])
 def test_one_of_them_alone(memory, given):
     layer = make_layer(memory, "gru")
     x, state = drawn(layer)
@@ -200,7 +208,7 @@ def test_one_of_them_alone(memory, given):
 
 
 @pytest.mark.parametrize("controller", ["lstm", "module"])
-@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+@pytest.mark.parametrize("memory", ["lrua", "ntm", *DNC])
 def test_without_a_state(memory, controller):
     layer = make_layer(memory, controller)
     x, _ = drawn(layer)
@@ -213,7 +221,7 @@ def test_without_a_state(memory, controller):
     assert_same(([output, *end.flatten()], []), ([expected[0], *expected[1].flatten()], []))
 
 
-@pytest.mark.parametrize("memory", ["lrua", "ntm"])
+@pytest.mark.parametrize("memory", ["lrua", "ntm", *DNC])
 def test_unbatched(memory):
     layer = make_layer(memory, batch_first=True)
     x, state = drawn(layer)
@@ -231,7 +239,7 @@ def test_unbatched(memory):
 
 
 @pytest.mark.parametrize("way", ["plain", "weights", "projection", "module"])
-@pytest.mark.parametrize("memory", ["lrua", "ntm", "ring"])
+@pytest.mark.parametrize("memory", ["lrua", "ntm", "ring", *DNC])
 def test_what_is_discarded_reaches_nothing(memory, way):
     """NaN in padding, and in a state that a reset discards: the same bits of values and gradients."""
     layer = make_layer(memory, output_size=3 if way in ("projection", "module") else None)

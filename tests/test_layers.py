@@ -414,7 +414,10 @@ def test_reset_of_an_unbatched_state(options):
         assert all(torch.equal(a, b) for a, b in zip(tensors(reset), tensors(expected), strict=True))
 
 
-@pytest.mark.parametrize("addressing", ["lrua", "ntm", "content"])
+ALLOCATION_GATE = 2 * 5 + 2 + 5 + 1 + 5 + 5 + 2  # of the DNC's heads below
+
+
+@pytest.mark.parametrize("addressing", ["lrua", "ntm", "content", "dnc"])
 def test_a_learned_start_begins_as_the_constant_one_and_gets_a_gradient(addressing):
     sizes = {"num_slots": 6, "slot_size": 5, "num_heads": 2, "addressing": addressing, "dtype": torch.float64}
     torch.manual_seed(0)
@@ -427,6 +430,9 @@ def test_a_learned_start_begins_as_the_constant_one_and_gets_a_gradient(addressi
     assert "memory_start='learned'" in repr(layer) and "memory_start" not in repr(constant)
 
     layer.start.data.normal_()
+    if addressing == "dnc":  # whose usage takes what was written for a constant: nothing by allocation
+        with torch.no_grad():
+            layer.heads.weight[ALLOCATION_GATE], layer.heads.bias[ALLOCATION_GATE] = 0, -1e4
     loss = layer(x)[0].square().sum()
     (gradient,) = torch.autograd.grad(loss, layer.start)
     direction = torch.randn_like(gradient)

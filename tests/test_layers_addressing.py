@@ -8,7 +8,7 @@ from torch import nn
 
 import mann_fast
 from mann_fast import MANN, MemoryLayer, ops
-from mann_fast.layers import LRUA, NTM, Content
+from mann_fast.layers import DNC, LRUA, NTM, Content
 
 SIZES = {"num_slots": 7, "slot_size": 3, "num_heads": 2}
 KINDS = [
@@ -111,8 +111,9 @@ def test_keys_and_write_vectors_of_lrua_start_three_times_as_large():
         (LRUA(**SIZES, sharpness=2.0, usage_decay=0.5), {"sharpness": 2.0, "usage_decay": 0.5}),
         (NTM(**SIZES, max_shift=2), {"addressing": "ntm", "max_shift": 2}),
         (Content(eps=1e-3), {"addressing": "content", "eps": 1e-3}),
+        (DNC(**SIZES, link=False), {"addressing": "dnc", "link": False}),
     ],
-    ids=["lrua", "ntm", "content"],
+    ids=["lrua", "ntm", "content", "dnc"],
 )
 def test_a_memory_given_as_an_object_is_the_one_of_that_name(memory, options):
     named, given = make_layer(**options), make_layer(addressing=memory)
@@ -182,7 +183,7 @@ class Own(nn.Module):
         return self.layers(z) + count[:, 0, :1], (count + 1,)
 
 
-@pytest.mark.parametrize("addressing", ["lrua", "ntm", "content"])
+@pytest.mark.parametrize("addressing", ["lrua", "ntm", "content", "dnc"])
 def test_a_controller_of_one_s_own(addressing):
     layer = make_layer(controller=Own(4 + 6, 5), addressing=addressing)
     x = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -193,6 +194,10 @@ def test_a_controller_of_one_s_own(addressing):
     first, carried = layer(x[:2])
     second, _ = layer(x[2:], carried)
     torch.testing.assert_close(torch.cat([first, second]), output)
+    if addressing == "dnc":  # whose usage takes what was written for a constant: nothing by allocation
+        with torch.no_grad():
+            place = sum(layer.memory.head_sizes()[:7])
+            layer.heads.weight[place], layer.heads.bias[place] = 0, -1e4
     assert torch.autograd.gradcheck(lambda x: layer(x)[0], x)
     assert carried.reset(torch.tensor([True, False])).controller[0][:, 0, 0].tolist() == [0, 2]
     assert (
@@ -236,19 +241,28 @@ def test_weights_of_lrua(options):
     torch.testing.assert_close(weights.usage, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"addressing": "ntm"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"addressing": "ntm"}, {"addressing": "dnc"}, {"addressing": "dnc", "link": False}],
+    ids=str,
+)
 def test_no_steps(options):
     layer = make_layer(**options)
     output, state, weights = layer(torch.zeros(0, 2, 4, dtype=torch.float64), return_weights=True)
     assert output.shape == (0, 2, layer.output_size)
-    assert weights.read.shape == weights.write.shape == (0, 2, 2, 7)
+    assert weights.read.shape == (0, 2, 2, 7)
+    assert weights.write.shape == (0, 2, 1 if layer.addressing == "dnc" else 2, 7)
     assert torch.equal(state.memory.memory, layer.initial_state(2).memory.memory)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"addressing": "dnc"}, ValueError, "addressing must be one of 'lrua', 'ntm', 'content', got 'dnc'"),
+        (
+            {"addressing": "sam"},
+            ValueError,
+            "addressing must be one of 'lrua', 'ntm', 'content', 'dnc', got 'sam'",
+        ),
         ({"addressing": "ntm", "max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
         ({"addressing": "ntm", "max_shift": 1.5}, TypeError, "max_shift must be an int, got float"),
         (
@@ -273,7 +287,7 @@ def test_refuses_arguments(options, error, message):
         make_layer(**options)
 
 
-@pytest.mark.parametrize("addressing", ["ntm", "content"])
+@pytest.mark.parametrize("addressing", ["ntm", "content", "dnc"])
 def test_half_precision_and_autocast(addressing):
     torch.manual_seed(0)
     layer = MemoryLayer(4, 5, addressing=addressing, **SIZES)

@@ -58,7 +58,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     steps = len(found["sequences"].inputs)
     assert found["weights"].read.shape == found["weights"].write.shape == (steps, 16, 1, 8)
     assert (tmp_path / "ring.png").read_bytes()[:4] == b"\x89PNG"
-    assert torch.equal(found["trace"].written.argmax(1), torch.arange(8) % 8)
+    assert torch.equal(found["trace"].slots.written.argmax(1), torch.arange(8) % 8)
     inputs = found["sequences"].inputs
     expected = found["model"](inputs)[0]
     assert torch.equal(found["again"](inputs)[0], expected)
@@ -141,7 +141,9 @@ def test_options_are_those_of_the_memory(page):
         TypeError, match="usage_decay is no option here, got 0.95; addressing 'Ring' has num_s"
     ):
         make_layer(page, usage_decay=0.95)
-    with pytest.raises(ValueError, match="addressing must be one of 'lrua', 'ntm', 'content', got <class"):
+    with pytest.raises(
+        ValueError, match="addressing must be one of 'lrua', 'ntm', 'content', 'dnc', got <class"
+    ):
         MemoryLayer(4, addressing=Ring)
     with pytest.raises(AttributeError, match="no attribute 'usage_decay'"):
         _ = layer.usage_decay
@@ -313,9 +315,9 @@ def test_an_episode_of_images_is_drawn_with_and_without_usage(page, tmp_path):
     for addressing, name in ((page["Ring"](), "ring.png"), ("lrua", "lrua.png")):
         model = MANN(episodes.input_size, episodes.num_outputs, 5, addressing=addressing, **SIZES)
         found = trace(model, episode, "onehot")
-        assert found.written.shape == found.read.shape == (6, 7) and (found.usage is None) == (
-            name == "ring.png"
-        )
+        assert found.slots.written.shape == found.slots.read.shape == (6, 7) and (
+            found.slots.usage is None
+        ) == (name == "ring.png")
         plot_episode(tmp_path / name, images, episode.instance[:, 0], found, "an episode")
         assert (tmp_path / name).stat().st_size > 0
 

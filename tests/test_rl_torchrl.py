@@ -32,6 +32,7 @@ SIZES = {"num_slots": 6, "slot_size": 4, "num_heads": 2}
 KINDS = {
     "lstm": {"controller": "lstm", "addressing": "lrua", "memory_start": "learned"},
     "gru": {"controller": "gru", "addressing": "ntm"},
+    "dnc without links": {"addressing": "dnc", "link": False},
     "feedforward": {"controller": "feedforward", "addressing": "lrua", "output_size": 5},
 }
 # TorchRL's own module, too: these tests say what it does.

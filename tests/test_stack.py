@@ -29,7 +29,7 @@ def by_hand(stack, x, state):
     return x, ends
 
 
-@pytest.mark.parametrize("addressing", ["lrua", "ntm"])
+@pytest.mark.parametrize("addressing", ["lrua", "ntm", "dnc"])
 @pytest.mark.parametrize(
     "options", [{}, {"output_size": 3, "controller": "gru", "memory_start": "learned"}], ids=str
 )

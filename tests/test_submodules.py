@@ -14,7 +14,7 @@ import mann_fast
 from mann_fast import MANN, MemoryLayer
 
 SIZES = {"num_slots": 7, "slot_size": 5, "num_heads": 2}
-MEMORIES = ("lrua", "ntm", "content")
+MEMORIES = ("lrua", "ntm", "content", "dnc")
 KINDS = ("lstm", "gru", "feedforward")
 
 

@@ -195,13 +195,13 @@ def test_trace_holds_the_weights_of_a_memory_and_none_of_a_model_without():
     config = SequenceConfig(**TINY)
     task = task_of(config)
     found = trace_sequence(build_model(config, task.input_size, task.output_size), config, 5, 4)
-    assert found.written.shape == found.read.shape == (10, 9) and found.outputs.shape == (10, 8)
+    assert found.slots.written.shape == found.slots.read.shape == (10, 9) and found.outputs.shape == (10, 8)
     assert (
-        torch.allclose(found.read.sum(1), torch.ones(10))
+        torch.allclose(found.slots.read.sum(1), torch.ones(10))
         and 0 <= found.outputs.min() <= found.outputs.max() <= 1
     )
     config = SequenceConfig(**TINY, model="lstm")
-    assert trace_sequence(build_model(config, task.input_size, task.output_size), config, 5).written is None
+    assert trace_sequence(build_model(config, task.input_size, task.output_size), config, 5).slots is None
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -695,7 +695,7 @@ def test_trace_agrees_with_the_whole_episode_at_once():
     assert torch.equal(found.right, logits.argmax(1) == episode.targets[:, 0])
     assert found.names == ["label 1", "label 2", "label 3"]
     assert torch.equal(found.classes, episode.targets[:, 0])
-    torch.testing.assert_close(found.read.sum(1), torch.full((9,), 2.0))
+    torch.testing.assert_close(found.slots.read.sum(1), torch.full((9,), 2.0))
     # A head's write weights are a mean of its last read weights and one slot.
-    torch.testing.assert_close(found.written.sum(1), torch.full((9,), 2.0), rtol=1e-4, atol=1e-4)
-    assert (found.usage[1:] >= 0.95 * found.usage[:-1] - 1e-6).all()
+    torch.testing.assert_close(found.slots.written.sum(1), torch.full((9,), 2.0), rtol=1e-4, atol=1e-4)
+    assert (found.slots.usage[1:] >= 0.95 * found.slots.usage[:-1] - 1e-6).all()

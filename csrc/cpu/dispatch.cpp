@@ -11,8 +11,8 @@ namespace mann_fast {
 #define MANN_FAST_FUNCTION(op, Arguments) op,
 #define MANN_FAST_TABLE(isa)                                       \
   namespace isa {                                                  \
-  MANN_FAST_OPS(MANN_FAST_DECLARE)                                 \
-  const Kernels table = {#isa, MANN_FAST_OPS(MANN_FAST_FUNCTION)}; \
+  MANN_FAST_CPU_OPS(MANN_FAST_DECLARE)                                 \
+  const Kernels table = {#isa, MANN_FAST_CPU_OPS(MANN_FAST_FUNCTION)}; \
   }
 MANN_FAST_TABLE(baseline)
 #ifdef __x86_64__

@@ -31,3 +31,8 @@
   MANN_FAST_LRUA_OPS(OP)    \
   MANN_FAST_CELL_OPS(OP)    \
   MANN_FAST_NTM_OPS(OP)
+
+// The CPU has one family more than CUDA.
+#define MANN_FAST_CPU_OPS(OP) \
+  MANN_FAST_OPS(OP)           \
+  MANN_FAST_DNC_OPS(OP)

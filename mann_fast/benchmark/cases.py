@@ -292,6 +292,44 @@ def _ntm_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
     )  # fmt: skip
 
 
+def _dnc_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    """With links, as Graves et al. 2016 have it."""
+    wide = dtype if dtype == torch.float64 else torch.float32
+    sizes = (shape.T, shape.B)
+    normal = lambda *more: torch.randn(*sizes, *more, dtype=dtype)  # noqa: E731
+    sharp = lambda *more: 1 + 5 * normal(*more).abs()  # noqa: E731
+    unit = lambda *more: normal(*more).sigmoid()  # noqa: E731
+    interface = ops.DNCInterface(
+        *(normal(shape.R, shape.D), sharp(shape.R), normal(shape.D), sharp(), unit(shape.D), normal(shape.D)),
+        *(unit(shape.R), unit(), unit(), torch.softmax(normal(shape.R, 3), 3)),
+    )
+    state = ops.DNCState.initial(shape.B, shape.N, shape.D, shape.R, dtype=wide)
+    state = state._replace(
+        memory=torch.randn(shape.B, shape.N, shape.D, dtype=wide),
+        usage=torch.rand(shape.B, shape.N, dtype=wide),
+    )
+    wanted = [x.requires_grad_() for x in interface if x is not None]
+    calls = {
+        OURS: lambda: ops.dnc_scan(state, interface)[:1],
+        EAGER: lambda: reference.dnc_scan(state, interface)[:1],
+    }
+
+    def loop(step):
+        now, reads = state, []
+        for t in range(shape.T):
+            read, now = step(now, ops.DNCInterface(*(x if x is None else x[t] for x in interface)))
+            reads.append(read)
+        return (torch.stack(reads),)
+
+    calls |= _compiled(reference.dnc_step, modes, loop, "torch.compile of the step")
+    size = (shape.T, shape.B, shape.N, shape.D, shape.R)
+    return (
+        calls, calls[EAGER], wanted,
+        lambda backward: cost.dnc_scan_flop(*size, backward=backward),
+        lambda backward: cost.dnc_scan_bytes(*size, backward=backward, item=state.memory.element_size()),
+    )  # fmt: skip
+
+
 INPUTS, CLASSES = 405, 5  # 20 x 20 pixels and five labels
 
 

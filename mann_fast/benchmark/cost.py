@@ -116,3 +116,32 @@ def ntm_scan_bytes(
     if backward:
         numbers += steps * (2 * per_step + batch * read_heads * size + 2 * batch * heads * slots) + 3 * state
     return item * numbers
+
+
+def dnc_scan_flop(
+    steps: int, batch: int, slots: int, size: int, heads: int, *, backward: bool = False
+) -> int:
+    """Forward, per step: of the links 3 for what they become and 2 R for both directions, per pair of slots; of the memory,
+    per number, R + 1 dots, 2 norms, 2 for the write and R for the read.
+
+    With ``backward`` also: of the links two replays (6), R for each of two products, two outer products (4 R) and 8 for what
+    goes through the update; of the memory two replays (4), dots and norms again (R + 3), the gradients of read (2 R),
+    similarity (2 (R + 1) + 2) and write (4). What goes over one row of slots is not counted. With links, without masks."""
+    links = 3 + 2 * heads + (6 + 4 * heads + 8 if backward else 0)
+    memory = 2 * heads + 5 + (4 + heads + 3 + 2 * heads + 2 * heads + 4 + 4 if backward else 0)
+    return 2 * steps * batch * (links * slots * slots + memory * slots * size)
+
+
+def dnc_scan_bytes(
+    steps: int, batch: int, slots: int, size: int, heads: int, *, backward: bool = False, item: int = 4
+) -> int:
+    """What must pass where a sample's memory and links stay on the chip: interface and reads of every step, the state in and
+    out; with ``backward`` the interface again with its gradients, and weights and order (int64) of every step written and
+    read."""
+    per_step = batch * (heads * size + 3 * size + 5 * heads + 3)
+    state = batch * (slots * slots + slots * size + (heads + 3) * slots)
+    numbers = steps * (per_step + batch * heads * size) + 2 * state
+    if not backward:
+        return item * numbers
+    numbers += steps * (2 * per_step + batch * heads * size + 2 * batch * (heads + 1) * slots) + 3 * state
+    return item * numbers + 8 * 2 * steps * batch * slots

@@ -1,7 +1,8 @@
 """Layers with an external memory that stand where a recurrent layer of torch.nn stood, and the memories that they have."""
 
-from ..ops import LRUAState, NTMState
+from ..ops import DNCState, LRUAState, NTMState
 from .base import Memory, MemoryWeights
+from .dnc import DNC
 from .lrua import LRUA
 from .memory import MemoryLayer
 from .ntm import NTM, Content
@@ -10,6 +11,7 @@ from .stack import MemoryStack, StackState
 from .state import MemoryState, register_state
 
 __all__ = [
+    "DNC",
     "LRUA",
     "MEMORIES",
     "NTM",
@@ -23,5 +25,5 @@ __all__ = [
     "register_state",
 ]
 
-for _kind in (LRUAState, NTMState, MemoryState, StackState, MemoryWeights):
+for _kind in (DNCState, LRUAState, NTMState, MemoryState, StackState, MemoryWeights):
     register_state(_kind)

@@ -11,11 +11,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._state import check_size
+from .._state import check_size, map_tensors
 
 
 class MemoryWeights(NamedTuple):
     """Where the heads of a memory were: read and write, [B, R, N]; usage after it, [B, N], of a memory that has one, else None.
+
+    Of a :class:`mann_fast.layers.DNC`, which has one write head, write is [B, 1, N]; and there are modes [B, R, 3], the shares
+    of backward, content and forward in each head's read weights (None without links), and allocated [B], the sum of the
+    write's weights that went by allocation. Both are None of other memories.
 
     From ``layer(x, return_weights=True)`` of every step, with a leading T.
     """
@@ -23,21 +27,22 @@ class MemoryWeights(NamedTuple):
     read: Tensor
     write: Tensor
     usage: Tensor | None
+    modes: Tensor | None = None
+    allocated: Tensor | None = None
 
 
 class StateLike(NamedTuple):
-    """What a memory's state has to be: its type; of each tensor its name, its sizes without B, and its dtype, None for that of
-    the memory."""
+    """What a memory's state has to be: its type; of each tensor its name, its sizes without B (None where an option leaves the
+    tensor out and None stands in its place), and its dtype, None for that of the memory."""
 
     type: type[tuple[Any, ...]]
-    parts: tuple[tuple[str, tuple[int, ...], torch.dtype | None], ...]
+    parts: tuple[tuple[str, tuple[int, ...] | None, torch.dtype | None], ...]
 
 
 def stack_weights(recorded: Sequence[MemoryWeights | None], steps: int) -> MemoryWeights:
     """Those of the first ``steps`` steps, with a leading T."""
-    read, write, usage = zip(*(weights for weights in recorded if weights is not None), strict=True)
-    of_usage = None if usage[0] is None else torch.stack(usage)[:steps]
-    return MemoryWeights(torch.stack(read)[:steps], torch.stack(write)[:steps], of_usage)
+    first, *rest = (weights for weights in recorded if weights is not None)
+    return map_tensors(lambda *parts: torch.stack(parts)[:steps], first, *rest)
 
 
 def check_sizes(**sizes: object) -> None:
@@ -53,9 +58,9 @@ class Memory(ABC):
     At every step the layer's linear ``heads`` turn the controller's hidden state into values [B, V]; ``split`` makes of
     them what the heads address and write with, and ``step`` does both. docs/adding-a-memory.md writes one.
 
-    The state is a NamedTuple of tensors [B, ...], of a type of the memory's own. Its first tensor is what
-    ``memory_start="learned"`` learns. A state type with a method ``initial_like()``, which gives the start of one sample with
-    the sizes of that state, can be reset without naming a start.
+    The state is a NamedTuple of tensors [B, ...], of a type of the memory's own; where an option leaves a tensor out, None
+    stands in its place. Its first tensor is what ``memory_start="learned"`` learns. A state type with a method
+    ``initial_like()``, which gives the start of one sample with the sizes of that state, can be reset without naming a start.
 
     Args:
         num_slots, slot_size, num_heads: N, D and R; 1 <= R <= N. Each head reads a vector of D numbers.
@@ -115,15 +120,18 @@ class Memory(ABC):
     def state_like(self) -> StateLike:
         """What a state has to be, from `initial_state`. Raises TypeError where that gives no NamedTuple of tensors [1, ...]."""
         state = self.initial_state(1, dtype=torch.float32, device=torch.device("meta"))
-        named = isinstance(state, tuple) and hasattr(state, "_fields")
-        if not (named and all(isinstance(part, Tensor) and part.shape[:1] == (1,) for part in state)):
+        named = isinstance(state, tuple) and hasattr(state, "_fields") and isinstance(state[0], Tensor)
+        parts = [part for part in state if part is not None] if named else []
+        if not (named and all(isinstance(part, Tensor) and part.shape[:1] == (1,) for part in parts)):
             raise TypeError(
                 f"{type(self).__name__}.initial_state must return a NamedTuple of tensors [B, ...]"
             )
         return StateLike(
             type(state),
             tuple(
-                (name, tuple(part.shape[1:]), None if part.is_floating_point() else part.dtype)
+                (name, None, None)
+                if part is None
+                else (name, tuple(part.shape[1:]), None if part.is_floating_point() else part.dtype)
                 for name, part in zip(state._fields, state, strict=True)
             ),
         )

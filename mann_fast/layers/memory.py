@@ -1,4 +1,5 @@
-"""MemoryLayer: a controller with heads on a memory (Santoro et al. 2016, arXiv 1605.06065; Graves et al. 2014, 1410.5401)."""
+"""MemoryLayer: a controller with heads on a memory (Santoro et al. 2016, arXiv 1605.06065; Graves et al. 2014, 1410.5401;
+Graves et al. 2016, Nature 538, 471)."""
 
 # Annotations are not postponed here: Hugging Face's mixin for models reads those of __init__, to know what a file holds.
 import contextlib
@@ -50,9 +51,10 @@ class MemoryLayer(nn.Module):
             hidden_size], and its state a tuple of tensors [B, ...], () at the start of a sequence; at a reset within a call
             these tensors become 0.
         addressing: "lrua" (least recently used access: :class:`LRUA`), "ntm" (content, location and shift, with erase and add:
-            :class:`NTM`) or "content" (the same by content alone: :class:`Content`); or a :class:`Memory` of your own.
-        memory_start: "constant" (1e-6, as in Collier and Beel 2018, arXiv 1807.08518) or "learned": a parameter, which
-            starts there.
+            :class:`NTM`), "content" (the same by content alone: :class:`Content`) or "dnc" (Differentiable Neural Computer:
+            :class:`DNC`); or a :class:`Memory` of your own.
+        memory_start: "constant" (1e-6, as in Collier and Beel 2018, arXiv 1807.08518; of "dnc" 0, as in its paper) or
+            "learned": a parameter, which starts there.
         output_size: None for hidden_size + num_heads * slot_size (hidden state, then the reads head by head),
             or the width of a linear projection of these.
         bias: whether controller, heads and projection have biases.
@@ -60,7 +62,8 @@ class MemoryLayer(nn.Module):
         device, dtype: of the parameters. Beside half-precision parameters the memory is float32.
         options: of the memory, with their defaults in its class. Of every memory: num_slots, slot_size, num_heads (N, D and R;
             128, 40 and 4). Of "lrua": sharpness, write_vector, order, write_target, usage_decay, eps; of "ntm":
-            max_shift, order, eps; of "content": order, eps. They are attributes of the layer, too.
+            max_shift, order, eps; of "content": order, eps; of "dnc": link, masks, mask_min, deallocate, link_sharpening,
+            clip, eps. They are attributes of the layer, too.
 
     Attributes:
         controller: ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.Linear`` on [input, reads], or the module given.
@@ -142,7 +145,8 @@ class MemoryLayer(nn.Module):
 
         Args:
             name: "santoro2016" (Santoro et al. 2016, as written), "theano-ntm-one-shot", "snowkylin", "snowkylin-2"
-                (implementations of it), or "graves2014" (a Neural Turing Machine with its authors' sizes).
+                (implementations of it), "graves2014" (a Neural Turing Machine with its authors' sizes), "graves2016" or
+                "csordas2019" (Differentiable Neural Computers with their authors' sizes and initial weights).
             input_size: width of the input.
             overrides: arguments of :class:`MemoryLayer` that take the place of the preset's.
 
@@ -150,8 +154,11 @@ class MemoryLayer(nn.Module):
             ValueError: an unknown name; TypeError, ValueError: as :class:`MemoryLayer`.
         """
         check_choice("name", name, tuple(PRESETS))
-        options, forget_bias = PRESETS[name]
+        options, forget_bias, draw = PRESETS[name]
         layer = cls(input_size, **{**options, **overrides})
+        if draw is not None:
+            with torch.no_grad():
+                draw(layer)
         if forget_bias and isinstance(layer.controller, nn.LSTMCell):
             if layer.controller.bias_ih is None:
                 raise ValueError(

@@ -2,24 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
 from ..ops._checks import check_choice
 from .base import Memory
+from .dnc import DNC
 from .lrua import LRUA
 from .ntm import NTM, Content
 
-MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Content}
+MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Content, "dnc": DNC}
 
 
 class Preset(NamedTuple):
-    """options: of MemoryLayer. forget_bias: of the LSTM, above what a new one has."""
+    """options: of MemoryLayer. forget_bias: of the LSTM, above what a new one has. draw: gives a layer its first weights, where
+    these are not the layer's own."""
 
     options: Mapping[str, Any]
     forget_bias: float = 0.0
+    draw: Callable[[Any], None] | None = None
 
+
+def _draw(layer: Any, draw: Callable[[Tensor, int, int], Any]) -> None:
+    """``draw(weight, inputs, outputs)`` of the weights of LSTM, heads and projection, where the inputs of an LSTM are z and its
+    hidden state, and the outputs those of one gate. Biases are 0."""
+    for module in (layer.controller, layer.heads, layer.projection):
+        if isinstance(module, nn.LSTMCell):
+            inputs, outputs = module.input_size + module.hidden_size, module.hidden_size
+        elif isinstance(module, nn.Linear):
+            inputs, outputs = module.in_features, module.out_features
+        else:
+            continue
+        for name, parameter in module.named_parameters():
+            if name.startswith("bias"):
+                parameter.zero_()
+            else:
+                draw(parameter, inputs, outputs)
+
+
+def draw_as_sonnet(layer: Any) -> None:
+    """As google-deepmind/dnc has it from Sonnet: normal with a deviation of inputs^-1/2, cut off at two deviations."""
+
+    def draw(weight: Tensor, inputs: int, outputs: int) -> None:
+        deviation = inputs**-0.5
+        nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+    _draw(layer, draw)
+
+
+def draw_as_xavier(layer: Any) -> None:
+    """As RobertCsordas/dnc: uniform (Glorot and Bengio 2010), with the gain of tanh for an LSTM's cell gate."""
+
+    def draw(weight: Tensor, inputs: int, outputs: int) -> None:
+        bound = math.sqrt(6 / (inputs + outputs))
+        nn.init.uniform_(weight, -bound, bound)
+
+    _draw(layer, draw)
+    if isinstance(layer.controller, nn.LSTMCell):
+        for weight in (layer.controller.weight_ih, layer.controller.weight_hh):
+            weight.chunk(4)[2].mul_(nn.init.calculate_gain("tanh"))
+
+
+OF_BABI = {"addressing": "dnc", "hidden_size": 256, "num_slots": 256, "slot_size": 64, "num_heads": 4}
 
 # What the papers and their best known implementations compute; docs/variants.md says how far each is from its original.
 PRESETS = {
@@ -30,6 +78,12 @@ PRESETS = {
     ),
     "snowkylin-2": Preset({"sharpness": None, "write_target": "shared", "eps": 1e-12}, forget_bias=1.0),
     "graves2014": Preset({"addressing": "ntm", "hidden_size": 100, "slot_size": 20, "num_heads": 1}),
+    "graves2016": Preset(OF_BABI, forget_bias=1.0, draw=draw_as_sonnet),
+    "csordas2019": Preset(
+        {**OF_BABI, "masks": True, "deallocate": True, "link_sharpening": True, "clip": 20.0},
+        forget_bias=1.0,
+        draw=draw_as_xavier,
+    ),
 }
 
 

@@ -4,6 +4,7 @@ sequences that come packed."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch._higher_order_ops.scan import scan
 from torch.nn.utils.rnn import PackedSequence
 
-from .._state import check_dense, map_tensors
+from .._state import check_dense, map_tensors, tensors_of
 from ..ops._sequences import check_lengths, may_look
 from ..reference.sequences import where
 from .base import MemoryWeights
@@ -161,7 +162,7 @@ class Turn:
         return self._around(x.transpose(0, self._time)).transpose(0, self._time)
 
     def weights(self, weights: MemoryWeights) -> MemoryWeights:
-        return MemoryWeights._make(x if x is None else self._around(x) for x in weights)
+        return map_tensors(self._around, weights)
 
 
 def each(
@@ -202,17 +203,18 @@ def scan_steps(
     state: MemoryState,
 ) -> tuple[Tensor, MemoryState]:
     """All steps for a compiler, which sees one for any number of them: output [T, B, H + R D], and the last state."""
-    kind = type(state.memory)
+    like = state.memory
 
     def own(part: Tensor) -> Tensor:  # a scan takes no views, and the same strides after every step
         return part.clone(memory_format=torch.contiguous_format)
 
     def plain(state: MemoryState) -> tuple[Any, ...]:  # nor other tuples
-        return tuple(map(own, state.controller)), tuple(map(own, state.memory)), own(state.reads)
+        return tuple(map(own, state.controller)), tuple(map(own, tensors_of(state.memory))), own(state.reads)
 
     def named(carried: tuple[Any, ...]) -> MemoryState:
         controller, memory, reads = carried
-        return MemoryState(tuple(controller), kind(*memory), reads)
+        rest = iter(memory)
+        return MemoryState(tuple(controller), map_tensors(lambda _: next(rest), like), reads)
 
     def one(carried: tuple[Any, ...], now: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor]:
         x, *flags = now
@@ -233,10 +235,8 @@ def restart(state: MemoryState, mask: Tensor, first: MemoryState) -> MemoryState
         now = _of_samples(now, mask)
         return where(~mask, now, now.new_zeros(()))  # no number, beside which flags would become integers
 
-    memory = [where(mask, x, now) for x, now in zip(first.memory, state.memory, strict=True)]
-    return MemoryState(
-        map_tensors(zero, state.controller), type(state.memory)(*memory), where(~mask, state.reads, 0)
-    )
+    memory = map_tensors(partial(where, mask), first.memory, state.memory)
+    return MemoryState(map_tensors(zero, state.controller), memory, where(~mask, state.reads, 0))
 
 
 def keep(state: MemoryState, mask: Tensor, before: MemoryState) -> MemoryState:
@@ -252,10 +252,9 @@ def keep(state: MemoryState, mask: Tensor, before: MemoryState) -> MemoryState:
         return where(~mask, now, now.new_zeros(()) if old is None else old)
 
     kept = (before.controller,) if before.controller else ()
-    memory = [where(mask, old, now) for old, now in zip(before.memory, state.memory, strict=True)]
     return MemoryState(
         map_tensors(choose, state.controller, *kept),
-        type(state.memory)(*memory),
+        map_tensors(partial(where, mask), before.memory, state.memory),
         where(mask, before.reads, state.reads),
     )
 
@@ -264,10 +263,7 @@ def mask_weights(weights: MemoryWeights, taken: Tensor | None) -> MemoryWeights:
     """0 where a sample takes no part."""
     if taken is None:
         return weights
-    return MemoryWeights._make(
-        x if x is None else torch.where(taken.view(*taken.shape, *(1,) * (x.dim() - 2)), x, 0)
-        for x in weights
-    )
+    return map_tensors(lambda x: torch.where(taken.view(*taken.shape, *(1,) * (x.dim() - 2)), x, 0), weights)
 
 
 def _check(

@@ -26,9 +26,9 @@ class MemoryState(
 
     controller: (hidden, cell) of an LSTM, (hidden,) of a GRU, each [B, hidden_size], () of a feed-forward one, or the state of
     a module of the user's own. memory: the memory's own NamedTuple of tensors [B, ...], such as
-    :class:`mann_fast.ops.LRUAState` of [B, N, D], [B, R, N] and [B, N], or :class:`mann_fast.ops.NTMState`. reads: [B, R, D],
-    what the heads read last. After a call on unbatched input no tensor has the axis B. All are of the layer's dtype, but the
-    memory is float32 in half precision.
+    :class:`mann_fast.ops.LRUAState` of [B, N, D], [B, R, N] and [B, N], :class:`mann_fast.ops.NTMState` or
+    :class:`mann_fast.ops.DNCState`. reads: [B, R, D], what the heads read last. After a call on unbatched input no tensor has
+    the axis B. All are of the layer's dtype, but the memory is float32 in half precision.
     """
 
     __slots__ = ()
@@ -123,7 +123,11 @@ def as_state(state: object, like: StateLike, controller: tuple[str, ...] | None)
             f"state must be a MemoryState of {kind}, an {like.type.__name__} and reads, got one of {came}"
         )
     named = [] if controller is None else list(zip(controller, kept, strict=True))
-    for part in (*(part for _, part in named), *memory, reads):
+    for (name, sizes, _), part in zip(like.parts, memory, strict=True):
+        if sizes is None and part is not None:
+            raise TypeError(f"state.memory.{name} must be None, got {describe(part)}")
+    tensors = [part for (_, sizes, _), part in zip(like.parts, memory, strict=True) if sizes is not None]
+    for part in (*(part for _, part in named), *tensors, reads):
         if not is_dense(part):
             named = [(f"controller.{name}", part) for name, part in named]
             named += [(f"memory.{part[0]}", tensor) for part, tensor in zip(like.parts, memory, strict=True)]
@@ -154,6 +158,7 @@ def check_state(
     of_memory = (
         (f"memory.{name}", part, shape, dtype or wide)
         for part, (name, shape, dtype) in zip(state.memory, like.parts, strict=True)
+        if shape is not None
     )
     for name, part, shape, dtype in (*of_controller, *of_memory, ("reads", state.reads, of_reads, x.dtype)):
         if part.shape != (*batch, *shape):

@@ -82,7 +82,7 @@ PUBLIC_NAMES = [
     *(f"interface.{name}" for name in DNCInterface._fields),
     *NAMES,
 ]
-KERNELS: tuple[str, ...] = ("triton",)  # the backends that have the op
+KERNELS: tuple[str, ...] = ("cpp", "triton")  # the backends that have the op
 
 
 def _check_together(state: DNCState, interface: DNCInterface) -> None:

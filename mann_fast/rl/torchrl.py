@@ -73,7 +73,7 @@ class MemoryModule(TensorDictModuleBase):
             raise ValueError("the layer must have batch_first=True, got False")
         if layer.kind == "module":
             raise ValueError(f"controller must be built in, got a {type(layer.controller).__name__}")
-        memory = (name for name, _, _ in layer.memory.state_like.parts)
+        memory = (name for name, sizes, _ in layer.memory.state_like.parts if sizes is not None)
         names = [f"recurrent_state_{name}" for name in (*state_names(layer.kind), *memory, "reads")]
         self.layer = layer
         self.in_keys = _keys("in_key", in_key, in_keys, names)

@@ -7,17 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy
 from .files import replacing
-from .trace import Trace
+from .trace import Slots, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
 
 SHOWN = (1, 2, 5, 10)  # instances with a line of their own in the learning curve
+Colours = str | tuple[tuple[str, str], ...]  # a colour map, or of every kind its name and its colour
+# Of what a DNC writes and reads, kind by kind.
+WRITTEN_BY = (("by allocation", "#e07b39"), ("by content", "#7b4fa3"))
+READ_BY = (("backward", "#c0392b"), ("by content", "#2471a3"), ("forward", "#1e8449"))
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
 
 
@@ -154,17 +160,14 @@ def plot_predictions(
 
 def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trace: Trace, title: str) -> None:
     """One episode step by step: images [T, S, S] with how often their class has come, instance [T]; the probability of each
-    class; weights of writing and reading of every slot, and its usage where the memory counts it.
+    class; weights of writing and reading of every slot (of a DNC coloured by kind), and its usage where the memory counts it.
     """
     steps, size = images.shape[:2]
     classes = len(trace.names)
-    panels = [
-        (trace.probabilities, "probability", "Greens"),
-        (trace.written, "weight written (sum over heads)", "Oranges"),
-        (trace.read, "weight read (sum over heads)", "Blues"),
-    ]
-    if trace.usage is not None:
-        panels.append((trace.usage, "usage", "Purples"))
+    panels: list[tuple[str, Tensor, Colours]] = [("probability", trace.probabilities, "Greens")]
+    panels += [(f"weight {name} (sum over heads)", *drawn) for name, *drawn in slot_panels(trace.slots)]
+    if trace.slots.usage is not None:
+        panels.append(("usage", trace.slots.usage, "Purples"))
     of_slots = [2.0] * (len(panels) - 1)
     figure = _figure(max(7.0, 0.27 * steps + 2), 3.5 + 2.5 * len(of_slots))
     heights = (0.6, 0.5 + 0.12 * classes, *of_slots)
@@ -176,13 +179,11 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     for t in range(steps):
         rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
     rows[0].text(-0.7, 1.06, "time its class is seen:", ha="right", fontsize=7)
-    for axes, (values, label, colours) in zip(rows[1:], panels, strict=True):
-        drawn = axes.imshow(
-            values.T, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, origin="upper"
-        )
-        figure.colorbar(drawn, ax=axes, label=label, pad=0.01)
+    for axes, (label, values, colours) in zip(rows[1:], panels, strict=True):
+        bar = draw_steps(axes, values, colours, vmin=0)
+        bar.set_label(label)
         axes.set(ylabel="memory slot")
-    figure.colorbar(drawn, ax=rows[0], pad=0.01).ax.set_visible(False)  # as wide as the rows below
+    figure.colorbar(bar.mappable, ax=rows[0], pad=0.01).ax.set_visible(False)  # as wide as the rows below
     for right, colour, mark in ((True, "black", "o"), (False, "#c0392b", "x")):
         at = [t for t in range(steps) if bool(trace.right[t]) == right]
         name = "the image's class, answered right" if right else "the image's class, answered wrong"
@@ -193,6 +194,40 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     rows[-1].set(xlabel="step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def slot_panels(slots: Slots) -> list[tuple[str, Tensor, Colours]]:
+    """What was written and read: name, values and colours as :func:`draw_steps` takes them."""
+    written: tuple[Tensor, Colours] = (slots.written, "Oranges")
+    read: tuple[Tensor, Colours] = (slots.read, "Blues")
+    if slots.written_by is not None:
+        written = slots.written_by, WRITTEN_BY
+    if slots.read_by is not None:
+        read = slots.read_by, READ_BY
+    return [("written", *written), ("read", *read)]
+
+
+def draw_steps(axes: Axes, values: Tensor, colours: Colours, vmin: float | None = None) -> Colorbar:
+    """Step by step values [T, K] in a colour map from ``vmin``; or of several kinds, [T, K, kinds], all of them at least 0:
+    the more in all the darker, in a mixture of their colours."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize, to_rgb
+    from matplotlib.patches import Patch
+
+    options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    if isinstance(colours, str):
+        drawn: ScalarMappable = axes.imshow(values.T, cmap=colours, vmin=vmin, **options)
+    else:
+        most = values.sum(2).max().item() or 1.0
+        darkening = 1 - torch.tensor([to_rgb(colour) for _, colour in colours])
+        image = 1 - values.float() / most @ darkening
+        axes.imshow(image.transpose(0, 1).clamp(0, 1), **options)
+        drawn = ScalarMappable(Normalize(0, most), "Greys")
+        axes.legend(
+            handles=[Patch(color=colour, label=name) for name, colour in colours],
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(colours), fontsize=8, frameon=False, borderaxespad=0,
+        )  # fmt: skip
+    return axes.figure.colorbar(drawn, ax=axes, pad=0.01)
 
 
 def _figure(width: float, height: float):

@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .config import SequenceConfig
 from .files import replacing
-from .plots import _figure, _marker, plot_loss
+from .plots import Colours, _figure, _marker, draw_steps, plot_loss, slot_panels
 from .sequences import SequenceTrace, SizeResult, task_of
 
 
@@ -62,24 +64,23 @@ def plot_answers(
 
 def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, title: str) -> None:
     """One sequence step by step: inputs, what is wanted, what the model answers, and weights of writing and reading of every
-    slot (as figure 6 of Graves et al. 2014 shows them)."""
-    panels = [
+    slot (as figure 6 of Graves et al. 2014 shows them), of a DNC coloured by kind."""
+    panels: list[tuple[str, Tensor, Colours]] = [
         ("input", trace.inputs, "Greys"),
         ("wanted", trace.targets, "Greys"),
         ("answered", trace.outputs * trace.answered.unsqueeze(1), "Greys"),
     ]
-    if trace.written is not None:
-        panels += [("slot written", trace.written, "Oranges"), ("slot read", trace.read, "Blues")]
+    if trace.slots is not None:
+        panels += [(f"slot {name}", *drawn) for name, *drawn in slot_panels(trace.slots)]
     heights = [0.5 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, _ in panels]
     figure = _figure(max(7.0, 0.09 * len(trace.inputs) + 3), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     figure.suptitle(title)
     for axes, (label, values, colours) in zip(rows, panels, strict=True):
-        drawn = axes.imshow(values.T, cmap=colours, aspect="auto", interpolation="nearest")
+        draw_steps(axes, values, colours)
         axes.set_ylabel(label)
         if values.shape[1] <= 16:
             axes.set_yticks([])
-        figure.colorbar(drawn, ax=axes, pad=0.01)
     rows[-1].set_xlabel("step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

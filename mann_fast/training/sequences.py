@@ -17,6 +17,7 @@ from .checkpoint import build_model
 from .config import SequenceConfig
 from .evaluation import Z95, Interrupted
 from .run import Run
+from .trace import Slots, slots_of
 
 MONITOR_SEQUENCES = 16  # of each size behind each point of the curve; always the same ones
 BATCH = 50  # sequences at a time when measuring
@@ -196,16 +197,15 @@ def has_learned_task(results: Sequence[SizeResult], config: SequenceConfig) -> b
 
 
 class SequenceTrace(NamedTuple):
-    """One sequence of T steps: inputs [T, I], targets and outputs [T, O] (probabilities of bits), answered [T]; written and
-    read: [T, N], weights summed over heads, None of a model without memory; error: what is wrong per answer.
+    """One sequence of T steps: inputs [T, I], targets and outputs [T, O] (probabilities of bits), answered [T]; slots: None of
+    a model without memory; error: what is wrong per answer.
     """
 
     inputs: Tensor
     targets: Tensor
     outputs: Tensor
     answered: Tensor
-    written: Tensor | None
-    read: Tensor | None
+    slots: Slots | None
     error: float
 
 
@@ -228,7 +228,6 @@ def trace_sequence(
         sequences.targets[:, 0],
         (outputs.sigmoid() if task.binary else outputs)[:, 0],
         sequences.answered,
-        None if weights is None else weights.write[:, 0].sum(1),
-        None if weights is None else weights.read[:, 0].sum(1),
+        None if weights is None else slots_of(weights),
         errors(outputs, sequences, task.binary).mean().item(),
     )

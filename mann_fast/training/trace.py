@@ -8,26 +8,53 @@ import torch
 from torch import Tensor
 
 from ..data.episodes import Episode
+from ..layers import MemoryWeights
 from ..models import MANN
+from ..reference.dnc import allocation
 from .objective import is_right
 from .prediction import class_log_probabilities
 
 
+class Slots(NamedTuple):
+    """Of T steps with N slots, weights summed over heads.
+
+    written, read: [T, N]; usage: [T, N], after the step, None of a memory without. Of a DNC also written_by: [T, N, 2], what of
+    written went by allocation and what by content; and with links read_by: [T, N, 3], read shared out among backward, content
+    and forward by the modes of each head. None of other memories.
+    """
+
+    written: Tensor
+    read: Tensor
+    usage: Tensor | None
+    written_by: Tensor | None
+    read_by: Tensor | None
+
+
+def slots_of(weights: MemoryWeights) -> Slots:
+    """Those of the first sample."""
+    read, write, usage, modes, allocated = (None if part is None else part[:, 0] for part in weights)
+    assert read is not None and write is not None
+    written, written_by, read_by = write.sum(1), None, None
+    if allocated is not None and usage is not None:
+        by_allocation = allocated.unsqueeze(1) * allocation(usage, torch.sort(usage, dim=1, stable=True)[1])
+        written_by = torch.stack([by_allocation, (written - by_allocation).clamp(min=0)], 2)
+    if modes is not None:
+        read_by = torch.einsum("trn,trm->tnm", read, modes)
+    return Slots(written, read.sum(1), usage, written_by, read_by)
+
+
 class Trace(NamedTuple):
-    """Of T steps with N slots and C classes.
+    """Of T steps with C classes.
 
     names: C labels, as text; classes: int64 [T], which of them each image has; right: bool [T], whether the model's
-    answer is; probabilities: [T, C] of each class given that it is one of them; written, read: [T, N], weights summed
-    over heads; usage: [T, N], after the step, None of a memory without.
+    answer is; probabilities: [T, C] of each class given that it is one of them; slots: see :class:`Slots`.
     """
 
     names: list[str]
     classes: Tensor
     right: Tensor
     probabilities: Tensor
-    written: Tensor
-    read: Tensor
-    usage: Tensor | None
+    slots: Slots
 
 
 @torch.inference_mode()
@@ -52,7 +79,5 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
         classes,
         is_right(rows, targets, labels),
         of_classes.exp(),
-        weights.write[:, 0].sum(1),
-        weights.read[:, 0].sum(1),
-        None if weights.usage is None else weights.usage[:, 0],
+        slots_of(weights),
     )
