@@ -685,17 +685,17 @@ def _dnc_scan_backward_kernel(
                     others *= 1.0 - tl.load(free + s).to(dtype) * load_slots(reading, s, n, valid, N)
             before = load_slots(reading, r, n, valid, N)
             through = g_retained * others
-            x = -tl.sum(through * before, 0)
-            tl.store(grad_free_gates + row * R + r, x.to(grad_free_gates.dtype.element_ty))
+            of_gate = -tl.sum(through * before, 0)
+            tl.store(grad_free_gates + row * R + r, of_gate.to(grad_free_gates.dtype.element_ty))
             grad = -tl.load(free + r).to(dtype) * through
             if LINKS:
-                x, y = load_slots(to_backward, r, n, valid, N), load_slots(to_forward, r, n, valid, N)
+                back_b, back_f = load_slots(to_backward, r, n, valid, N), load_slots(to_forward, r, n, valid, N)
                 if not SHARPENED:
                     modes, grad_modes = read_modes + (row * R + r) * 3, grad_read_modes + (row * R + r) * 3
-                    tl.store(grad_modes, tl.sum(before * x, 0).to(grad_modes.dtype.element_ty))
-                    tl.store(grad_modes + 2, tl.sum(before * y, 0).to(grad_modes.dtype.element_ty))
-                    x, y = tl.load(modes).to(dtype) * x, tl.load(modes + 2).to(dtype) * y
-                grad += x + y
+                    tl.store(grad_modes, tl.sum(before * back_b, 0).to(grad_modes.dtype.element_ty))
+                    tl.store(grad_modes + 2, tl.sum(before * back_f, 0).to(grad_modes.dtype.element_ty))
+                    back_b, back_f = tl.load(modes).to(dtype) * back_b, tl.load(modes + 2).to(dtype) * back_f
+                grad += back_b + back_f
             store_slots(grad_read_weights, r, grad, n, valid, N)
         if RESETS:
             if begins:

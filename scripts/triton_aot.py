@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from mann_fast import kernels
 from mann_fast._anchors import lrua_interval, ntm_interval
-from mann_fast.kernels import content, lrua, lrua_scan, ntm
+from mann_fast.kernels import content, dnc, lrua, lrua_scan, ntm
 from mann_fast.kernels._sizes import fits_one_program
 
 # Bytes that a launch is known to spill, by its name, keys and compute capability; any other may spill none. A number that is
@@ -65,7 +65,8 @@ class Launch:
     @property
     def name(self) -> str:
         name = self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        options = {"READ_FIRST": ", read_first", "RESETS": ", resets and lengths"}
+        options = {"READ_FIRST": ", read_first", "LINKS": ", links", "MASKED": ", masks", "SHARPENED": ", sharpening"}
+        options |= {"DEALLOCATE": ", deallocate", "RESETS": ", resets and lengths"}
         return name + "".join(words for option, words in options.items() if self.constants.get(option))
 
     @property
@@ -134,7 +135,31 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
             ntm.ntm_scan_backward(
                 reads, memory, weights, memory, weights, *inputs, *sequences, *kept, *options
             )
+        for options in (GRAVES, CSORDAS, WITHOUT_LINKS) if shape == PAPER else [GRAVES]:
+            for sequences in (whole, cut) if shape == PAPER else [whole]:
+                dnc_launches(empty, dtype, slots, size, heads, sequences, *options)
     return list(found.values())
+
+
+# Links, masks and sharpening, deallocate: the DNC of Graves et al. 2016, with all that Csordas and Schmidhuber 2019 add, and
+# without links.
+GRAVES, CSORDAS, WITHOUT_LINKS = (True, False, False), (True, True, True), (False, False, False)
+
+
+def dnc_launches(empty, dtype, slots, size, heads, sequences, links, repaired, deallocate):
+    """Forward and backward of dnc_scan."""
+
+    def told(*tail, there=True):
+        return empty(20, 2, *tail, dtype=dtype) if there else None
+
+    weights, rows = empty(2, heads, slots), empty(2, slots)
+    state = [empty(2, slots, size), rows, rows if links else None, empty(2, slots, slots) if links else None, weights, rows]
+    interface = [told(heads, size), told(heads), told(size), told(), told(size), told(size), told(heads), told(), told()]
+    interface += [told(heads, 3, there=links), told(heads, size, there=repaired), told(size, there=repaired)]
+    interface += [told(heads, 2, there=links and repaired)]
+    outputs = dnc.dnc_scan(*state, *interface, *sequences, deallocate, 1e-6, 1)
+    given = [None if x is None else y for x, y in zip([weights, *state], outputs[:7], strict=True)]
+    dnc.dnc_scan_backward(*given, *state, *interface, *sequences, *outputs[7:], deallocate, 1e-6, 1)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
