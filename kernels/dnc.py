@@ -38,7 +38,7 @@ from ._sizes import RESIDENT_NUMBERS, fits_one_program, held_numbers, power_of_t
 
 RAW = ("dnc_scan", "dnc_scan_backward")
 LINK_FLOOR = tl.constexpr(_LINK_FLOOR)
-LINKS_PER_THREAD = 32  # numbers of a block [heads, rows, N] in registers
+LINKS_PER_THREAD = 16  # numbers of a block [heads, rows, N] in registers
 
 
 # ---- content -----------------------------------------------------------------------------------------------------------
@@ -689,7 +689,10 @@ def _dnc_scan_backward_kernel(
             tl.store(grad_free_gates + row * R + r, of_gate.to(grad_free_gates.dtype.element_ty))
             grad = -tl.load(free + r).to(dtype) * through
             if LINKS:
-                back_b, back_f = load_slots(to_backward, r, n, valid, N), load_slots(to_forward, r, n, valid, N)
+                back_b, back_f = (
+                    load_slots(to_backward, r, n, valid, N),
+                    load_slots(to_forward, r, n, valid, N),
+                )
                 if not SHARPENED:
                     modes, grad_modes = read_modes + (row * R + r) * 3, grad_read_modes + (row * R + r) * 3
                     tl.store(grad_modes, tl.sum(before * back_b, 0).to(grad_modes.dtype.element_ty))

@@ -65,7 +65,12 @@ class Launch:
     @property
     def name(self) -> str:
         name = self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        options = {"READ_FIRST": ", read_first", "LINKS": ", links", "MASKED": ", masks", "SHARPENED": ", sharpening"}
+        options = {
+            "READ_FIRST": ", read_first",
+            "LINKS": ", links",
+            "MASKED": ", masks",
+            "SHARPENED": ", sharpening",
+        }
         options |= {"DEALLOCATE": ", deallocate", "RESETS": ", resets and lengths"}
         return name + "".join(words for option, words in options.items() if self.constants.get(option))
 
@@ -135,9 +140,11 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
             ntm.ntm_scan_backward(
                 reads, memory, weights, memory, weights, *inputs, *sequences, *kept, *options
             )
-        for options in (GRAVES, CSORDAS, WITHOUT_LINKS) if shape == PAPER else [GRAVES]:
-            for sequences in (whole, cut) if shape == PAPER else [whole]:
-                dnc_launches(empty, dtype, slots, size, heads, sequences, *options)
+        dnc_launches(empty, dtype, slots, size, heads, whole, *GRAVES)
+        if shape == PAPER:
+            dnc_launches(empty, dtype, slots, size, heads, cut, *GRAVES)
+            dnc_launches(empty, dtype, slots, size, heads, whole, *CSORDAS)
+            dnc_launches(empty, dtype, slots, size, heads, whole, *WITHOUT_LINKS)
     return list(found.values())
 
 
@@ -153,8 +160,25 @@ def dnc_launches(empty, dtype, slots, size, heads, sequences, links, repaired, d
         return empty(20, 2, *tail, dtype=dtype) if there else None
 
     weights, rows = empty(2, heads, slots), empty(2, slots)
-    state = [empty(2, slots, size), rows, rows if links else None, empty(2, slots, slots) if links else None, weights, rows]
-    interface = [told(heads, size), told(heads), told(size), told(), told(size), told(size), told(heads), told(), told()]
+    state = [
+        empty(2, slots, size),
+        rows,
+        rows if links else None,
+        empty(2, slots, slots) if links else None,
+        weights,
+        rows,
+    ]
+    interface = [
+        told(heads, size),
+        told(heads),
+        told(size),
+        told(),
+        told(size),
+        told(size),
+        told(heads),
+        told(),
+        told(),
+    ]
     interface += [told(heads, 3, there=links), told(heads, size, there=repaired), told(size, there=repaired)]
     interface += [told(heads, 2, there=links and repaired)]
     outputs = dnc.dnc_scan(*state, *interface, *sequences, deallocate, 1e-6, 1)

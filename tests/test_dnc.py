@@ -308,9 +308,7 @@ def test_the_order_is_that_of_the_usage_that_comes_out(dtype):
 @needs_kernels
 @needs_dnc
 def test_ties_and_nan_are_ordered_as_a_stable_sort_does():
-    usage = torch.tensor(
-        [0.5, 0.0, -0.0, float("nan"), 0.5, 1.0, 1e30, -1.0, float("nan"), 0.25] * 5
-    )[None]
+    usage = torch.tensor([0.5, 0.0, -0.0, float("nan"), 0.5, 1.0, 1e30, -1.0, float("nan"), 0.25] * 5)[None]
     inputs = cast(dnc_inputs(1, 1, usage.shape[1], 3, 1, False, False), torch.float32)
     inputs[1], inputs[CONSTANT] = usage, torch.zeros_like(usage)
     inputs[STATES + 6] = torch.zeros(1, 1, 1)  # nothing is given free
