@@ -391,7 +391,7 @@ def _state(states, t, every, segments, N: tl.constexpr, D: tl.constexpr, LINKS: 
     place = t // every
     if t % every > 0:
         place = segments + t % every - 1
-    states += place * (N * D + N + (N + N * N if LINKS else 0))
+    states += tl.cast(place, tl.int64) * (N * D + N + (N + N * N if LINKS else 0))
     return states, states + N * D, states + N * (D + 1), states + N * (D + 2)
 
 

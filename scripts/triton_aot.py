@@ -237,7 +237,7 @@ def main() -> int:
         args.write.write_text(before + table + rest.split(END)[1])
     print(
         "\n".join(problems)
-        or f"Triton {triton.__version__}: no spills at the paper's sizes but the one known, shared memory within limits"
+        or f"Triton {triton.__version__}: no spills at the paper's sizes but those known, shared memory within limits"
     )
     return 1 if problems else 0
 
