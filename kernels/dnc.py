@@ -48,45 +48,51 @@ LINKS_PER_THREAD = 16  # numbers of a block [heads, rows, N] in registers
 def _by_content(
     m1, m2, squares, keys, masks, sharpness, h, d1, d2, valid, D: tl.constexpr, MASKED: tl.constexpr, EPS: tl.constexpr
 ):  # fmt: skip
-    """Head h's weights on the memory m, whose squares are those without masks, and what backward goes through: key and memory
-    as they are compared, squares of both, sharpness, dot products, 1 / root."""
+    """Head h's weights on the memory m, whose squares are those without masks, and what backward goes through: key times mask,
+    squares of slots and key as they are compared, sharpness, dot products, 1 / root. A masked memory is never made."""
     k1, k2 = load_vector(keys + h * D, d1, d2, D, m1.dtype)
     if MASKED:
         q1, q2 = load_vector(masks + h * D, d1, d2, D, m1.dtype)
         k1, k2 = k1 * q1, k2 * q2
-        m1, m2 = m1 * q1[None, :], m2 * q2[None, :]
-        squares = row_squares(m1, m2)
+        squares = dot(q1 * q1, q2 * q2, m1 * m1, m2 * m2)
+        dots = dot(k1 * q1, k2 * q2, m1, m2)
+    else:
+        dots = dot(k1, k2, m1, m2)
     key_square = tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0)
     beta = tl.load(sharpness + h).to(m1.dtype)
-    dots, root = dot(k1, k2, m1, m2), inverse_root(key_square, squares, EPS)
-    return softmax(beta * dots * root, valid), k1, k2, m1, m2, squares, key_square, beta, dots, root
+    root = inverse_root(key_square, squares, EPS)
+    return softmax(beta * dots * root, valid), k1, k2, squares, key_square, beta, dots, root
 
 
 @triton.jit
 def _by_content_backward(
-    m1, m2, g1, g2, grad_w, w, k1, k2, c1, c2, squares, key_square, beta, dots, root, keys, masks, grad_keys, grad_masks,
+    m1, m2, g1, g2, grad_w, w, k1, k2, squares, key_square, beta, dots, root, keys, masks, grad_keys, grad_masks,
     grad_sharpness, h, d1, d2, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of head h's weights w, with what _by_content gave, c the memory as it was compared: stores the
-    gradients of key, mask and sharpness, and adds to g, that of the memory m."""
+    """From the gradient of head h's weights w, with what _by_content gave: stores the gradients of key, mask and sharpness, and
+    adds to g, that of the memory m."""
     scaled = w * (grad_w - tl.sum(w * grad_w, 0)) * root
     grad_dots, grad_beta, grad_norms = similarity_backward(scaled, dots, beta, root)
     tl.store(grad_sharpness + h, tl.sum(grad_beta, 0).to(grad_sharpness.dtype.element_ty))
     twice = 2.0 * tl.sum(grad_norms * squares, 0)
-    x1, x2 = read_slots(grad_dots, c1, c2)
-    x1, x2 = x1 + twice * k1, x2 + twice * k2
     of_squares = 2.0 * grad_norms * key_square
-    y1 = grad_dots[:, None] * k1[None, :] + of_squares[:, None] * c1
-    y2 = grad_dots[:, None] * k2[None, :] + of_squares[:, None] * c2
+    x1, x2 = read_slots(grad_dots, m1, m2)
     if MASKED:
         q1, q2 = load_vector(masks + h * D, d1, d2, D, m1.dtype)
-        k1, k2 = load_vector(keys + h * D, d1, d2, D, m1.dtype)
-        of_mask1, of_mask2 = x1 * k1 + tl.sum(y1 * m1, 0), x2 * k2 + tl.sum(y2 * m2, 0)
-        store_vector(grad_masks + h * D, of_mask1, of_mask2, d1, d2, D)
+        s1, s2 = read_slots(of_squares, m1 * m1, m2 * m2)
+        of_mask1, of_mask2 = x1 * k1 + s1 * q1, x2 * k2 + s2 * q2  # by the slots; then by the key
+        x1, x2 = x1 * q1 + twice * k1, x2 * q2 + twice * k2
+        r1, r2 = load_vector(keys + h * D, d1, d2, D, m1.dtype)
+        store_vector(grad_masks + h * D, of_mask1 + x1 * r1, of_mask2 + x2 * r2, d1, d2, D)
         x1, x2 = x1 * q1, x2 * q2
-        y1, y2 = y1 * q1[None, :], y2 * q2[None, :]
+        g1 += grad_dots[:, None] * (k1 * q1)[None, :] + of_squares[:, None] * (q1 * q1)[None, :] * m1
+        g2 += grad_dots[:, None] * (k2 * q2)[None, :] + of_squares[:, None] * (q2 * q2)[None, :] * m2
+    else:
+        x1, x2 = x1 + twice * k1, x2 + twice * k2
+        g1 += grad_dots[:, None] * k1[None, :] + of_squares[:, None] * m1
+        g2 += grad_dots[:, None] * k2[None, :] + of_squares[:, None] * m2
     store_vector(grad_keys + h * D, x1, x2, d1, d2, D)
-    return g1 + y1, g2 + y2
+    return g1, g2
 
 
 # ---- usage and allocation ----------------------------------------------------------------------------------------------
@@ -324,7 +330,7 @@ def _dnc_scan_kernel(
         allocation = (1.0 - u) * tl.load(products + places, mask=valid, other=0.0)
         # Write weights, write.
         squares = row_squares(m1, m2)
-        content, _, _, _, _, _, _, _, _, _ = _by_content(
+        content, _, _, _, _, _, _, _ = _by_content(
             m1, m2, squares, write_key + row * D, write_mask + row * D if MASKED else write_mask, write_sharpness + row, 0,
             d1, d2, valid, D, MASKED, EPS,
         )  # fmt: skip
@@ -346,7 +352,7 @@ def _dnc_scan_kernel(
         # Read.
         squares = row_squares(m1, m2)
         for r in range(0, R):
-            w, _, _, _, _, _, _, _, _, _ = _by_content(
+            w, _, _, _, _, _, _, _ = _by_content(
                 m1, m2, squares, read_keys + row * R * D, read_masks + row * R * D if MASKED else read_masks,
                 read_sharpness + row * R, r, d1, d2, valid, D, MASKED, EPS,
             )  # fmt: skip
@@ -568,7 +574,7 @@ def _dnc_scan_backward_kernel(
                 weight = load_slots(read_history, row * R + r, n, valid, N)
                 g1 += weight[:, None] * h1[None, :]
                 g2 += weight[:, None] * h2[None, :]
-            content, k1, k2, c1, c2, compared, key_square, beta, dots, root = _by_content(
+            content, k1, k2, compared, key_square, beta, dots, root = _by_content(
                 m1, m2, squares, read_keys + row * R * D, read_masks + row * R * D if MASKED else read_masks,
                 read_sharpness + row * R, r, d1, d2, valid, D, MASKED, EPS,
             )  # fmt: skip
@@ -594,7 +600,7 @@ def _dnc_scan_backward_kernel(
                 else:
                     store_slots(of_backward, r, grad, n, valid, N)
             g1, g2 = _by_content_backward(
-                m1, m2, g1, g2, of_content, content, k1, k2, c1, c2, compared, key_square, beta, dots, root,
+                m1, m2, g1, g2, of_content, content, k1, k2, compared, key_square, beta, dots, root,
                 read_keys + row * R * D, read_masks + row * R * D if MASKED else read_masks, grad_read_keys + row * R * D,
                 grad_read_masks + row * R * D if MASKED else grad_read_masks, grad_read_sharpness + row * R, r, d1, d2,
                 D, MASKED,
@@ -648,7 +654,7 @@ def _dnc_scan_backward_kernel(
         product = load_slots(products, 0, n, valid, N)
         allocation = (1.0 - u) * product
         # Write weights, content of the write.
-        content, k1, k2, c1, c2, compared, key_square, beta, dots, root = _by_content(
+        content, k1, k2, compared, key_square, beta, dots, root = _by_content(
             b1, b2, row_squares(b1, b2), write_key + row * D, write_mask + row * D if MASKED else write_mask,
             write_sharpness + row, 0, d1, d2, valid, D, MASKED, EPS,
         )  # fmt: skip
@@ -659,7 +665,7 @@ def _dnc_scan_backward_kernel(
         x = tl.sum(gw * (allocation - content), 0)
         tl.store(grad_allocation_gate + row, x.to(grad_allocation_gate.dtype.element_ty))
         g1, g2 = _by_content_backward(
-            b1, b2, g1, g2, (1.0 - gate) * gw, content, k1, k2, c1, c2, compared, key_square, beta, dots, root,
+            b1, b2, g1, g2, (1.0 - gate) * gw, content, k1, k2, compared, key_square, beta, dots, root,
             write_key + row * D, write_mask + row * D if MASKED else write_mask, grad_write_key + row * D,
             grad_write_mask + row * D if MASKED else grad_write_mask, grad_write_sharpness + row, 0, d1, d2, D, MASKED,
         )  # fmt: skip
