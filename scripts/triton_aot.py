@@ -29,16 +29,21 @@ from mann_fast.kernels import content, dnc, lrua, lrua_scan, ntm
 from mann_fast.kernels._sizes import fits_one_program
 
 # Bytes that a launch is known to spill, by its name, keys and compute capability; any other may spill none. ntm_scan: a number
-# that is needed once a step, that of the steps. dnc_scan_backward: a memory and its gradient are held beside the blocks of links
-# and, where keys have masks, beside the masked terms of a head; what is spilled is next to the N^2 links that a step loads.
+# that is needed once a step, that of the steps. dnc_scan_backward: a memory and its gradient are held beside the blocks of
+# links and, where keys have masks, beside the masked terms of a head.
 REPAIRED_BACKWARD = "dnc_scan_backward, links, masks, sharpening, deallocate"
 KNOWN_SPILLS = {
     ("ntm_scan, read_first, resets and lengths", "fp32", 80): 8,
     ("dnc_scan_backward, links", "fp32", 80): 8,
+    ("dnc_scan_backward, links", "bf16", 80): 8,
     ("dnc_scan_backward, links, resets and lengths", "fp32", 80): 32,
+    ("dnc_scan_backward, links, resets and lengths", "bf16", 80): 16,
     (REPAIRED_BACKWARD, "fp32", 80): 344,
     (REPAIRED_BACKWARD, "fp32", 90): 120,
     (REPAIRED_BACKWARD, "fp32", 100): 64,
+    (REPAIRED_BACKWARD, "bf16", 80): 280,
+    (REPAIRED_BACKWARD, "bf16", 90): 40,
+    (REPAIRED_BACKWARD, "bf16", 100): 16,
 }
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
 PAPER = (128, 40, 4)
