@@ -32,16 +32,23 @@ def resident_numbers(num_slots: int, slot_size: int) -> int:
     return power_of_two(num_slots) * (first if slot_size == first else first + second)
 
 
-def fits_one_program(num_slots: int, slot_size: int) -> bool:
-    """Whether a program holds a whole memory in registers; else a scan is a loop of steps."""
-    return resident_numbers(num_slots, slot_size) <= RESIDENT_NUMBERS
+def held_numbers(num_slots: int, slot_size: int, per_slot: int = 1) -> int:
+    """Numbers that one program holds at once: a memory or, where that is more, ``per_slot`` numbers for each slot."""
+    return max(resident_numbers(num_slots, slot_size), power_of_two(num_slots) * per_slot)
 
 
-def resident(kernel: str, device: torch.device, num_slots: int, slot_size: int, heads: int) -> dict[str, int]:
+def fits_one_program(num_slots: int, slot_size: int, per_slot: int = 1) -> bool:
+    """Whether a program holds them in registers; else a scan is a loop of steps."""
+    return held_numbers(num_slots, slot_size, per_slot) <= RESIDENT_NUMBERS
+
+
+def resident(
+    kernel: str, device: torch.device, num_slots: int, slot_size: int, heads: int, per_slot: int = 1
+) -> dict[str, int]:
     """Constants and warps of a kernel that holds a whole memory. The rule for warps leaves about 20 numbers of it to a
     thread, of whose registers there are 255."""
     first, second = pieces(slot_size)
-    rule = min(max(power_of_two(resident_numbers(num_slots, slot_size) // (32 * 24)), 1), 16)
+    rule = min(power_of_two(max(held_numbers(num_slots, slot_size, per_slot) // (32 * 24), 1)), 16)
     warps = _tuning.num_warps(kernel, device, num_slots, slot_size, heads, rule)
     return {
         "N": num_slots, "D": slot_size, "R": heads, "NP": power_of_two(num_slots), "P1": first, "P2": second,
@@ -49,7 +56,9 @@ def resident(kernel: str, device: torch.device, num_slots: int, slot_size: int, 
     }  # fmt: skip
 
 
-def scan_sentence(kernel: str, steps: str, loop: str, num_slots: int, slot_size: int, heads: int) -> str:
+def scan_sentence(
+    kernel: str, steps: str, loop: str, num_slots: int, slot_size: int, heads: int, per_slot: int = 1
+) -> str:
     """How ``kernel`` takes ``steps``, or else the ``loop``."""
     numbers = resident_numbers(num_slots, slot_size)
     if not fits_one_program(num_slots, slot_size):
@@ -59,7 +68,9 @@ def scan_sentence(kernel: str, steps: str, loop: str, num_slots: int, slot_size:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels = (kernel, kernel + "_backward")
-    forward, backward = (resident(x, device, num_slots, slot_size, heads)["num_warps"] for x in kernels)
+    forward, backward = (
+        resident(x, device, num_slots, slot_size, heads, per_slot)["num_warps"] for x in kernels
+    )
     return (
         f"one launch per direction for {steps}, a program per sample: its memory is {numbers} numbers with padding, of "
         f"{RESIDENT_NUMBERS} that a program can hold in registers; {forward} warps forward, {backward} backward"

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKEND, RAW_OPS, fixed_noise, needs_kernels, shorter, worst_error
+from cases import RAW_OPS, fixed_noise, needs_kernels, shorter, worst_error
 
 from mann_fast import ops, reference
-from mann_fast.ops.dnc import KERNELS
 
-needs_dnc = pytest.mark.skipif(BACKEND not in KERNELS, reason=f"{BACKEND} has no kernel for it")
 # link, masks, sharpened, deallocate
 OPTIONS = {
     "graves": (True, False, False, False),
@@ -259,7 +257,6 @@ def test_equal_usages_go_to_the_lower_slot_and_minus_zero_is_zero():
 
 
 @needs_kernels
-@needs_dnc
 @every_option
 @pytest.mark.parametrize(
     "dtype, tolerance, gradient_tolerance", [(torch.float64, 1e-11, 1e-10), (torch.float32, 2e-5, 5e-4)]
@@ -277,7 +274,6 @@ def test_scan_matches_reference(shape, dtype, tolerance, gradient_tolerance, opt
 
 
 @needs_kernels
-@needs_dnc
 @every_option
 def test_from_the_start_of_a_sequence(options):
     """Where usages, links and directions are 0, or so small that their order is decided by rounding."""
@@ -293,7 +289,6 @@ def test_from_the_start_of_a_sequence(options):
 
 
 @needs_kernels
-@needs_dnc
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_order_is_that_of_the_usage_that_comes_out(dtype):
     inputs = cast(dnc_inputs(shorter(8, 3), 3, shorter(70, 20), 4, 2), dtype)
@@ -306,7 +301,6 @@ def test_the_order_is_that_of_the_usage_that_comes_out(dtype):
 
 
 @needs_kernels
-@needs_dnc
 @pytest.mark.parametrize("repeats", [5, 80])  # few slots and many are sorted in different ways
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ties_and_nan_are_ordered_as_a_stable_sort_does(repeats, dtype):
@@ -319,7 +313,6 @@ def test_ties_and_nan_are_ordered_as_a_stable_sort_does(repeats, dtype):
 
 
 @needs_kernels
-@needs_dnc
 @pytest.mark.parametrize("dtype", shorter([torch.bfloat16, torch.float16], [torch.float16]))
 def test_half_precision_is_as_good_as_plain_pytorch(dtype):
     """Triton's interpreter cuts a bfloat16's bits off where a GPU rounds, so it is left out there."""
@@ -341,7 +334,6 @@ def test_half_precision_is_as_good_as_plain_pytorch(dtype):
 
 
 @needs_kernels
-@needs_dnc
 @every_option
 def test_steps_halves_and_whole_are_the_same_bits(options):
     *drawn, deallocate = options
@@ -367,7 +359,6 @@ def test_steps_halves_and_whole_are_the_same_bits(options):
 
 
 @needs_kernels
-@needs_dnc
 def test_same_bits_on_every_number_of_threads_and_alone():
     inputs = dnc_inputs(shorter(9, 2), 5, shorter(24, 8), 6, 2, dtype=torch.float32)
     threads, outputs = torch.get_num_threads(), []

@@ -9,7 +9,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, stack_module
 
 import mann_fast
 from mann_fast import MemoryLayer
-from mann_fast.ops import dnc
 
 KINDS = [
     pytest.param({"addressing": addressing, "controller": controller}, id=f"{addressing}-{controller}")
@@ -24,12 +23,6 @@ KINDS = [
     ]
 ]
 every_kind = pytest.mark.parametrize("options", KINDS)
-
-
-def needs_kernels(options):
-    """The reference has forward mode; and a program of it that torch.export decomposes has lost what was detached."""
-    if options["addressing"] == "dnc" and "cpp" not in dnc.KERNELS:
-        pytest.skip("the DNC has no kernels here")
 
 
 def make(options):
@@ -101,7 +94,6 @@ def test_gradients_per_sample(options, backend):
 
 @every_kind
 def test_forward_mode_is_refused_and_the_reference_has_it(options):
-    needs_kernels(options)
     layer, x = make(options), sequence()
     tangent = torch.randn_like(x)
 
@@ -138,7 +130,6 @@ def test_forward_mode_is_refused_and_the_reference_has_it(options):
 @every_kind
 @pytest.mark.parametrize("recorded", [True, False], ids=["with gradients", "without"])
 def test_exported_and_then_trained(options, recorded):
-    needs_kernels(options)
     layer, x = make(options), sequence()
     expected = plain_gradients(layer, x)
     with torch.set_grad_enabled(recorded):

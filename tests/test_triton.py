@@ -18,7 +18,7 @@ from mann_fast.ops._register import OPS
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from mann_fast import kernels  # noqa: E402
-from mann_fast.kernels import _launch, _sizes, _tuning, content, lrua, lrua_scan, ntm  # noqa: E402
+from mann_fast.kernels import _launch, _sizes, _tuning, content, dnc, lrua, lrua_scan, ntm  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -77,7 +77,9 @@ def test_explains_a_scan(sizes, expected):
     for op, parts in [
         ("lrua_scan", "least_used, lrua_write and content_read"),
         ("ntm_scan", "content_read and PyTorch operations"),
+        ("dnc_scan", "PyTorch operations"),
     ]:
+        expected = expected if op != "dnc_scan" else expected.replace("the memory is", "a program would hold")
         assert _explain.explain(op, *sizes)["triton"].startswith(expected.replace("PARTS", parts))
 
 
@@ -114,6 +116,13 @@ def run_both_ways(op, slots, size, heads):
         ntm.ntm_scan_backward(
             None, memory, None, memory, weights, *inputs, *whole, history, anchors, True, 1e-6, every
         )
+    elif op.startswith("dnc"):
+        state = [memory, usage, None, None, weights, usage]
+        shapes = [(heads, size), (heads,), (size,), (), (size,), (size,), (heads,), (), ()]
+        told = [*(torch.zeros(2, 1, *shape) for shape in shapes), *[None] * 7]
+        outputs = dnc.dnc_scan(*state, *told, False, 1e-6, 1)
+        given = [None, memory, *[None] * 5]
+        dnc.dnc_scan_backward(*given, *state, *told, *outputs[7:], False, 1e-6, 1)
     else:
         time = (2,) if op == "lrua_scan" else ()
         inputs = [*(torch.zeros(*time, *x.shape) for x in (key, key, scalar)), *[None] * 4]
@@ -132,13 +141,15 @@ def test_explain_says_what_the_launchers_do(monkeypatch, op, sizes):
     launched, sentence = Launches(monkeypatch), _explain.explain(op, *sizes)["triton"]
     run_both_ways(op, *sizes)
     names = [name for name, _, _ in launched]
-    scan = "ntm_scan" if op.startswith("ntm") else "scan"
+    scan = "scan" if op.startswith("lrua") else f"{op[:3]}_scan"
     if op == "least_used":
         assert names == ([] if sentence == "a sort" else ["least_used"])
     elif sentence.startswith("one launch per direction"):
         assert names == [scan, scan + "_backward"]
         forward, backward = (warps for _, warps, _ in launched)
         assert sentence.endswith(f"; {forward} warps forward, {backward} backward")
+    elif op.startswith("dnc"):
+        assert "PyTorch operations: a program would hold" in sentence and not names
     else:
         assert {"read", "backward"} <= set(names) or op == "lrua_write"
         tiles = {constants["TILE"] for _, _, constants in launched if "TILE" in constants}
@@ -178,6 +189,14 @@ if sys.argv[1] == "lrua_scan":
     tensors = [draw(N, D)[0], weights[0], draw(R, D), draw(R, D), draw(R), draw(R)]
     usage = draw(N)[0].abs()
     call = lambda m, w, *inputs: ops.lrua_scan(ops.LRUAState(m, w, usage), *inputs, **sequences)
+elif sys.argv[1] == "dnc_scan":
+    tensors = [draw(N, D)[0], draw(N)[0].sigmoid(), *[draw(N)[0].softmax(-1) / 2 for _ in range(2)]]
+    tensors += [draw(N, N)[0].softmax(-1) / 2, weights[0] / 2, draw(R, D), 1 + draw(R).abs(), draw(D), 1 + draw().abs()]
+    tensors += [draw(D).sigmoid(), draw(D), draw(R).sigmoid(), draw().sigmoid(), draw().sigmoid(), draw(R, 3).softmax(-1)]
+    tensors += [draw(R, D).sigmoid(), draw(D).sigmoid(), 1 + draw(R, 2).abs()]
+    call = lambda m, u, w, p, l, r, *told: ops.dnc_scan(
+        ops.DNCState(m, u, p, l, r, w.detach()), ops.DNCInterface(*told), deallocate=True, **sequences
+    )
 else:
     tensors = [draw(N, D)[0], *weights, *head(), *head(), draw(R, D).sigmoid(), draw(R, D)]
     call = lambda m, r, w, *x: ops.ntm_scan(
@@ -191,14 +210,15 @@ for backend in ("triton", "reference"):
             sequences["start"] = start.clone().requires_grad_()
             leaves.append(sequences["start"])
         reads, state = call(*leaves[: len(tensors)])
-        results.append([reads, *torch.autograd.grad(reads.square().sum() + state.memory.sum(), leaves)])
+        loss = reads.square().sum() + sum((i + x).square().sum() for i, x in enumerate(state))
+        results.append([reads, *state, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)])
 for x, y in zip(*results, strict=True):
     torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 """
 
 
 @pytest.mark.parametrize("sequences", ["whole", "cut"])
-@pytest.mark.parametrize("op", ["lrua_scan", "ntm_scan"])
+@pytest.mark.parametrize("op", ["lrua_scan", "ntm_scan", "dnc_scan"])
 def test_a_loop_of_steps_over_several_samples_and_anchors(op, sequences):
     """In a process of its own: Triton is interpreted or not from its import on."""
     done = subprocess.run(

@@ -10,7 +10,6 @@ import torch
 from .._anchors import lrua_interval, ntm_interval
 from ..ops._loading import EMULATION, missing
 from ..ops._register import OPS
-from ..ops.dnc import KERNELS as DNC_KERNELS
 
 PUBLIC = tuple(
     name for op in OPS.values() for name in op.public if name != "cell"
@@ -29,14 +28,11 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
             raise ValueError(f"{name} must be at least 1, got {size}")
     if op.startswith("lrua") and num_heads > num_slots:
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
-    by_reference = "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else "")
-    without_triton = op.startswith("dnc") and "triton" not in DNC_KERNELS
     return {
         "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
-        "reference": by_reference,
+        "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
         "cuda": missing("cuda") or _cuda(op, num_slots, slot_size, num_heads),
-        "triton": missing("triton")
-        or (by_reference if without_triton else _triton(op, num_slots, slot_size, num_heads)),
+        "triton": missing("triton") or _triton(op, num_slots, slot_size, num_heads),
     }
 
 

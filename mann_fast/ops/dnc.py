@@ -82,7 +82,6 @@ PUBLIC_NAMES = [
     *(f"interface.{name}" for name in DNCInterface._fields),
     *NAMES,
 ]
-KERNELS: tuple[str, ...] = ("cpp", "cuda")  # the backends that have the op
 
 
 def _check_together(state: DNCState, interface: DNCInterface) -> None:
@@ -126,7 +125,7 @@ def _dnc(
     if sequences:
         sequences = raw_sequences(memory, read_keys.shape[0], *sequences, value=0.0)
     backend = _backend.serving(memory.device)
-    if backend not in KERNELS:
+    if backend == "reference":
         function: Any = reference.dnc_scan if steps else reference.dnc_step
         options = dict(zip(NAMES, sequences, strict=True)) if sequences else {}
         with _backend.without_autocast(memory.device.type):
