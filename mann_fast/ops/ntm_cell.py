@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from .._anchors import ntm_interval
-from ..reference.cell import CONTROLLERS, ntm_head_sizes
+from ..reference.cell import ntm_head_sizes
 from ..reference.ntm import NTMState
 from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, Sizes, came
+from ._declare import Argument, Op, Option, Output, Sizes
 from ._register import call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
 from ._sequences import raw_sequences
@@ -56,10 +56,11 @@ NTM_CELL = declare(
         also_saved=CELL.also_saved,
         public=("ntm_cell",),
         interval=lambda values, backend: ntm_interval(values[3].shape[2], values[4].shape[1]),
+        # Backward takes no reads, whose axis R is.
         extents=lambda sizes: {
-            "RD": sizes["R"] * sizes["D"],
-            "H+RD": sizes["H"] + sizes["R"] * sizes["D"],
-            "2R": 2 * sizes["R"],
+            "R": sizes["2R"] // 2,
+            "RD": sizes["2R"] // 2 * sizes["D"],
+            "H+RD": sizes["H"] + sizes["2R"] // 2 * sizes["D"],
             "kept": sizes["G"] if sizes["controller"] == NUMBERS["feedforward"] else 4 * sizes["H"],
         },
         results=tuple(
@@ -107,12 +108,12 @@ def ntm_cell(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
-    """As :func:`cell`, with the memory of a Neural Turing Machine (Graves et al. 2014, arXiv 1410.5401): R heads that read and R
-    that write.
+    """As :func:`cell`, with the memory of a Neural Turing Machine (Graves et al. 2014, arXiv 1410.5401): R heads that read and
+    R that write.
 
-    The heads' values are, of the read heads and then of the write heads, keys (R D, through tanh), sharpness (R, 1 + softplus),
-    gates (R, sigmoid), shifts (R (2S + 1), softmax) and sharpening (R, 1 + softplus); then erase (R D, sigmoid) and add (R D,
-    tanh). Then comes :func:`ntm_step`. One call per direction in C++ on the CPU, elsewhere a loop of steps.
+    The heads' values are, of the read heads and then of the write heads, keys (R D, through tanh), sharpness (R, 1 +
+    softplus), gates (R, sigmoid), shifts (R (2S + 1), softmax) and sharpening (R, 1 + softplus); then erase (R D, sigmoid)
+    and add (R D, tanh). Then comes :func:`ntm_step`. One call per direction in C++ on the CPU, elsewhere a loop of steps.
 
     Args:
         gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias, controller: as of :func:`cell`.

@@ -59,8 +59,8 @@ def ntm_head_sizes(num_heads: int, slot_size: int, max_shift: int | None) -> lis
 def split_ntm_heads(
     values: Tensor, num_heads: int, slot_size: int, max_shift: int | None
 ) -> tuple[NTMHead, NTMHead, Tensor, Tensor]:
-    """Read heads, write heads, erase and add [B, R, D] from the heads' values [B, sum of ntm_head_sizes]. Where ``max_shift`` is
-    None, nothing is kept of the step before, nothing moves, nothing is sharpened."""
+    """Read heads, write heads, erase and add [B, R, D] from the heads' values [B, sum of ntm_head_sizes]. Where ``max_shift``
+    is None, nothing is kept of the step before, nothing moves, nothing is sharpened."""
     *parts, erase, add = values.split_with_sizes(ntm_head_sizes(num_heads, slot_size, max_shift), 1)
 
     def vectors(x: Tensor) -> Tensor:
