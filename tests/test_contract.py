@@ -41,6 +41,10 @@ every_op = pytest.mark.parametrize("op", [OPS[name] for name in ALL], ids=ALL)
 every_gradient = pytest.mark.parametrize("op", [OPS[name] for name in DIFFERENTIABLE], ids=DIFFERENTIABLE)
 
 
+def sizes_for(op):
+    return SIZES | {"heads": NTM_HEADS} if op.name == "ntm_cell" else SIZES
+
+
 def draw(argument, sizes, steps=True, dtype=torch.float64):
     x = torch.randn([sizes[name] for name in (argument.names if steps else argument.step_names)], dtype=dtype)
     if argument.within == "flags":
@@ -58,7 +62,7 @@ def draw(argument, sizes, steps=True, dtype=torch.float64):
 
 def sample(op, *, steps=True, dtype=torch.float64, half=None, optional=True, keep=0, **sizes):
     """Values of a raw op. half: of what may be half precision; keep: anchor_every."""
-    sizes = {**SIZES, **({"heads": NTM_HEADS} if op.name == "ntm_cell" else {}), **sizes}
+    sizes = {**sizes_for(op), **sizes}
     chosen = {}
     for argument in op.arguments:
         kind = half if half and (argument.half or chosen.get(argument.like) == half) else dtype
@@ -113,7 +117,10 @@ def variants(op):
     flags = [option.name for option in op.options if option.type == "bool" and option.name != "bfloat16"]
     places = [op.names.index(name) for name in flags]
     keeps = (0, 2) if op.interval else (0,)
-    fixed = op.name == "cell"  # its flags say how many values the heads have: test_cell goes through them
+    fixed = op.name in (
+        "cell",
+        "ntm_cell",
+    )  # its flags say how many values the heads have: test_cell goes through them
     for choice, keep in itertools.product(
         itertools.product(*[(False, True)] * (0 if fixed else len(flags))), keeps
     ):
@@ -339,7 +346,7 @@ def mapped_values(op, place):
     loops = [list(values) for _ in range(MAPPED)]
     stacked = list(values)
     for i in chosen:
-        others = [draw(op.arguments[i], SIZES) for _ in range(MAPPED)]
+        others = [draw(op.arguments[i], sizes_for(op)) for _ in range(MAPPED)]
         for loop, other in zip(loops, others, strict=True):
             loop[i] = other
         stacked[i] = torch.stack(others, dim=values[i].dim() if i % 2 else 0)
