@@ -67,7 +67,7 @@ class Content(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
-        options = {"max_shift": self._shifts(), "order": self.order, "eps": self.eps}
+        options: dict[str, Any] = {"max_shift": self._shifts(), "order": self.order, "eps": self.eps}
         return ops.ntm_cell(*tensors, controller=controller, **options, **sequences)
 
 
