@@ -67,8 +67,8 @@ class Content(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
-        options: dict[str, Any] = {"max_shift": self._shifts(), "order": self.order, "eps": self.eps}
-        return ops.ntm_cell(*tensors, controller=controller, **options, **sequences)
+        options: dict[str, Any] = {"max_shift": self._shifts(), "order": self.order, "eps": self.eps} | sequences
+        return ops.ntm_cell(*tensors, controller=controller, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
