@@ -67,7 +67,11 @@ class Content(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
-        options: dict[str, Any] = {"max_shift": self._shifts(), "order": self.order, "eps": self.eps} | sequences
+        options: dict[str, Any] = {
+            "max_shift": self._shifts(),
+            "order": self.order,
+            "eps": self.eps,
+        } | sequences
         return ops.ntm_cell(*tensors, controller=controller, **options)
 
 
