@@ -12,6 +12,7 @@ import mann_fast
 from mann_fast import MANN, MemoryLayer, ops
 from mann_fast.layers import MemoryStack
 from mann_fast.ops._register import OPS
+from mann_fast.reference.cell import ntm_head_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -46,6 +47,17 @@ def calls():
         *(keys, gates, row, one, row, row, gates, one, one, modes, keys, row, torch.rand(T, B, R, 2))
     )
     values = 2 * R * D + 2 * R
+    cell = {
+        "gates": torch.rand(T, B, 4 * H),
+        "state": (torch.rand(B, H), torch.rand(B, H)),
+        "reads": keys[0],
+        "hidden_weight": torch.rand(4 * H, H),
+        "hidden_bias": torch.rand(4 * H),
+        "reads_weight": torch.rand(4 * H, R * D),
+    }
+    of_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
+    values = sum(ntm_head_sizes(R, D, 1))
+    of_ntm_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
     return {
         "content_read": {"memory": state.memory, "key": keys[0], "sharpness": gates[0]},
         "least_used": {"usage": state.usage, "n": 2},
@@ -57,17 +69,8 @@ def calls():
         "ntm_scan": {"state": start, "read_head": heads, "write_head": heads, "erase": keys, "add": keys},
         "dnc_step": {"state": dnc, "interface": ops.DNCInterface(*(x[0] for x in told))},
         "dnc_scan": {"state": dnc, "interface": told},
-        "cell": {
-            "gates": torch.rand(T, B, 4 * H),
-            "state": (torch.rand(B, H), torch.rand(B, H)),
-            "memory": state,
-            "reads": keys[0],
-            "hidden_weight": torch.rand(4 * H, H),
-            "hidden_bias": torch.rand(4 * H),
-            "reads_weight": torch.rand(4 * H, R * D),
-            "head_weight": torch.rand(values, H),
-            "head_bias": torch.rand(values),
-        },
+        "cell": {**cell, "memory": state, **of_heads},
+        "ntm_cell": {**cell, "memory": start, **of_ntm_heads},
     }
 
 
@@ -217,7 +220,7 @@ def huge(op, values):
     """The same with strides of 0 and petabytes to copy."""
     # A cell copies its gates first. Links are N^2 numbers, and still to be counted.
     squared = any(argument.names.count("N") == 2 for argument in op.arguments)
-    sizes = {"B": 2**31 - 1, "T" if op.name == "cell" else "N": 2**14 if squared else 2**20}
+    sizes = {"B": 2**31 - 1, "T" if op.name in ("cell", "ntm_cell") else "N": 2**14 if squared else 2**20}
     huge = []
     for argument, value in zip(op.arguments, values, strict=False):
         one = [slice(0, 1) if name in sizes else slice(None) for name in argument.names]

@@ -17,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from mann_fast import ops, reference
 from mann_fast.ops._declare import sizes_of
 from mann_fast.ops._register import NAMESPACES, OPS
+from mann_fast.reference.cell import ntm_head_sizes
 
 pytestmark = needs_kernels
 
-SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2S+1": 3, "H": 4, "2": 2, "3": 3}
+SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2R": 6, "2S+1": 3, "H": 4, "2": 2, "3": 3}
 # Of axes that follow from an option: an LSTM's gates, and what its heads have where each has a vector and a sharpness.
 SIZES |= {"G": 4 * SIZES["H"], "RD": 15, "heads": 2 * 15 + 2 * 3}
+NTM_HEADS = 2 * (15 + 3 * 3 + 3 * 3) + 2 * 15  # of a Neural Turing Machine that moves by up to one slot
 TIGHT = 1e-11
 MAPPED = 3  # size of the axis that vmap maps over
 
@@ -37,6 +39,10 @@ ALL = [name for name, op in OPS.items() if implemented(op)]
 DIFFERENTIABLE = [name for name in ALL if OPS[name].saved]
 every_op = pytest.mark.parametrize("op", [OPS[name] for name in ALL], ids=ALL)
 every_gradient = pytest.mark.parametrize("op", [OPS[name] for name in DIFFERENTIABLE], ids=DIFFERENTIABLE)
+
+
+def sizes_for(op):
+    return SIZES | {"heads": NTM_HEADS} if op.name == "ntm_cell" else SIZES
 
 
 def draw(argument, sizes, steps=True, dtype=torch.float64):
@@ -56,7 +62,7 @@ def draw(argument, sizes, steps=True, dtype=torch.float64):
 
 def sample(op, *, steps=True, dtype=torch.float64, half=None, optional=True, keep=0, **sizes):
     """Values of a raw op. half: of what may be half precision; keep: anchor_every."""
-    sizes = {**SIZES, **sizes}
+    sizes = {**sizes_for(op), **sizes}
     chosen = {}
     for argument in op.arguments:
         kind = half if half and (argument.half or chosen.get(argument.like) == half) else dtype
@@ -111,7 +117,10 @@ def variants(op):
     flags = [option.name for option in op.options if option.type == "bool" and option.name != "bfloat16"]
     places = [op.names.index(name) for name in flags]
     keeps = (0, 2) if op.interval else (0,)
-    fixed = op.name == "cell"  # its flags say how many values the heads have: test_cell goes through them
+    fixed = op.name in (
+        "cell",
+        "ntm_cell",
+    )  # its flags say how many values the heads have: test_cell goes through them
     for choice, keep in itertools.product(
         itertools.product(*[(False, True)] * (0 if fixed else len(flags))), keeps
     ):
@@ -195,7 +204,7 @@ def test_strides_change_nothing(op):
 @every_op
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
-    if steps == 0 and op.name == "cell":
+    if steps == 0 and op.name in ("cell", "ntm_cell"):
         pytest.skip("the public function gives no steps to the reference")
     values = sample(op, T=steps)
     results = torch.utils._pytree.tree_leaves(raw(op)(*values))
@@ -337,7 +346,7 @@ def mapped_values(op, place):
     loops = [list(values) for _ in range(MAPPED)]
     stacked = list(values)
     for i in chosen:
-        others = [draw(op.arguments[i], SIZES) for _ in range(MAPPED)]
+        others = [draw(op.arguments[i], sizes_for(op)) for _ in range(MAPPED)]
         for loop, other in zip(loops, others, strict=True):
             loop[i] = other
         stacked[i] = torch.stack(others, dim=values[i].dim() if i % 2 else 0)
@@ -602,6 +611,8 @@ def public_calls():
         (torch.randn(8, 2), torch.randn(8), torch.randn(8, 6), torch.randn(10, 2), torch.randn(10)),
     )
     hidden = (torch.randn(2, 2), torch.randn(2, 2))
+    ntm_values = sum(ntm_head_sizes(*keys.shape[2:], 1))
+    ntm_weights = (torch.randn(ntm_values, 2), torch.randn(ntm_values))
     return {
         "content_read": lambda: ops.content_read(state.memory, keys[0]),
         "least_used": lambda: ops.least_used(state.usage, 2),
@@ -620,6 +631,14 @@ def public_calls():
             keys[0],
             *weights,
             write_vector="key",
+        ),
+        "ntm_cell": lambda: ops.ntm_cell(
+            torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
+            hidden,
+            start,
+            keys[0],
+            *weights[:3],
+            *ntm_weights,
         ),
     }
 

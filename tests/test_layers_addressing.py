@@ -138,7 +138,7 @@ def test_gradcheck_and_halves(options, controller):
     first, state = layer(x[:1])
     second, state = layer(x[1:], state)
     torch.testing.assert_close(torch.cat([first, second]), whole)
-    assert all(map(torch.equal, state.memory, last.memory))
+    torch.testing.assert_close(state.memory, last.memory)  # the product of the inputs has other bits
     whole.sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
 

@@ -9,6 +9,7 @@
 // large product after it.
 #include "controller.h"
 #include "lrua_cell.h"
+#include "ntm_cell.h"
 #include "products.h"
 
 namespace mann_fast {
@@ -371,9 +372,21 @@ bool cell_backward(const CellBackward& a, const Parallel& parallel) {
   return backward<T, LruaBackward<T>>(a, parallel);
 }
 
+// ---- with a Neural Turing Machine's -----------------------------------------------------------------------------------
+
+template <class T>
+bool ntm_cell(const NtmCell& a, const Parallel& parallel) {
+  return forward<T, NtmForward<T>>(a, parallel);
+}
+template <class T>
+bool ntm_cell_backward(const NtmCellBackward& a, const Parallel& parallel) {
+  return backward<T, NtmBackward<T>>(a, parallel);
+}
+
 }  // namespace
 
 MANN_FAST_CELL_OPS(MANN_FAST_BY_DTYPE)
+MANN_FAST_NTM_CELL_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

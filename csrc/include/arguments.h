@@ -210,6 +210,51 @@ struct NtmScanBackward {
   void* grad_start;  // as in LruaScanBackward
 };
 
+// As Cell, with a Neural Turing Machine's memory; W = R. One row of heads has, of the read heads and then of the write heads, keys
+// [R, D] and sharpness [R], and where they have a location (shifts > 0) gates [R], shifts [R, shifts] and sharpening [R]; then
+// erase [R, D] and add [R, D]. All before their nonlinearities. Heads without a location go by content alone.
+struct NtmCell {
+  int64_t T, B, H, N, D, R, shifts;
+  Dtype state;
+  bool bfloat16;
+  Controller controller;
+  bool read_first;
+  double eps;
+  int64_t anchor_every;
+  const void *gates, *hidden, *cell;
+  const void *memory, *weights, *reads;  // weights [B, R+W, N]
+  const void *hidden_weight, *hidden_bias;
+  const void* reads_weight;
+  int64_t reads_weight_ld;
+  const void *head_weight, *head_bias;
+  Sequences sequences;
+  void* output;
+  void *out_hidden, *out_cell, *out_reads;
+  void *out_memory, *out_weights;
+  void *kept_gates, *kept_states, *kept_heads;
+  void *history, *anchors;  // as in NtmScan
+};
+
+struct NtmCellBackward {
+  int64_t T, B, H, N, D, R, shifts;
+  Dtype state;
+  bool bfloat16;
+  Controller controller;
+  bool read_first;
+  double eps;
+  int64_t anchor_every;
+  const void *grad_output, *grad_hidden, *grad_cell, *grad_reads, *grad_memory, *grad_weights;  // each may be null
+  const void *hidden, *cell, *memory, *weights;
+  const void *hidden_weight, *reads_weight;
+  int64_t reads_weight_ld;
+  const void* head_weight;
+  const void *kept_gates, *kept_states, *kept_heads, *history, *anchors;
+  Sequences sequences;
+  void *grad_gates, *grad_hidden_gates, *grad_heads;
+  void *grad_in_hidden, *grad_in_cell, *grad_in_memory, *grad_in_weights, *grad_in_reads;
+  void* grad_start;
+};
+
 // What a DNC's step is told, each with a leading [T, B]. read_modes is null without links; both masks are null or none;
 // link_sharpening may be null. Pointer is const void*, or void* of the gradients.
 template <class Pointer>

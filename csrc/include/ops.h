@@ -18,6 +18,10 @@
   OP(cell, Cell)               \
   OP(cell_backward, CellBackward)
 
+#define MANN_FAST_NTM_CELL_OPS(OP) \
+  OP(ntm_cell, NtmCell)            \
+  OP(ntm_cell_backward, NtmCellBackward)
+
 #define MANN_FAST_NTM_OPS(OP) \
   OP(ntm_scan, NtmScan)       \
   OP(ntm_scan_backward, NtmScanBackward)
@@ -32,3 +36,8 @@
   MANN_FAST_CELL_OPS(OP)    \
   MANN_FAST_NTM_OPS(OP)     \
   MANN_FAST_DNC_OPS(OP)
+
+// The CPU has more than CUDA.
+#define MANN_FAST_CPU_OPS(OP) \
+  MANN_FAST_OPS(OP)           \
+  MANN_FAST_NTM_CELL_OPS(OP)

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._onnx import exporting
 from .._state import check_dense, check_size, is_dense
+from ..ops._backend import serving
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
 from . import controllers, sequences
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
@@ -424,7 +425,11 @@ class MemoryLayer(nn.Module):
             if not batched:
                 state = state.map(lambda part: part.unsqueeze(0))
         weights: MemoryWeights | None = None
-        if self.memory.fused and self.kind != "module" and not return_weights and not self._has_to_call():
+        one_call = self.memory.fused and self.kind != "module" and not return_weights
+        # Where that call would be a loop, a compiler takes one step for all sooner.
+        if one_call and self.memory.scans:
+            one_call = serving(x.device) == "cpp" or not self._scans(x)
+        if one_call and not self._has_to_call():
             output, state = self._run(x, state, known)
         else:
             output, state, weights = self._run_by_steps(x, state, known, return_weights)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops
 from ..ops import NTMHead, NTMState
 from ..ops._checks import check_choice, check_eps
 from ..ops.lrua import ORDERS
+from ..ops.ntm_cell import check_max_shift
+from ..reference.cell import ntm_head_sizes, split_ntm_heads
 from .base import Memory, MemoryWeights
 
 
@@ -35,46 +37,42 @@ class Content(Memory):
     eps: float = 1e-6
 
     scans = True
+    fused = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("order", self.order, ORDERS)
         check_eps(self.eps)
 
-    def _addressing_sizes(self) -> list[int]:
-        return [self.num_heads * self.slot_size, self.num_heads]
-
-    def _squash(self, key: Tensor, sharpness: Tensor, *location: Tensor) -> NTMHead:
-        key, sharpness = self._vectors(torch.tanh(key)), 1 + F.softplus(sharpness)
-        return NTMHead(key, sharpness, *self._squash_location(sharpness, *location))
-
-    def _squash_location(self, sharpness: Tensor, *location: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, shift and sharpening: nothing is kept of the step before, nothing moves, nothing is sharpened."""
-        one = torch.ones_like(sharpness)
-        return one, one.unsqueeze(2), one
-
-    def _vectors(self, values: Tensor) -> Tensor:
-        return torch.unflatten(values, 1, (self.num_heads, self.slot_size))
+    def _shifts(self) -> int | None:
+        """S; None of heads that have no location."""
+        return None
 
     def head_sizes(self) -> list[int]:
-        addressing, vectors = self._addressing_sizes(), self.num_heads * self.slot_size
-        return [*addressing, *addressing, vectors, vectors]
+        return ntm_head_sizes(self.num_heads, self.slot_size, self._shifts())
 
     def initial_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> NTMState:
         sizes = (self.num_slots, self.slot_size, self.num_heads, self.num_heads)
         return NTMState.initial(batch, *sizes, dtype=dtype, device=device)
 
     def split(self, values: Tensor) -> tuple[NTMHead, NTMHead, Tensor, Tensor]:
-        *parts, erase, add = values.split_with_sizes(self.head_sizes(), 1)
-        half = len(parts) // 2
-        read_head, write_head = self._squash(*parts[:half]), self._squash(*parts[half:])
-        return read_head, write_head, self._vectors(torch.sigmoid(erase)), self._vectors(torch.tanh(add))
+        return split_ntm_heads(values, self.num_heads, self.slot_size, self._shifts())
 
     def step(
         self, state: NTMState, heads: tuple[NTMHead, NTMHead, Tensor, Tensor], record: bool = False
     ) -> tuple[Tensor, NTMState, MemoryWeights]:
         reads, state = ops.ntm_step(state, *heads, order=self.order, eps=self.eps)
         return reads, state, MemoryWeights(state.read_weights, state.write_weights, None)
+
+    def cell(
+        self, *tensors: Any, controller: str, **sequences: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
+        options: dict[str, Any] = {
+            "max_shift": self._shifts(),
+            "order": self.order,
+            "eps": self.eps,
+        } | sequences
+        return ops.ntm_cell(*tensors, controller=controller, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +93,7 @@ class NTM(Content):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.max_shift, bool) or not isinstance(self.max_shift, int):
-            raise TypeError(f"max_shift must be an int, got {type(self.max_shift).__name__}")
-        if self.max_shift < 0:
-            raise ValueError(f"max_shift must be at least 0, got {self.max_shift}")
+        check_max_shift(self.max_shift)
 
-    def _addressing_sizes(self) -> list[int]:
-        heads = self.num_heads
-        return [*super()._addressing_sizes(), heads, heads * (2 * self.max_shift + 1), heads]
-
-    def _squash_location(self, sharpness: Tensor, *location: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, shift, sharpening = location
-        shift = torch.softmax(torch.unflatten(shift, 1, (self.num_heads, 2 * self.max_shift + 1)), dim=2)
-        return torch.sigmoid(gate), shift, 1 + F.softplus(sharpening)
+    def _shifts(self) -> int:
+        return self.max_shift

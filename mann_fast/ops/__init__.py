@@ -10,6 +10,7 @@ from .content import content_read
 from .dnc import dnc_scan, dnc_step
 from .lrua import least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import ntm_address, ntm_scan, ntm_step
+from .ntm_cell import ntm_cell
 
 __all__ = [
     "DNCInterface",
@@ -28,6 +29,7 @@ __all__ = [
     "lrua_step",
     "lrua_write",
     "ntm_address",
+    "ntm_cell",
     "ntm_scan",
     "ntm_step",
 ]

@@ -39,12 +39,20 @@ NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
 
 
 def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Those of :data:`CELL`."""
+    return gradients(CELL, ctx, tensors, results)
+
+
+def gradients(
+    op: Op, ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients of all that is differentiable, in the order of the arguments: the weights' are one product each, of the
-    gradients of gates and heads at all steps with what they met there."""
+    gradients of gates and heads at all steps with what they met there. The same for every memory, whose op saves and gives
+    as many tensors in the same order."""
     resets, lengths, _, reads, output = tensors[RESETS:]
     hidden, head_weight = tensors[0], tensors[6]
-    needed = dict(zip(CELL.names, ctx.needs_input_grad, strict=True))
-    products = torch.bfloat16 if ctx.options[BFLOAT16] else output.dtype
+    needed = dict(zip(op.names, ctx.needs_input_grad, strict=True))
+    products = torch.bfloat16 if ctx.options[_bfloat16(op)] else output.dtype
     size = head_weight.shape[1]
     (
         grad_gates,
@@ -88,6 +96,10 @@ def _gradients(ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) 
     ]
     start = grad_start.sum(0) if needed["start"] else None
     return grad_gates, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads, *weights, start
+
+
+def _bfloat16(op: Op) -> int:
+    return [option.name for option in op.backward_options].index("bfloat16")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -197,7 +209,6 @@ CELL = declare(
         gradients=_gradients,
     )
 )
-BFLOAT16 = [option.name for option in CELL.backward_options].index("bfloat16")
 RESETS = CELL.saved.index("resets")
 
 # What the public function takes, memory first, named as its callers know it.
@@ -366,27 +377,11 @@ def _check_cell(
 
     def known() -> Sizes:
         controller, write_vector, sharpness, *of_step = options
-        _checks.check_choice("controller", controller, tuple(CONTROLLERS))
         _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
         check_sharpness(sharpness)
         raw_options(*of_step)  # for its checks
-        gates_per_unit, names = CONTROLLERS[controller]
-        if not isinstance(state, tuple) or len(state) != len(names):
-            came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
-            raise TypeError(f"state must be a tuple ({', '.join(names)}) of this controller, got {came}")
-        for name, part in zip(names, state, strict=True):
-            check_dense(f"state.{name}", part)
         of_memory = _checks.check_tensors(STATE, NAMES[:3], memory)
-        hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
-        for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
-            if not state and value is not None:
-                came = type(value).__name__
-                raise TypeError(f"{name} must be None for a feed-forward controller, got {came}")
-            if state and value is None:
-                raise TypeError(f"{name} must be a tensor, got NoneType")
-        return {
-            "H": hidden_size,
-            "G": gates_per_unit * hidden_size,
+        return check_controller(controller, state, weights) | {
             "RD": of_memory["R"] * of_memory["D"],
             "heads": sum(head_sizes(of_memory["R"], of_memory["D"], write_vector, sharpness)),
         }
@@ -395,6 +390,25 @@ def _check_cell(
     # With their types: True is equal to 1, but no number here.
     choices = (type(state), len(parts), *options, *map(type, options))
     return _checks.check_tensors(TENSORS, NAMES, tensors, choices=choices, known=known)
+
+
+def check_controller(controller: Any, state: Any, weights: tuple[Tensor | None, ...]) -> Sizes:
+    """The sizes that follow from the controller, whose name, state and weights are there as it asks for them."""
+    _checks.check_choice("controller", controller, tuple(CONTROLLERS))
+    gates_per_unit, names = CONTROLLERS[controller]
+    if not isinstance(state, tuple) or len(state) != len(names):
+        came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
+        raise TypeError(f"state must be a tuple ({', '.join(names)}) of this controller, got {came}")
+    for name, part in zip(names, state, strict=True):
+        check_dense(f"state.{name}", part)
+    hidden_size = _checks.check_shape("head_weight", weights[3], CELL.arguments[10].names)[1]
+    for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
+        if not state and value is not None:
+            came = type(value).__name__
+            raise TypeError(f"{name} must be None for a feed-forward controller, got {came}")
+        if state and value is None:
+            raise TypeError(f"{name} must be a tensor, got NoneType")
+    return {"H": hidden_size, "G": gates_per_unit * hidden_size}
 
 
 def check_sharpness(sharpness: Any) -> None:

@@ -1,14 +1,17 @@
-"""A whole MANN sequence: controller, heads and LRUA memory (Santoro et al. 2016, arXiv 1605.06065), written to be read."""
+"""A whole MANN sequence: controller, heads and memory, LRUA's (Santoro et al. 2016, arXiv 1605.06065) or a Neural Turing
+Machine's (Graves et al. 2014, arXiv 1410.5401), written to be read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .lrua import LRUAState, lrua_step
+from .ntm import NTMHead, NTMState, ntm_step
 from .sequences import Steps
 
 # Gates per hidden unit, and the tensors of the state that goes round beside the memory.
@@ -42,6 +45,40 @@ def split_heads(
     elif learned:  # in half precision rounded once
         beta = torch.add(values.new_full((), SHARPNESS_MIN), F.softplus(learned[0]), alpha=SHARPNESS_SCALE)
     return key, vector, gate, beta
+
+
+def ntm_head_sizes(num_heads: int, slot_size: int, max_shift: int | None) -> list[int]:
+    """How many values a Neural Turing Machine's heads have: of the read heads and then of the write heads keys and sharpness,
+    and but where ``max_shift`` is None gates, shifts and sharpening; then erase and add vectors."""
+    vectors = num_heads * slot_size
+    location = [] if max_shift is None else [num_heads, num_heads * (2 * max_shift + 1), num_heads]
+    addressing = [vectors, num_heads, *location]
+    return [*addressing, *addressing, vectors, vectors]
+
+
+def split_ntm_heads(
+    values: Tensor, num_heads: int, slot_size: int, max_shift: int | None
+) -> tuple[NTMHead, NTMHead, Tensor, Tensor]:
+    """Read heads, write heads, erase and add [B, R, D] from the heads' values [B, sum of ntm_head_sizes]. Where ``max_shift``
+    is None, nothing is kept of the step before, nothing moves, nothing is sharpened."""
+    *parts, erase, add = values.split_with_sizes(ntm_head_sizes(num_heads, slot_size, max_shift), 1)
+
+    def vectors(x: Tensor) -> Tensor:
+        return torch.unflatten(x, 1, (num_heads, slot_size))
+
+    def head(key: Tensor, sharpness: Tensor, *location: Tensor) -> NTMHead:
+        sharpness = 1 + F.softplus(sharpness)
+        if max_shift is None:
+            gate = sharpening = torch.ones_like(sharpness)
+            shift = gate.unsqueeze(2)
+        else:
+            gate, shift, sharpening = location
+            shift = torch.softmax(torch.unflatten(shift, 1, (num_heads, 2 * max_shift + 1)), dim=2)
+            gate, sharpening = torch.sigmoid(gate), 1 + F.softplus(sharpening)
+        return NTMHead(vectors(torch.tanh(key)), sharpness, gate, shift, sharpening)
+
+    half = len(parts) // 2
+    return head(*parts[:half]), head(*parts[half:]), vectors(torch.sigmoid(erase)), vectors(torch.tanh(add))
 
 
 def lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,13 +118,73 @@ def cell(
     step: Callable[..., tuple[Tensor, LRUAState]] = lrua_step,
 ) -> tuple[Tensor, tuple[Tensor, ...], LRUAState, Tensor]:
     """See :func:`mann_fast.ops.cell`. ``step`` takes the place of :func:`lrua_step`."""
-    batch, heads, slot_size = reads.shape
+    heads, slot_size = reads.shape[1:]
+
+    def of_memory(memory: LRUAState, values: Tensor) -> tuple[Tensor, LRUAState]:
+        inputs = split_heads(values, heads, slot_size, write_vector, sharpness)
+        options: dict[str, Any] = {"order": order, "write_target": write_target}
+        return step(memory, *inputs, **options, usage_decay=usage_decay, eps=eps)
+
     if gates.shape[0] == 0:
-        slots, read_weights, usage = memory
-        memory = LRUAState(slots.clone(), read_weights.clone(), usage.detach().clone())
+        memory = memory._replace(usage=memory.usage.detach())
+    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    return _sequence(
+        gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
+    )
+
+
+def ntm_cell(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: NTMState,
+    reads: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    reads_weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    max_shift: int | None = 1,
+    order: str = "read_first",
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    step: Callable[..., tuple[Tensor, NTMState]] = ntm_step,
+) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
+    """See :func:`mann_fast.ops.ntm_cell`. ``step`` takes the place of :func:`ntm_step`."""
+    heads, slot_size = reads.shape[1:]
+
+    def of_memory(memory: NTMState, values: Tensor) -> tuple[Tensor, NTMState]:
+        return step(memory, *split_ntm_heads(values, heads, slot_size, max_shift), order=order, eps=eps)
+
+    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    return _sequence(
+        gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
+    )
+
+
+def _sequence(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: Any,
+    reads: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    reads_weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    controller: str,
+    sequences: Steps,
+    step: Callable[[Any, Tensor], tuple[Tensor, Any]],
+) -> tuple[Tensor, tuple[Tensor, ...], Any, Tensor]:
+    """The whole sequence; ``step`` is the memory's, from its state and the heads' values."""
+    batch, heads, slot_size = reads.shape
+    kind = type(memory)
+    if gates.shape[0] == 0:
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
-        return output, tuple(x.clone() for x in state), memory, reads.clone()
-    sequences = Steps(resets, lengths, start)
+        return output, tuple(x.clone() for x in state), kind(*(x.clone() for x in memory)), reads.clone()
     outputs: list[Tensor] = []
     for t in range(gates.shape[0]):
         before, kept = memory, (reads, *state)
@@ -103,16 +200,9 @@ def cell(
             state = (lstm if controller == "lstm" else gru)(now, recurrent, *state)
             hidden = state[0]
         values = torch.addmm(head_bias, hidden, head_weight.t())
-        reads, memory = step(
-            memory,
-            *split_heads(values, heads, slot_size, write_vector, sharpness),
-            order=order,
-            write_target=write_target,
-            usage_decay=usage_decay,
-            eps=eps,
-        )
+        reads, memory = step(memory, values)
         outputs += sequences.outputs(t, torch.cat([hidden, reads.flatten(1)], dim=1))
-        memory = LRUAState(*sequences.end(t, memory, before))
+        memory = kind(*sequences.end(t, memory, before))
         reads, *parts = sequences.end(t, (reads, *state), kept)
         state = tuple(parts)
     return torch.stack(outputs), state, memory, reads

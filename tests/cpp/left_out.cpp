@@ -8,7 +8,7 @@ namespace MANN_FAST_ISA {
 
 #define MANN_FAST_LEFT_OUT(op, Arguments) \
   bool op(const Arguments&, const Parallel&) { std::abort(); }
-MANN_FAST_OPS(MANN_FAST_LEFT_OUT)
+MANN_FAST_CPU_OPS(MANN_FAST_LEFT_OUT)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast
