@@ -82,10 +82,10 @@ def scan_backward(
         for t in range(first, last):
             before = begin(sequences, t, *state)
             given = sequences.inputs(t, *_at(inputs, t))
-            read, *state, _ = _step(*before, slots[t], *given, read_first, shared, eps)
-            steps.append((given, read, before, state))
+            _, *state, _ = _step(*before, slots[t], *given, read_first, shared, eps)
+            steps.append((given, before, state))
         for t in reversed(range(first, last)):
-            (key, vector, gate, beta), read, (before, old_weights), (after, weights) = steps[t - first]
+            (key, vector, gate, beta), (before, old_weights), (after, weights) = steps[t - first]
             grad_read = None if grad_reads is None else grad_reads[t]
             of_after = grad_memory, grad_weights
             addressed, of_read = (before, None) if read_first else (after, grad_read)
@@ -94,7 +94,7 @@ def scan_backward(
                 grad_weights = grad_weights + product(wide, after.transpose(1, 2))
                 grad_memory = grad_memory + product(weights.transpose(1, 2), wide)
             through, grad_key, grad_beta = content_read_backward(
-                of_read, grad_weights, addressed, key, beta, read, weights, eps
+                of_read, grad_weights, addressed, key, beta, weights, eps
             )
             if not read_first:
                 grad_memory = grad_memory + through

@@ -32,7 +32,6 @@ def _moves(heads: NTMHead, like: Tensor) -> list[tuple[int, Tensor]]:
 
 
 class _Addressed(NamedTuple):
-    read: Tensor
     content: Tensor
     gated: Tensor
     greatest: Tensor
@@ -42,14 +41,14 @@ class _Addressed(NamedTuple):
 
 def _address(memory: Tensor, heads: NTMHead, previous: Tensor, eps: float) -> _Addressed:
     """Graves et al. 2014, eqs. 5-9; at least one head."""
-    read, by_content = content_read(memory, heads.key, heads.sharpness, eps)
+    _, by_content = content_read(memory, heads.key, heads.sharpness, eps)
     gate = _row(heads.gate, memory)
     gated = gate * by_content + (1 - gate) * previous
     shifted = sum(share * gated.roll(by, 2) for by, share in _moves(heads, memory))
     greatest = shifted.amax(2, keepdim=True)
     relative = shifted / greatest
     powers = relative ** _row(heads.sharpening, memory)
-    return _Addressed(read, by_content, gated, greatest, relative, powers / powers.sum(2, keepdim=True))
+    return _Addressed(by_content, gated, greatest, relative, powers / powers.sum(2, keepdim=True))
 
 
 def _address_backward(grad: Tensor, memory: Tensor, heads: NTMHead, previous: Tensor, eps: float):
@@ -65,7 +64,7 @@ def _address_backward(grad: Tensor, memory: Tensor, heads: NTMHead, previous: Te
     of_gated = sum(share * of_shifted.roll(-by, 2) for by, share in moves)
     of_gate = (of_gated * (x.content - previous)).sum(2)
     of_memory, of_key, of_sharpness = content_read_backward(
-        None, of_gated * gate, memory, heads.key, heads.sharpness, x.read, x.content, eps
+        None, of_gated * gate, memory, heads.key, heads.sharpness, x.content, eps
     )
     return of_memory, NTMHead(of_key, of_sharpness, of_gate, of_shift, of_gamma), of_gated * (1 - gate)
 

@@ -256,4 +256,4 @@ def test_the_memory_that_backward_lacks_is_said_too():
     for recorded in (False, True):
         memory = vectors.detach().requires_grad_(recorded)
         with pytest.raises(torch.OutOfMemoryError, match="^content_read_backward is out of memory on cpu"):
-            backward(vectors, None, memory, vectors, None, vectors, weights, 1e-6)
+            backward(vectors, None, memory, vectors, None, weights, 1e-6)

@@ -152,7 +152,7 @@ def test_converts_with_what_its_memory_says(kind):
     _, _, state = after_a_call(kind)
     state = state.to(torch.float32)
     half = state.to(torch.float16)
-    for before, after in zip(state.memory.flatten(), half.memory.flatten(), strict=True):
+    for before, after in zip(tensors_of(state.memory), tensors_of(half.memory), strict=True):
         assert after.equal(before) and after.dtype == before.dtype  # not rounded, and integers stay
     assert all(x.dtype == torch.float16 for x in (*pytree.tree_leaves(half.controller), half.reads))
     assert all(x.device.type == "meta" for x in state.to("meta").flatten())

@@ -282,7 +282,9 @@ def _put(rows: Tensor, places: Tensor, shape: tuple[int, ...], value: float = 0)
     count = 1
     for size in shape:
         count *= size
-    whole = rows.new_full((count, rows.shape[1]), value).index_copy_(0, places, rows)
+    whole = rows.new_full((count, rows.shape[1]), value).index_put_(
+        (places,), rows
+    )  # index_copy_ has no vmap
     return whole.view(*shape, rows.shape[1])
 
 
