@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import mann_fast
 from mann_fast import cli
 from mann_fast.cli import demo, doctor
+from mann_fast.cli._explain import PUBLIC
 from mann_fast.cli._options import load_data
 from mann_fast.cli._report import print_accuracy
 from mann_fast.cli._signals import StopSignals
@@ -647,9 +648,9 @@ def test_doctor_explains(capsys):
     status, printed, _ = call(capsys, "doctor", "--explain", "lrua_scan", "128", "40", "4")
     assert status == 0
     assert [line.split()[0] for line in printed.splitlines()] == ["cpp", "reference", "cuda", "triton"]
-    for op in ("least_used", "ntm_scan"):
-        assert call(capsys, "doctor", "--explain", op, "10", "4", "20")[0] == 0
     assert "20 KiB" in printed
+    for op in PUBLIC:
+        assert call(capsys, "doctor", "--explain", op, "20", "4", "10")[0] == 0
     for arguments, message in (
         (["lrua_scan", "1", "2", "x"], "--explain takes an op and three numbers, got lrua_scan 1 2 x"),
         (["scan", "1", "2", "3"], "op must be one of content_read, .* got 'scan'"),

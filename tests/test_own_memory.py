@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import mann_fast
 from mann_fast import MANN, MemoryLayer
 from mann_fast.data import Episodes, generate_glyphs
-from mann_fast.layers import LRUA, Memory, MemoryWeights
+from mann_fast.layers import DNC, LRUA, NTM, Content, Memory, MemoryWeights
 from mann_fast.training.plots import plot_episode
 from mann_fast.training.trace import trace
 
@@ -166,19 +166,25 @@ def test_a_subclass_of_a_memory_has_a_name_of_its_own():
     assert again.config == model.config and torch.equal(again(x)[0], model(x)[0])
 
 
-def test_a_subclass_with_a_step_of_its_own_goes_by_it():
-    @dataclass(frozen=True)
-    class Blind(LRUA):
-        def step(self, state, heads, record=False):
-            reads, state, weights = super().step(state, heads, record)
-            return torch.zeros_like(reads), state, weights
+@pytest.mark.parametrize("base", [LRUA, Content, NTM])
+@pytest.mark.parametrize("mixed_in", [False, True])
+def test_a_subclass_with_a_step_of_its_own_goes_by_it(base, mixed_in):
+    def step(self, state, heads, record=False):
+        reads, state, weights = base.step(self, state, heads, record)
+        return torch.zeros_like(reads), state, weights
 
-    layer = MemoryLayer(4, 5, addressing=Blind(**SIZES))
+    blind = type("Blind", (), {"step": step})
+    blind = type("Blind", (blind, base), {}) if mixed_in else type("Blind", (base,), {"step": step})
+    layer = MemoryLayer(4, 5, addressing=blind(**SIZES))
     output, state = layer(torch.randn(3, 2, 4))
     assert (output[..., 5:] == 0).all() and (output[..., :5] != 0).all()
     with torch.no_grad():
         output, _ = layer(torch.randn(3, 2, 4), state)
     assert (output[..., 5:] == 0).all()
+
+
+def test_a_subclass_with_nothing_of_its_own_keeps_the_one_call():
+    assert type("Same", (NTM,), {})(**SIZES).fused and not type("Same", (DNC,), {})(**SIZES).fused
 
 
 def test_a_reset_needs_a_start_or_a_state_that_knows_it(page):

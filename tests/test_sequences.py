@@ -15,7 +15,7 @@ from cases import (
 from test_dnc import dnc_inputs
 
 from mann_fast import ops, reference
-from mann_fast.reference.cell import CONTROLLERS, head_sizes
+from mann_fast.reference.cell import CONTROLLERS, head_sizes, ntm_head_sizes
 
 SLOTS, WIDTH, HEADS, HIDDEN = 7, 5, 2, 6
 
@@ -59,16 +59,20 @@ class Lrua(Family):
         return reads, list(state)
 
 
+def normal(*sizes):
+    return torch.randn(sizes, dtype=torch.float64)
+
+
+def ntm_state(batch):
+    weights = [torch.softmax(normal(batch, HEADS, SLOTS), -1) for _ in range(2)]
+    return [normal(batch, SLOTS, WIDTH), *weights]
+
+
 class Ntm(Family):
     constants = ()
 
     def draw(self, steps, batch):
-        def normal(*sizes):
-            return torch.randn(sizes, dtype=torch.float64)
-
-        state = [normal(batch, SLOTS, WIDTH)]
-        state += [torch.softmax(normal(batch, HEADS, SLOTS), -1) for _ in range(2)]
-        inputs = []
+        state, inputs = ntm_state(batch), []
         for _ in range(2):
             sizes = (steps, batch, HEADS)
             inputs += [normal(*sizes, WIDTH), 5 * normal(*sizes).abs(), torch.sigmoid(normal(*sizes))]
@@ -106,30 +110,45 @@ class Dnc(Family):
 
 class Cell(Family):
     constants = (2,)
+    op, memory = staticmethod(ops.cell), ops.LRUAState
+
+    def of_memory(self, batch):
+        """The memory's state, and how many values its heads have."""
+        return distinct_state(batch, SLOTS, WIDTH, HEADS), head_sizes(HEADS, WIDTH, "separate", "learned")
+
+    def first_of_memory(self, memory):
+        return [memory[None], one_hot(1, HEADS, SLOTS), one_hot(1, SLOTS)]
 
     def draw(self, steps, batch):
-        def normal(*sizes):
-            return torch.randn(sizes, dtype=torch.float64)
-
         per_unit, names = CONTROLLERS[self.options["controller"]]
-        gates, values = per_unit * HIDDEN, sum(head_sizes(HEADS, WIDTH, "separate", "learned"))
-        state = [*distinct_state(batch, SLOTS, WIDTH, HEADS), normal(batch, HEADS, WIDTH)]
-        state += [normal(batch, HIDDEN) for _ in names]
+        memory, sizes = self.of_memory(batch)
+        gates, values = per_unit * HIDDEN, sum(sizes)
+        state = [*memory, normal(batch, HEADS, WIDTH), *(normal(batch, HIDDEN) for _ in names)]
         hidden = [normal(gates, HIDDEN) / 2, normal(gates) / 5] if names else [None, None]
         shared = [*hidden, normal(gates, HEADS * WIDTH) / 2, normal(values, HIDDEN), normal(values) / 5]
         return state, [normal(steps, batch, gates)], shared
 
     def first(self, memory):
         zero = [torch.zeros(1, HIDDEN, dtype=torch.float64)] * len(CONTROLLERS[self.options["controller"]][1])
-        reads = torch.zeros(1, HEADS, WIDTH, dtype=torch.float64)
-        return [memory[None], one_hot(1, HEADS, SLOTS), one_hot(1, SLOTS), reads, *zero]
+        return [*self.first_of_memory(memory), torch.zeros(1, HEADS, WIDTH, dtype=torch.float64), *zero]
 
     def run(self, state, inputs, shared, **sequences):
-        memory, reads, controller = ops.LRUAState(*state[:3]), state[3], tuple(state[4:])
-        output, controller, memory, reads = ops.cell(
+        memory, reads, controller = self.memory(*state[:3]), state[3], tuple(state[4:])
+        output, controller, memory, reads = self.op(
             *inputs, controller, memory, reads, *shared, **sequences, **self.options
         )
         return output, [*memory, reads, *controller]
+
+
+class NtmCell(Cell):
+    constants = ()
+    op, memory = staticmethod(ops.ntm_cell), ops.NTMState
+
+    def of_memory(self, batch):
+        return ntm_state(batch), ntm_head_sizes(HEADS, WIDTH, self.options.get("max_shift", 1))
+
+    def first_of_memory(self, memory):
+        return [memory[None], one_hot(1, HEADS, SLOTS), one_hot(1, HEADS, SLOTS)]
 
 
 FAMILIES = {
@@ -139,6 +158,7 @@ FAMILIES = {
     "ntm-write-first": Ntm({"order": "write_first"}),
     "dnc": Dnc({"deallocate": True}),
     **{f"cell-{name}": Cell({"controller": name}) for name in CONTROLLERS},
+    **{f"ntm-cell-{name}": NtmCell({"controller": name}) for name in CONTROLLERS},
 }
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 on_backends = pytest.mark.parametrize(
@@ -255,7 +275,8 @@ def test_the_constant_start(family, name):
 @needs_kernels
 @every_family
 def test_the_bits_are_those_of_the_pieces(family):
-    if BACKEND == "triton" and isinstance(family, Cell):
+    by_steps = {"triton": Cell, "cuda": NtmCell}.get(BACKEND)
+    if by_steps and isinstance(family, by_steps):
         pytest.skip("a cell's products are PyTorch's there, whose bits depend on the size of the batch")
     state, inputs, shared, start = drawn(family)
     resets, lengths = flags(), torch.tensor(LENGTHS)

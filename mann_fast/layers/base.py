@@ -79,8 +79,11 @@ class Memory(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls).keys()
-        if own & {"split", "step"} and not own & {"fused", "cell"}:
+
+        def place(*names: str) -> int:  # of the class, or of one of its bases, that says it
+            return next(i for i, base in enumerate(cls.__mro__) if vars(base).keys() & set(names))
+
+        if place("split", "step") < place("fused", "cell"):
             cls.fused = False  # the `cell` that it has from its base knows nothing of these
 
     def __post_init__(self) -> None:

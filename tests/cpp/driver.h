@@ -330,6 +330,77 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
   return results;
 }
 
+// sharp stands for heads with a location, of 2 S + 1 = 3 moves. CUDA has no kernel for it.
+[[maybe_unused]] Results ntm_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const bool recurrent = controller != Controller::feedforward, lstm = controller == Controller::lstm;
+  const int64_t H = 2 * c.D + 1, G = gates_per_unit(controller) * H, RD = c.R * c.D, shifts = c.sharp ? 3 : 0;
+  const int64_t heads = 2 * (RD + c.R * (c.sharp ? 3 + shifts : 1)) + 2 * RD, kept = c.anchor_every > 0 ? c.T * c.B : 0;
+  const auto normal = [&](int64_t count) { return random.normal(c.state, count); };
+  Array gates = normal(c.T * c.B * G);
+  const Array memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
+  const auto hidden = optional(recurrent, normal(c.B * H)), state = optional(lstm, normal(c.B * H));
+  Array weights = random.positive(c.state, c.B * 2 * c.R * c.N);
+  for (int64_t i = 0; i < weights.count; ++i) weights.set(i, weights[i] / static_cast<double>(c.N));
+  const int64_t ld = RD + 3;                                // the reads' weight as part of a wider one
+  const auto weight = [&](int64_t count, int64_t fan_in) {  // as large as a layer's
+    Array array = normal(count);
+    for (int64_t i = 0; i < count; ++i) array.set(i, array[i] / std::sqrt(static_cast<double>(fan_in)));
+    return array;
+  };
+  const auto hidden_weight = optional(recurrent, weight(G * H, H)), hidden_bias = optional(recurrent, normal(G));
+  const Array reads_weight = weight(G * ld - 3, RD), head_weight = weight(heads * H, H), head_bias = normal(heads);
+  const Cuts cuts(c, random);
+  cuts.spoil(c, gates);
+  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
+  Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
+  Array kept_heads(c.state, kept * heads), history(c.state, kept * 2 * c.R * c.N);
+  Array output(c.state, c.T * c.B * (H + RD)), out_hidden(c.state, recurrent ? c.B * H : 0);
+  Array out_cell(c.state, lstm ? c.B * H : 0), out_reads(c.state, reads.count), out_memory(c.state, memory.count);
+  Array out_weights(c.state, weights.count);
+  succeeded(k.ntm_cell(
+      {c.T, c.B, H, c.N, c.D, c.R, shifts, c.state, bfloat16, controller, c.read_first, 1e-6, c.anchor_every, pointer(gates),
+       pointer(hidden), pointer(state), pointer(memory), pointer(weights), pointer(reads), pointer(hidden_weight),
+       pointer(hidden_bias), pointer(reads_weight), ld, pointer(head_weight), pointer(head_bias), cuts.sequences(),
+       // results
+       output.data.get(), out_hidden.data.get(), out_cell.data.get(), out_reads.data.get(), out_memory.data.get(),
+       out_weights.data.get(), kept_gates.data.get(), kept_states.data.get(), kept_heads.data.get(), history.data.get(),
+       anchors.data.get()},
+      parallel));
+  Results results;
+  for (const int present : {0b010001, 0b100110, 0b011011}) {  // each of the six gradients may be missing
+    if (c.anchor_every == 0) continue;
+    const auto grad_output = optional(present & 1, normal(output.count));
+    const auto grad_cell = optional(lstm && (present & 2), normal(out_cell.count));
+    const auto grad_memory = optional(present & 4, normal(memory.count));
+    const auto grad_weights = optional(present & 8, normal(weights.count));
+    const auto grad_hidden = optional(recurrent && (present & 16), normal(c.B * H));
+    const auto grad_reads = optional(present & 32, normal(reads.count));
+    Array grad_gates(c.state, gates.count), grad_hidden_gates(c.state, recurrent && !lstm ? gates.count : 0);
+    Array grad_heads(c.state, kept_heads.count), grad_in_hidden(c.state, out_hidden.count);
+    Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
+    Array grad_in_weights(c.state, weights.count), grad_in_reads(c.state, reads.count), grad_start = cuts.of_start(c);
+    succeeded(k.ntm_cell_backward(
+        {c.T, c.B, H, c.N, c.D, c.R, shifts, c.state, bfloat16, controller, c.read_first, 1e-6, c.anchor_every,
+         pointer(grad_output), pointer(grad_hidden), pointer(grad_cell), pointer(grad_reads), pointer(grad_memory),
+         pointer(grad_weights), pointer(hidden), pointer(state), pointer(memory), pointer(weights), pointer(hidden_weight),
+         pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates), pointer(kept_states), pointer(kept_heads),
+         pointer(history), pointer(anchors), cuts.sequences(),
+         // results
+         grad_gates.data.get(), recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr, grad_heads.data.get(),
+         grad_in_hidden.data.get(), grad_in_cell.data.get(), grad_in_memory.data.get(), grad_in_weights.data.get(),
+         grad_in_reads.data.get(), c.cut ? grad_start.data.get() : nullptr},
+        parallel));
+    for (Array* array : {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_in_hidden, &grad_in_cell, &grad_in_memory,
+                         &grad_in_weights, &grad_in_reads, &grad_start})
+      results.push_back(std::move(*array));
+  }
+  for (Array* array : {&output, &out_hidden, &out_cell, &out_reads, &out_memory, &out_weights})
+    results.push_back(std::move(*array));
+  return results;
+}
+
 // R heads that read and one less that write; 2 S + 1 = 3 moves.
 Results ntm(const Kernels& k, const Case& c) {
   Random random;
