@@ -174,7 +174,6 @@ def _backward_kernel(
     valid_rd = (r[:, None] < R) & (d[None, :] < D)
     rows = b * R + r
     k, key_square, beta = _load_head_inputs(key, sharpness, rows, r, d, dtype, D, R, SHARP)
-    g = load_rows(grad_read, OF_READ, rows, d, D, valid_rd, dtype)
     mean = tl.zeros([RP], dtype)
     for p in range(0, splits):
         mean += tl.load(means + (b * splits + p) * R + r, mask=r < R, other=0.0)
@@ -189,6 +188,7 @@ def _backward_kernel(
         slots = (b * N + n[:, None]) * D + d[None, :]  # once for load and store: fewer registers
         m = tl.load(memory + slots, mask=inside_m, other=0.0)
         inside = (r[:, None] < R) & mask[None, :]
+        g = load_rows(grad_read, OF_READ, rows, d, D, valid_rd, dtype)  # again for each tile: fewer registers
         w = load_rows(weights, True, rows, n, N, inside, dtype)
         dots, squares = dot_rows(k, m), tl.sum(m * m, 1)
         q = inverse_root(key_square[:, None], squares[None, :], EPS)
