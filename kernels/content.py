@@ -1,5 +1,5 @@
-"""content_read in Triton: one pass over the memory in tiles of slots, with an online softmax as in flash attention (Dao et
-al. 2022). Where one sample's slots are split over programs, a second launch combines what they found."""
+"""content_read in Triton: forward in one pass over the memory in tiles of slots, with an online softmax as in flash attention
+(Dao et al. 2022), backward in two. Where one sample's slots are split over programs, a second launch combines what they found."""
 
 from __future__ import annotations
 
@@ -267,4 +267,4 @@ def content_read_backward(
 
 
 def sentence(op: str, num_slots: int, slot_size: int, heads: int) -> str:
-    return pass_sentence(num_slots, slot_size, heads)
+    return f"{pass_sentence(num_slots, slot_size, heads)}; backward two"

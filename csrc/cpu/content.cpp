@@ -1,5 +1,5 @@
-// content_read, forward and backward: one pass over the memory in tiles of slots, with an online softmax as in flash
-// attention (Dao et al. 2022). The weights are made from the similarities when the maximum of all is known, so that equal
+// content_read: forward in one pass over the memory in tiles of slots, with an online softmax as in flash attention (Dao et
+// al. 2022), backward in two. The weights are made from the similarities when the maximum of all is known, so that equal
 // slots get equal bits whatever tile they fall in.
 #include "blocks.h"
 

@@ -50,7 +50,7 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
     elif op.endswith("step") or op == "ntm_address":
         work = held
     else:
-        work = "a pass over the memory in tiles"
+        work = "a pass over the memory in tiles" + (", backward two" if op == "content_read" else "")
     slots = (
         ""
         if op.startswith(("ntm", "dnc"))
@@ -63,7 +63,8 @@ def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
     if op == "least_used":
         return "one launch: each slot counts those before it"
     if op in ("content_read", "lrua_write"):
-        return "a block for some slots of a sample, a second launch where a sample has several"
+        backward = "; backward two passes" if op == "content_read" else ""
+        return f"a block for some slots of a sample, a second launch where a sample has several{backward}"
     sizes = (num_slots, slot_size, num_heads)
     if op.startswith("dnc"):
         sizes += (True,)  # with links

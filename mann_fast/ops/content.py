@@ -1,4 +1,4 @@
-"""content_read: cosine similarity, softmax and weighted read in one pass over the memory."""
+"""content_read: cosine similarity, softmax and weighted read in one pass over the memory; backward in two."""
 
 from __future__ import annotations
 
