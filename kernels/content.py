@@ -1,5 +1,6 @@
 """content_read in Triton: forward in one pass over the memory in tiles of slots, with an online softmax as in flash attention
-(Dao et al. 2022), backward in two. Where one sample's slots are split over programs, a second launch combines what they found."""
+(Dao et al. 2022), backward in two. Where one sample's slots are split over programs, a second launch combines what they
+found."""
 
 from __future__ import annotations
 
