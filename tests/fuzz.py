@@ -15,6 +15,7 @@ import time
 import torch
 
 from mann_fast import ops, reference
+from mann_fast.ops._register import OPS
 from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
 
 HALF = (torch.bfloat16, torch.float16)
@@ -230,8 +231,6 @@ def ntm_of_cell(case):
 
 
 def dnc_of_cell(case):
-    # Of larger memories weights saturate, and usages come so near one another that their order is one of rounding.
-    case.scale = min(case.scale, 1.0)
     link, masks = case.draw.random() < 0.7, case.draw.random() < 0.5
     options = {"masks": masks, "mask_min": case.draw.choice([0.0, 0.2]) if masks else 0.0}
     options |= {"deallocate": case.draw.random() < 0.5, "link_sharpening": link and case.draw.random() < 0.5}
@@ -274,7 +273,10 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, consta
         state = tuple(x.pop(name) for name in names)
         memory = state_of(*(x.pop(name) for name in state_of._fields))
         first = {"hidden_weight": None, "hidden_bias": None}
-        output, state, memory, reads = getattr(of, op)(state=state, memory=memory, **first | x, **options)
+        given = {"state": state, "memory": memory, **first, **x, **options}
+        if op == "dnc_cell" and of is reference and case.T:
+            given["step"] = in_order(given)
+        output, state, memory, reads = getattr(of, op)(**given)
         return [x for x in (output, *state, *memory, reads) if x is not None]
 
     return tensors, (constant,), call
@@ -282,6 +284,22 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, consta
 
 def ntm_cell(case):
     return cell(case, "ntm_cell", ntm_of_cell, ops.NTMState, None)
+
+
+def in_order(given):
+    """The reference's step with the orders of allocation of the kernel, one step after the other: of usages that nearly agree
+    the order turns on their last bit."""
+    values = given | dict(zip(("hidden", "cell"), (*given["state"], None, None), strict=False))
+    values |= given["memory"]._asdict() | {"controller": list(CONTROLLERS).index(given["controller"])}
+    values |= {"clip": given["clip"] or 0.0, "bfloat16": False, "anchor_every": 1}
+    if "resets" in given and "start" not in given:
+        values["start"] = torch.zeros(values["memory"].shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        results = torch.ops.mann_fast.dnc_cell(*(values.get(name) for name in OPS["dnc_cell"].names))
+    kept = results[[x.name for x in OPS["dnc_cell"].outputs].index("orders")]
+    ended = kept.sort(-1)[0] != torch.arange(kept.shape[2])  # there is no order of a sample that takes no part
+    orders = iter(torch.where(ended.any(-1, keepdim=True), torch.arange(kept.shape[2]), kept))
+    return lambda *told, **options: reference.dnc_step(*told, orders=next(orders), **options)
 
 
 def dnc_cell(case):
