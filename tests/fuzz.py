@@ -297,8 +297,11 @@ def in_order(given):
     with torch.no_grad():
         results = torch.ops.mann_fast.dnc_cell(*(values.get(name) for name in OPS["dnc_cell"].names))
     kept = results[[x.name for x in OPS["dnc_cell"].outputs].index("orders")]
-    ended = kept.sort(-1)[0] != torch.arange(kept.shape[2])  # there is no order of a sample that takes no part
-    orders = iter(torch.where(ended.any(-1, keepdim=True), torch.arange(kept.shape[2]), kept))
+    slots = torch.arange(kept.shape[2])
+    ended = (kept.sort(-1)[0] != slots).any(
+        -1, keepdim=True
+    )  # no order is kept of a sample that takes no part
+    orders = iter(torch.where(ended, slots, kept))
     return lambda *told, **options: reference.dnc_step(*told, orders=next(orders), **options)
 
 

@@ -15,7 +15,8 @@ def normals():
 
 
 def network_inputs(normal, steps, batch, size, heads, width, memory, values, controller):
-    """All tensors of an op but resets and lengths, ``memory`` as given; weights are as large as a layer's. values: of the heads."""
+    """All tensors of an op but resets and lengths, ``memory`` as given; weights are as large as a layer's. values: how many
+    the heads have."""
     gates, states = CONTROLLERS[controller]
     inputs = {
         "gates": normal(steps, batch, gates * size),

@@ -14,7 +14,7 @@ from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
-from ..ops.cell import CONTROLLERS
+from ..reference.cell import CONTROLLERS
 from ..training import (
     BabiConfig,
     InstanceAccuracy,

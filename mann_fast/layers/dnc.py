@@ -95,5 +95,5 @@ class DNC(Memory):
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], DNCState, Tensor]:
         names = ("masks", "mask_min", "deallocate", "link_sharpening", "clip", "eps")
-        options = {name: getattr(self, name) for name in names}
-        return ops.dnc_cell(*tensors, controller=controller, **options, **sequences)
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | sequences
+        return ops.dnc_cell(*tensors, controller=controller, **options)

@@ -215,7 +215,7 @@ def _product(grads: Tensor, met: Tensor, taken: Tensor | None) -> Tensor:
 
 
 class Public:
-    """What a public function takes, named as its callers know it. kind, state: of its memory, the NamedTuple and its tensors."""
+    """What a public function takes, named as its callers know it. kind, state: of its memory, a NamedTuple and its tensors."""
 
     def __init__(self, kind: Any, state: tuple[Argument, ...]):
         self.kind, self.state = kind, state
@@ -232,8 +232,9 @@ class Public:
         options: tuple[Any, ...],
         heads: Callable[..., Sequence[int]],
     ) -> Sizes:
-        """The size of every axis. options: the controller, and what ``heads`` takes: it checks the rest of the options, and
-        gives the numbers of values of the heads. It is not asked of what has passed once: a rollout comes here at every step."""
+        """The size of every axis. options: the controller, and what ``heads`` takes after the sizes of the memory: it checks
+        these options, and gives the numbers of values of the heads. What has passed once is not looked at again: a rollout
+        comes here at every step."""
         _checks.check_tuple("memory", memory, self.kind)
         gates, state, reads, *weights = network
 
@@ -241,7 +242,7 @@ class Public:
             controller, *of_memory = options
             sizes = _checks.check_tensors(self.state, self.state_names, memory)
             values = sum(heads(sizes, *of_memory))
-            return check_controller(controller, state, weights) | {
+            return check_controller(controller, state, tuple(weights)) | {
                 "RD": sizes["R"] * sizes["D"],
                 "heads": values,
             }

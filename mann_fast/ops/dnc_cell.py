@@ -58,8 +58,8 @@ def dnc_cell(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], DNCState, Tensor]:
-    """As :func:`cell`, with the memory of a Differentiable Neural Computer (Graves et al. 2016, Nature 538, 471) and the repairs
-    of Csordas and Schmidhuber 2019 (arXiv 1904.10278): R heads that read and one that writes.
+    """As :func:`cell`, with the memory of a Differentiable Neural Computer (Graves et al. 2016, Nature 538, 471) and, as
+    options, the repairs of Csordas and Schmidhuber 2019 (arXiv 1904.10278): R heads that read and one that writes.
 
     The heads' values are, in this order, read keys (R D), read sharpness (R), write key (D), write sharpness (1), erase (D),
     write vector (D), free gates (R), allocation gate (1), write gate (1), with links read modes (3R, head by head: backward,
@@ -99,7 +99,7 @@ def dnc_cell(
         return run_steps(reference.dnc_cell, backend, network, DNCState(*memory), sequences, named, dnc_step)
     raw = (masks, float(mask_min), deallocate, link_sharpening, float(clip or 0), float(eps))
     output, last, after, reads = run_cell(DNC_CELL, backend, network, memory, sequences, controller, raw)
-    there = (None if old is None else x for x, old in zip(after, memory, strict=True))
+    there: list[Any] = [None if old is None else x for x, old in zip(after, memory, strict=True)]
     return output, last, DNCState(*there), reads
 
 
