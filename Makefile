@@ -60,7 +60,7 @@ fuzz: build
 	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 nightly:
-	$(MAKE) --jobs 2 --output-sync=target check WHOLE="once isas triton emulate sanitize wheel"
+	$(MAKE) --jobs 2 --output-sync=target check WHOLE="once isas cuda triton emulate sanitize-cpu sanitize-cuda wheel"
 	$(PYTHON) scripts/whole.py --passed
 
 lint: $(VENV)/installed
@@ -80,7 +80,7 @@ isas: build
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
 triton: build
 	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(MARKS) $(OP_TESTS)
-	$(BIN)/python scripts/triton_aot.py
+	$(BIN)/python scripts/triton_aot.py $(if $(filter $@,$(WHOLE)),,--reduced)
 
 # The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.
 cuda: build
@@ -95,7 +95,7 @@ emulate: build
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/installed
-	$(BIN)/python scripts/sanitize.py $(if $(filter $@,$(WHOLE)),,--reduced)
+	$(BIN)/python scripts/sanitize.py $(foreach part,cpu cuda,$(if $(filter $@-$(part),$(WHOLE)),,--reduced-$(part)))
 
 # The wheel, made from the source distribution, in empty environments outside this folder: beside the torch that it was
 # built with and beside another. What build and cuda have compiled serves for it.
