@@ -28,7 +28,8 @@ ELSEWHERE = {
 
 def on_files(files, config):
     for source, page in ELSEWHERE.items():
-        text = re.sub(r"\]\((?:docs/)", "](", (ROOT / source).read_text(encoding="utf-8"))
+        text = re.sub(r"\]\(docs/", "](", (ROOT / source).read_text(encoding="utf-8"))
+        text = text.replace("URL-of-this-repository", config["repo_url"] or "URL-of-this-repository")
         files.append(File.generated(config, page, content=_linked(text)))
     for page in re.findall(r"'(api/[\w.]+\.md)'", str(config["nav"])):
         module = page.removeprefix("api/").removesuffix(".md")
