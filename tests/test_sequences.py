@@ -175,7 +175,15 @@ FAMILIES = {
     **{f"ntm-cell-{name}": NtmCell({"controller": name}) for name in CONTROLLERS},
     "dnc-cell-lstm": DncCell({"controller": "lstm", "deallocate": True}),
 }
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        # Where there is no such op, a loop over the memory's step, the same with each controller.
+        pytest.param(family, marks=[pytest.mark.thorough] if name.endswith(("gru", "feedforward")) else [])
+        for name, family in FAMILIES.items()
+    ],
+    ids=FAMILIES,
+)
 on_backends = pytest.mark.parametrize(
     "name", [pytest.param("tested", marks=needs_kernels), "reference"], ids=[BACKEND, "reference"]
 )
@@ -255,7 +263,9 @@ def assert_same(actual, expected, tolerance=1e-9):
 
 @on_backends
 @every_family
-@pytest.mark.parametrize("what", ["resets", "lengths", "both"])
+@pytest.mark.parametrize(
+    "what", [*(pytest.param(x, marks=pytest.mark.thorough) for x in ("resets", "lengths")), "both"]
+)
 def test_each_sample_is_as_if_cut(family, what, name):
     state, inputs, shared, start = drawn(family)
     resets = None if what == "lengths" else flags()
