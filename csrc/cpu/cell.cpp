@@ -19,7 +19,7 @@ namespace {
 
 // How much scratch the samples of a block may have, but for one. A block goes round in it at every step. Products take least time
 // with as many rows as they can have; but a DNC's backward, which has the links of several steps there, is faster with 4 samples
-// than with 8 or 2 (at the paper's size, with 1 MB of second-level cache).
+// than with 8 (at the paper's size, with 1 MB of second-level cache).
 constexpr size_t block_scratch = size_t{6} << 20;
 
 // Forward and backward's common sizes. K numbers go round: the hidden state and the reads.
