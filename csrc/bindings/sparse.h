@@ -142,5 +142,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spars
           grad_sharpness, grad_write_gate_logits, grad_start};
 }
 
+// One step that changes memory and last_access where they are; for mann_fast/ops/sparse_cell.py, which owns them.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(Tensor memory, Tensor read_slots, Tensor read_weights,
+                                                                        Tensor last_access, Tensor clock, Tensor key,
+                                                                        Tensor write_vector, Tensor gate_logit,
+                                                                        Tensor sharpness, Tensor write_gate_logit,
+                                                                        double threshold, double eps) {
+  const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = read_slots.size(1), K = read_slots.size(2);
+  STD_TORCH_CHECK(R >= 1 && R <= N && K >= 1 && K <= N, "R and K must be within [1, N]");
+  STD_TORCH_CHECK(memory.is_contiguous() && last_access.is_contiguous(), "memory and last_access must be contiguous");
+  memory = input(memory, {B, N, D});
+  read_slots = integers(read_slots, {B, R, K});
+  read_weights = input(read_weights, {B, R, K});
+  last_access = integers(last_access, {B, N});
+  clock = integers(clock, {B});
+  const SparseTold told({B, R, D}, {B, R}, key, write_vector, gate_logit, sharpness, write_gate_logit);
+  Tensor read = empty(key, {B, R, D}), out_read_slots = empty_slots(memory, {B, R, K}), out_clock = empty_slots(memory, {B});
+  Tensor out_read_weights = empty(memory, {B, R, K}), oldest = empty_slots(memory, {B, R});
+  Tensor slots = empty_slots(memory, {B, R, K}), weights = empty(memory, {B, R, K}), rows = empty(memory, {B, R, K, D});
+  Device(memory).run(SparseScan{1, B, N, D, R, K, dtype_of(memory), dtype_of(key), threshold, eps, data(memory),
+                                read_slots.const_data_ptr<int64_t>(), data(read_weights), slots_of(last_access),
+                                clock.const_data_ptr<int64_t>(), told.arguments(), Sequences{nullptr, nullptr, nullptr},
+                                // results
+                                read.mutable_data_ptr(), memory.mutable_data_ptr(), slots_of(out_read_slots),
+                                out_read_weights.mutable_data_ptr(), slots_of(last_access), slots_of(out_clock),
+                                slots_of(oldest), slots_of(slots), weights.mutable_data_ptr(), rows.mutable_data_ptr()});
+  return {read, out_read_slots, out_read_weights, out_clock, oldest, rows};
+}
+
+// Back through it, the gradient of the memory changed where it is.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_backward_(
+    std::optional<Tensor> grad_read, Tensor grad_memory, std::optional<Tensor> grad_weights, Tensor slots_before,
+    Tensor weights_before, Tensor key, Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit,
+    Tensor oldest, Tensor slots, Tensor weights, Tensor rows, double eps) {
+  const int64_t B = grad_memory.size(0), N = grad_memory.size(1), D = grad_memory.size(2), R = slots.size(1), K = slots.size(2);
+  STD_TORCH_CHECK(grad_memory.is_contiguous(), "grad_memory must be contiguous");
+  const Shape vectors = {B, R, D}, gates = {B, R}, reads = {B, R, K};
+  grad_read = input(grad_read, vectors);
+  grad_weights = input(grad_weights, reads);
+  slots_before = integers(slots_before, reads);
+  weights_before = input(weights_before, reads);
+  const SparseTold told(vectors, gates, key, write_vector, gate_logit, sharpness, write_gate_logit);
+  oldest = integers(oldest, gates);
+  slots = integers(slots, reads);
+  weights = input(weights, reads);
+  rows = input(rows, {B, R, K, D});
+  Tensor grad_before = empty(weights, reads), grad_key = empty(key, vectors), grad_vector = empty(key, vectors);
+  Tensor grad_gate = empty(key, gates), grad_sharpness = empty(key, gates), grad_write_gate = empty(key, gates);
+  Device(key).run(SparseScanBackward{
+      1, B, N, D, R, K, dtype_of(weights), dtype_of(key), eps, data(grad_read), data(grad_memory), data(grad_weights),
+      slots_before.const_data_ptr<int64_t>(), data(weights_before), told.arguments(), Sequences{nullptr, nullptr, nullptr},
+      oldest.const_data_ptr<int64_t>(), slots.const_data_ptr<int64_t>(), data(weights), data(rows),
+      // results
+      grad_memory.mutable_data_ptr(), grad_before.mutable_data_ptr(),
+      SparseInputs<void*>{grad_key.mutable_data_ptr(), grad_vector.mutable_data_ptr(), grad_gate.mutable_data_ptr(),
+                          grad_sharpness.mutable_data_ptr(), grad_write_gate.mutable_data_ptr()},
+      nullptr});
+  return {grad_before, grad_key, grad_vector, grad_gate, grad_sharpness, grad_write_gate};
+}
+
 }  // namespace
 }  // namespace mann_fast

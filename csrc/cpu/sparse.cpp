@@ -381,7 +381,7 @@ void scan_backward_sample(const SparseScanBackward& a, int64_t b, ScanBackwardSc
     if (from) std::memcpy(to, static_cast<const T*>(from) + b * count, count * sizeof(T));
     else std::memset(to, 0, count * sizeof(T));
   };
-  begin(a.grad_memory, ND, grad_memory);
+  if (a.grad_memory != a.grad_in_memory) begin(a.grad_memory, ND, grad_memory);
   begin(a.grad_read_weights, R * K, s.grad_weights);
   if (grad_start) std::memset(grad_start, 0, ND * sizeof(T));
   for (int64_t t = length - 1; t >= 0; --t) {

@@ -11,7 +11,7 @@ from .. import reference
 from ..reference.sparse import SparseState
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output
-from ._register import call, declare
+from ._register import LIBRARIES, call, declare
 from ._sequences import NAMES, NO_SEQUENCES, may_look, raw_sequences
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
@@ -89,6 +89,19 @@ SPARSE_SCAN = declare(
         interval=lambda values, backend: 1,
         extents=lambda sizes: {"N": sizes["num_slots"]},
     )
+)
+
+# For sparse_cell.py: they change a memory, a gradient and times that nobody else sees.
+LIBRARIES["cpp"].define(
+    "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
+    "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, float threshold, float eps) -> "
+    "(Tensor read, Tensor read_slots, Tensor read_weights, Tensor clock, Tensor oldest, Tensor rows)"
+)
+LIBRARIES["cpp"].define(
+    "sparse_step_backward_(Tensor? grad_read, Tensor(a!) grad_memory, Tensor? grad_weights, Tensor slots_before, "
+    "Tensor weights_before, Tensor key, Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, "
+    "Tensor oldest, Tensor slots, Tensor weights, Tensor rows, float eps) -> (Tensor grad_weights, Tensor grad_key, "
+    "Tensor grad_write_vector, Tensor grad_gate_logit, Tensor grad_sharpness, Tensor grad_write_gate_logit)"
 )
 
 # What the public functions take, named as their callers know it.

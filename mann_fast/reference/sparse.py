@@ -183,7 +183,7 @@ def sparse_scan(
     start: Tensor | None = None,
     slots: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, SparseState]:
-    """See :func:`mann_fast.ops.sparse_scan`. ``slots``: oldest [T, B, R] and read slots [T, B, R, K], to replay given choices."""
+    """See :func:`mann_fast.ops.sparse_scan`. ``slots``: oldest [T, B, R] and read slots [T, B, R, K] to replay."""
     if keys.shape[0] == 0:
         return keys.clone(), state.clone()
     sequences = Steps(resets, lengths, start)
