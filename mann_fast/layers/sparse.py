@@ -90,5 +90,5 @@ class Sparse(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
-        options = {"threshold": self.threshold, "eps": self.eps}
-        return sparse_cell(*tensors, controller=controller, **options, **sequences)
+        options: dict[str, Any] = {"threshold": self.threshold, "eps": self.eps, **sequences}
+        return sparse_cell(*tensors, controller=controller, **options)

@@ -23,7 +23,7 @@ class _Step(torch.autograd.Function):
     the last one it is the caller's, and copied."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         last: bool,
         threshold: float,
@@ -109,7 +109,7 @@ def sparse_cell(
             taken += 1
             options = (taken == steps, threshold, eps)
             tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
-            read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)  # type: ignore[no-untyped-call]
+            read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
             return read, SparseState(rows, slots, weights, state.last_access, clock)
 
     with _backend.without_autocast(gates.device.type):
