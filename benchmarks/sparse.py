@@ -115,7 +115,7 @@ def main() -> None:
         + " |"
     )
     print("| --- | --- | --- | --- |")
-    sizes = [1 << k for k in range(8, options.largest + 1, 2)]
+    sizes = [1 << k for k in range(8, options.largest + 1, 4)]
     rows: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in (SPARSE, DENSE, EAGER)}
     for slots in sizes:
         for kind, values in rows.items():

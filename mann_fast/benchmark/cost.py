@@ -152,8 +152,8 @@ def sparse_scan_bytes(
     backward: bool = False,
     item: int = 4,
 ) -> int:
-    """The memory read at every step, and once in and out; with ``backward`` its gradient out, and the rows of every step written
-    and read."""
+    """The memory read at every step, and once in and out; with ``backward`` its gradient out, and the rows of every step
+    written and read."""
     memory = batch * slots * size
     numbers = (steps + 2) * memory + (memory + 2 * steps * batch * heads * reads * size if backward else 0)
     return item * numbers
