@@ -20,7 +20,7 @@ TORCH_OTHER ?= torch==2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
-OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sequences.py
+OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_sparse.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sequences.py
 
 # Targets that leave nothing out: those of which a file has changed since make nightly last passed.
 WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)

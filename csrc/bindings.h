@@ -7,4 +7,5 @@
 #include "bindings/dnc.h"
 #include "bindings/lrua.h"
 #include "bindings/ntm.h"
+#include "bindings/sparse.h"
 #include "include/ops.h"

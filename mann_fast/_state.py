@@ -153,8 +153,16 @@ class State:
         return self.map(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or convert every tensor, as ``Tensor.to``."""
-        return self.map(lambda x: x.to(*args, **kwargs))
+        """Move or convert every tensor, as ``Tensor.to``; integers are moved alone."""
+
+        def convert(x: Tensor) -> Tensor:
+            return (
+                x.to(*args, **kwargs)
+                if x.is_floating_point()
+                else x.to(x.new_empty(0).to(*args, **kwargs).device)
+            )
+
+        return self.map(convert)
 
     def select(self, index: int | slice | list[int] | list[bool] | Tensor) -> Self:
         """The samples ``index`` of a batch: of every tensor ``tensor[index]``.

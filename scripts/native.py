@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
 
 # The one that takes longest first.
-KERNELS = ["dnc", "cell", "lrua", "ntm", "content"]
+KERNELS = ["dnc", "cell", "lrua", "ntm", "content", "sparse"]
 CUDA_KERNELS = [
     "lrua_scan_backward",
     "dnc_scan_backward",

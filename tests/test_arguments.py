@@ -42,6 +42,7 @@ def calls():
     steps = {"write_vectors": keys, "gate_logits": gates, "sharpness": gates}
     step = {"write_vector": keys[0], "gate_logit": gates[0]}
     dnc = ops.DNCState.initial(B, N, D, R)
+    many = ops.SparseState.initial(B, N, D, R, 2)
     row, one, modes = keys[:, :, 0], gates[:, :, 0], torch.rand(T, B, R, 3)
     told = ops.DNCInterface(
         *(keys, gates, row, one, row, row, gates, one, one, modes, keys, row, torch.rand(T, B, R, 2))
@@ -71,6 +72,15 @@ def calls():
         "ntm_scan": {"state": start, "read_head": heads, "write_head": heads, "erase": keys, "add": keys},
         "dnc_step": {"state": dnc, "interface": ops.DNCInterface(*(x[0] for x in told))},
         "dnc_scan": {"state": dnc, "interface": told},
+        "sparse_read": {"memory": many.memory, "key": keys[0], "sharpness": gates[0], "num_reads": 2},
+        "sparse_step": {
+            "state": many,
+            "key": keys[0],
+            **step,
+            "sharpness": gates[0],
+            "write_gate_logit": gates[0],
+        },
+        "sparse_scan": {"state": many, "keys": keys, **steps, "write_gate_logits": gates},
         "cell": {**cell, "memory": state, **of_heads},
         "ntm_cell": {**cell, "memory": start, **of_ntm_heads},
         "dnc_cell": {**cell, "memory": dnc, **of_dnc_heads},
@@ -229,7 +239,11 @@ def huge(op, values):
         one = [slice(0, 1) if name in sizes else slice(None) for name in argument.names]
         shape = [sizes.get(name, size) for name, size in zip(argument.names, value.shape, strict=True)]
         huge.append(value[tuple(one)].expand(shape))
-    return [*huge, *values[len(huge) :]]
+    options = (
+        sizes.get("N", 1) if name == "num_slots" else value
+        for name, value in zip(op.names, values, strict=True)
+    )
+    return [*huge, *list(options)[len(huge) :]]
 
 
 @needs_kernels

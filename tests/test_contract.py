@@ -21,7 +21,21 @@ from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes
 
 pytestmark = needs_kernels
 
-SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2R": 6, "2S+1": 3, "H": 4, "2": 2, "3": 3}
+SIZES = {
+    "T": 5,
+    "B": 2,
+    "N": 7,
+    "D": 5,
+    "R": 3,
+    "K": 2,
+    "W": 1,
+    "R+W": 3,
+    "2R": 6,
+    "2S+1": 3,
+    "H": 4,
+    "2": 2,
+    "3": 3,
+}
 # Of axes that follow from an option: an LSTM's gates, and what its heads have where each has a vector and a sharpness.
 SIZES |= {"G": 4 * SIZES["H"], "RD": 15, "heads": 2 * 15 + 2 * 3}
 # Of other memories: a Neural Turing Machine that moves by up to one slot; a DNC with links and none of the repairs.
@@ -51,6 +65,10 @@ def draw(argument, sizes, steps=True, dtype=torch.float64):
     x = torch.randn([sizes[name] for name in (argument.names if steps else argument.step_names)], dtype=dtype)
     if argument.within == "flags":
         return x > 0.5
+    if argument.within == "slots":
+        return torch.rand(*x.shape[:-1], sizes["N"]).argsort(-1)[..., : x.shape[-1]]
+    if argument.within == "times":
+        return torch.randint(-1, 4, x.shape)
     if argument.within == "up to T":
         return torch.randint(0, (sizes["T"] if steps else 1) + 1, x.shape)
     if argument.within == "unit":
@@ -72,7 +90,8 @@ def sample(op, *, steps=True, dtype=torch.float64, half=None, optional=True, kee
     values = [
         draw(a, sizes, steps, chosen[a.name]) if optional or not a.optional else None for a in op.arguments
     ]
-    return [*values, *(keep if option.name == "anchor_every" else option.default for option in op.options)]
+    given = {"anchor_every": keep, "num_slots": sizes["N"]}
+    return [*values, *(given.get(option.name, option.default) for option in op.options)]
 
 
 def raw(op):
@@ -573,6 +592,8 @@ def reference_calls():
     first = reference.DNCState.initial(2, 5, 3, 2, dtype=torch.float64)
     told = interface(keys, gates)
     yield "dnc_scan", lambda x: reference.dnc_scan(first, told._replace(read_keys=x))[0]
+    many = reference.SparseState.initial(2, 5, 3, 2, 2, dtype=torch.float64)
+    yield "sparse_scan", lambda x: reference.sparse_scan(many, x, x.flip(0), gates)[0]
     yield (
         "ntm_scan",
         lambda x: reference.ntm_scan(start, head._replace(key=x), head, torch.sigmoid(keys), keys)[0],
@@ -605,6 +626,7 @@ def public_calls():
     first = reference.NTMHead(*(x[0] for x in head))
     start = reference.NTMState.initial(2, 5, 3, 2, 2)
     differentiable = reference.DNCState.initial(2, 5, 3, 2)
+    many = reference.SparseState.initial(2, 5, 3, 2, 2)
     erase, weights = (
         torch.sigmoid(keys),
         (torch.randn(8, 2), torch.randn(8), torch.randn(8, 6), torch.randn(10, 2), torch.randn(10)),
@@ -625,6 +647,9 @@ def public_calls():
         "ntm_scan": lambda: ops.ntm_scan(start, head, head, erase, keys),
         "dnc_step": lambda: ops.dnc_step(differentiable, interface(keys[0], gates[0])),
         "dnc_scan": lambda: ops.dnc_scan(differentiable, interface(keys, gates)),
+        "sparse_read": lambda: ops.sparse_read(state.memory, keys[0], num_reads=2),
+        "sparse_step": lambda: ops.sparse_step(many, keys[0], keys[1], gates[0]),
+        "sparse_scan": lambda: ops.sparse_scan(many, keys, keys, gates),
         "cell": lambda: ops.cell(
             torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
             hidden,

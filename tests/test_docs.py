@@ -57,6 +57,10 @@ def test_examples_of_sequences_run():
     assert run_examples(DOCS / "sequences.md", 6)["logits"].shape == (20, 4, 3)
 
 
+def test_examples_of_sparse_run():
+    assert run_examples(DOCS / "sparse.md", 3)["slots"].shape == (2, 1, 4)
+
+
 @every_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):

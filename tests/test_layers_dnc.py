@@ -140,11 +140,11 @@ def test_weights_say_by_what():
         nothing = layer(x, return_weights=True)[2]
     assert torch.equal(allocated.allocated, torch.ones(6, 2, dtype=torch.float64))
     assert not nothing.allocated.any() and not nothing.write.any()
-    one = slots_of(weights)
+    one = slots_of(weights, weights.read.shape[-1])
     torch.testing.assert_close(one.written_by.sum(2), one.written)
     torch.testing.assert_close(one.read_by.sum(2), one.read)
     assert (one.written_by[:, :, 1] > 0).any()
-    assert not slots_of(allocated).written_by[:, :, 1].gt(1e-12).any()
+    assert not slots_of(allocated, allocated.read.shape[-1]).written_by[:, :, 1].gt(1e-12).any()
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -153,7 +153,9 @@ def test_pictures_are_coloured_by_kind(link):
 
     layer, x = make_layer(link=link), torch.randn(6, 1, 4, dtype=torch.float64)
     with torch.no_grad():
-        (_, written, of_writes), (_, read, of_reads) = slot_panels(slots_of(layer(x, return_weights=True)[2]))
+        (_, written, of_writes), (_, read, of_reads) = slot_panels(
+            slots_of(layer(x, return_weights=True)[2], layer.memory.num_slots)
+        )
     assert written.shape == (6, 7, 2) and read.shape == ((6, 7, 3) if link else (6, 7))
     axes = Figure().subplots()
     draw_steps(axes, written, of_writes, "weight")

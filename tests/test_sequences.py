@@ -13,6 +13,7 @@ from cases import (
     worst_error,
 )
 from test_dnc import dnc_inputs
+from test_sparse import sparse_inputs
 
 from mann_fast import ops, reference
 from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
@@ -108,6 +109,23 @@ class Dnc(Family):
         return reads, list(state)
 
 
+class Sparse(Family):
+    constants = (1, 3, 4)  # the integers
+    reads = 3
+
+    def draw(self, steps, batch):
+        inputs = sparse_inputs((steps, batch, SLOTS, WIDTH, HEADS, self.reads))
+        return inputs[:5], inputs[5:], []
+
+    def first(self, memory):
+        state = ops.SparseState.initial(1, SLOTS, WIDTH, HEADS, self.reads, dtype=torch.float64)
+        return [memory[None], *state[1:]]
+
+    def run(self, state, inputs, shared, **sequences):
+        reads, state = ops.sparse_scan(ops.SparseState(*state), *inputs, **sequences, **self.options)
+        return reads, list(state)
+
+
 class Cell(Family):
     constants = (2,)
     op, memory = staticmethod(ops.cell), ops.LRUAState
@@ -171,6 +189,7 @@ FAMILIES = {
     "ntm": Ntm({}),
     "ntm-write-first": Ntm({"order": "write_first"}),
     "dnc": Dnc({"deallocate": True}),
+    "sparse": Sparse({}),
     **{f"cell-{name}": Cell({"controller": name}) for name in CONTROLLERS},
     **{f"ntm-cell-{name}": NtmCell({"controller": name}) for name in CONTROLLERS},
     "dnc-cell-lstm": DncCell({"controller": "lstm", "deallocate": True}),
@@ -341,7 +360,7 @@ def test_padding_reaches_nothing(family, name):
 def test_a_reset_at_the_first_step_discards_the_state(family, name):
     state, inputs, shared, start = drawn(family)
     resets = flags([[0]] * 5)
-    broken = [torch.full_like(x, torch.nan) for x in state]
+    broken = [torch.full_like(x, torch.nan if x.is_floating_point() else 5) for x in state]
 
     def run(state, inputs, shared, start):
         with served_by(name):

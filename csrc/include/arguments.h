@@ -314,4 +314,69 @@ struct DncCellBackward : NetworkBackward, DncHeadOptions, DncHistory<const void*
   DncState<void*> grad_before;  // write_weights is null: they are a constant
 };
 
+// K of N slots for each head, the most similar first.
+struct SparseRead {
+  int64_t B, N, D, R, K;
+  Dtype state, input;
+  double eps;
+  const void *memory, *key, *sharpness;  // sharpness may be null
+  void* read;
+  int64_t* slots;  // [B, R, K]
+  void* weights;   // [B, R, K]
+  void* rows;      // [B, R, K, D], the slots that were read
+};
+
+struct SparseReadBackward {
+  int64_t B, N, D, R, K;
+  Dtype state, input;
+  double eps;
+  const void *grad_read, *grad_weights;  // either may be null
+  const void *key, *sharpness, *weights;
+  const int64_t* slots;
+  const void* rows;
+  void *grad_memory, *grad_key, *grad_sharpness;  // grad_sharpness is null where sharpness is
+};
+
+// What a sparse memory's step is told, each with a leading [T, B]; the last two may be null.
+template <class Pointer>
+struct SparseInputs {
+  Pointer keys, write_vectors, gate_logits, sharpness, write_gate_logits;  // [R, D], [R, D], [R], [R], [R]
+};
+
+struct SparseScan {
+  int64_t T, B, N, D, R, K;
+  Dtype state, input;
+  double threshold, eps;
+  const void* memory;
+  const int64_t* read_slots;  // [B, R, K]; taken as within [0, N)
+  const void* read_weights;
+  const int64_t *last_access, *clock;  // [B, N], [B]
+  SparseInputs<const void*> told;
+  Sequences sequences;       // a sample begins anew as SparseState.initial has it
+  void *reads, *out_memory;  // out_memory may be memory: then it is changed in place
+  int64_t* out_read_slots;
+  void* out_read_weights;
+  int64_t *out_last_access, *out_clock;
+  // Kept for backward: all null where nothing is kept. The slots erased [T, B, R]; those read, with what weights, and what
+  // they held, [T, B, R, K] and [T, B, R, K, D].
+  int64_t *oldest, *slot_history;
+  void *weight_history, *rows;
+};
+
+struct SparseScanBackward {
+  int64_t T, B, N, D, R, K;
+  Dtype state, input;
+  double eps;
+  const void *grad_reads, *grad_memory, *grad_read_weights;  // each may be null
+  const int64_t* read_slots;
+  const void* read_weights;
+  SparseInputs<const void*> told;
+  Sequences sequences;
+  const int64_t *oldest, *slot_history;
+  const void *weight_history, *rows;
+  void *grad_in_memory, *grad_in_read_weights;
+  SparseInputs<void*> grad_told;  // null where what was told is
+  void* grad_start;               // as in LruaScanBackward
+};
+
 }  // namespace mann_fast

@@ -33,6 +33,12 @@
   OP(dnc_scan, DncScan)       \
   OP(dnc_scan_backward, DncScanBackward)
 
+#define MANN_FAST_SPARSE_OPS(OP)               \
+  OP(sparse_read, SparseRead)                  \
+  OP(sparse_read_backward, SparseReadBackward) \
+  OP(sparse_scan, SparseScan)                  \
+  OP(sparse_scan_backward, SparseScanBackward)
+
 #define MANN_FAST_OPS(OP)   \
   MANN_FAST_CONTENT_OPS(OP) \
   MANN_FAST_LRUA_OPS(OP)    \
@@ -42,4 +48,5 @@
 
 #define MANN_FAST_CPU_OPS(OP) \
   MANN_FAST_OPS(OP)           \
-  MANN_FAST_CPU_CELL_OPS(OP)
+  MANN_FAST_CPU_CELL_OPS(OP)  \
+  MANN_FAST_SPARSE_OPS(OP)

@@ -330,6 +330,29 @@ def _dnc_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
     )  # fmt: skip
 
 
+READS = 4  # slots that a head reads with sparse access
+
+
+def _sparse_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    wide = dtype if dtype == torch.float64 else torch.float32
+    normal = lambda *more: torch.randn(shape.T, shape.B, shape.R, *more, dtype=dtype)  # noqa: E731
+    reads = min(READS, shape.N)
+    state = ops.SparseState.initial(shape.B, shape.N, shape.D, shape.R, reads, dtype=wide)
+    state = state._replace(memory=torch.randn(shape.B, shape.N, shape.D, dtype=wide))
+    wanted = [normal(shape.D), normal(shape.D), normal(), 5 * normal().abs(), normal()]
+    wanted = [x.requires_grad_() for x in wanted]
+    calls = {
+        OURS: lambda: ops.sparse_scan(state, *wanted)[:1],
+        EAGER: lambda: reference.sparse_scan(state, *wanted)[:1],
+    }
+    size = (shape.T, shape.B, shape.N, shape.D, shape.R, reads)
+    return (
+        calls, calls[EAGER], wanted,
+        lambda backward: cost.sparse_scan_flop(*size, backward=backward),
+        lambda backward: cost.sparse_scan_bytes(*size, backward=backward, item=state.memory.element_size()),
+    )  # fmt: skip
+
+
 INPUTS, CLASSES = 405, 5  # 20 x 20 pixels and five labels
 
 

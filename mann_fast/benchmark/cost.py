@@ -132,6 +132,33 @@ def dnc_scan_flop(
     return 2 * steps * batch * (links * slots * slots + memory * slots * size)
 
 
+def sparse_scan_flop(
+    steps: int, batch: int, slots: int, size: int, heads: int, reads: int, *, backward: bool = False
+) -> int:
+    """Forward, per step: dot (R) and norm (1) of every slot; of each head, K + 1 rows written and K read. With ``backward``
+    also, of each head, six times K rows for the read and twice K + 1 for the write."""
+    rows = heads * (2 * reads + 1 + (6 * reads + 2 * (reads + 1) if backward else 0))
+    return 2 * steps * batch * size * (slots * (heads + 1) + rows)
+
+
+def sparse_scan_bytes(
+    steps: int,
+    batch: int,
+    slots: int,
+    size: int,
+    heads: int,
+    reads: int,
+    *,
+    backward: bool = False,
+    item: int = 4,
+) -> int:
+    """The memory read at every step, and once in and out; with ``backward`` its gradient out, and the rows of every step
+    written and read."""
+    memory = batch * slots * size
+    numbers = (steps + 2) * memory + (memory + 2 * steps * batch * heads * reads * size if backward else 0)
+    return item * numbers
+
+
 def dnc_scan_bytes(
     steps: int, batch: int, slots: int, size: int, heads: int, *, backward: bool = False, item: int = 4
 ) -> int:

@@ -15,6 +15,8 @@ PUBLIC = tuple(
     name for op in OPS.values() for name in op.public if not name.endswith("cell")
 )  # whose sizes are not N, D and R alone
 
+NO_KERNEL = "no kernel: as the reference"
+
 
 def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str, str]:
     """How each backend serves an op at this size, in a sentence.
@@ -26,13 +28,15 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
     for name, size in (("N", num_slots), ("D", slot_size), ("R", num_heads)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if op.startswith("lrua") and num_heads > num_slots:
+    if op.startswith(("lrua", "sparse")) and num_heads > num_slots:
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
+    sparse = op.startswith("sparse")
     return {
         "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
         "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
-        "cuda": missing("cuda") or _cuda(op, num_slots, slot_size, num_heads),
-        "triton": missing("triton") or _triton(op, num_slots, slot_size, num_heads),
+        "cuda": missing("cuda") or (NO_KERNEL if sparse else _cuda(op, num_slots, slot_size, num_heads)),
+        "triton": missing("triton")
+        or (NO_KERNEL if sparse else _triton(op, num_slots, slot_size, num_heads)),
     }
 
 
@@ -45,6 +49,8 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
     held = f"a sample's memory, {4 * num_slots * slot_size / 1024:.0f} KiB in float32, is held in cache"
     if op == "least_used":
         work = "a pass over the usage per slot taken"
+    elif op.startswith("sparse"):
+        work = "a pass over the memory per step, in tiles"
     elif op.endswith("scan"):
         work = f"{held} through all steps"
     elif op.endswith("step") or op == "ntm_address":

@@ -21,6 +21,9 @@ class MemoryWeights(NamedTuple):
     of backward, content and forward in each head's read weights (None without links), and allocated [B], the sum of the
     write's weights that went by allocation. Both are None of other memories.
 
+    Of a :class:`mann_fast.layers.Sparse`, read is [B, R, K] and write [B, R, K + 1]; read_slots and write_slots, int64 of
+    these shapes, say of which slots. None of other memories.
+
     From ``layer(x, return_weights=True)`` of every step, with a leading T.
     """
 
@@ -29,6 +32,8 @@ class MemoryWeights(NamedTuple):
     usage: Tensor | None
     modes: Tensor | None = None
     allocated: Tensor | None = None
+    read_slots: Tensor | None = None
+    write_slots: Tensor | None = None
 
 
 class StateLike(NamedTuple):

@@ -52,8 +52,8 @@ class MemoryLayer(nn.Module):
             hidden_size], and its state a tuple of tensors [B, ...], () at the start of a sequence; at a reset within a call
             these tensors become 0.
         addressing: "lrua" (least recently used access: :class:`LRUA`), "ntm" (content, location and shift, with erase and add:
-            :class:`NTM`), "content" (the same by content alone: :class:`Content`) or "dnc" (Differentiable Neural Computer:
-            :class:`DNC`); or a :class:`Memory` of your own.
+            :class:`NTM`), "content" (the same by content alone: :class:`Content`), "dnc" (Differentiable Neural Computer:
+            :class:`DNC`) or "sparse" (K slots of up to millions: :class:`Sparse`); or a :class:`Memory` of your own.
         memory_start: "constant" (1e-6, as in Collier and Beel 2018, arXiv 1807.08518; of "dnc" 0, as in its paper) or
             "learned": a parameter, which starts there.
         output_size: None for hidden_size + num_heads * slot_size (hidden state, then the reads head by head),
@@ -64,7 +64,7 @@ class MemoryLayer(nn.Module):
         options: of the memory, with their defaults in its class. Of every memory: num_slots, slot_size, num_heads (N, D and R;
             128, 40 and 4). Of "lrua": sharpness, write_vector, order, write_target, usage_decay, eps; of "ntm":
             max_shift, order, eps; of "content": order, eps; of "dnc": link, masks, mask_min, deallocate, link_sharpening,
-            clip, eps. They are attributes of the layer, too.
+            clip, eps; of "sparse": num_reads, threshold, eps. They are attributes of the layer, too.
 
     Attributes:
         controller: ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.Linear`` on [input, reads], or the module given.

@@ -14,8 +14,15 @@ from .base import Memory
 from .dnc import DNC
 from .lrua import LRUA
 from .ntm import NTM, Content
+from .sparse import Sparse
 
-MEMORIES: dict[str, type[Memory]] = {"lrua": LRUA, "ntm": NTM, "content": Content, "dnc": DNC}
+MEMORIES: dict[str, type[Memory]] = {
+    "lrua": LRUA,
+    "ntm": NTM,
+    "content": Content,
+    "dnc": DNC,
+    "sparse": Sparse,
+}
 
 
 class Preset(NamedTuple):

@@ -3,6 +3,7 @@
 from ..reference.dnc import DNCInterface, DNCState
 from ..reference.lrua import LRUAState
 from ..reference.ntm import NTMHead, NTMState
+from ..reference.sparse import SparseState
 from . import _loading
 from ._backend import backend, backends
 from .cell import cell
@@ -12,6 +13,7 @@ from .dnc_cell import dnc_cell
 from .lrua import least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import ntm_address, ntm_scan, ntm_step
 from .ntm_cell import ntm_cell
+from .sparse import sparse_read, sparse_scan, sparse_step
 
 __all__ = [
     "DNCInterface",
@@ -19,6 +21,7 @@ __all__ = [
     "LRUAState",
     "NTMHead",
     "NTMState",
+    "SparseState",
     "backend",
     "backends",
     "cell",
@@ -34,6 +37,9 @@ __all__ = [
     "ntm_cell",
     "ntm_scan",
     "ntm_step",
+    "sparse_read",
+    "sparse_scan",
+    "sparse_step",
 ]
 
 # Now that all schemas are defined. At once, for an exported program calls the raw ops without these functions.

@@ -26,8 +26,8 @@ class Argument:
     like: the argument whose dtype this has; None where it is of a dtype of its own, float32 or float64.
     dtype: of one that is not floating-point.
     half: may also be bfloat16 or float16, beside a float32 ``like``.
-    within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1), "from 1", "flags" or
-        "up to T".
+    within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1), "from 1", "flags",
+        "up to T", "slots" (different ones of N) or "times".
     heads_in: an axis that bounds R, the number of heads that this tensor has: 1 <= R, and at most the size of that axis.
     """
 

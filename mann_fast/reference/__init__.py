@@ -8,6 +8,7 @@ from .content import content_read, similarity
 from .dnc import DNCInterface, DNCState, dnc_scan, dnc_step
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import NTMHead, NTMState, ntm_address, ntm_scan, ntm_step
+from .sparse import SparseState, sparse_read, sparse_scan, sparse_step
 
 __all__ = [
     "DNCInterface",
@@ -15,6 +16,7 @@ __all__ = [
     "LRUAState",
     "NTMHead",
     "NTMState",
+    "SparseState",
     "cell",
     "content_read",
     "dnc_cell",
@@ -29,4 +31,7 @@ __all__ = [
     "ntm_scan",
     "ntm_step",
     "similarity",
+    "sparse_read",
+    "sparse_scan",
+    "sparse_step",
 ]

@@ -223,10 +223,10 @@ def trace_sequence(
     task = task_of(config)
     first, *rest = task.longest
     sequences = task.sample(1, Generator().manual_seed(seed), length or first, *rest)
-    weights = None
+    slots = None
     if isinstance(model, MANN):
         hidden, _, weights = model.layer(sequences.inputs, return_weights=True)
-        outputs = model.classifier(hidden)
+        slots, outputs = slots_of(weights, model.layer.memory.num_slots), model.classifier(hidden)
     else:
         outputs, _ = model(sequences.inputs)
     return SequenceTrace(
@@ -235,6 +235,6 @@ def trace_sequence(
         sequences.targets[:, 0],
         (outputs.sigmoid() if task.binary else outputs)[:, 0],
         sequences.answered,
-        None if weights is None else slots_of(weights),
+        slots,
         errors(outputs, sequences, task.binary).mean().item(),
     )

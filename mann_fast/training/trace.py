@@ -30,10 +30,15 @@ class Slots(NamedTuple):
     read_by: Tensor | None
 
 
-def slots_of(weights: MemoryWeights) -> Slots:
-    """Those of the first sample."""
-    read, write, usage, modes, allocated = (None if part is None else part[:, 0] for part in weights)
+def slots_of(weights: MemoryWeights, num_slots: int) -> Slots:
+    """Those of the first sample, with N = ``num_slots``."""
+    read, write, usage, modes, allocated, read_slots, write_slots = (
+        None if part is None else part[:, 0] for part in weights
+    )
     assert read is not None and write is not None
+    if read_slots is not None and write_slots is not None:
+        none = read.new_zeros(*read.shape[:2], num_slots)
+        read, write = none.scatter_add(2, read_slots, read), none.scatter_add(2, write_slots, write)
     written, written_by, read_by = write.sum(1), None, None
     if allocated is not None and usage is not None:
         by_allocation = allocated.unsqueeze(1) * allocation(usage, torch.sort(usage, dim=1, stable=True)[1])
@@ -79,5 +84,5 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
         classes,
         is_right(rows, targets, labels),
         of_classes.exp(),
-        slots_of(weights),
+        slots_of(weights, model.layer.memory.num_slots),
     )

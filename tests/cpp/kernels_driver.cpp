@@ -62,6 +62,7 @@ int main() {
           check("scan", scan, *k, c);
           if (!shared_target) check("ntm", ntm, *k, c);  // an option of the scan only
           if (variant != 2) check("dnc", dnc, *k, c);    // it keeps something or nothing, not every so many steps
+          if (variant != 2 && !read_first) check("sparse", sparse, *k, c);  // the same
           if (c.state != c.input) continue;
           for (const Controller kind : {Controller::lstm, Controller::gru, Controller::feedforward})
             for (const auto& [name, network] :

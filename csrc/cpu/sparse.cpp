@@ -1,0 +1,433 @@
+// sparse_read and sparse_scan. A scan copies the memory once and then changes rows of it; a step reads all of it once, in the
+// search, for all heads; the square of each slot's norm is kept from the first step on. Backward goes over the rows that were
+// kept, and needs no memory.
+#include "sparse_step.h"
+
+namespace mann_fast {
+namespace MANN_FAST_ISA {
+namespace {
+
+// In how many parts the slots of one sample are searched: where there are fewer samples than threads, and it is worth it.
+template <class Arguments>
+int64_t search_parts(const Arguments& a, const Parallel& parallel) {
+  const double work = static_cast<double>(a.N) * static_cast<double>(a.D * a.R);
+  return a.B < parallel.threads ? worthwhile_tasks(parallel, (a.N + tile - 1) / tile, work) : 1;
+}
+
+// The search of one sample, by all of its parts.
+template <class T>
+struct Searching {
+  int64_t N, K, ld, count;
+  SearchPart<T>* parts;
+  T *padded_keys, *key_squares;
+  template <class Arguments>
+  Searching(Arena& arena, const Arguments& a, int64_t count)
+      : N(a.N), K(a.K), ld(padded<T>(a.D)), count(count), parts(arena.take<SearchPart<T>>(count)),
+        padded_keys(arena.take<T>(a.R * ld)), key_squares(arena.take<T>(a.R)) {
+    for (int64_t p = 0; p < count; ++p) {
+      const SearchPart<T> part(arena, a.D, a.R, a.K);
+      if (parts != nullptr) parts[p] = part;
+    }
+  }
+  // The best of each head.
+  const Best<T>* run(const T* memory, const T* keys, int64_t R, int64_t D, T eps, T* squares, bool known,
+                     const Parallel& parallel) {
+    pad_slots(keys, R, D, R, ld, padded_keys);
+    for (int64_t r = 0; r < R; ++r) key_squares[r] = dot_of(keys + r * D, keys + r * D, D);
+    const Keys<T> given = {padded_keys, key_squares, R, D, eps};
+    parallel_run(parallel, count,
+                 [&](int64_t p) { search_slots(memory, part_of(N, count, p, tile), given, squares, known, parts[p]); });
+    join_parts(parts, count, R);
+    return parts[0].best;
+  }
+};
+
+template <class T>
+void copy_rows(const T* memory, const int64_t* slots, int64_t K, int64_t D, T* rows) {
+  for (int64_t k = 0; k < K; ++k) std::memcpy(rows + k * D, memory + slots[k] * D, D * sizeof(T));
+}
+
+// A large array in parts.
+template <class T>
+void copy_array(const T* from, int64_t count, T* to, int64_t parts, const Parallel& parallel) {
+  parallel_run(parallel, parts, [&](int64_t p) {
+    const Range part = part_of(count, parts, p, 1024);
+    std::memcpy(to + part.lo, from + part.lo, (part.hi - part.lo) * sizeof(T));
+  });
+}
+
+// ---- sparse_read -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ReadScratch {
+  T *key, *sharpness, *reads;
+  Searching<T> searching;
+  ReadScratch(Arena& arena, const SparseRead& a, int64_t parts)
+      : key(arena.take<T>(a.R * a.D)), sharpness(arena.take<T>(a.R)), reads(arena.take<T>(a.R * a.D)),
+        searching(arena, a, parts) {}
+};
+
+template <class T>
+bool sparse_read(const SparseRead& a, const Parallel& parallel) {
+  const int64_t parts = search_parts(a, parallel), RD = a.R * a.D, RK = a.R * a.K;
+  const double work = static_cast<double>(a.B * a.N) * static_cast<double>(a.D * (a.R + 1));
+  return run_items(
+      parallel, a.B, parts > 1 ? 1 : worthwhile_tasks(parallel, a.B, work),
+      [&](Arena& arena) { return ReadScratch<T>(arena, a, parts); },
+      [&](int64_t b, ReadScratch<T>& s) {
+        const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
+        const T* key = widen(a.key, a.input, b * RD, RD, s.key);
+        const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
+        T* squares = nullptr;
+        const Best<T>* best = s.searching.run(memory, key, a.R, a.D, static_cast<T>(a.eps), squares, false, parallel);
+        for (int64_t r = 0; r < a.R; ++r) {
+          const int64_t row = b * RK + r * a.K;
+          T* rows = static_cast<T*>(a.rows) + row * a.D;
+          std::memcpy(a.slots + row, best[r].slot, a.K * sizeof(int64_t));
+          copy_rows(memory, best[r].slot, a.K, a.D, rows);
+          read_rows<T>(best[r].score, rows, a.K, a.D, sharpness ? sharpness[r] : T(1), static_cast<T*>(a.weights) + row,
+                       s.reads + r * a.D);
+        }
+        narrow(s.reads, RD, a.read, a.input, b * RD);
+      });
+}
+
+template <class T>
+struct ReadBackwardScratch {
+  T *key, *sharpness, *grad_read, *grad_weights, *grad_key, *grad_sharpness;
+  template <class Arguments>
+  ReadBackwardScratch(Arena& arena, const Arguments& a)
+      : key(arena.take<T>(a.R * a.D)), sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * a.D)),
+        grad_weights(arena.take<T>(a.R * a.K)), grad_key(arena.take<T>(a.R * a.D)), grad_sharpness(arena.take<T>(a.R)) {}
+};
+
+template <class T>
+bool sparse_read_backward(const SparseReadBackward& a, const Parallel& parallel) {
+  const int64_t ND = a.N * a.D, RD = a.R * a.D, RK = a.R * a.K;
+  const double work = static_cast<double>(a.B) * static_cast<double>(ND + 6 * RK * a.D);
+  return run_items(
+      parallel, a.B, worthwhile_tasks(parallel, a.B, work), [&](Arena& arena) { return ReadBackwardScratch<T>(arena, a); },
+      [&](int64_t b, ReadBackwardScratch<T>& s) {
+        T* grad_memory = static_cast<T*>(a.grad_memory) + b * ND;
+        const T* key = widen(a.key, a.input, b * RD, RD, s.key);
+        const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
+        const T* grad_read = a.grad_read ? widen(a.grad_read, a.input, b * RD, RD, s.grad_read) : nullptr;
+        std::memset(grad_memory, 0, ND * sizeof(T));
+        std::memset(s.grad_key, 0, RD * sizeof(T));
+        std::memset(s.grad_sharpness, 0, a.R * sizeof(T));
+        if (a.grad_weights) std::memcpy(s.grad_weights, static_cast<const T*>(a.grad_weights) + b * RK, RK * sizeof(T));
+        else std::memset(s.grad_weights, 0, RK * sizeof(T));
+        for (int64_t r = 0; r < a.R; ++r) {
+          const int64_t row = b * RK + r * a.K;
+          read_rows_backward<T>(
+              static_cast<const T*>(a.rows) + row * a.D, a.slots + row, static_cast<const T*>(a.weights) + row, a.K, a.D,
+              key + r * a.D, sharpness ? sharpness[r] : T(1), static_cast<T>(a.eps), grad_read ? grad_read + r * a.D : nullptr,
+              s.grad_weights + r * a.K, grad_memory, s.grad_key + r * a.D, s.grad_sharpness + r);
+        }
+        narrow(s.grad_key, RD, a.grad_key, a.input, b * RD);
+        if (a.grad_sharpness) narrow(s.grad_sharpness, a.R, a.grad_sharpness, a.input, b * a.R);
+      });
+}
+
+// ---- sparse_scan ---------------------------------------------------------------------------------------------------------
+
+// What one step of one sample is told, in T.
+template <class T>
+struct Told {
+  const T *keys, *vectors, *gates, *sharpness, *write_gates;
+  T *keys_buffer, *vectors_buffer, *gates_buffer, *sharpness_buffer, *write_gates_buffer;
+  template <class Arguments>
+  Told(Arena& arena, const Arguments& a)
+      : keys_buffer(arena.take<T>(a.R * a.D)), vectors_buffer(arena.take<T>(a.R * a.D)), gates_buffer(arena.take<T>(a.R)),
+        sharpness_buffer(arena.take<T>(a.R)), write_gates_buffer(arena.take<T>(a.R)) {}
+  template <class Arguments>
+  void load(const Arguments& a, int64_t row) {
+    const auto of = [&](const void* from, int64_t count, T* buffer) {
+      return from ? widen(from, a.input, row * count, count, buffer) : nullptr;
+    };
+    keys = of(a.told.keys, a.R * a.D, keys_buffer);
+    vectors = of(a.told.write_vectors, a.R * a.D, vectors_buffer);
+    gates = of(a.told.gate_logits, a.R, gates_buffer);
+    sharpness = of(a.told.sharpness, a.R, sharpness_buffer);
+    write_gates = of(a.told.write_gate_logits, a.R, write_gates_buffer);
+  }
+  T beta(int64_t r) const { return sharpness ? sharpness[r] : T(1); }
+  WriteGates<T> write(int64_t r) const { return WriteGates<T>(gates[r], write_gates ? write_gates + r : nullptr); }
+};
+
+template <class T>
+struct ScanScratch {
+  bool listed;  // whether there is a list of the slots by age: not for a single step
+  Told<T> told;
+  T *reads, *squares, *rows, *write_weights;  // [R, D], [N], [K, D], [R, K + 1]
+  int64_t *oldest, *write_slots;              // [R], [R, K + 1]
+  int64_t* touched;                           // those read before, erased, and read; then each once, ascending
+  T *total, *of_head;                         // of the touched: sums of weights
+  T* changed;                                 // rows whose norms are made anew
+  Ages ages;
+  Searching<T> searching;
+  ScanScratch(Arena& arena, const SparseScan& a, int64_t parts)
+      : listed(a.T > 1), told(arena, a), reads(arena.take<T>(a.R * a.D)), squares(arena.take<T>(a.N)),
+        rows(arena.take<T>(a.K * a.D)), write_weights(arena.take<T>(a.R * (a.K + 1))), oldest(arena.take<int64_t>(a.R)),
+        write_slots(arena.take<int64_t>(a.R * (a.K + 1))), touched(arena.take<int64_t>(a.R * (2 * a.K + 1))),
+        total(arena.take<T>(a.R * (2 * a.K + 1))), of_head(arena.take<T>(a.R * (2 * a.K + 1))),
+        changed(arena.take<T>(padded<T>(a.D) * width<T>)), ages(arena, listed ? a.N : 0), searching(arena, a, parts) {}
+};
+
+// One sample's state, which is changed where it comes out.
+template <class T>
+struct Sample {
+  T* memory;
+  int64_t* slots;
+  T* weights;
+  int64_t *last_access, *clock;
+  bool known = false;  // whether the squares of the norms are
+  Sample(const SparseScan& a, int64_t b)
+      : memory(static_cast<T*>(a.out_memory) + b * a.N * a.D), slots(a.out_read_slots + b * a.R * a.K),
+        weights(static_cast<T*>(a.out_read_weights) + b * a.R * a.K), last_access(a.out_last_access + b * a.N),
+        clock(a.out_clock + b) {}
+};
+
+template <class T>
+void begin_sample(const SparseScan& a, int64_t b, const Parallel& parallel, ScanScratch<T>& s, const Sample<T>& x) {
+  const int64_t parts = s.searching.count;
+  if (a.memory != a.out_memory)
+    copy_array(static_cast<const T*>(a.memory) + b * a.N * a.D, a.N * a.D, x.memory, parts, parallel);
+  if (a.last_access != a.out_last_access) copy_array(a.last_access + b * a.N, a.N, x.last_access, parts, parallel);
+  std::memcpy(x.weights, static_cast<const T*>(a.read_weights) + b * a.R * a.K, a.R * a.K * sizeof(T));
+  for (int64_t j = 0; j < a.R * a.K; ++j) {
+    const int64_t slot = a.read_slots[b * a.R * a.K + j];
+    x.slots[j] = slot < 0 ? 0 : slot < a.N ? slot : a.N - 1;
+  }
+  *x.clock = a.clock[b];
+}
+
+template <class T>
+void restart_sample(const SparseScan& a, const Parallel& parallel, ScanScratch<T>& s, Sample<T>& x) {
+  copy_array(static_cast<const T*>(a.sequences.start), a.N * a.D, x.memory, s.searching.count, parallel);
+  for (int64_t j = 0; j < a.R * a.K; ++j) {
+    x.slots[j] = j % a.K;
+    x.weights[j] = j % a.K == 0 ? T(1) : T(0);
+  }
+  for (int64_t i = 0; i < a.N; ++i) x.last_access[i] = i == 0 ? 0 : -1;
+  *x.clock = 0;
+  x.known = false;
+}
+
+// The squares of the norms of rows that were written, by the instructions of the search.
+template <class T>
+void renew_squares(const SparseScan& a, ScanScratch<T>& s, const Sample<T>& x) {
+  const int64_t count = a.R * (a.K + 1), ld = padded<T>(a.D);
+  for (int64_t first = 0; first < count; first += width<T>) {
+    const int64_t rows = count - first < width<T> ? count - first : width<T>;
+    for (int64_t j = 0; j < width<T>; ++j)
+      pad_slots(x.memory + s.write_slots[first + (j < rows ? j : 0)] * a.D, 1, a.D, 1, ld, s.changed + j * ld);
+    T squares[width<T>];
+    dot_with_rows(s.changed, ld, width<T>, static_cast<const T*>(nullptr), squares);
+    for (int64_t j = 0; j < rows; ++j) s.squares[s.write_slots[first + j]] = squares[j];
+  }
+}
+
+template <class T>
+void write(const SparseScan& a, ScanScratch<T>& s, const Sample<T>& x) {
+  const int64_t D = a.D, K = a.K;
+  if (s.listed) s.ages.oldest(a.R, s.oldest);
+  else find_oldest(x.last_access, a.N, a.R, s.oldest);
+  for (int64_t r = 0; r < a.R; ++r) std::memset(x.memory + s.oldest[r] * D, 0, D * sizeof(T));
+  for (int64_t r = 0; r < a.R; ++r) {
+    const WriteGates<T> gates = s.told.write(r);
+    T* weights = s.write_weights + r * (K + 1);
+    int64_t* slots = s.write_slots + r * (K + 1);
+    for (int64_t k = 0; k < K; ++k) {
+      weights[k] = gates.write * (gates.gate * x.weights[r * K + k]);
+      slots[k] = x.slots[r * K + k];
+    }
+    weights[K] = gates.write * gates.rest;
+    slots[K] = s.oldest[r];
+    for (int64_t k = 0; k <= K; ++k) add_scaled(s.told.vectors + r * D, weights[k], D, x.memory + slots[k] * D);
+  }
+  if (x.known) renew_squares(a, s, x);
+}
+
+// last_access of the slots whose weights, summed over the heads, exceed the threshold.
+template <class T>
+void note_access(const SparseScan& a, ScanScratch<T>& s, const Sample<T>& x) {
+  const int64_t R = a.R, K = a.K;
+  std::memcpy(s.touched, s.write_slots, R * (K + 1) * sizeof(int64_t));
+  std::memcpy(s.touched + R * (K + 1), x.slots, R * K * sizeof(int64_t));
+  shell_sort(s.touched, R * (2 * K + 1));
+  int64_t count = 1;
+  for (int64_t j = 1; j < R * (2 * K + 1); ++j)
+    if (s.touched[j] != s.touched[count - 1]) s.touched[count++] = s.touched[j];
+  const auto place = [&](int64_t slot) {
+    int64_t lo = 0, hi = count - 1;
+    while (lo < hi) {
+      const int64_t middle = (lo + hi) / 2;
+      if (s.touched[middle] < slot) lo = middle + 1;
+      else hi = middle;
+    }
+    return lo;
+  };
+  std::memset(s.total, 0, count * sizeof(T));
+  for (int64_t r = 0; r < R; ++r) {
+    std::memset(s.of_head, 0, count * sizeof(T));
+    for (int64_t k = 0; k <= K; ++k) s.of_head[place(s.write_slots[r * (K + 1) + k])] += s.write_weights[r * (K + 1) + k];
+    for (int64_t k = 0; k < K; ++k) s.of_head[place(x.slots[r * K + k])] += x.weights[r * K + k];
+    for (int64_t j = 0; j < count; ++j) s.total[j] += s.of_head[j];
+  }
+  ++*x.clock;
+  for (int64_t j = 0; j < count; ++j) {
+    if (!(s.total[j] > static_cast<T>(a.threshold))) continue;
+    x.last_access[s.touched[j]] = *x.clock;
+    if (s.listed) s.ages.move_to_end(s.touched[j]);
+  }
+}
+
+template <class T>
+void scan_sample(const SparseScan& a, int64_t b, const Parallel& parallel, ScanScratch<T>& s) {
+  const int64_t D = a.D, R = a.R, K = a.K, length = a.sequences.length(a.T, b);
+  Sample<T> x(a, b);
+  begin_sample(a, b, parallel, s, x);
+  for (int64_t t = 0; t < length; ++t) {
+    const int64_t row = t * a.B + b;
+    const bool begins = a.sequences.begins(t, a.B, b);
+    if (begins) restart_sample(a, parallel, s, x);
+    if (s.listed && (begins || t == 0)) s.ages.sort(x.last_access);
+    s.told.load(a, row);
+    write(a, s, x);
+    const Best<T>* best = s.searching.run(x.memory, s.told.keys, R, D, static_cast<T>(a.eps), s.squares, x.known, parallel);
+    x.known = true;
+    for (int64_t r = 0; r < R; ++r) {
+      T* rows = a.rows ? static_cast<T*>(a.rows) + (row * R + r) * K * D : s.rows;
+      std::memcpy(x.slots + r * K, best[r].slot, K * sizeof(int64_t));
+      copy_rows(x.memory, best[r].slot, K, D, rows);
+      read_rows<T>(best[r].score, rows, K, D, s.told.beta(r), x.weights + r * K, s.reads + r * D);
+    }
+    narrow(s.reads, R * D, a.reads, a.input, row * R * D);
+    note_access(a, s, x);
+    if (a.rows == nullptr) continue;
+    std::memcpy(a.oldest + row * R, s.oldest, R * sizeof(int64_t));
+    std::memcpy(a.slot_history + row * R * K, x.slots, R * K * sizeof(int64_t));
+    std::memcpy(static_cast<T*>(a.weight_history) + row * R * K, x.weights, R * K * sizeof(T));
+  }
+  clear_steps<T>(a.reads, a.input, length, a.T, a.B, b, R * D);
+}
+
+template <class T>
+bool sparse_scan(const SparseScan& a, const Parallel& parallel) {
+  const int64_t parts = search_parts(a, parallel);
+  const double work = static_cast<double>((a.T + 1) * a.B) * static_cast<double>(a.N * a.D * a.R);
+  return run_items(
+      parallel, a.B, parts > 1 ? 1 : worthwhile_tasks(parallel, a.B, work),
+      [&](Arena& arena) { return ScanScratch<T>(arena, a, parts); },
+      [&](int64_t b, ScanScratch<T>& s) { scan_sample(a, b, parallel, s); });
+}
+
+template <class T>
+struct ScanBackwardScratch {
+  Told<T> told;
+  T *grad_read, *grad_weights, *weights_before, *grad_keys, *grad_vectors, *grad_gates, *grad_sharpness, *grad_write_gates;
+  int64_t* slots_before;
+  ScanBackwardScratch(Arena& arena, const SparseScanBackward& a)
+      : told(arena, a), grad_read(arena.take<T>(a.R * a.D)), grad_weights(arena.take<T>(a.R * a.K)),
+        weights_before(arena.take<T>(a.R * a.K)), grad_keys(arena.take<T>(a.R * a.D)), grad_vectors(arena.take<T>(a.R * a.D)),
+        grad_gates(arena.take<T>(a.R)), grad_sharpness(arena.take<T>(a.R)), grad_write_gates(arena.take<T>(a.R)),
+        slots_before(arena.take<int64_t>(a.R * a.K)) {}
+};
+
+// Where the heads read, and how much, before step t.
+template <class T>
+void load_before(const SparseScanBackward& a, int64_t t, int64_t b, ScanBackwardScratch<T>& s) {
+  const int64_t RK = a.R * a.K;
+  const bool begins = a.sequences.begins(t, a.B, b);
+  const int64_t* slots = t > 0 ? a.slot_history + ((t - 1) * a.B + b) * RK : a.read_slots + b * RK;
+  const T* weights = static_cast<const T*>(t > 0 ? a.weight_history : a.read_weights) + ((t > 0 ? t - 1 : 0) * a.B + b) * RK;
+  for (int64_t j = 0; j < RK; ++j) {
+    const int64_t slot = begins ? j % a.K : slots[j];
+    s.slots_before[j] = slot < 0 ? 0 : slot < a.N ? slot : a.N - 1;
+    s.weights_before[j] = !begins ? weights[j] : j % a.K == 0 ? T(1) : T(0);
+  }
+}
+
+// Back through the write of head r: its gradients, and in grad_weights [K] that of the weights of the step before.
+template <class T>
+void write_backward(const SparseScanBackward& a, int64_t r, int64_t oldest, const T* grad_memory, T* grad_weights,
+                    ScanBackwardScratch<T>& s) {
+  const int64_t D = a.D, K = a.K;
+  const WriteGates<T> gates = s.told.write(r);
+  const T *vector = s.told.vectors + r * D, *before = s.weights_before + r * K;
+  T* grad_vector = s.grad_vectors + r * D;
+  T of_read = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    const T* grad_row = grad_memory + s.slots_before[r * K + k] * D;
+    add_scaled(grad_row, gates.write * (gates.gate * before[k]), D, grad_vector);
+    const T grad = dot_of(vector, grad_row, D);
+    of_read += before[k] * grad;
+    grad_weights[k] = gates.write * gates.gate * grad;
+  }
+  const T* grad_row = grad_memory + oldest * D;
+  add_scaled(grad_row, gates.write * gates.rest, D, grad_vector);
+  const T of_oldest = dot_of(vector, grad_row, D);
+  s.grad_gates[r] = gates.write * (gates.gate * gates.rest) * (of_read - of_oldest);
+  s.grad_write_gates[r] = gates.write * gates.closed * (gates.gate * of_read + gates.rest * of_oldest);
+}
+
+template <class T>
+void scan_backward_sample(const SparseScanBackward& a, int64_t b, ScanBackwardScratch<T>& s) {
+  const int64_t D = a.D, R = a.R, K = a.K, ND = a.N * D, length = a.sequences.length(a.T, b);
+  T* grad_memory = static_cast<T*>(a.grad_in_memory) + b * ND;
+  T* grad_start = a.grad_start ? static_cast<T*>(a.grad_start) + b * ND : nullptr;
+  const auto begin = [b](const void* from, int64_t count, T* to) {
+    if (from) std::memcpy(to, static_cast<const T*>(from) + b * count, count * sizeof(T));
+    else std::memset(to, 0, count * sizeof(T));
+  };
+  if (a.grad_memory != a.grad_in_memory) begin(a.grad_memory, ND, grad_memory);
+  begin(a.grad_read_weights, R * K, s.grad_weights);
+  if (grad_start) std::memset(grad_start, 0, ND * sizeof(T));
+  for (int64_t t = length - 1; t >= 0; --t) {
+    const int64_t row = t * a.B + b;
+    s.told.load(a, row);
+    load_before(a, t, b, s);
+    const T* grad_read = a.grad_reads ? widen(a.grad_reads, a.input, row * R * D, R * D, s.grad_read) : nullptr;
+    for (T* grad : {s.grad_keys, s.grad_vectors}) std::memset(grad, 0, R * D * sizeof(T));
+    std::memset(s.grad_sharpness, 0, R * sizeof(T));
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t at = (row * R + r) * K;
+      read_rows_backward<T>(static_cast<const T*>(a.rows) + at * D, a.slot_history + at,
+                            static_cast<const T*>(a.weight_history) + at, K, D, s.told.keys + r * D, s.told.beta(r),
+                            static_cast<T>(a.eps), grad_read ? grad_read + r * D : nullptr, s.grad_weights + r * K, grad_memory,
+                            s.grad_keys + r * D, s.grad_sharpness + r);
+    }
+    const int64_t* oldest = a.oldest + row * R;
+    for (int64_t r = 0; r < R; ++r) write_backward<T>(a, r, oldest[r], grad_memory, s.grad_weights + r * K, s);
+    for (int64_t r = 0; r < R; ++r) std::memset(grad_memory + oldest[r] * D, 0, D * sizeof(T));
+    narrow(s.grad_keys, R * D, a.grad_told.keys, a.input, row * R * D);
+    narrow(s.grad_vectors, R * D, a.grad_told.write_vectors, a.input, row * R * D);
+    narrow(s.grad_gates, R, a.grad_told.gate_logits, a.input, row * R);
+    if (a.grad_told.sharpness) narrow(s.grad_sharpness, R, a.grad_told.sharpness, a.input, row * R);
+    if (a.grad_told.write_gate_logits) narrow(s.grad_write_gates, R, a.grad_told.write_gate_logits, a.input, row * R);
+    if (!a.sequences.begins(t, a.B, b)) continue;
+    add_scaled(grad_memory, T(1), ND, grad_start);
+    std::memset(grad_memory, 0, ND * sizeof(T));
+    std::memset(s.grad_weights, 0, R * K * sizeof(T));
+  }
+  std::memcpy(static_cast<T*>(a.grad_in_read_weights) + b * R * K, s.grad_weights, R * K * sizeof(T));
+  for (void* grad : {a.grad_told.keys, a.grad_told.write_vectors}) clear_steps<T>(grad, a.input, length, a.T, a.B, b, R * D);
+  for (void* grad : {a.grad_told.gate_logits, a.grad_told.sharpness, a.grad_told.write_gate_logits})
+    clear_steps<T>(grad, a.input, length, a.T, a.B, b, R);
+}
+
+template <class T>
+bool sparse_scan_backward(const SparseScanBackward& a, const Parallel& parallel) {
+  const double work = static_cast<double>(a.B) * static_cast<double>(a.N * a.D + a.T * 8 * a.R * a.K * a.D);
+  return run_items(
+      parallel, a.B, worthwhile_tasks(parallel, a.B, work), [&](Arena& arena) { return ScanBackwardScratch<T>(arena, a); },
+      [&](int64_t b, ScanBackwardScratch<T>& s) { scan_backward_sample(a, b, s); });
+}
+
+}  // namespace
+
+MANN_FAST_SPARSE_OPS(MANN_FAST_BY_DTYPE)
+
+}  // namespace MANN_FAST_ISA
+}  // namespace mann_fast

@@ -1,0 +1,288 @@
+// Sparse access, one sample: the search for the most similar slots, the order of the slots by age, and a step's backward.
+#pragma once
+#include "blocks.h"
+
+namespace mann_fast {
+namespace {
+
+template <class T>
+inline T dot_of(const T* a, const T* b, int64_t count) {
+  Vec<T> sum{};
+  int64_t d = 0;
+  for (; d + width<T> <= count; d += width<T>) sum += load(a + d) * load(b + d);
+  T total = 0;
+  for (; d < count; ++d) total += a[d] * b[d];
+  return total + sum_lanes<T>(sum);
+}
+
+template <class T>
+inline void add_scaled(const T* from, T factor, int64_t count, T* to) {
+  for (int64_t d = 0; d < count; ++d) to[d] += factor * from[d];
+}
+
+// ---- the search --------------------------------------------------------------------------------------------------------
+
+// The order of a descending sort: NaN before all.
+template <class T>
+inline bool above(T a, T b) {
+  return a > b || (a != a && b == b);
+}
+
+// The K greatest that one head has met, greatest first, of equal ones the first met first.
+template <class T>
+struct Best {
+  T* score;
+  int64_t* slot;
+  int64_t K, count;
+  Best(Arena& arena, int64_t K) : score(arena.take<T>(K)), slot(arena.take<int64_t>(K)), K(K), count(0) {}
+  bool takes(T c) const { return count < K || above(c, score[K - 1]); }
+  void insert(T c, int64_t i) {
+    if (!takes(c)) return;
+    int64_t place = count < K ? count++ : K - 1;
+    for (; place > 0 && above(c, score[place - 1]); --place) {
+      score[place] = score[place - 1];
+      slot[place] = slot[place - 1];
+    }
+    score[place] = c;
+    slot[place] = i;
+  }
+};
+
+// Rows [count][D] into [padded count][ld], the rest 0.
+template <class T>
+inline void pad_slots(const T* from, int64_t count, int64_t D, int64_t padded_count, int64_t ld, T* to) {
+  for (int64_t i = 0; i < padded_count; ++i) {
+    const int64_t valid = i < count ? D : 0;
+    if (valid > 0) std::memcpy(to + i * ld, from + i * D, D * sizeof(T));
+    for (int64_t d = valid; d < ld; ++d) to[i * ld + d] = 0;
+  }
+}
+
+// out[i] = the dot product of `key` [ld] with row i, or of the row with itself where key is null: for count rows, a multiple of
+// the width, the same instructions for each. Equal rows have equal bits wherever they are.
+template <class T>
+inline void dot_with_rows(const T* rows, int64_t ld, int64_t count, const T* key, T* out) {
+  constexpr int W = width<T>;
+  for (int64_t i = 0; i < count; i += W) {
+    const T* first = rows + i * ld;
+    Vec<T> part[W];
+    for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
+    for (int64_t d = 0; d < ld; d += W) {
+      if (key == nullptr) {
+        for (int lane = 0; lane < W; ++lane) {
+          const Vec<T> m = load(first + lane * ld + d);
+          part[lane] += m * m;
+        }
+      } else {
+        const Vec<T> k = load(key + d);
+        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * k;
+      }
+    }
+    store(out + i, sum_lanes<T>(part));
+  }
+}
+
+// Of one part of a sample's slots.
+template <class T>
+struct SearchPart {
+  T *rows, *scores, *squares;
+  Best<T>* best;  // [R]
+  SearchPart(Arena& arena, int64_t D, int64_t R, int64_t K)
+      : rows(arena.take<T>(padded<T>(D) * tile)), scores(arena.take<T>(tile)), squares(arena.take<T>(tile)),
+        best(arena.take<Best<T>>(R)) {
+    for (int64_t r = 0; r < R; ++r) {
+      const Best<T> one(arena, K);
+      if (best != nullptr) best[r] = one;
+    }
+  }
+};
+
+template <class T>
+struct Keys {
+  const T* padded_keys;  // [R][ld]
+  const T* squares;      // [R]
+  int64_t R, D;
+  T eps;
+};
+
+// Offers slots [lo, hi) of memory [N][D] to the best of each head: the memory is read once. squares [N] holds the square of
+// each slot's norm where `known`, else it is made; where it is null it is not kept.
+template <class T>
+void search_slots(const T* memory, Range slots, const Keys<T>& keys, T* squares, bool known, SearchPart<T>& s) {
+  constexpr int W = width<T>;
+  const int64_t ld = padded<T>(keys.D);
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (int64_t r = 0; r < keys.R; ++r) s.best[r].count = 0;
+  for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
+    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded<T>(valid);
+    const T* rows = memory + lo * keys.D;
+    if (ld != keys.D || valid != count) {
+      pad_slots(rows, valid, keys.D, count, ld, s.rows);
+      rows = s.rows;
+    }
+    if (known) {
+      std::memcpy(s.squares, squares + lo, valid * sizeof(T));
+      for (int64_t i = valid; i < count; ++i) s.squares[i] = 0;
+    } else {
+      dot_with_rows(rows, ld, count, static_cast<const T*>(nullptr), s.squares);
+      if (squares) std::memcpy(squares + lo, s.squares, valid * sizeof(T));
+    }
+    for (int64_t r = 0; r < keys.R; ++r) {
+      Best<T>& best = s.best[r];
+      dot_with_rows(rows, ld, count, keys.padded_keys + r * ld, s.scores);
+      // One comparison for a vector: most have nothing that gets in.
+      const T least = best.count < best.K ? -infinity : best.score[best.K - 1];
+      IntVec<T> rejected = splat_int<T>(-1);
+      for (int64_t i = 0; i < count; i += W) {
+        const Vec<T> c = load(s.scores + i) * inverse_root<T>(load(s.squares + i) * keys.squares[r] + keys.eps);
+        store(s.scores + i, c);
+        rejected &= c <= least;
+      }
+      if (best.count == best.K && (least != least || least_lane<T>(-rejected) == 1)) continue;
+      for (int64_t i = 0; i < valid; ++i) best.insert(s.scores[i], lo + i);
+    }
+  }
+}
+
+// The best of all parts in those of the first. Parts hold ascending slots: so equal ones stay in the order of the slots.
+template <class T>
+void join_parts(SearchPart<T>* parts, int64_t count, int64_t R) {
+  for (int64_t p = 1; p < count; ++p)
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t k = 0; k < parts[p].best[r].count; ++k)
+        parts[0].best[r].insert(parts[p].best[r].score[k], parts[p].best[r].slot[k]);
+}
+
+// weights [K] = softmax of beta * scores, and read [D] = their sum of the rows [K][D].
+template <class T>
+void read_rows(const T* scores, const T* rows, int64_t K, int64_t D, T beta, T* weights, T* read) {
+  T most = beta * scores[0], total = 0;
+  for (int64_t k = 1; k < K; ++k) most = beta * scores[k] > most ? beta * scores[k] : most;
+  for (int64_t k = 0; k < K; ++k) total += weights[k] = std::exp(beta * scores[k] - most);
+  for (int64_t d = 0; d < D; ++d) read[d] = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    weights[k] /= total;
+    add_scaled(rows + k * D, weights[k], D, read);
+  }
+}
+
+// ---- the slots by age ----------------------------------------------------------------------------------------------------
+
+// A doubly linked list of the slots, ascending by (last access, slot); place N stands before the first and after the last.
+struct Ages {
+  int32_t *next, *previous, *spare;
+  int64_t N;
+  Ages(Arena& arena, int64_t N)
+      : next(arena.take<int32_t>(N + 1)), previous(arena.take<int32_t>(N + 1)), spare(arena.take<int32_t>(N)), N(N) {}
+
+  // A radix sort, byte by byte from the lowest, of times as they differ from the least; few bytes differ.
+  void sort(const int64_t* times) const {
+    int64_t least = times[0], most = times[0];
+    for (int64_t i = 1; i < N; ++i) {
+      least = times[i] < least ? times[i] : least;
+      most = times[i] > most ? times[i] : most;
+    }
+    const uint64_t range = static_cast<uint64_t>(most) - static_cast<uint64_t>(least);
+    int32_t *order = spare, *other = previous;
+    for (int64_t i = 0; i < N; ++i) order[i] = static_cast<int32_t>(i);
+    for (int shift = 0; shift < 64 && (range >> shift) != 0; shift += 8) {
+      const auto digit = [&](int32_t i) {
+        return ((static_cast<uint64_t>(times[i]) - static_cast<uint64_t>(least)) >> shift) & 255;
+      };
+      int64_t places[257] = {};
+      for (int64_t i = 0; i < N; ++i) ++places[digit(static_cast<int32_t>(i)) + 1];
+      for (int value = 0; value < 256; ++value) places[value + 1] += places[value];
+      for (int64_t i = 0; i < N; ++i) other[places[digit(order[i])]++] = order[i];
+      std::swap(order, other);
+    }
+    if (order == previous) std::memcpy(spare, previous, N * sizeof(int32_t));
+    int32_t last = static_cast<int32_t>(N);
+    for (int64_t i = 0; i < N; ++i) {
+      link(last, spare[i]);
+      last = spare[i];
+    }
+    link(last, static_cast<int32_t>(N));
+  }
+  void move_to_end(int64_t slot) const {
+    const int32_t i = static_cast<int32_t>(slot), end = static_cast<int32_t>(N);
+    link(previous[i], next[i]);
+    link(previous[end], i);
+    link(i, end);
+  }
+  void oldest(int64_t count, int64_t* slots) const {
+    int32_t at = next[N];
+    for (int64_t r = 0; r < count; ++r, at = next[at]) slots[r] = at;
+  }
+
+ private:
+  void link(int32_t a, int32_t b) const {
+    next[a] = b;
+    previous[b] = a;
+  }
+};
+
+// The same slots by going over all times: for a single step that takes less than to make the list.
+inline void find_oldest(const int64_t* times, int64_t N, int64_t count, int64_t* slots) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    if (found == count && times[i] >= times[slots[count - 1]]) continue;
+    int64_t place = found < count ? found++ : count - 1;
+    for (; place > 0 && times[i] < times[slots[place - 1]]; --place) slots[place] = slots[place - 1];
+    slots[place] = i;
+  }
+}
+
+inline void shell_sort(int64_t* x, int64_t count) {
+  for (const int64_t gap : {1750, 701, 301, 132, 57, 23, 10, 4, 1})
+    for (int64_t i = gap; i < count; ++i) {
+      const int64_t value = x[i];
+      int64_t j = i;
+      for (; j >= gap && x[j - gap] > value; j -= gap) x[j] = x[j - gap];
+      x[j] = value;
+    }
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------------
+
+// What head r wrote: sigmoid(eta) sigmoid(alpha) to the slots read last, sigmoid(eta) sigmoid(-alpha) to the oldest.
+template <class T>
+struct WriteGates {
+  T gate, rest, write, closed;  // closed = 1 - write
+  WriteGates(T alpha, const T* eta) : write(1), closed(0) {
+    sigmoids(alpha, &gate, &rest);
+    if (eta) sigmoids(*eta, &write, &closed);
+  }
+};
+
+// Back through the read of one head, from the gradients of its read (or null) and of its weights [K], which are changed: adds to
+// the gradients of the memory [N][D], of the key and of beta.
+template <class T>
+void read_rows_backward(const T* rows, const int64_t* slots, const T* weights, int64_t K, int64_t D, const T* key, T beta,
+                        T eps, const T* grad_read, T* grad_weights, T* grad_memory, T* grad_key, T* grad_beta) {
+  T mean = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    if (grad_read) {
+      grad_weights[k] += dot_of(grad_read, rows + k * D, D);
+      add_scaled(grad_read, weights[k], D, grad_memory + slots[k] * D);
+    }
+    mean += weights[k] * grad_weights[k];
+  }
+  const T key_square = dot_of(key, key, D);
+  T grad_key_square = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    const T* row = rows + k * D;
+    const T grad_score = weights[k] * (grad_weights[k] - mean);
+    const T dot = dot_of(key, row, D), square = dot_of(row, row, D), inverse = T(1) / std::sqrt(key_square * square + eps);
+    *grad_beta += grad_score * dot * inverse;
+    const T grad_dot = grad_score * beta * inverse, grad_norms = T(-0.5) * grad_dot * dot * inverse * inverse;
+    grad_key_square += grad_norms * square;
+    T* grad_row = grad_memory + slots[k] * D;
+    add_scaled(key, grad_dot, D, grad_row);
+    add_scaled(row, 2 * grad_norms * key_square, D, grad_row);
+    add_scaled(row, grad_dot, D, grad_key);
+  }
+  add_scaled(key, 2 * grad_key_square, D, grad_key);
+}
+
+}  // namespace
+}  // namespace mann_fast

@@ -1,0 +1,94 @@
+"""Sparse access to a memory of many slots (Rae et al. 2016, arXiv 1610.09027, "SAM")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._state import check_size
+from ..ops import SparseState
+from ..ops._checks import check_eps
+from ..ops.sparse import check_threshold
+from ..ops.sparse_cell import sparse_cell
+from ..reference.cell import head_sizes, split_sparse_heads
+from .base import Memory, MemoryWeights
+from .lrua import VECTOR_GAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Memory):
+    """R heads that each read the K slots most like their key, and write to those that they read last and to one that nobody
+    accessed for longest (Rae et al. 2016, eqs. 5-6): for memories of up to millions of slots.
+
+    Of the layer's heads, in this order: keys and write vectors (R D each, through tanh), gates (R), sharpness (R, 1 + 10
+    softplus) and write gates (R). State: :class:`mann_fast.ops.SparseState`. What the layer keeps of a step for backward does
+    not grow with N.
+
+    ``return_weights`` gives the slots touched and no tensor of N numbers a step: read [T, B, R, K] at read_slots, write [T, B,
+    R, K + 1] at write_slots, the last of which is the one that was erased; where it is one of the others, both count.
+
+    Args:
+        num_slots, slot_size, num_heads: N, D and R.
+        num_reads: K, 1 <= K <= N.
+        threshold, eps: see :func:`mann_fast.ops.sparse_step`.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value.
+    """
+
+    num_reads: int = 4
+    threshold: float = 0.005
+    eps: float = 1e-6
+
+    fused = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_size("num_reads", self.num_reads, 1)
+        if self.num_reads > self.num_slots:
+            raise ValueError(f"num_reads must be at most num_slots = {self.num_slots}, got {self.num_reads}")
+        check_threshold(self.threshold)
+        check_eps(self.eps)
+
+    def head_sizes(self) -> list[int]:
+        return [*head_sizes(self.num_heads, self.slot_size, "separate", "learned"), self.num_heads]
+
+    def adjust_heads(self, weight: Tensor) -> None:
+        weight[: self.head_sizes()[0]] *= VECTOR_GAIN
+
+    def initial_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> SparseState:
+        sizes = (self.num_slots, self.slot_size, self.num_heads, self.num_reads)
+        return SparseState.initial(batch, *sizes, dtype=dtype, device=device)
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return split_sparse_heads(values, self.num_heads, self.slot_size)
+
+    def step(
+        self, state: SparseState, heads: tuple[Tensor, ...], record: bool = False
+    ) -> tuple[Tensor, SparseState, MemoryWeights | None]:
+        key, vector, gate, sharpness, write_gate = heads
+        before = state
+        reads, state = ops.sparse_step(
+            state, key, vector, gate, sharpness, write_gate, threshold=self.threshold, eps=self.eps
+        )
+        if not record:
+            return reads, state, None
+        oldest = torch.sort(before.last_access, dim=1, stable=True).indices[:, : self.num_heads]
+        gate, write_gate = (x.to(before.memory.dtype).unsqueeze(2) for x in (gate, write_gate))
+        shares = [torch.sigmoid(gate) * before.read_weights, torch.sigmoid(-gate)]
+        write = torch.sigmoid(write_gate) * torch.cat(shares, 2)
+        write_slots = torch.cat([before.read_slots, oldest.unsqueeze(2)], 2)
+        weights = MemoryWeights(
+            state.read_weights, write, None, read_slots=state.read_slots, write_slots=write_slots
+        )
+        return reads, state, weights
+
+    def cell(
+        self, *tensors: Any, controller: str, **sequences: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
+        options: dict[str, Any] = {"threshold": self.threshold, "eps": self.eps, **sequences}
+        return sparse_cell(*tensors, controller=controller, **options)

@@ -1,0 +1,281 @@
+"""Sparse access to a memory of many slots (Rae et al. 2016, arXiv 1610.09027): sparse_read, sparse_step, sparse_scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.sparse import SparseState
+from . import _backend, _checks
+from ._declare import Argument, Op, Option, Output
+from ._register import LIBRARIES, call, declare
+from ._sequences import NAMES, NO_SEQUENCES, may_look, raw_sequences
+from ._sequences import sequences as of_sequences
+from .content import EPS, MEMORY
+
+# The backends that have kernels; the others call the reference.
+KERNELS = ("cpp",)
+
+# N, which backward cannot see from what is kept: nothing of the memory's size is.
+NUM_SLOTS = Option("num_slots", "SymInt", 0)
+
+SPARSE_READ = declare(
+    Op(
+        "sparse_read",
+        arguments=(
+            MEMORY,
+            Argument("key", "B R D", like="memory", half=True),
+            Argument("sharpness", "B R", like="key", optional=True),
+        ),
+        options=(NUM_SLOTS, Option("num_reads", "SymInt", 1), EPS),
+        outputs=(
+            Output("read", "B R D", like="key"),
+            Output("slots", "B R num_reads", like="memory", integer=True, differentiable=False),
+            Output("weights", "B R num_reads", like="memory"),
+            Output("rows", "B R num_reads D", like="memory", kept=True),
+        ),
+        saved=("key", "sharpness", "weights", "slots", "rows"),
+        public=("sparse_read",),
+        extents=lambda sizes: {"N": sizes["num_slots"]},
+    )
+)
+
+STATE = (
+    MEMORY,
+    Argument("read_slots", "B R K", dtype=torch.int64, differentiable=False, within="slots"),
+    Argument("read_weights", "B R K", like="memory", within="shares", heads_in="N"),
+    Argument("last_access", "B N", dtype=torch.int64, differentiable=False, within="times"),
+    Argument("clock", "B", dtype=torch.int64, differentiable=False, within="times"),
+)
+
+
+def _inputs(steps: str) -> tuple[Argument, ...]:
+    return (
+        Argument("keys", f"{steps} B R D", like="memory", half=True),
+        Argument("write_vectors", f"{steps} B R D", like="keys"),
+        Argument("gate_logits", f"{steps} B R", like="keys"),
+        Argument("sharpness", f"{steps} B R", like="keys", optional=True),
+        Argument("write_gate_logits", f"{steps} B R", like="keys", optional=True),
+    )
+
+
+# Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased; anchor_every
+# only says whether it keeps them.
+SPARSE_SCAN = declare(
+    Op(
+        "sparse_scan",
+        arguments=(*STATE, *_inputs("T"), *of_sequences("T B")),
+        options=(NUM_SLOTS, Option("threshold", "float", 0.005, backward=False), EPS),
+        outputs=(
+            Output("reads", "T B R D", like="keys"),
+            Output("memory", "B N D", like="memory"),
+            Output("read_slots", "B R K", like="memory", integer=True, differentiable=False),
+            Output("read_weights", "B R K", like="memory"),
+            Output("last_access", "B N", like="memory", integer=True, differentiable=False),
+            Output("clock", "B", like="memory", integer=True, differentiable=False),
+            Output("oldest", "T B R", like="memory", kept=True, integer=True),
+            Output("slot_history", "T B R K", like="memory", kept=True, integer=True),
+            Output("weight_history", "T B R K", like="memory", kept=True),
+            Output("rows", "T B R K D", like="memory", kept=True),
+        ),
+        saved=(
+            *("read_slots", "read_weights", *(argument.name for argument in _inputs("T"))),
+            *(*NAMES, "oldest", "slot_history", "weight_history", "rows"),
+        ),
+        public=("sparse_step", "sparse_scan"),
+        interval=lambda values, backend: 1,
+        extents=lambda sizes: {"N": sizes["num_slots"]},
+    )
+)
+
+# For sparse_cell.py: they change a memory, a gradient and times that nobody else sees.
+LIBRARIES["cpp"].define(
+    "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
+    "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, float threshold, float eps) -> "
+    "(Tensor read, Tensor read_slots, Tensor read_weights, Tensor clock, Tensor oldest, Tensor rows)"
+)
+LIBRARIES["cpp"].define(
+    "sparse_step_backward_(Tensor? grad_read, Tensor(a!) grad_memory, Tensor? grad_weights, Tensor slots_before, "
+    "Tensor weights_before, Tensor key, Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, "
+    "Tensor oldest, Tensor slots, Tensor weights, Tensor rows, float eps) -> (Tensor grad_weights, Tensor grad_key, "
+    "Tensor grad_write_vector, Tensor grad_gate_logit, Tensor grad_sharpness, Tensor grad_write_gate_logit)"
+)
+
+# What the public functions take, named as their callers know it.
+PUBLIC = (*STATE, *_inputs("[T]"), *of_sequences("[T] B"))
+STATE_NAMES = tuple(f"state.{name}" for name in SparseState._fields)
+SCAN_NAMES = (*STATE_NAMES, *(argument.name for argument in _inputs("T")), *NAMES)
+STEP_NAMES = (*STATE_NAMES, "key", "write_vector", "gate_logit", "sharpness", "write_gate_logit", *NAMES)
+
+
+def sparse_read(
+    memory: Tensor, key: Tensor, sharpness: Tensor | None = None, *, num_reads: int, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the ``num_reads`` slots that are most like each key (Rae et al. 2016, section 3.1).
+
+    Of every head the K slots of greatest cosine ``dot(key, slot) / sqrt(|key|^2 |slot|^2 + eps)``, greatest first, equal ones
+    by number, NaN before all; ``weights = softmax over these of sharpness * cosine``; ``read = sum of weights * slots``.
+
+    Args:
+        memory: [B, N, D], float32 or float64; N, D >= 1.
+        key: [B, R, D], of the dtype of memory, or bfloat16 or float16 beside a float32 memory (computed in float32).
+        sharpness: [B, R] of key's dtype, or None for 1. It does not change which slots are read.
+        num_reads: K, 1 <= K <= N.
+        eps: added to the product of the squared norms; > 0.
+
+    Returns:
+        read [B, R, D] of key's dtype, slots int64 [B, R, K], weights [B, R, K] of memory's dtype. Differentiable once, with the
+        slots a constant: slots that are not read get a gradient of 0.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
+    """
+    tensors = memory, key, sharpness
+    sizes = _checks.check_tensors(SPARSE_READ.arguments, SPARSE_READ.names[:3], tensors)
+    if sizes["R"] < 1:
+        raise ValueError(f"key [B, R, D] must have at least one head, got {list(key.shape)}")
+    if isinstance(num_reads, bool) or not isinstance(num_reads, (int, torch.SymInt)):
+        raise TypeError(f"num_reads must be an int, got {type(num_reads).__name__}")
+    if not 1 <= num_reads <= sizes["N"]:
+        raise ValueError(f"num_reads must be within [1, N = {sizes['N']}], got {num_reads}")
+    _checks.check_eps(eps)
+    backend = _backend.serving(memory.device)
+    if backend not in KERNELS:
+        with _backend.without_autocast(memory.device.type):
+            return reference.sparse_read(memory, key, sharpness, num_reads=num_reads, eps=eps)
+    return call(SPARSE_READ, backend, *tensors, memory.shape[1], num_reads, float(eps))[:3]
+
+
+def _check_slots(slots: Tensor, num_slots: int) -> None:
+    """Within [0, N), where the values can be asked for: kernels take others for the nearest that there is."""
+    if may_look(slots) and slots.numel():
+        least, most = (int(x) for x in slots.aminmax())
+        if least < 0 or most >= num_slots:
+            raise ValueError(
+                f"state.read_slots must be within [0, N = {num_slots}), got {least if least < 0 else most}"
+            )
+
+
+def check_threshold(threshold: Any) -> None:
+    _checks.check_number("threshold", threshold)
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must be within [0, 1), got {threshold}")
+
+
+def _sparse(
+    state: SparseState,
+    inputs: tuple[Tensor | None, ...],
+    sequences: tuple[Tensor | None, ...] | None,
+    threshold: float,
+    eps: float,
+) -> tuple[Tensor, SparseState]:
+    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has."""
+    _checks.check_tuple("state", state, SparseState)
+    steps = sequences is not None
+    names = SCAN_NAMES if steps else STEP_NAMES
+    tensors = (*state, *inputs, *(sequences or NO_SEQUENCES))
+    sizes = _checks.check_tensors(PUBLIC, names, tensors, steps=steps)
+    if not 1 <= sizes["K"] <= sizes["N"]:
+        raise ValueError(
+            f"state.read_slots [B, R, K] must have 1 <= K <= N = {sizes['N']} slots, got {list(state[1].shape)}"
+        )
+    check_threshold(threshold)
+    _checks.check_eps(eps)
+    memory, keys = state[0], inputs[0]
+    _check_slots(state[1], memory.shape[1])
+    if sequences:
+        assert keys is not None
+        sequences = raw_sequences(memory, keys.shape[0], *sequences)
+    backend = _backend.serving(memory.device)
+    if backend not in KERNELS:
+        function: Any = reference.sparse_scan if steps else reference.sparse_step
+        options: dict[str, Any] = dict(zip(NAMES, sequences, strict=True)) if sequences else {}
+        with _backend.without_autocast(memory.device.type):
+            return function(SparseState(*state), *inputs, threshold=threshold, eps=eps, **options)
+    given = inputs if steps else [x if x is None else x.unsqueeze(0) for x in inputs]
+    reads, *after = call(
+        *(SPARSE_SCAN, backend, *state, *given, *(sequences or NO_SEQUENCES)),
+        *(memory.shape[1], float(threshold), float(eps), 0),
+    )[:6]
+    return reads if steps else reads.squeeze(0), SparseState(*after)
+
+
+def sparse_step(
+    state: SparseState,
+    key: Tensor,
+    write_vector: Tensor,
+    gate_logit: Tensor,
+    sharpness: Tensor | None = None,
+    write_gate_logit: Tensor | None = None,
+    *,
+    threshold: float = 0.005,
+    eps: float = 1e-6,
+) -> tuple[Tensor, SparseState]:
+    """One step of a memory with sparse access (Rae et al. 2016, arXiv 1610.09027, "SAM", eqs. 5-6).
+
+    Each of R heads reads K of the N slots, and writes to the K that it read at the step before and to one old one:
+
+    - ``oldest[r]``, r = 1..R: the R slots of least ``last_access``, equal ones by number;
+    - head r writes with weights ``sigmoid(write_gate_logit[r]) sigmoid(gate_logit[r]) read_weights[r]`` to its last slots and
+      ``sigmoid(write_gate_logit[r]) sigmoid(-gate_logit[r])`` to ``oldest[r]``; where that is one of those, with both;
+    - all of ``oldest`` are set to zero, then each head adds its weights times ``write_vector[r]``;
+    - it reads the new memory as :func:`sparse_read` does;
+    - ``clock += 1``, and ``last_access = clock`` of the slots whose read and write weights, summed over the heads, exceed
+      ``threshold``.
+
+    Args:
+        state: :class:`SparseState`: memory [B, N, D], float32 or float64; read_slots int64 [B, R, K], K different ones of each
+            head; read_weights [B, R, K]; last_access int64 [B, N]; clock int64 [B]; R and K at most N.
+        key, write_vector: [B, R, D], what each head looks for and writes; of the dtype of the memory, or bfloat16 or float16
+            beside a float32 memory (computed in float32).
+        gate_logit: [B, R], of key's dtype; sigmoid of it is the share written where the head read last.
+        sharpness: [B, R] of key's dtype, factor on the cosine; None for 1.
+        write_gate_logit: [B, R] of key's dtype; sigmoid of it is the factor on all of the write; None for 1.
+        threshold: within [0, 1).
+        eps: see :func:`sparse_read`.
+
+    Returns:
+        read [B, R, D] of key's dtype, and the new SparseState. Differentiable once in all but the integers; which slots are
+        written and read is a constant.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
+    """
+    return _sparse(state, (key, write_vector, gate_logit, sharpness, write_gate_logit), None, threshold, eps)
+
+
+def sparse_scan(
+    state: SparseState,
+    keys: Tensor,
+    write_vectors: Tensor,
+    gate_logits: Tensor,
+    sharpness: Tensor | None = None,
+    write_gate_logits: Tensor | None = None,
+    *,
+    threshold: float = 0.005,
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, SparseState]:
+    """T steps of :func:`sparse_step` in one call: the memory is copied once, and so is its gradient.
+
+    Backward keeps of every step the R K rows that were read, and nothing whose size depends on N.
+
+    Args:
+        state: as in :func:`sparse_step`.
+        keys, write_vectors: [T, B, R, D]; gate_logits, sharpness, write_gate_logits: [T, B, R]; T may be 0.
+        resets, lengths, start: as in :func:`lrua_scan`; a reset takes everything to ``SparseState.initial``, in time that
+            grows with N.
+
+    Returns:
+        reads [T, B, R, D] of keys' dtype, and the SparseState after the last step. T = 0 gives a copy of the state.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
+    """
+    inputs = (keys, write_vectors, gate_logits, sharpness, write_gate_logits)
+    return _sparse(state, inputs, (resets, lengths, start), threshold, eps)

@@ -1,0 +1,123 @@
+"""A whole sequence of a network with a sparse memory: controller, heads, and one memory that is changed in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from ..reference.cell import sparse_cell as by_steps
+from ..reference.sparse import SparseState
+from . import _backend
+from ._sequences import NAMES, may_look, raw_sequences
+from .sparse import sparse_step
+
+_RAW = torch.ops.mann_fast
+
+
+class _Step(torch.autograd.Function):
+    """A step in place. Its backward changes the memory's gradient in place, too: between two steps nobody else has it. After
+    the last one it is the caller's, and copied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        last: bool,
+        threshold: float,
+        eps: float,
+        memory: Tensor,
+        last_access: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        slots_before, weights_before, clock, *told = tensors
+        read, slots, weights, clock, oldest, rows = _RAW.sparse_step_(
+            memory, slots_before, weights_before, last_access, clock, *told, threshold, eps
+        )
+        ctx.mark_dirty(memory)
+        ctx.mark_non_differentiable(slots, clock)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(slots_before, weights_before, *told, oldest, slots, weights, rows)
+        ctx.last, ctx.eps, ctx.shape = last, eps, memory.shape
+        return read, memory, slots, weights, clock
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_read, grad_memory, _, grad_weights, _ = grads
+        tensors = ctx.saved_tensors
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "a MemoryLayer of sparse memory takes no batched gradients (is_grads_batched)"
+            )
+        if grad_memory is None:
+            grad_memory = tensors[1].new_zeros(ctx.shape)
+        elif ctx.last or not grad_memory.is_contiguous():
+            grad_memory = grad_memory.clone(memory_format=torch.contiguous_format)
+        of_weights, *of_told = _RAW.sparse_step_backward_(
+            grad_read, grad_memory, grad_weights, *tensors, ctx.eps
+        )
+        needed = ctx.needs_input_grad[3]
+        return None, None, None, grad_memory if needed else None, None, None, of_weights, None, *of_told
+
+
+def sparse_cell(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: SparseState,
+    reads: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    reads_weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    threshold: float = 0.005,
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
+    """As :func:`mann_fast.ops.cell`, with a sparse memory; for :class:`mann_fast.layers.Sparse`, which has checked what comes.
+
+    A loop of steps. On a CPU, in eager mode and without resets and lengths, the memory is copied once and then changed in
+    place, and so is its gradient; else each step copies it.
+    """
+    steps = gates.shape[0]
+    sequences = raw_sequences(memory.memory, steps, resets, lengths, start)
+    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    in_place = (
+        _backend.serving(gates.device) == "cpp"
+        and resets is None
+        and lengths is None
+        and steps > 0
+        and forward_ad._current_level < 0
+        and all(may_look(x) for x in (gates, reads, *memory))
+    )
+    step: Any = sparse_step
+    if in_place:
+        memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
+        taken = 0
+
+        def step(
+            state: SparseState, *told: Tensor, threshold: float, eps: float
+        ) -> tuple[Tensor, SparseState]:
+            nonlocal taken
+            taken += 1
+            options = (taken == steps, threshold, eps)
+            tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
+            read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
+            return read, SparseState(rows, slots, weights, state.last_access, clock)
+
+    with _backend.without_autocast(gates.device.type):
+        return by_steps(
+            *(gates, state, memory, reads, *weights),
+            controller=controller,
+            threshold=threshold,
+            eps=eps,
+            **dict(zip(NAMES, sequences, strict=True)),  # type: ignore[arg-type]
+            step=step,
+        )

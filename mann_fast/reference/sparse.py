@@ -1,0 +1,203 @@
+"""Sparse access to a memory of many slots (Rae et al. 2016, arXiv 1610.09027, "SAM"), eqs. 5-6 and section 3."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._state import START, State, check_initial
+from .sequences import Steps
+
+
+class SparseState(
+    NamedTuple(
+        "SparseState",
+        [
+            ("memory", Tensor),
+            ("read_slots", Tensor),
+            ("read_weights", Tensor),
+            ("last_access", Tensor),
+            ("clock", Tensor),
+        ],
+    ),
+    State,
+):
+    """What a sparse memory carries from one step to the next.
+
+    memory: [B, N, D], the slots, float32 or float64; read_slots: int64 [B, R, K], the K different slots that each head read
+    last, the most similar first; read_weights: [B, R, K], of memory's dtype, with what weights; last_access: int64 [B, N], the
+    clock when each slot was last accessed, -1 for never; clock: int64 [B], the number of steps taken. The integers carry no
+    gradient.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def initial(
+        cls,
+        batch: int,
+        num_slots: int,
+        slot_size: int,
+        num_heads: int,
+        num_reads: int,
+        *,
+        value: float = START,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SparseState:
+        """The state at the start of a sequence: every slot filled with ``value``, slot 0 alone read and accessed, at time 0.
+
+        Args:
+            batch, num_slots, slot_size, num_heads, num_reads: B, N, D, R and K; B may be 0, R and K at most N.
+            value: a number.
+            dtype: float32 or float64; by default torch's.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value.
+        """
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_initial(
+            "sparse",
+            value,
+            dtype,
+            batch=(batch, 0),
+            num_slots=(num_slots, 1),
+            slot_size=(slot_size, 1),
+            num_heads=(num_heads, 1),
+            num_reads=(num_reads, 1),
+        )
+        for name, size in (("num_heads", num_heads), ("num_reads", num_reads)):
+            if size > num_slots:
+                raise ValueError(f"{name} must be at most num_slots = {num_slots}, got {size}")
+        memory = torch.full((batch, num_slots, slot_size), value, dtype=dtype, device=device)
+        read_slots = torch.arange(num_reads, device=device).repeat(batch, num_heads, 1)
+        read_weights = torch.zeros(batch, num_heads, num_reads, dtype=dtype, device=device)
+        read_weights[:, :, 0] = 1
+        last_access = torch.full((batch, num_slots), -1, dtype=torch.int64, device=device)
+        last_access[:, 0] = 0
+        return cls(memory, read_slots, read_weights, last_access, last_access.new_zeros(batch))
+
+    def initial_like(self) -> SparseState:
+        """The start of a sequence of one sample, with the sizes, dtype and device of this state, which may lack the axis B."""
+        (slots, size), (heads, reads), memory = (
+            self.memory.shape[-2:],
+            self.read_slots.shape[-2:],
+            self.memory,
+        )
+        return self.initial(1, slots, size, heads, reads, dtype=memory.dtype, device=memory.device)
+
+
+def _rows(memory: Tensor, slots: Tensor) -> Tensor:
+    """The rows [B, R, K, D] of slots [B, R, K]."""
+    places = slots.flatten(1).unsqueeze(2).expand(-1, -1, memory.shape[2])
+    return memory.gather(1, places).unflatten(1, slots.shape[1:])
+
+
+def _cosine(rows: Tensor, key: Tensor, eps: float) -> Tensor:
+    """Of rows [B, R or 1, K, D] with keys [B, R, D]: [B, R, K]. Summed over D in one order, as content.similarity is."""
+    dot = (key.unsqueeze(2) * rows).sum(-1)
+    norms = (key * key).sum(-1).unsqueeze(2) * (rows * rows).sum(-1)
+    return dot * torch.rsqrt(norms + eps)
+
+
+def _read(
+    memory: Tensor, key: Tensor, sharpness: Tensor | None, num_reads: int, eps: float, slots: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read, slots and weights, in memory's dtype."""
+    if slots is None:  # a constant: nothing is kept of the slots that are not read
+        every = _cosine(memory.detach().unsqueeze(1), key.detach(), eps)
+        slots = torch.sort(every, dim=2, descending=True, stable=True).indices[:, :, :num_reads].contiguous()
+    rows = _rows(memory, slots)
+    cosine = _cosine(rows, key, eps)
+    weights = torch.softmax(cosine if sharpness is None else sharpness.unsqueeze(2) * cosine, dim=2)
+    return (weights.unsqueeze(3) * rows).sum(2), slots, weights
+
+
+def sparse_read(
+    memory: Tensor, key: Tensor, sharpness: Tensor | None = None, *, num_reads: int, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mann_fast.ops.sparse_read`."""
+    wide = [None if x is None else x.to(memory.dtype) for x in (key, sharpness)]
+    read, slots, weights = _read(memory, wide[0], wide[1], num_reads, eps, None)  # type: ignore[arg-type]
+    return read.to(key.dtype), slots, weights
+
+
+def sparse_step(
+    state: SparseState,
+    key: Tensor,
+    write_vector: Tensor,
+    gate_logit: Tensor,
+    sharpness: Tensor | None = None,
+    write_gate_logit: Tensor | None = None,
+    *,
+    threshold: float = 0.005,
+    eps: float = 1e-6,
+    slots: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, SparseState]:
+    """See :func:`mann_fast.ops.sparse_step`. ``slots``: oldest [B, R] and read slots [B, R, K], in place of the choices."""
+    memory, last_slots, last_weights, last_access, clock = state
+    dtype, heads = memory.dtype, key.shape[1]
+    vector, gate = write_vector.to(dtype), gate_logit.to(dtype)
+    oldest, read_slots = slots or (torch.sort(last_access, dim=1, stable=True).indices[:, :heads], None)
+
+    # The write (eq. 5): K slots of the step before, then the oldest, which may be one of them; then both weights count.
+    shares = [torch.sigmoid(gate).unsqueeze(2) * last_weights, torch.sigmoid(-gate).unsqueeze(2)]
+    if write_gate_logit is not None:
+        write_gate = torch.sigmoid(write_gate_logit.to(dtype)).unsqueeze(2)
+        shares = [write_gate * share for share in shares]
+    write_weights = torch.cat(shares, 2)
+    write_slots = torch.cat([last_slots, oldest.unsqueeze(2)], 2)
+    # By scattering rows, not weights over all slots, which a vector that is not finite would reach; and not in place.
+    memory = memory.scatter(1, oldest.unsqueeze(2).expand(-1, -1, memory.shape[2]), 0.0)
+    for head in range(heads):
+        rows = write_weights[:, head, :, None] * vector[:, head, None, :]
+        memory = memory.scatter_add(1, write_slots[:, head, :, None].expand_as(rows), rows)
+
+    beta = None if sharpness is None else sharpness.to(dtype)
+    read, read_slots, weights = _read(memory, key.to(dtype), beta, last_slots.shape[2], eps, read_slots)
+
+    none = torch.zeros_like(last_access, dtype=dtype)
+    total = none
+    for head in range(heads):  # heads in this order, so that every backend rounds alike
+        written = none.scatter_add(1, write_slots[:, head], write_weights[:, head].detach())
+        total = total + written.scatter_add(1, read_slots[:, head], weights[:, head].detach())
+    clock = clock + 1
+    last_access = torch.where(total > threshold, clock.unsqueeze(1), last_access)
+    return read.to(key.dtype), SparseState(memory, read_slots, weights, last_access, clock)
+
+
+def sparse_scan(
+    state: SparseState,
+    keys: Tensor,
+    write_vectors: Tensor,
+    gate_logits: Tensor,
+    sharpness: Tensor | None = None,
+    write_gate_logits: Tensor | None = None,
+    *,
+    threshold: float = 0.005,
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    slots: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, SparseState]:
+    """See :func:`mann_fast.ops.sparse_scan`. ``slots``: oldest [T, B, R] and read slots [T, B, R, K] to replay."""
+    if keys.shape[0] == 0:
+        return keys.clone(), state.clone()
+    sequences = Steps(resets, lengths, start)
+    reads: list[Tensor] = []
+    for t in range(keys.shape[0]):
+        given = (keys, write_vectors, gate_logits, sharpness, write_gate_logits)
+        before = state
+        read, state = sparse_step(
+            sequences.begin(t, before),
+            *sequences.inputs(t, *(None if x is None else x[t] for x in given)),
+            threshold=threshold,
+            eps=eps,
+            slots=None if slots is None else (slots[0][t], slots[1][t]),
+        )
+        state = SparseState(*sequences.end(t, state, before))
+        reads += sequences.outputs(t, read)
+    return torch.stack(reads), state

@@ -1,0 +1,152 @@
+"""MemoryLayer with sparse memory: in place where it may be, and the same as steps one by one."""
+
+import io
+
+import pytest
+import torch
+from cases import needs_cpp, served_by
+
+from mann_fast import MANN, MemoryLayer, ops
+from mann_fast.layers import Sparse
+
+SIZES = {"num_slots": 30, "slot_size": 5, "num_heads": 2, "num_reads": 3}
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return MemoryLayer(4, 6, addressing="sparse", dtype=torch.float64, **{**SIZES, **options})
+
+
+def run(layer, x, state=None, backend="tested", **sequences):
+    """Output, the state's tensors, and the gradients of parameters, x and the memory that came in."""
+    x = x.clone().requires_grad_()
+    state = state or layer.initial_state(x.shape[1])
+    memory = state.memory.memory.detach().clone().requires_grad_()
+    given = state._replace(memory=state.memory._replace(memory=memory))
+    with served_by(backend):
+        output, after = layer(x, given, **sequences)
+    loss = output.sin().sum() + after.memory.memory.square().sum() + after.memory.read_weights.sin().sum()
+    wanted = [*layer.parameters(), x, memory]
+    return [output, *after.flatten()], torch.autograd.grad(loss, wanted)
+
+
+def assert_close(actual, expected):
+    for x, y in zip((*actual[0], *actual[1]), (*expected[0], *expected[1]), strict=True):
+        assert x.shape == y.shape and (x - y).abs().max() < 1e-10
+
+
+@needs_cpp
+@pytest.mark.parametrize("controller", ["lstm", "gru", "feedforward"])
+def test_in_place_it_is_the_reference(controller):
+    layer, x = make(controller=controller), torch.randn(8, 3, 4, dtype=torch.float64)
+    state = layer(torch.randn(3, 3, 4, dtype=torch.float64))[1].detach()
+    kept = state.clone()
+    for given in (None, state):
+        assert_close(run(layer, x, given), run(layer, x, given, "reference"))
+    for x, y in zip(state.flatten(), kept.flatten(), strict=True):
+        assert torch.equal(x, y)  # what came in is as it was
+
+
+@needs_cpp
+def test_a_learned_start_gets_its_gradient():
+    layer, x = make(memory_start="learned"), torch.randn(8, 3, 4, dtype=torch.float64)
+    found = []
+    for backend in ("tested", "reference"):
+        with served_by(backend):
+            output, state = layer(x)
+        found.append(
+            torch.autograd.grad(output.sum() + state.memory.memory.sin().sum(), list(layer.parameters()))
+        )
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+@needs_cpp
+def test_backward_twice_and_in_part():
+    """The gradient of the memory is changed in place: nothing of one backward may be left for the next."""
+    layer, x = make(), torch.randn(6, 2, 4, dtype=torch.float64)
+    output, state = layer(x)
+    parameters = list(layer.parameters())
+    of_memory = torch.randn_like(state.memory.memory)
+    given = of_memory.clone()
+    twice = [
+        torch.autograd.grad(state.memory.memory, parameters, given, retain_graph=True, allow_unused=True)
+        for _ in range(2)
+    ]
+    assert torch.equal(given, of_memory)
+    for x, y in zip(*twice, strict=True):
+        assert torch.equal(x, y)
+    loss = output[2].square().sum()  # not of the last step
+    twice = [torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2)]
+    for x, y in zip(*twice, strict=True):
+        assert torch.equal(x, y)
+    (first,) = torch.autograd.grad(loss, parameters[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", [pytest.param("tested", marks=needs_cpp), "reference"])
+def test_resets_lengths_and_carried_states(backend):
+    layer, x = make(), torch.randn(7, 2, 4, dtype=torch.float64)
+    with served_by(backend), torch.no_grad():
+        whole, last = layer(x)
+        first, state = layer(x[:3])
+        second, state = layer(x[3:], state)
+        assert (torch.cat([first, second]) - whole).abs().max() < 1e-12
+        for a, b in zip(state.flatten(), last.flatten(), strict=True):
+            assert (a - b).abs().max() < 1e-12
+        resets = torch.zeros(7, 2, dtype=torch.bool)
+        resets[3, 1] = True
+        output, after = layer(x, resets=resets, lengths=torch.tensor([5, 7]))
+        assert (output[:5, 0] - whole[:5, 0]).abs().max() < 1e-12 and not output[5:, 0].any()
+        assert (output[3:, 1] - layer(x[3:, 1:])[0][:, 0]).abs().max() < 1e-12
+        assert after.memory.clock.tolist() == [5, 4]
+        anew = last.reset(torch.tensor([False, True]))
+        assert anew.memory.clock.tolist() == [7, 0]
+
+
+def test_weights_by_slots():
+    layer, x = make(), torch.randn(5, 2, 4, dtype=torch.float64)
+    output, state, weights = layer(x, return_weights=True)
+    assert torch.allclose(output, layer(x)[0])
+    assert weights.read.shape == weights.read_slots.shape == (5, 2, 2, 3)
+    assert weights.write.shape == weights.write_slots.shape == (5, 2, 2, 4)
+    assert torch.equal(weights.read_slots[-1], state.memory.read_slots)
+    assert torch.equal(weights.write_slots[1:, ..., :3], weights.read_slots[:-1])
+    assert weights.write_slots[0, 0, :, 3].tolist() == [1, 2] and weights.usage is None
+    # What was written, by hand: the first step's oldest slot holds its weight times the vector.
+    assert (weights.write.sum(3) <= 1).all()
+
+
+@pytest.mark.once
+def test_saved_trained_and_exported():
+    model = MANN(4, 3, 8, addressing="sparse", **SIZES)
+    buffer = io.BytesIO()
+    torch.save(model.layer(torch.randn(3, 2, 4))[1], buffer)
+    buffer.seek(0)
+    state = torch.load(buffer)
+    assert isinstance(state.memory, ops.SparseState)
+    assert isinstance(model.layer.memory, Sparse) and model.config["num_reads"] == 3
+    optimizer, x = torch.optim.Adam(model.parameters(), lr=1e-2), torch.randn(6, 4, 4)
+    losses = []
+    for _ in range(30):
+        loss = (model(x)[0] - x[..., :3].roll(1, 0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+    assert torch.allclose(program.module()(x)[0], model(x)[0], atol=1e-5)
+
+
+def test_bad_options():
+    for error, text, options in (
+        (ValueError, "num_reads must be at most num_slots = 30, got 31", {"num_reads": 31}),
+        (TypeError, "num_reads must be an int, got float", {"num_reads": 2.0}),
+        (ValueError, r"threshold must be within \[0, 1\), got 2", {"threshold": 2}),
+        (ValueError, "eps must be positive", {"eps": 0}),
+    ):
+        with pytest.raises(error, match=text):
+            make(**options)
