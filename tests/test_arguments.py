@@ -90,7 +90,7 @@ def calls():
 def replacements(value, name, kind):
     """Of every tensor in nested tuples, its name and the whole with another kind of tensor in its place."""
     if isinstance(value, torch.Tensor):
-        yield name, KINDS[kind](value)
+        yield name, KINDS[kind](value.float())  # there are none of integers
     elif isinstance(value, tuple):
         fields = getattr(value, "_fields", ("hidden", "cell"))
         for i, (field, part) in enumerate(zip(fields, value, strict=False)):

@@ -8,6 +8,7 @@ from cases import needs_cpp, served_by
 
 from mann_fast import MANN, MemoryLayer, ops
 from mann_fast.layers import Sparse
+from mann_fast.training.trace import slots_of
 
 SIZES = {"num_slots": 30, "slot_size": 5, "num_heads": 2, "num_reads": 3}
 
@@ -150,3 +151,35 @@ def test_bad_options():
     ):
         with pytest.raises(error, match=text):
             make(**options)
+
+
+def test_a_trace_shows_all_slots():
+    layer, x = make(), torch.randn(5, 2, 4, dtype=torch.float64)
+    slots = slots_of(layer(x, return_weights=True)[2], 30)
+    assert slots.read.shape == slots.written.shape == (5, 30)
+    assert torch.allclose(slots.read.sum(1), torch.full((5,), 2.0, dtype=torch.float64))
+    assert (slots.written > 0).sum(1).min() >= 3
+
+
+@pytest.mark.once
+def test_compiled():
+    layer, x = make(), torch.randn(2, 2, 4, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    parameters = list(layer.parameters())
+    for a, b in zip(
+        torch.autograd.grad(compiled(x)[0].sin().sum(), parameters),
+        torch.autograd.grad(layer(x)[0].sin().sum(), parameters),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-10
+
+
+@needs_cpp
+def test_samples_mapped_over():
+    """vmap goes by steps that copy, per-sample gradients too."""
+    layer, x = make(), torch.randn(4, 3, 4, dtype=torch.float64)
+    loss = lambda x: layer(x)[0].sin().sum()  # noqa: E731
+    each = torch.func.vmap(torch.func.grad(loss), 1, 1)(x)
+    leaf = x.clone().requires_grad_()
+    assert (each - torch.autograd.grad(loss(leaf), leaf)[0]).abs().max() < 1e-10
