@@ -54,5 +54,9 @@ def load_data(config: TrainConfig, source: str | None = None) -> Dataset:
     the classes that training held out.
     """
     return load_dataset(
-        source or config.data, image_size=config.image_size, ways=config.ways, shots=config.shots
+        source or config.data,
+        image_size=config.image_size,
+        colour=config.colour,
+        ways=config.ways,
+        shots=config.shots,
     )

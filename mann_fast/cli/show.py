@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     source = args.data or config.data
     episode = heldout_episodes(config, source, args.episode).sample(1)
     found = trace(restore_model(content), episode, config.labels)
-    images = episode.inputs[:, 0, : config.image_size**2].unflatten(1, (config.image_size, config.image_size))
+    images = episode.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
     out = args.out or Path(f"episode-{args.episode}.png")
     plot_episode(
         out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"

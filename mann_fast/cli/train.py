@@ -14,6 +14,7 @@ from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
+from ..models.encoders import ENCODERS
 from ..ops.cell import CONTROLLERS
 from ..training import (
     BabiConfig,
@@ -30,7 +31,16 @@ from ..training import (
     summarise_task,
 )
 from ..training import train as train_loop
-from ..training.config import BABI, LABELS, MODELS, REPAIRS, RunConfig, config_kind
+from ..training.config import (
+    BABI,
+    ENCODER_DEFAULTS,
+    LABELS,
+    MODELS,
+    NO_ENCODER,
+    REPAIRS,
+    RunConfig,
+    config_kind,
+)
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, require_no_run
 from ._options import load_data
@@ -103,7 +113,19 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--image-size",
         type=int,
         metavar="N",
-        help=f"pixels; images are resized to N x N (default: {default.image_size})",
+        help=f"pixels; images are resized to N x N (default: {default.image_size}; with an encoder "
+        f"conv4 {ENCODER_DEFAULTS['conv4']['image_size']})",
+    )
+    setting(
+        "--colour",
+        action=argparse.BooleanOptionalAction,
+        help="images in red, green and blue (default: grey)",
+    )
+    setting(
+        "--encoder",
+        choices=(NO_ENCODER, *ENCODERS),
+        help="what every image goes through before the memory's controller: conv4, the Conv-4 of Snell et al. 2017 (default: "
+        f"{default.encoder}: the controller sees the pixels)",
     )
     setting(
         "--length",
@@ -211,7 +233,7 @@ def configured(args: argparse.Namespace) -> RunConfig:
         return BabiConfig(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
-    return TrainConfig(**given)
+    return TrainConfig.of_encoder(**{"encoder": NO_ENCODER, **given})
 
 
 def train_and_report(

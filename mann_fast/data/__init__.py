@@ -5,7 +5,7 @@ from .episodes import Episode, Episodes, encode_inputs, num_outputs
 from .fetch import FetchError, cache_folder, fetch_omniglot
 from .folder import image_files, load_folder
 from .glyphs import generate_glyphs
-from .images import ClassImages, load_images, read_grey
+from .images import ClassImages, load_images, read_grey, read_image
 from .omniglot import load_omniglot
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "load_omniglot",
     "num_outputs",
     "read_grey",
+    "read_image",
     "split_classes",
 ]

@@ -29,6 +29,7 @@ def load_dataset(
     source: str | Path,
     *,
     image_size: int = 20,
+    colour: bool = False,
     seed: int = 0,
     ways: int = 5,
     shots: int = 10,
@@ -40,26 +41,29 @@ def load_dataset(
     and evaluation parts, fetched into the cache folder if they are not there. A path: Omniglot's archives or
     folders, split likewise; or a folder with one sub-folder of images per class, of which a fifth, but at
     least ``ways``, are set aside to test on: the same ones for the same ``seed``, so evaluate with the seed
-    of the training. ``invert`` as in ``load_folder``.
+    of the training. ``colour`` and ``invert`` as in ``load_folder``.
 
     Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
     one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
     """
     if source == "glyphs":
         train, test = GLYPH_CLASSES
+        if colour:
+            raise ValueError("colour must be False for glyphs, which are black and white")
         classes = generate_glyphs(train + test, max(20, shots), image_size=image_size, seed=seed)
         parts = classes.select(range(train)), classes.select(range(train, train + test))
         kind = "glyphs"
     elif source == "omniglot" or any(find_part(source, part) for part in ALPHABETS):
         path = fetch_omniglot() if source == "omniglot" else source
         parts = tuple(
-            load_omniglot(path, part, image_size=image_size) for part in ("background", "evaluation")
+            load_omniglot(path, part, image_size=image_size, colour=colour)
+            for part in ("background", "evaluation")
         )
         kind = "omniglot"
     else:
         if not expand_user(source).exists():
             raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
-        classes = load_folder(source, image_size=image_size, min_images=shots, invert=invert)
+        classes = load_folder(source, image_size=image_size, colour=colour, min_images=shots, invert=invert)
         parts = split_classes(classes, ways=ways, seed=seed)
         kind = "folder"
     for part in parts:

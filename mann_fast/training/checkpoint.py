@@ -26,7 +26,7 @@ from torch.utils.serialization import config as serialization
 from ..data import num_outputs
 from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
-from .config import BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
+from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -197,7 +197,7 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
     if isinstance(config, TrainConfig):
         _part(content, "data.drawn", bool)
         outputs = num_outputs(config.ways, config.labels)
-        needed |= {"input_size": config.image_size**2 + outputs, "num_classes": outputs}
+        needed |= {"input_size": math.prod(config.image_shape) + outputs, "num_classes": outputs}
     elif isinstance(config, BabiConfig):
         words = _part(content, "vocabulary", list)
         if not all(isinstance(word, str) for word in words):
@@ -207,6 +207,8 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
         task = TASKS[config.task]
         needed |= {"input_size": task.input_size, "num_classes": task.output_size}
     if config.model == "mann":
+        if isinstance(config, TrainConfig):
+            needed |= encoder_options(config)
         needed |= {"num_slots": config.slots, "slot_size": config.slot_size, "num_heads": config.heads}
         if isinstance(config, MemoryConfig):
             needed |= {"controller": config.controller, **config.memory_options}
@@ -274,6 +276,13 @@ def _require_tensors(where: str, found: dict[Any, Any], expected: dict[str, Tens
             raise ValueError(f"{where}.{name} has numbers that are not finite")
 
 
+def encoder_options(config: TrainConfig) -> dict[str, Any]:
+    """Of MANN."""
+    if config.encoder == NO_ENCODER:
+        return {"encoder": None, "image_shape": None}
+    return {"encoder": config.encoder, "image_shape": list(config.image_shape)}
+
+
 def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
@@ -281,7 +290,8 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
     if isinstance(config, MemoryConfig):
         options = {"controller": config.controller, **config.memory_options}
     else:
-        options = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
+        options = encoder_options(config)
+        options["write_target"] = "shared"  # takes off in fewer steps than "per_head": docs/omniglot.md
     return MANN(
         input_size,
         num_outputs,
