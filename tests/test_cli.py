@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mann_fast
+import mann_fast.learner
 from mann_fast import cli
 from mann_fast.cli import demo, doctor
 from mann_fast.cli._explain import PUBLIC
@@ -406,10 +407,10 @@ def test_predict_reads_drawings_as_ink_and_photographs_as_they_are(
     def read(checkpoint, folder):
         seen = []
         monkeypatch.setattr(
-            cli.predict,
-            "predict",
+            mann_fast.learner,
+            "predict_by_order",
             lambda model, config, examples, classes, images, **options: (
-                seen.extend([examples.int(), images.int()]) or torch.ones(1, 3) / 3
+                seen.extend([examples.int(), images.int()]) or torch.ones(1, 1, 3) / 3
             ),
         )
         cli.predict.classify(checkpoint, folder, [folder / "class1" / "1.png"])

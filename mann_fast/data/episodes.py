@@ -89,6 +89,16 @@ class Episodes:
 
         Raises ValueError where batch is no integer of at least 0.
         """
+        pixels, label, instance = self.sample_images(batch, part)
+        strings = self._strings(batch)[torch.arange(batch)[part], label] if self.labels == "string" else None
+        targets = label if strings is None else strings
+        previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
+        return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
+
+    def sample_images(self, batch: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """The images of a batch, [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255; which
+        of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As :meth:`sample`.
+        """
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
             raise ValueError(f"batch must be an integer of at least 0, got {batch!r}")
         self._seed_in_worker()
@@ -104,10 +114,7 @@ class Episodes:
         pixels = self._pixels[images.flatten()].view(*images.shape, *self._image_shape)
         if self.augment:
             pixels = self._augmented(pixels, 2 * self._uniform(self.length, batch, 6)[:, part] - 1)
-        targets = self._strings(batch)[torch.arange(batch), label] if self.labels == "string" else label
-        targets = targets[:, part]
-        previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
-        return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
+        return pixels, label[:, part], instance
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is needed to go on with exactly the episodes that would have come next."""
