@@ -753,3 +753,42 @@ def test_the_package_is_light_until_a_command_runs():
 
 def test_version(capsys):
     assert call(capsys, "--version")[1] == f"mann-fast {mann_fast.__version__}\n"
+
+
+# encoders and the field's protocol
+
+
+def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path, pictures, support):
+    out = tmp_path / "conv"
+    sizes = {**dict(zip(SIZES[::2], SIZES[1::2], strict=True)), "--image-size": 16}
+    settings = [part for pair in sizes.items() for part in pair]
+    arguments = ["--data", pictures, "--out", out, "--encoder", "conv4", "--colour", "--steps", 1, *settings]
+    status, _, errors = call(capsys, "train", *arguments)
+    assert status == 0 and "MANN (conv4, 16 x 16) on" in errors
+    content = load_checkpoint(out)
+    assert content["model"]["config"]["image_shape"] == [3, 16, 16]
+    assert call(capsys, "show", "--checkpoint", out, "--out", tmp_path / "episode.png")[0] == 0
+    images = sorted((support / "class1").glob("*.png"))
+    status, printed, _ = call(capsys, "predict", "--checkpoint", out, "--support", support, *images, "--json")
+    assert status == 0 and len(json.loads(printed)["predictions"]) == len(images)
+    status, _, errors = call(
+        capsys, "train", "--data", pictures, "--out", tmp_path / "l", "--encoder", "conv4", "--model", "lstm"
+    )
+    assert status == 2 and "encoder must be 'none' with model lstm" in errors
+
+
+def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
+    arguments = ["--checkpoint", run_folder, "--episodes", 5, "--out", tmp_path]
+    status, _, errors = call(capsys, "evaluate", *arguments, "--protocol", "2-way-1-shot")
+    assert status == 2 and "2-way-1-shot cannot be measured: a class needs 16 images" in errors
+    status, _, errors = call(capsys, "evaluate", *arguments, "--protocol", "often")
+    assert status == 2 and "a protocol must be such as 5-way-1-shot" in errors
+    status, printed, errors = call(
+        capsys, "evaluate", *arguments, "--data", "glyphs", "--protocol", "3-way-2-shot"
+    )
+    assert status == 0 and re.search(r"3-way-2-shot .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
+    (found,) = json.loads((tmp_path / "evaluation.json").read_text())["protocols"]
+    assert found["protocol"] == "3-way-2-shot" and found["low"] <= found["mean"] <= found["high"]
+    status, printed, errors = call(capsys, "evaluate", *arguments, "--protocol", "all")
+    assert status == 0 and "N-way K-shot" not in printed
+    assert "5-way-1-shot is left out: the model was trained to tell 3 classes apart" in errors

@@ -121,8 +121,9 @@ class MANN(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as for a new model; the encoder's where its modules have ``reset_parameters``."""
         for module in () if self.encoder is None else self.encoder.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         self.layer.reset_parameters()
         self.classifier.reset_parameters()
         self._adjust_parameters()
