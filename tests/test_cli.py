@@ -335,7 +335,7 @@ def test_evaluate_on_other_data_beside_the_checkpoint(capsys, tmp_path, run_fold
         capsys, "evaluate", "--checkpoint", run_folder, "--data", other, "--episodes", 20
     )
     assert status == 0
-    assert "3 held-out classes, 20 episodes" in " ".join(printed.split())
+    assert ": 7 classes, 20 episodes" in " ".join(printed.split())
     assert re.search(r"2nd .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
     assert f"picture: {run_folder / 'evaluation.png'}" in printed
 
@@ -792,3 +792,21 @@ def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
     status, printed, errors = call(capsys, "evaluate", *arguments, "--protocol", "all")
     assert status == 0 and "N-way K-shot" not in printed
     assert "5-way-1-shot is left out: the model was trained to tell 3 classes apart" in errors
+
+
+def test_advice_fits_what_was_learned():
+    from mann_fast.cli.train import advice
+    from mann_fast.training import SequenceConfig
+
+    config = TrainConfig(ways=5)
+    guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.3]}}
+    assert advice(config, guessing).startswith(
+        "learning did not start: the 2nd image of a class is right 25.0%"
+    )
+    later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637]}}
+    said = advice(config, later)
+    assert said.startswith("learning has started but is not far: the 2nd") and "the 3rd 63.7%" in said
+    assert "another --lr" not in said
+    copy = SequenceConfig()
+    assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "guess": 4.0}]})
+    assert "has started" in advice(copy, {"results": [{"mean": 2.1, "guess": 4.0}]})

@@ -90,3 +90,50 @@ def test_unknown_source():
         FileNotFoundError, match="glyph does not exist; expected 'glyphs', 'omniglot' or a path"
     ):
         load_dataset("glyph")
+
+
+def write_classes(folder, names, images=2, value=0):
+    for at, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(images):
+            pixels = np.full((4, 4), value, np.uint8)
+            pixels[1 + at % 2, 1 + i] = 100
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("others", "tested"), [(("val", "test"), "test"), (("val",), "val"), (("test",), "test")]
+)
+def test_a_split_that_others_have_made_is_kept(tmp_path, others, tested):
+    write_classes(tmp_path / "train", ["a", "b"], value=250)
+    for part in others:
+        write_classes(tmp_path / part, [f"{part}1", f"{part}2"], value=250)
+    data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)
+    assert data.train.names == ("a", "b") and data.test.names == (f"{tested}1", f"{tested}2")
+    assert data.kind == "folder" and data.train.inverted and data.test.inverted
+
+
+def test_parts_that_share_classes_are_put_together(tmp_path):
+    names = [f"class{at}" for at in range(4)]
+    write_classes(tmp_path / "train", names, images=2)
+    write_classes(tmp_path / "test", names, images=1)
+    data = quiet(lambda: load_dataset(tmp_path, ways=2, shots=3, image_size=4))
+    assert sorted(data.train.names + data.test.names) == names
+    assert data.train.counts.tolist() == data.test.counts.tolist() == [3, 3]
+    with pytest.raises(ValueError, match="at least 4 images: 'class"):
+        quiet(lambda: load_dataset(tmp_path, ways=2, shots=4, image_size=4))
+
+
+def test_alphabets_of_characters_are_classes(tmp_path):
+    for alphabet in ("Greek", "Latin"):
+        write_classes(tmp_path / alphabet, ["character01", "character02"])
+    data = quiet(lambda: load_dataset(tmp_path, ways=2, shots=2, image_size=4))
+    assert sorted(data.train.names + data.test.names) == [
+        f"{alphabet}/character0{n}" for alphabet in ("Greek", "Latin") for n in (1, 2)
+    ]
+
+
+def quiet(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
-from ..data import Dataset, Episodes, load_dataset
+from ..data import ClassImages, Dataset, Episodes, load_dataset
+from ..data.datasets import TooFewClasses
 from ..data.images import expand_user
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
+from ..training.trainer import fingerprint
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +32,30 @@ def add_heldout_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DATA",
         help="glyphs, omniglot, or a folder (default: what the model was trained on); "
-        "only its held-out classes are used",
+        "only its held-out classes are used, of a folder that is not the training data all",
     )
 
 
-def heldout_episodes(config: TrainConfig, source: str, seed: int) -> Episodes:
-    """Episodes of the configured kind from the held-out classes of a dataset."""
-    classes = load_data(config, source).test
+def heldout_episodes(content: dict[str, Any], source: str | None, seed: int) -> Episodes:
+    """Episodes of the configured kind from classes that the model of a checkpoint was not trained on: the held-out ones of
+    its data; of another folder of images all.
+    """
+    config = content["config"]
+    classes = unseen_classes(content, source) if source else load_data(config).test
     return Episodes(classes, ways=config.ways, shots=config.shots, labels=config.labels, seed=seed)
+
+
+def unseen_classes(content: dict[str, Any], source: str) -> ClassImages:
+    config = content["config"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only .* to train on")  # nothing is trained
+        try:
+            data = load_data(config, source)
+        except TooFewClasses as error:
+            return error.classes
+    if data.kind != "folder" or fingerprint(data) == content["data"].get("fingerprint"):
+        return data.test
+    return ClassImages.merged([data.train, data.test])
 
 
 def say_which_model(checkpoint: Path) -> None:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(config, BabiConfig):
         return evaluate_babi(args, content)
     source = args.data or config.data
-    episodes = heldout_episodes(config, source, args.seed)
+    episodes = heldout_episodes(content, args.data, args.seed)
     protocols = chosen_protocols(args.protocol, config, episodes.classes)
     classes, model = episodes.classes.num_classes, restore_model(content)
     accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     }
     from ._report import print_accuracy, print_protocols
 
-    measured = f"{classes} held-out classes, {args.episodes:,} episodes"
+    measured = f"{classes} {'classes' if args.data else 'held-out classes'}, {args.episodes:,} episodes"
     heading = f"{title}, step {content['step']}: {measured}"
 
     def tables() -> None:

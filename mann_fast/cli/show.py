@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.length is not None:
         raise ValueError("--length belongs to a model of a sequence task")
     source = args.data or config.data
-    episode = heldout_episodes(config, source, args.episode).sample(1)
+    episode = heldout_episodes(content, args.data, args.episode).sample(1)
     found = trace(restore_model(content), episode, config.labels)
     images = episode.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
     out = args.out or Path(f"episode-{args.episode}.png")

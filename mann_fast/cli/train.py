@@ -43,6 +43,7 @@ from ..training.config import (
 )
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, require_no_run
+from ..training.plots import ordinal
 from ._options import load_data
 from ._signals import StopSignals
 
@@ -290,12 +291,28 @@ def train_and_report(
     if not quiet:
         print_summary(config, summary)
     if not summary["learned"]:
-        print(
-            f"mann-fast: warning: learning did not start: {unlearned(config, summary)}; "
-            "give it more --steps, or another --lr or --seed",
-            file=sys.stderr,
-        )
+        print(f"mann-fast: warning: {advice(config, summary)}", file=sys.stderr)
     return 0, summary
+
+
+BETTER = 0.9  # of a guess's errors: learning has started
+
+
+def advice(config: RunConfig, summary: dict[str, Any]) -> str:
+    """What a run that has not learned lacks: a start, or only steps."""
+    if isinstance(config, TrainConfig):
+        mean = summary["heldout_accuracy"]["mean"]
+        started = max(mean) > config.learned_above
+    else:
+        errors = [(result.get("mean", result.get("error")), result["guess"]) for result in summary["results"]]
+        started = any(error < BETTER * guess for error, guess in errors)
+    if not started:
+        return f"learning did not start: {unlearned(config, summary)}; give it more --steps, or another --lr or --seed"
+    best = ""
+    if isinstance(config, TrainConfig):
+        at = max(range(len(mean)), key=mean.__getitem__)
+        best = f", the {ordinal(at + 1)} {mean[at]:.1%}"
+    return f"learning has started but is not far: {unlearned(config, summary)}{best}; give it more --steps"
 
 
 def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from .images import (
     shortened,
 )
 
+PARTS = ("train", "val", "valid", "test")  # folders of classes, in data that others have split
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
@@ -30,7 +31,8 @@ def load_folder(
     min_images: int = 1,
     invert: bool | None = None,
 ) -> ClassImages:
-    """Every sub-folder of ``path`` is a class, named like it, of the images that lie in it; sorted by name.
+    """Every sub-folder of ``path`` is a class, named like it, of the images that lie in it; sorted by name. Where all images
+    lie a folder deeper, as in ALPHABET/characterNN, the classes are those, named by both.
 
     A file is an image by its suffix in any case (PNG, JPEG, WebP, GIF, BMP, TIFF, PGM and its kin, AVIF; HEIC
     where pillow-heif is installed) or because it begins as PNG and JPEG files do. Other files are passed over,
@@ -53,6 +55,11 @@ def load_folder(
         )
     folders = class_folders(path)
     files = {folder: image_files(folder) for folder in folders}
+    if not any(files.values()) and not any(folder.name in PARTS for folder in folders):
+        outer, folders = folders, [inner for folder in folders for inner in class_folders(folder)]
+        files = {folder: image_files(folder) for folder in folders}
+        if not any(files.values()):
+            folders = outer
     if not any(files.values()):
         raise ValueError(f"{path} has no sub-folder with images in it; {_what_is_there(path, folders)}")
     warn_of_others(folders)
@@ -66,7 +73,7 @@ def load_folder(
     for file in read:
         counts[file.parent] += 1
     starts = torch.tensor([0, *counts.values()]).cumsum(0)
-    classes = ClassImages(images, starts, tuple(folder.name for folder in folders), inverted)
+    classes = ClassImages(images, starts, tuple(f.relative_to(path).as_posix() for f in folders), inverted)
     classes.require(min_images, f"add images in {path}, remove these folders, or lower the number (--shots)")
     return classes
 

@@ -100,6 +100,18 @@ class ClassImages:
         counts = torch.tensor([0, *map(len, groups.values())])
         return cls(torch.from_numpy(images), counts.cumsum(0), tuple(groups), inverted)
 
+    @classmethod
+    def merged(cls, parts: Sequence[ClassImages]) -> ClassImages:
+        """The classes of all parts, sorted by name; those of one name are one class."""
+        groups: dict[str, list[Tensor]] = {}
+        for part in parts:
+            for name, start, end in zip(part.names, part.starts[:-1], part.starts[1:], strict=True):
+                groups.setdefault(name, []).append(part.images[start:end])
+        names = tuple(sorted(groups))
+        counts = torch.tensor([0, *(sum(map(len, groups[name])) for name in names)])
+        images = torch.cat([images for name in names for images in groups[name]])
+        return cls(images, counts.cumsum(0), names, parts[0].inverted)
+
     @property
     def num_classes(self) -> int:
         """C, the number of classes."""
