@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .data.images import expand_user, is_light
 from .data.pictures import as_pixels
@@ -52,6 +54,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         orders: how many random orders of the examples (and assignments of labels to classes) an answer is the mean of, at
             least 1. One alone is noise.
         random_state: seed of the orders. The same examples and seed give the same answers.
+        encoder: where the model was trained with an encoder of your own, a new module of that kind.
 
     Attributes:
         classes_: the labels that it has learned, [C], sorted where they can be, else as they came first.
@@ -68,11 +71,17 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
     """
 
     def __init__(
-        self, checkpoint: str | os.PathLike | None = None, *, orders: int = 8, random_state: int = 0
+        self,
+        checkpoint: str | os.PathLike | None = None,
+        *,
+        orders: int = 8,
+        random_state: int = 0,
+        encoder: nn.Module | None = None,
     ):
         self.checkpoint = checkpoint
         self.orders = orders
         self.random_state = random_state
+        self.encoder = encoder
 
     @classmethod
     def load(cls, checkpoint: str | os.PathLike | None = None, **options: Any) -> FewShotLearner:
@@ -219,9 +228,14 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """The model, its settings among it, and not what was learned: for that, pickle the learner."""
-        save_weights(save_directory / WEIGHTS, self._content())
+        content = self._content()
+        data = Path(content["config"].data).name  # where it lay on this machine is nobody else's business
+        save_weights(
+            save_directory / WEIGHTS, {**content, "config": dataclasses.replace(content["config"], data=data)}
+        )
         settings = self.get_params()
-        del settings["checkpoint"]  # a path of this machine
+        for name in ("checkpoint", "encoder"):  # a path of this machine, and code
+            del settings[name]
         write_json(save_directory / SETTINGS, settings)
 
     @classmethod
@@ -237,13 +251,16 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
 
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""
-        if "_loaded" not in self.__dict__ or self._loaded[0] != self.checkpoint:
+        if "_loaded" not in self.__dict__ or self._loaded[0] != (self.checkpoint, self.encoder):
             content = load_checkpoint(PRETRAINED if self.checkpoint is None else expand_user(self.checkpoint))
             if not isinstance(content["config"], TrainConfig):
                 raise ValueError(
                     f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"
                 )
-            self._model, self._loaded = restore_model(content), (self.checkpoint, content)
+            self._model, self._loaded = (
+                restore_model(content, self.encoder),
+                ((self.checkpoint, self.encoder), content),
+            )
         return self._loaded[1]
 
     def _require_learned(self) -> None:

@@ -799,11 +799,11 @@ def test_advice_fits_what_was_learned():
     from mann_fast.training import SequenceConfig
 
     config = TrainConfig(ways=5)
-    guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.3]}}
+    guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.45], "low": [0.15, 0.2, 0.3]}}
     assert advice(config, guessing).startswith(
         "learning did not start: the 2nd image of a class is right 25.0%"
     )
-    later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637]}}
+    later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637], "low": [0.18, 0.33, 0.61]}}
     said = advice(config, later)
     assert said.startswith("learning has started but is not far: the 2nd") and "the 3rd 63.7%" in said
     assert "another --lr" not in said

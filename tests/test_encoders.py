@@ -9,7 +9,7 @@ from torch import nn
 from mann_fast import MANN
 from mann_fast.data import Dataset, Episodes, generate_glyphs
 from mann_fast.data.images import ClassImages
-from mann_fast.models.encoders import Conv4
+from mann_fast.models.encoders import Conv4, make_own
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.loop import resume_run, start_run, train
@@ -156,9 +156,60 @@ def test_episodes_of_colour_hold_every_channel():
 def test_settings_refuse_an_encoder_where_it_does_not_fit():
     assert TrainConfig.of_encoder("conv4").image_size == 28
     assert math.prod(TrainConfig.of_encoder("conv4", colour=True, image_size=32).image_shape) == 3 * 32 * 32
-    with pytest.raises(ValueError, match="encoder must be one of none, conv4, got 'resnet'"):
+    with pytest.raises(
+        ValueError, match="encoder must be one of none, conv4 or MODULE:FACTORY, got 'resnet'"
+    ):
         TrainConfig(encoder="resnet")
     with pytest.raises(ValueError, match="encoder must be 'none' with model lstm"):
         TrainConfig(encoder="conv4", model="lstm")
     with pytest.raises(ValueError, match="sides of at least 16"):
         TrainConfig(encoder="conv4", image_size=8)
+
+
+class Own(nn.Sequential):
+    """With a batch norm, whose buffers are no parameters."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self[0].bias.requires_grad_(False)  # a frozen one stays as it is
+
+
+def test_an_encoder_of_ones_own_in_a_checkpoint(tmp_path):
+    """The file does not run it: who loads the model gives the module."""
+    own = f"{__name__}:Own"
+    config, data = TrainConfig(**{**TINY, "encoder": own}), dataset()
+    whole = Trainer(config, data)
+    losses = [whole.train_step().loss for _ in range(2)]
+    first = start_run(config, data, tmp_path)
+    train(first, tmp_path, stop=lambda: first.step == 1)
+    assert resume_run(config, data, tmp_path).train_step().loss == losses[1]
+    content = load_checkpoint(tmp_path)
+    model = restore_model(content, Own())
+    torch.manual_seed(config.seed)
+    assert torch.equal(model.encoder[0].bias, Own()[0].bias)
+    x = torch.rand(3, 1, 3 * 256 + 2)
+    assert torch.equal(model(x)[0], first.model.eval()(x)[0])
+    with pytest.raises(ValueError, match=f"was trained with the encoder {own}: name it again"):
+        restore_model(content)
+    with pytest.raises(ValueError, match="encoder must have the parameters .*encoder.0.bias"):
+        restore_model(content, nn.Sequential(nn.Conv2d(3, 4, 5, stride=4, bias=False), nn.Flatten()))
+    with pytest.raises(ValueError, match="was trained with the encoder none: leave it out"):
+        restore_model(load_checkpoint(), Own())
+    raw = first.state_dict()
+    broken = {name: x.clone() for name, x in raw["model"]["state"].items()}
+    broken["encoder.0.bias"][0] = torch.nan
+    save_checkpoint(tmp_path / "nan.pt", {**raw, "model": {**raw["model"], "state": broken}})
+    with pytest.raises(ValueError, match="encoder.0.bias has numbers that are not finite"):
+        load_checkpoint(tmp_path / "nan.pt")
+    del broken["layer.controller.weight_ih"]
+    save_checkpoint(tmp_path / "less.pt", {**raw, "model": {**raw["model"], "state": broken}})
+    with pytest.raises(ValueError, match="less.pt: .*(weight_ih must be a matrix|not finite)"):
+        load_checkpoint(tmp_path / "less.pt")
+
+
+@pytest.mark.parametrize("text", ["no_such_module:f", "math:f", ":f", "math:"])
+def test_what_is_no_factory_is_said(text):
+    with pytest.raises(ValueError, match=f"encoder must be MODULE:FACTORY, got '{text}'"):
+        make_own(text)
+    with pytest.raises(ValueError, match="must give an nn.Module, got dict"):
+        make_own("builtins:dict")

@@ -1,5 +1,6 @@
 """FewShotLearner: pictures of any kind in, labels of any kind out, and what scikit-learn and huggingface_hub ask of it."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -15,7 +16,7 @@ from mann_fast import FewShotLearner
 from mann_fast.data import generate_glyphs
 from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, predict, restore_model
-from mann_fast.training.checkpoint import save_checkpoint
+from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.config import SequenceConfig
 from mann_fast.training.sequences import SequenceTrainer
 
@@ -189,6 +190,11 @@ def test_it_can_be_saved_and_loaded(learner, glyphs, tmp_path):
     assert again.orders == 3 and not hasattr(again, "classes_")
     assert (again.learn(glyphs[:3, 0], ["a", "b", "c"]).predict_proba(glyphs[0, 1:4]) == wanted).all()
     assert FewShotLearner.from_pretrained(tmp_path / "saved", orders=1).orders == 1
+    content = load_checkpoint()
+    content["config"] = dataclasses.replace(content["config"], data="/home/somebody/letters")
+    save_weights(tmp_path / "mine.safetensors", content)
+    FewShotLearner.load(tmp_path / "mine.safetensors").save_pretrained(tmp_path / "public")
+    assert b"somebody" not in (tmp_path / "public" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.once

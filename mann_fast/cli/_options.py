@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..data import ClassImages, Dataset, Episodes, load_dataset
 from ..data.datasets import TooFewClasses
 from ..data.images import expand_user
+from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
 from ..training.trainer import fingerprint
@@ -25,6 +29,25 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="checkpoint.pt of a training run, or the folder it is in (default: the model that comes with "
         "mann_fast, trained to tell 2 to 5 drawn characters apart)",
     )
+
+    parser.add_argument(
+        "--encoder",
+        metavar="MODULE:FACTORY",
+        type=encoder_named,
+        help="only where the model was trained with an encoder of your own: the same again",
+    )
+
+
+def encoder_named(text: str) -> nn.Module:
+    """A new encoder of the user's own."""
+    import_from_here()
+    return make_own(text)
+
+
+def import_from_here() -> None:
+    """Let modules of the current folder be imported, as ``python -m`` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def add_heldout_data(parser: argparse.ArgumentParser) -> None:

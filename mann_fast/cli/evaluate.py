@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     source = args.data or config.data
     episodes = heldout_episodes(content, args.data, args.seed)
     protocols = chosen_protocols(args.protocol, config, episodes.classes)
-    classes, model = episodes.classes.num_classes, restore_model(content)
+    classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
     accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
     by_protocol = [
         evaluate_protocol(model, config, episodes.classes, protocol, args.episodes, seed=args.seed)
@@ -149,7 +149,7 @@ def evaluate_task(args: argparse.Namespace, content: dict[str, Any]) -> int:
     config = content["config"]
     if args.data:
         raise ValueError(f"--data does not belong to a model of the task {config.task}")
-    results = measure(restore_model(content), config, args.episodes, seed=args.seed)
+    results = measure(restore_model(content, args.encoder), config, args.episodes, seed=args.seed)
     picture = out_folder(args) / "evaluation.png"
     plot_answers(picture, results, config, describe(config))
     result = {
@@ -172,7 +172,9 @@ def evaluate_babi(args: argparse.Namespace, content: dict[str, Any]) -> int:
     data = load_babi(source)
     if list(data.vocabulary) != content["vocabulary"]:
         raise ValueError(f"the words of {source} are not those that {args.checkpoint} was trained on")
-    results = [result._asdict() for result in measure_babi(restore_model(content), data, args.episodes)]
+    results = [
+        result._asdict() for result in measure_babi(restore_model(content, args.encoder), data, args.episodes)
+    ]
     result = {
         "checkpoint": str(args.checkpoint),
         "step": content["step"],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import image_files, load_images
 from ..data.folder import class_folders, warn_of_others
@@ -85,14 +85,20 @@ class Prediction:
 
 
 def classify(
-    checkpoint: Path, support: Path, images: list[Path], *, orders: int = 32, seed: int = 0
+    checkpoint: Path,
+    support: Path,
+    images: list[Path],
+    *,
+    orders: int = 32,
+    seed: int = 0,
+    encoder: nn.Module | None = None,
 ) -> Prediction:
     """Classify image files by the examples in the sub-folders of `support`.
 
     Raises FileNotFoundError and ValueError, naming the file or folder, where one is missing or cannot be
     read.
     """
-    learner = FewShotLearner.load(checkpoint, orders=orders, random_state=seed)
+    learner = FewShotLearner.load(checkpoint, orders=orders, random_state=seed, encoder=encoder)
     groups = example_files(support)
     files = [file for group in groups.values() for file in group]
     for image in images:
@@ -145,7 +151,9 @@ def example_files(support: Path) -> dict[str, list[Path]]:
 
 def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
-    prediction = classify(args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed)
+    prediction = classify(
+        args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed, encoder=args.encoder
+    )
     if args.json:
         print(json.dumps(prediction.to_dict(), indent=2))
     else:

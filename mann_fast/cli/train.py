@@ -14,7 +14,6 @@ from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
-from ..models.encoders import ENCODERS
 from ..ops.cell import CONTROLLERS
 from ..training import (
     BabiConfig,
@@ -31,6 +30,7 @@ from ..training import (
     summarise_task,
 )
 from ..training import train as train_loop
+from ..training.checkpoint import own_encoder
 from ..training.config import (
     BABI,
     ENCODER_DEFAULTS,
@@ -44,7 +44,7 @@ from ..training.config import (
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, require_no_run
 from ..training.plots import ordinal
-from ._options import load_data
+from ._options import import_from_here, load_data
 from ._signals import StopSignals
 
 EXAMPLE = """\
@@ -124,8 +124,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     setting(
         "--encoder",
-        choices=(NO_ENCODER, *ENCODERS),
-        help="what every image goes through before the memory's controller: conv4, the Conv-4 of Snell et al. 2017 (default: "
+        metavar="NAME",
+        help="what every image goes through before the memory's controller: conv4, the Conv-4 of Snell et al. 2017, or "
+        "MODULE:FACTORY, your own, which without arguments gives a module that takes images [M, C, H, W] (default: "
         f"{default.encoder}: the controller sees the pixels)",
     )
     setting(
@@ -213,6 +214,11 @@ def configured(args: argparse.Namespace) -> RunConfig:
     Raises ValueError for an option that the task does not have.
     """
     before = load_checkpoint(args.out / CHECKPOINT)["config"] if args.resume else None
+    import_from_here()
+    if before is not None and own_encoder(before) and args.encoder is None:
+        raise ValueError(
+            f"the run in {args.out} was started with --encoder {before.encoder}, code of your own: name it again"
+        )
     task = args.task or getattr(before, "task", ONE_SHOT)
     kind = config_kind(None if task == ONE_SHOT else task)
     if before is not None and task != getattr(before, "task", ONE_SHOT):
@@ -302,7 +308,7 @@ def advice(config: RunConfig, summary: dict[str, Any]) -> str:
     """What a run that has not learned lacks: a start, or only steps."""
     if isinstance(config, TrainConfig):
         mean = summary["heldout_accuracy"]["mean"]
-        started = max(mean) > config.learned_above
+        started = max(summary["heldout_accuracy"]["low"]) > config.learned_above  # beyond doubt
     else:
         errors = [(result.get("mean", result.get("error")), result["guess"]) for result in summary["results"]]
         started = any(error < BETTER * guess for error, guess in errors)

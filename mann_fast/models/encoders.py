@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import operator
 from math import prod
 
 import torch
@@ -35,6 +37,27 @@ class Conv4(nn.Sequential):
 
 
 ENCODERS = {"conv4": Conv4}  # by the names that MANN and mann-fast take
+
+
+def is_own(encoder: str) -> bool:
+    """Whether a name is MODULE:FACTORY, code of the user's own."""
+    return ":" in encoder
+
+
+def make_own(encoder: str) -> nn.Module:
+    """What FACTORY of MODULE gives, called without arguments; a class will do. Runs the code of MODULE.
+
+    Raises ValueError where there is no such thing, or it gives no ``nn.Module``; what the code itself raises passes.
+    """
+    module, _, factory = encoder.partition(":")
+    try:
+        make = operator.attrgetter(factory)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"encoder must be MODULE:FACTORY, got {encoder!r}: {error}") from error
+    made = make()
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"encoder {encoder} must give an nn.Module, got {type(made).__name__}")
+    return made
 
 
 def check_image_shape(image_shape: object, encoder: object) -> tuple[int, int, int]:

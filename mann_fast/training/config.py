@@ -9,7 +9,7 @@ from typing import Any
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
-from ..models.encoders import ENCODERS, check_image_shape
+from ..models.encoders import ENCODERS, check_image_shape, is_own
 from ..ops.cell import CONTROLLERS
 
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
@@ -111,7 +111,9 @@ class TrainConfig(RunConfig):
     data: str = "glyphs"  # "glyphs", "omniglot" or the path of a folder
     image_size: int = 20  # images are resized to image_size x image_size pixels
     colour: bool = False  # three channels, else grey
-    encoder: str = NO_ENCODER  # or one of ENCODERS, between the pixels and the memory's controller
+    encoder: str = (
+        NO_ENCODER  # or one of ENCODERS or MODULE:FACTORY, between the pixels and the memory's controller
+    )
 
     ways: int = 5  # classes per episode
     shots: int = 10  # images of each class per episode
@@ -122,7 +124,8 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
         known = (NO_ENCODER, *ENCODERS)
-        _require(self.encoder in known, "encoder", f"one of {', '.join(known)}", self.encoder)
+        named = self.encoder in known or is_own(self.encoder)
+        _require(named, "encoder", f"one of {', '.join(known)} or MODULE:FACTORY", self.encoder)
         if self.encoder != NO_ENCODER:
             _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
             check_image_shape(self.image_shape, self.encoder)
