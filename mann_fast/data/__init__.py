@@ -6,6 +6,7 @@ from .fetch import FetchError, cache_folder, fetch_omniglot
 from .folder import image_files, load_folder
 from .glyphs import generate_glyphs
 from .images import ClassImages, load_images, read_grey, read_image
+from .npz import load_npz
 from .omniglot import load_omniglot
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "load_dataset",
     "load_folder",
     "load_images",
+    "load_npz",
     "load_omniglot",
     "num_outputs",
     "read_grey",

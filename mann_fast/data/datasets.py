@@ -11,6 +11,7 @@ from .fetch import fetch_omniglot
 from .folder import PARTS, load_folder
 from .glyphs import generate_glyphs
 from .images import ClassImages, counted, expand_user
+from .npz import load_npz
 from .omniglot import ALPHABETS, find_part, load_omniglot
 
 GLYPH_CLASSES = (3000, 200)  # to train on, to test on
@@ -51,7 +52,7 @@ def load_dataset(
     least ``ways``, are set aside to test on: the same ones for the same ``seed``, so evaluate with the seed
     of the training. Of a folder that holds such folders as train/ and test/ (or val/, where there is no test/), which
     have no class in common, the split is theirs; where they have, the images of a class are put together and the classes split
-    as above. ``colour`` and ``invert`` as in ``load_folder``.
+    as above. An .npz file of MedMNIST: ``load_npz``, split likewise. ``colour`` and ``invert`` as in ``load_folder``.
 
     Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
     one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
@@ -77,6 +78,8 @@ def load_dataset(
         found = {part: expand_user(source) / part for part in PARTS if (expand_user(source) / part).is_dir()}
         if len(found) >= 2 and "train" in found:
             parts = _split_before(found, options, invert)
+        elif expand_user(source).suffix == ".npz":
+            parts = (load_npz(source, **options),)
         else:
             parts = (load_folder(source, **options, min_images=shots, invert=invert),)
         if len(parts) == 1:
