@@ -20,7 +20,7 @@ from .data.pictures import as_pixels
 from .training.checkpoint import PRETRAINED, load_checkpoint, restore_model, save_weights
 from .training.config import TrainConfig
 from .training.files import write_json
-from .training.prediction import predict_by_order
+from .training.prediction import predict_by_order, require_ways
 
 try:
     from huggingface_hub import ModelHubMixin
@@ -124,11 +124,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         before = getattr(self, "_examples", None)
         every = [*self._labels, *named] if before is not None else named
         classes = sorted_labels(every)
-        if len(classes) > config.ways:
-            raise ValueError(
-                f"labels must be of at most {config.ways} classes, which this model was trained to tell apart, got "
-                f"{len(classes)}; train one with --ways {len(classes)}, or forget() the ones before"
-            )
+        require_ways(len(classes), config)
         self._examples = pixels if before is None else np.concatenate([before, pixels])
         self._labels, self.classes_ = every, classes
         return self

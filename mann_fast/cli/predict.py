@@ -123,8 +123,10 @@ def classify(
                 f"class {name!r} has no readable image in {support / name}; put at least one example there"
             )
 
-    for name, group in groups.items():
-        learner.learn(torch.stack([pixel[file] for file in group]), [name] * len(group))
+    learner.learn(
+        torch.stack([pixel[file] for group in groups.values() for file in group]),
+        [name for name, group in groups.items() for _ in group],
+    )
     probabilities = learner.predict_proba(torch.stack([pixel[image] for image in images]))
     return Prediction(
         list(groups), [len(group) for group in groups.values()], list(images), torch.from_numpy(probabilities)

@@ -66,11 +66,7 @@ def predict_by_order(
     Raises ValueError where there are more classes than the model has ways, or orders is below 1.
     """
     num_classes = int(classes.max()) + 1
-    if num_classes > config.ways:
-        raise ValueError(
-            f"{num_classes} classes were given, but the model was trained to tell {config.ways} apart: "
-            f"give at most {config.ways}, or train one with --ways {num_classes}"
-        )
+    require_ways(num_classes, config)
     if orders < 1:
         raise ValueError(f"orders must be at least 1, got {orders}")
     generator = torch.Generator().manual_seed(seed)
@@ -79,6 +75,15 @@ def predict_by_order(
     shown = labels[torch.arange(orders), classes[order]]  # [n, K] or [n, K, 5]
     repeated = images.unsqueeze(1).expand(-1, orders, *images.shape[1:])
     return log_probabilities_apart(model, config, examples[order], shown, repeated, labels).exp()
+
+
+def require_ways(num_classes: int, config: TrainConfig) -> None:
+    """ValueError where there are more classes than the model has ways."""
+    if num_classes > config.ways:
+        raise ValueError(
+            f"{num_classes} classes were given, but the model was trained to tell {config.ways} apart: "
+            f"give at most {config.ways}, or train one with --ways {num_classes}"
+        )
 
 
 def _random_order(rows: int, n: int, generator: torch.Generator) -> Tensor:
