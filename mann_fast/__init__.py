@@ -7,7 +7,7 @@ from .layers import MemoryLayer, MemoryStack, MemoryState
 from .models import MANN
 from .ops import backend, backends
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from .learner import FewShotLearner

@@ -10,7 +10,7 @@ from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
 from ..models.encoders import ENCODERS, check_image_shape, is_own
-from ..ops.cell import CONTROLLERS
+from ..reference.cell import CONTROLLERS
 
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
