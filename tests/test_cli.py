@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mann_fast
+import mann_fast.learner
 from mann_fast import cli
 from mann_fast.cli import demo, doctor
 from mann_fast.cli._explain import PUBLIC
@@ -334,7 +335,7 @@ def test_evaluate_on_other_data_beside_the_checkpoint(capsys, tmp_path, run_fold
         capsys, "evaluate", "--checkpoint", run_folder, "--data", other, "--episodes", 20
     )
     assert status == 0
-    assert "3 held-out classes, 20 episodes" in " ".join(printed.split())
+    assert ": 7 classes, 20 episodes" in " ".join(printed.split())
     assert re.search(r"2nd .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
     assert f"picture: {run_folder / 'evaluation.png'}" in printed
 
@@ -406,10 +407,10 @@ def test_predict_reads_drawings_as_ink_and_photographs_as_they_are(
     def read(checkpoint, folder):
         seen = []
         monkeypatch.setattr(
-            cli.predict,
-            "predict",
+            mann_fast.learner,
+            "predict_by_order",
             lambda model, config, examples, classes, images, **options: (
-                seen.extend([examples.int(), images.int()]) or torch.ones(1, 3) / 3
+                seen.extend([examples.int(), images.int()]) or torch.ones(1, 1, 3) / 3
             ),
         )
         cli.predict.classify(checkpoint, folder, [folder / "class1" / "1.png"])
@@ -752,3 +753,60 @@ def test_the_package_is_light_until_a_command_runs():
 
 def test_version(capsys):
     assert call(capsys, "--version")[1] == f"mann-fast {mann_fast.__version__}\n"
+
+
+# encoders and the field's protocol
+
+
+def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path, pictures, support):
+    out = tmp_path / "conv"
+    sizes = {**dict(zip(SIZES[::2], SIZES[1::2], strict=True)), "--image-size": 16}
+    settings = [part for pair in sizes.items() for part in pair]
+    arguments = ["--data", pictures, "--out", out, "--encoder", "conv4", "--colour", "--steps", 1, *settings]
+    status, _, errors = call(capsys, "train", *arguments)
+    assert status == 0 and "MANN (conv4, 16 x 16) on" in errors
+    content = load_checkpoint(out)
+    assert content["model"]["config"]["image_shape"] == [3, 16, 16]
+    assert call(capsys, "show", "--checkpoint", out, "--out", tmp_path / "episode.png")[0] == 0
+    images = sorted((support / "class1").glob("*.png"))
+    status, printed, _ = call(capsys, "predict", "--checkpoint", out, "--support", support, *images, "--json")
+    assert status == 0 and len(json.loads(printed)["predictions"]) == len(images)
+    status, _, errors = call(
+        capsys, "train", "--data", pictures, "--out", tmp_path / "l", "--encoder", "conv4", "--model", "lstm"
+    )
+    assert status == 2 and "encoder must be 'none' with model lstm" in errors
+
+
+def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
+    arguments = ["--checkpoint", run_folder, "--episodes", 5, "--out", tmp_path]
+    status, _, errors = call(capsys, "evaluate", *arguments, "--protocol", "2-way-1-shot")
+    assert status == 2 and "2-way-1-shot cannot be measured: a class needs 16 images" in errors
+    status, _, errors = call(capsys, "evaluate", *arguments, "--protocol", "often")
+    assert status == 2 and "a protocol must be such as 5-way-1-shot" in errors
+    status, printed, errors = call(
+        capsys, "evaluate", *arguments, "--data", "glyphs", "--protocol", "3-way-2-shot"
+    )
+    assert status == 0 and re.search(r"3-way-2-shot .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
+    (found,) = json.loads((tmp_path / "evaluation.json").read_text())["protocols"]
+    assert found["protocol"] == "3-way-2-shot" and found["low"] <= found["mean"] <= found["high"]
+    status, printed, errors = call(capsys, "evaluate", *arguments, "--protocol", "all")
+    assert status == 0 and "N-way K-shot" not in printed
+    assert "5-way-1-shot is left out: the model was trained to tell 3 classes apart" in errors
+
+
+def test_advice_fits_what_was_learned():
+    from mann_fast.cli.train import advice
+    from mann_fast.training import SequenceConfig
+
+    config = TrainConfig(ways=5)
+    guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.45], "low": [0.15, 0.2, 0.3]}}
+    assert advice(config, guessing).startswith(
+        "learning did not start: the 2nd image of a class is right 25.0%"
+    )
+    later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637], "low": [0.18, 0.33, 0.61]}}
+    said = advice(config, later)
+    assert said.startswith("learning has started but is not far: the 2nd") and "the 3rd 63.7%" in said
+    assert "another --lr" not in said
+    copy = SequenceConfig()
+    assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "guess": 4.0}]})
+    assert "has started" in advice(copy, {"results": [{"mean": 2.1, "guess": 4.0}]})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mann_fast.data import ClassImages, load_dataset, split_classes
+from mann_fast.data import ClassImages, load_dataset, load_npz, split_classes
 
 
 def classes_named(names, images=1):
@@ -90,3 +90,85 @@ def test_unknown_source():
         FileNotFoundError, match="glyph does not exist; expected 'glyphs', 'omniglot' or a path"
     ):
         load_dataset("glyph")
+
+
+def write_classes(folder, names, images=2, value=0):
+    for at, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(images):
+            pixels = np.full((4, 4), value, np.uint8)
+            pixels[1 + at % 2, 1 + i] = 100
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("others", "tested"), [(("val", "test"), "test"), (("val",), "val"), (("test",), "test")]
+)
+def test_a_split_that_others_have_made_is_kept(tmp_path, others, tested):
+    write_classes(tmp_path / "train", ["a", "b"], value=250)
+    for part in others:
+        write_classes(tmp_path / part, [f"{part}1", f"{part}2"], value=250)
+    data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)
+    assert data.train.names == ("a", "b") and data.test.names == (f"{tested}1", f"{tested}2")
+    assert data.kind == "folder" and data.train.inverted and data.test.inverted
+
+
+def test_parts_that_share_classes_are_put_together(tmp_path):
+    names = [f"class{at}" for at in range(4)]
+    write_classes(tmp_path / "train", names, images=2)
+    write_classes(tmp_path / "test", names, images=1)
+    data = quiet(lambda: load_dataset(tmp_path, ways=2, shots=3, image_size=4))
+    assert sorted(data.train.names + data.test.names) == names
+    assert data.train.counts.tolist() == data.test.counts.tolist() == [3, 3]
+    with pytest.raises(ValueError, match="at least 4 images: 'class"):
+        quiet(lambda: load_dataset(tmp_path, ways=2, shots=4, image_size=4))
+
+
+def test_alphabets_of_characters_are_classes(tmp_path):
+    for alphabet in ("Greek", "Latin"):
+        write_classes(tmp_path / alphabet, ["character01", "character02"])
+    data = quiet(lambda: load_dataset(tmp_path, ways=2, shots=2, image_size=4))
+    assert sorted(data.train.names + data.test.names) == [
+        f"{alphabet}/character0{n}" for alphabet in ("Greek", "Latin") for n in (1, 2)
+    ]
+
+
+def quiet(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def test_npz_of_medmnist(tmp_path):
+    random = np.random.RandomState(0)
+    arrays = {}
+    for part, count in (("train", 8), ("val", 4), ("test", 4)):
+        arrays[f"{part}_labels"] = (np.arange(count) % 4).astype(np.uint8)[:, None]
+        arrays[f"{part}_images"] = random.randint(0, 50, (count, 6, 6, 3)).astype(np.uint8)
+        arrays[f"{part}_images"][:, 0, 0] = 10 * arrays[f"{part}_labels"] + [100, 150, 200]
+    np.savez(tmp_path / "m.npz", **arrays)
+    data = quiet(lambda: load_dataset(tmp_path / "m.npz", ways=2, shots=4, image_size=6, colour=True))
+    for part in data[:2]:
+        assert part.images.shape == (8, 3, 6, 6) and part.counts.tolist() == [4, 4]
+        for at, name in enumerate(part.names):
+            assert (part.images[4 * at : 4 * at + 4, 0, 0, 0] == 100 + 10 * int(name[-1])).all()
+    assert {*data.train.names, *data.test.names} == {f"label0{n}" for n in range(4)}
+    for change, message in (
+        (
+            {"val_labels": np.zeros(3, int)},
+            r"val_labels in .* must be integers \[4\] or \[4, 1\], got int64 \[3\]",
+        ),
+        ({"val_images": np.zeros((4, 6, 6))}, "val_images in .* must be uint8"),
+        ({f"{part}_images": np.zeros(1, object) for part in ("train",)}, "pickle"),
+    ):
+        np.savez(tmp_path / "bad.npz", **(arrays | change))
+        with pytest.raises(ValueError, match=message):
+            load_npz(tmp_path / "bad.npz")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="has none of the arrays train_images"):
+        load_npz(tmp_path / "other.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="cut.npz is no complete .npz file"):
+        load_npz(tmp_path / "cut.npz")
+    with pytest.raises(FileNotFoundError):
+        load_npz(tmp_path / "none.npz")

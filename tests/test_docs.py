@@ -42,6 +42,12 @@ def test_examples_of_layers_run():
     assert run_examples(DOCS / "layers.md", 10)["logits"].shape == (50, 16, 5)
 
 
+def test_examples_of_few_shot_run():
+    found = run_examples(DOCS / "few-shot.md", 4)
+    assert found["probabilities"].shape == (1, 3) and found["logits"].shape == (20, 4, 5)
+    assert found["same"].orders == 32
+
+
 def test_example_of_migrating_runs():
     run_examples(DOCS / "migrating.md", 2)
 

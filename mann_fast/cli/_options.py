@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
-from ..data import Dataset, Episodes, load_dataset
+from torch import nn
+
+from ..data import ClassImages, Dataset, Episodes, load_dataset
+from ..data.datasets import TooFewClasses
 from ..data.images import expand_user
+from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
+from ..training.trainer import fingerprint
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +30,55 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "mann_fast, trained to tell 2 to 5 drawn characters apart)",
     )
 
+    parser.add_argument(
+        "--encoder",
+        metavar="MODULE:FACTORY",
+        type=encoder_named,
+        help="only where the model was trained with an encoder of your own: the same again",
+    )
+
+
+def encoder_named(text: str) -> nn.Module:
+    """A new encoder of the user's own."""
+    import_from_here()
+    return make_own(text)
+
+
+def import_from_here() -> None:
+    """Let modules of the current folder be imported, as ``python -m`` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
 
 def add_heldout_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
         help="glyphs, omniglot, or a folder (default: what the model was trained on); "
-        "only its held-out classes are used",
+        "only its held-out classes are used, of a folder that is not the training data all",
     )
 
 
-def heldout_episodes(config: TrainConfig, source: str, seed: int) -> Episodes:
-    """Episodes of the configured kind from the held-out classes of a dataset."""
-    classes = load_data(config, source).test
+def heldout_episodes(content: dict[str, Any], source: str | None, seed: int) -> Episodes:
+    """Episodes of the configured kind from classes that the model of a checkpoint was not trained on: the held-out ones of
+    its data; of another folder of images all.
+    """
+    config = content["config"]
+    classes = unseen_classes(content, source) if source else load_data(config).test
     return Episodes(classes, ways=config.ways, shots=config.shots, labels=config.labels, seed=seed)
+
+
+def unseen_classes(content: dict[str, Any], source: str) -> ClassImages:
+    config = content["config"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only .* to train on")  # nothing is trained
+        try:
+            data = load_data(config, source)
+        except TooFewClasses as error:
+            return error.classes
+    if data.kind != "folder" or fingerprint(data) == content["data"].get("fingerprint"):
+        return data.test
+    return ClassImages.merged([data.train, data.test])
 
 
 def say_which_model(checkpoint: Path) -> None:
@@ -54,5 +97,9 @@ def load_data(config: TrainConfig, source: str | None = None) -> Dataset:
     the classes that training held out.
     """
     return load_dataset(
-        source or config.data, image_size=config.image_size, ways=config.ways, shots=config.shots
+        source or config.data,
+        image_size=config.image_size,
+        colour=config.colour,
+        ways=config.ways,
+        shots=config.shots,
     )

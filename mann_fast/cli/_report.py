@@ -15,6 +15,7 @@ from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
 from ..training.babi import MEANS, PUBLISHED, REPEATED
 from ..training.config import MemoryConfig, RunConfig
 from ..training.plots import ordinal, shown_instances
+from ..training.protocol import QUERIES
 from ..training.sequence_plots import unit
 from ..training.sequences import SequenceStep
 from ..training.trainer import StepResult
@@ -103,6 +104,22 @@ def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) 
     print(title)
     print_table(table)
     print(explain_first(config))
+
+
+def print_protocols(results: Sequence[dict[str, Any]]) -> None:
+    """Accuracy by the field's protocol, with its confidence intervals, as a table on stdout."""
+    table = Table()
+    table.add_column("protocol")
+    table.add_column("right", justify="right")
+    table.add_column("95% interval", justify="center")
+    for result in results:
+        interval = f"{result['low']:.1%} to {result['high']:.1%}"
+        table.add_row(result["protocol"], f"{result['mean']:.1%}", interval)
+    print(
+        f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. The model was "
+        "trained with labels one step late, and sees those of the examples so."
+    )
+    print_table(table)
 
 
 def print_errors(results: Sequence[dict[str, Any]], config: SequenceConfig, title: str) -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data import ClassImages
 from ..data.babi import load_babi
 from ..data.images import expand_user
-from ..training import BabiConfig, SequenceConfig, evaluate, load_checkpoint, restore_model
+from ..training import BabiConfig, SequenceConfig, TrainConfig, evaluate, load_checkpoint, restore_model
 from ..training.babi import measure_babi
 from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
 from ..training.loop import describe
+from ..training.protocol import PROTOCOLS, Protocol, evaluate_protocol, obstacle
 from ..training.sequences import measure
 from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
 EXAMPLE = """\
 examples:
   mann-fast evaluate                                           (fetches Omniglot first, 15 MB)
+  mann-fast evaluate --protocol all                            (also N-way K-shot, as the field measures)
   mann-fast evaluate --checkpoint runs/mine/checkpoint.pt --data my_images
 
 Intervals are computed over episodes, since the answers within one depend on each other.
@@ -37,6 +41,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add_checkpoint(parser)
     add_heldout_data(parser)
+    parser.add_argument(
+        "--protocol",
+        metavar="N-way-K-shot",
+        help="also measure as the field does: K examples of each of N classes, then 15 queries of each; 'all': "
+        f"{', '.join(map(str, PROTOCOLS))}, as far as the model can",
+    )
     parser.add_argument(
         "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
     )
@@ -62,14 +72,21 @@ def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
+    if args.protocol and not isinstance(config, TrainConfig):
+        raise ValueError(f"--protocol does not belong to a model of the task {config.task}")
     if isinstance(config, SequenceConfig):
         return evaluate_task(args, content)
     if isinstance(config, BabiConfig):
         return evaluate_babi(args, content)
     source = args.data or config.data
-    episodes = heldout_episodes(config, source, args.seed)
-    classes, model = episodes.classes.num_classes, restore_model(content)
+    episodes = heldout_episodes(content, args.data, args.seed)
+    protocols = chosen_protocols(args.protocol, config, episodes.classes)
+    classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
     accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
+    by_protocol = [
+        evaluate_protocol(model, config, episodes.classes, protocol, args.episodes, seed=args.seed)
+        for protocol in protocols
+    ]
 
     picture = out_folder(args) / "evaluation.png"
     title = describe(config, source)
@@ -82,13 +99,38 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "heldout_accuracy": accuracy.to_dict(),
         "chance": config.chance,
+        "protocols": by_protocol,
         "picture": str(picture),
     }
-    from ._report import print_accuracy
+    from ._report import print_accuracy, print_protocols
 
-    measured = f"{classes} held-out classes, {args.episodes:,} episodes"
+    measured = f"{classes} {'classes' if args.data else 'held-out classes'}, {args.episodes:,} episodes"
     heading = f"{title}, step {content['step']}: {measured}"
-    return report(args, result, lambda: print_accuracy(accuracy, config, heading))
+
+    def tables() -> None:
+        print_accuracy(accuracy, config, heading)
+        if by_protocol:
+            print_protocols(by_protocol)
+
+    return report(args, result, tables)
+
+
+def chosen_protocols(text: str | None, config: TrainConfig, classes: ClassImages) -> list[Protocol]:
+    """Those that --protocol names; of "all" what cannot be measured is left out, and a line says why."""
+    if text is None:
+        return []
+    if text != "all":
+        protocol = Protocol.parse(text)
+        if why := obstacle(protocol, config, classes):
+            raise ValueError(f"--protocol {protocol} cannot be measured: {why}")
+        return [protocol]
+    found = []
+    for protocol in PROTOCOLS:
+        if why := obstacle(protocol, config, classes):
+            print(f"mann-fast: {protocol} is left out: {why}", file=sys.stderr)
+        else:
+            found.append(protocol)
+    return found
 
 
 def out_folder(args: argparse.Namespace) -> Path:
@@ -107,7 +149,7 @@ def evaluate_task(args: argparse.Namespace, content: dict[str, Any]) -> int:
     config = content["config"]
     if args.data:
         raise ValueError(f"--data does not belong to a model of the task {config.task}")
-    results = measure(restore_model(content), config, args.episodes, seed=args.seed)
+    results = measure(restore_model(content, args.encoder), config, args.episodes, seed=args.seed)
     picture = out_folder(args) / "evaluation.png"
     plot_answers(picture, results, config, describe(config))
     result = {
@@ -130,7 +172,9 @@ def evaluate_babi(args: argparse.Namespace, content: dict[str, Any]) -> int:
     data = load_babi(source)
     if list(data.vocabulary) != content["vocabulary"]:
         raise ValueError(f"the words of {source} are not those that {args.checkpoint} was trained on")
-    results = [result._asdict() for result in measure_babi(restore_model(content), data, args.episodes)]
+    results = [
+        result._asdict() for result in measure_babi(restore_model(content, args.encoder), data, args.episodes)
+    ]
     result = {
         "checkpoint": str(args.checkpoint),
         "step": content["step"],

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import image_files, load_images
 from ..data.folder import class_folders, warn_of_others
 from ..data.images import counted, expand_user
-from ..training import TrainConfig, load_checkpoint, predict, restore_model
+from ..learner import FewShotLearner
 from ._options import add_checkpoint, say_which_model
 
 EXAMPLE = """\
@@ -61,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Prediction:
-    """names: C classes; images: Q paths; probabilities: float32 [Q, C]; examples: how many each class had."""
+    """names: C classes; images: Q paths; probabilities: float64 [Q, C]; examples: how many each class had."""
 
     names: list[str]
     examples: list[int]
@@ -85,16 +85,20 @@ class Prediction:
 
 
 def classify(
-    checkpoint: Path, support: Path, images: list[Path], *, orders: int = 32, seed: int = 0
+    checkpoint: Path,
+    support: Path,
+    images: list[Path],
+    *,
+    orders: int = 32,
+    seed: int = 0,
+    encoder: nn.Module | None = None,
 ) -> Prediction:
     """Classify image files by the examples in the sub-folders of `support`.
 
     Raises FileNotFoundError and ValueError, naming the file or folder, where one is missing or cannot be
     read.
     """
-    content = load_checkpoint(checkpoint)
-    if not isinstance(content["config"], TrainConfig):
-        raise ValueError(f"{checkpoint} is a model of the task {content['config'].task}, not of images")
+    learner = FewShotLearner.load(checkpoint, orders=orders, random_state=seed, encoder=encoder)
     groups = example_files(support)
     files = [file for group in groups.values() for file in group]
     for image in images:
@@ -103,10 +107,10 @@ def classify(
                 f"{image} is {'a folder' if image.is_dir() else 'missing'}; give image files to classify"
             )
 
-    # Drawings: dark ink on light paper or the other way round, whichever the files are. Photographs stay.
-    invert = None if content["data"]["drawn"] else False
+    config = learner.config
+    # As they are: the learner decides whether drawings have to be inverted.
     pixels, readable, _ = load_images(
-        [*files, *images], image_size=content["config"].image_size, invert=invert
+        [*files, *images], image_size=config.image_size, colour=config.colour, invert=False
     )
     pixel = dict(zip(readable, pixels, strict=True))
     for image in images:
@@ -119,16 +123,14 @@ def classify(
                 f"class {name!r} has no readable image in {support / name}; put at least one example there"
             )
 
-    probabilities = predict(
-        restore_model(content),
-        content["config"],
+    learner.learn(
         torch.stack([pixel[file] for group in groups.values() for file in group]),
-        torch.tensor([index for index, group in enumerate(groups.values()) for _ in group]),
-        torch.stack([pixel[image] for image in images]),
-        orders=orders,
-        seed=seed,
+        [name for name, group in groups.items() for _ in group],
     )
-    return Prediction(list(groups), [len(group) for group in groups.values()], list(images), probabilities)
+    probabilities = learner.predict_proba(torch.stack([pixel[image] for image in images]))
+    return Prediction(
+        list(groups), [len(group) for group in groups.values()], list(images), torch.from_numpy(probabilities)
+    )
 
 
 def example_files(support: Path) -> dict[str, list[Path]]:
@@ -151,7 +153,9 @@ def example_files(support: Path) -> dict[str, list[Path]]:
 
 def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
-    prediction = classify(args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed)
+    prediction = classify(
+        args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed, encoder=args.encoder
+    )
     if args.json:
         print(json.dumps(prediction.to_dict(), indent=2))
     else:

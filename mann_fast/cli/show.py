@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     if args.length is not None:
         raise ValueError("--length belongs to a model of a sequence task")
     source = args.data or config.data
-    episode = heldout_episodes(config, source, args.episode).sample(1)
-    found = trace(restore_model(content), episode, config.labels)
-    images = episode.inputs[:, 0, : config.image_size**2].unflatten(1, (config.image_size, config.image_size))
+    episode = heldout_episodes(content, args.data, args.episode).sample(1)
+    found = trace(restore_model(content, args.encoder), episode, config.labels)
+    images = episode.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
     out = args.out or Path(f"episode-{args.episode}.png")
     plot_episode(
         out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"
@@ -79,7 +80,7 @@ def show_sequence(args: argparse.Namespace, content: dict[str, Any]) -> int:
     least = SequenceConfig.of_task(config.task).least
     if args.length is not None and args.length < least:
         raise ValueError(f"--length must be at least {least}, got {args.length}")
-    found = trace_sequence(restore_model(content), config, args.episode, args.length)
+    found = trace_sequence(restore_model(content, args.encoder), config, args.episode, args.length)
     out = args.out or Path(f"episode-{args.episode}.png")
     plot_sequence(out, found, config, f"{describe(config)}; sequence {args.episode}")
     print(f"{unit(config)}: {found.error:.3f}; picture: {out}")

@@ -31,11 +31,22 @@ from ..training import (
     summarise_task,
 )
 from ..training import train as train_loop
-from ..training.config import BABI, LABELS, MODELS, REPAIRS, RunConfig, config_kind
+from ..training.checkpoint import own_encoder
+from ..training.config import (
+    BABI,
+    ENCODER_DEFAULTS,
+    LABELS,
+    MODELS,
+    NO_ENCODER,
+    REPAIRS,
+    RunConfig,
+    config_kind,
+)
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, read_metrics, require_no_run
+from ..training.plots import ordinal
 from ..training.tensorboard import TensorBoardWriter, summary_writer
-from ._options import load_data
+from ._options import import_from_here, load_data
 from ._signals import StopSignals
 
 EXAMPLE = """\
@@ -105,7 +116,20 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--image-size",
         type=int,
         metavar="N",
-        help=f"pixels; images are resized to N x N (default: {default.image_size})",
+        help=f"pixels; images are resized to N x N (default: {default.image_size}; with an encoder "
+        f"conv4 {ENCODER_DEFAULTS['conv4']['image_size']})",
+    )
+    setting(
+        "--colour",
+        action=argparse.BooleanOptionalAction,
+        help="images in red, green and blue (default: grey)",
+    )
+    setting(
+        "--encoder",
+        metavar="NAME",
+        help="what every image goes through before the memory's controller: conv4, the Conv-4 of Snell et al. 2017, or "
+        "MODULE:FACTORY, your own, which without arguments gives a module that takes images [M, C, H, W] (default: "
+        f"{default.encoder}: the controller sees the pixels)",
     )
     setting(
         "--length",
@@ -200,6 +224,11 @@ def configured(args: argparse.Namespace) -> RunConfig:
     Raises ValueError for an option that the task does not have.
     """
     before = load_checkpoint(args.out / CHECKPOINT)["config"] if args.resume else None
+    import_from_here()
+    if before is not None and own_encoder(before) and args.encoder is None:
+        raise ValueError(
+            f"the run in {args.out} was started with --encoder {before.encoder}, code of your own: name it again"
+        )
     task = args.task or getattr(before, "task", ONE_SHOT)
     kind = config_kind(None if task == ONE_SHOT else task)
     if before is not None and task != getattr(before, "task", ONE_SHOT):
@@ -221,7 +250,7 @@ def configured(args: argparse.Namespace) -> RunConfig:
         return BabiConfig(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
-    return TrainConfig(**given)
+    return TrainConfig.of_encoder(**{"encoder": NO_ENCODER, **given})
 
 
 def train_and_report(
@@ -291,12 +320,28 @@ def train_and_report(
     if not quiet:
         print_summary(config, summary)
     if not summary["learned"]:
-        print(
-            f"mann-fast: warning: learning did not start: {unlearned(config, summary)}; "
-            "give it more --steps, or another --lr or --seed",
-            file=sys.stderr,
-        )
+        print(f"mann-fast: warning: {advice(config, summary)}", file=sys.stderr)
     return 0, summary
+
+
+BETTER = 0.9  # of a guess's errors: learning has started
+
+
+def advice(config: RunConfig, summary: dict[str, Any]) -> str:
+    """What a run that has not learned lacks: a start, or only steps."""
+    if isinstance(config, TrainConfig):
+        mean = summary["heldout_accuracy"]["mean"]
+        started = max(summary["heldout_accuracy"]["low"]) > config.learned_above  # beyond doubt
+    else:
+        errors = [(result.get("mean", result.get("error")), result["guess"]) for result in summary["results"]]
+        started = any(error < BETTER * guess for error, guess in errors)
+    if not started:
+        return f"learning did not start: {unlearned(config, summary)}; give it more --steps, or another --lr or --seed"
+    best = ""
+    if isinstance(config, TrainConfig):
+        at = max(range(len(mean)), key=mean.__getitem__)
+        best = f", the {ordinal(at + 1)} {mean[at]:.1%}"
+    return f"learning has started but is not far: {unlearned(config, summary)}{best}; give it more --steps"
 
 
 def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:

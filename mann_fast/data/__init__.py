@@ -5,7 +5,8 @@ from .episodes import Episode, Episodes, encode_inputs, num_outputs
 from .fetch import FetchError, cache_folder, fetch_omniglot
 from .folder import image_files, load_folder
 from .glyphs import generate_glyphs
-from .images import ClassImages, load_images, read_grey
+from .images import ClassImages, load_images, read_grey, read_image
+from .npz import load_npz
 from .omniglot import load_omniglot
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "load_dataset",
     "load_folder",
     "load_images",
+    "load_npz",
     "load_omniglot",
     "num_outputs",
     "read_grey",
+    "read_image",
     "split_classes",
 ]

@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .fetch import fetch_omniglot
-from .folder import load_folder
+from .folder import PARTS, load_folder
 from .glyphs import generate_glyphs
 from .images import ClassImages, counted, expand_user
+from .npz import load_npz
 from .omniglot import ALPHABETS, find_part, load_omniglot
 
 GLYPH_CLASSES = (3000, 200)  # to train on, to test on
 FEW_CLASSES = 30
+
+
+class TooFewClasses(ValueError):
+    """Too few to split into training and test classes: ``classes``."""
+
+    def __init__(self, message: str, classes: ClassImages):
+        super().__init__(message)
+        self.classes = classes
 
 
 class Dataset(NamedTuple):
@@ -29,6 +38,7 @@ def load_dataset(
     source: str | Path,
     *,
     image_size: int = 20,
+    colour: bool = False,
     seed: int = 0,
     ways: int = 5,
     shots: int = 10,
@@ -40,31 +50,60 @@ def load_dataset(
     and evaluation parts, fetched into the cache folder if they are not there. A path: Omniglot's archives or
     folders, split likewise; or a folder with one sub-folder of images per class, of which a fifth, but at
     least ``ways``, are set aside to test on: the same ones for the same ``seed``, so evaluate with the seed
-    of the training. ``invert`` as in ``load_folder``.
+    of the training. Of a folder that holds such folders as train/ and test/ (or val/, where there is no test/), which
+    have no class in common, the split is theirs; where they have, the images of a class are put together and the classes split
+    as above. An .npz file of MedMNIST: ``load_npz``, split likewise. ``colour`` and ``invert`` as in ``load_folder``.
 
     Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
     one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
     """
     if source == "glyphs":
         train, test = GLYPH_CLASSES
+        if colour:
+            raise ValueError("colour must be False for glyphs, which are black and white")
         classes = generate_glyphs(train + test, max(20, shots), image_size=image_size, seed=seed)
         parts = classes.select(range(train)), classes.select(range(train, train + test))
         kind = "glyphs"
     elif source == "omniglot" or any(find_part(source, part) for part in ALPHABETS):
         path = fetch_omniglot() if source == "omniglot" else source
         parts = tuple(
-            load_omniglot(path, part, image_size=image_size) for part in ("background", "evaluation")
+            load_omniglot(path, part, image_size=image_size, colour=colour)
+            for part in ("background", "evaluation")
         )
         kind = "omniglot"
     else:
         if not expand_user(source).exists():
             raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
-        classes = load_folder(source, image_size=image_size, min_images=shots, invert=invert)
-        parts = split_classes(classes, ways=ways, seed=seed)
+        options = {"image_size": image_size, "colour": colour}
+        found = {part: expand_user(source) / part for part in PARTS if (expand_user(source) / part).is_dir()}
+        if len(found) >= 2 and "train" in found:
+            parts = _split_before(found, options, invert)
+        elif expand_user(source).suffix == ".npz":
+            parts = (load_npz(source, **options),)
+        else:
+            parts = (load_folder(source, **options, min_images=shots, invert=invert),)
+        if len(parts) == 1:
+            parts = split_classes(parts[0], ways=ways, seed=seed)
         kind = "folder"
     for part in parts:
         part.require(shots, "lower shots (--shots)")
     return Dataset(*parts, kind)
+
+
+def _split_before(
+    folders: dict[str, Path], options: dict[str, Any], invert: bool | None
+) -> tuple[ClassImages, ...]:
+    """(train, test) where no class is in two of the folders, else all classes in one."""
+    train = load_folder(folders["train"], **options, invert=invert)
+    others = {
+        part: load_folder(folder, **options, invert=train.inverted)  # as the training images
+        for part, folder in folders.items()
+        if part != "train"
+    }
+    every = [train, *others.values()]
+    if len({name for part in every for name in part.names}) < sum(part.num_classes for part in every):
+        return (ClassImages.merged(every),)
+    return train, others["test"] if "test" in others else next(iter(others.values()))
 
 
 def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tuple[ClassImages, ClassImages]:
@@ -76,7 +115,7 @@ def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tupl
     """
     count = classes.num_classes
     if count < 2 * ways:
-        raise ValueError(_too_few(count, ways))
+        raise TooFewClasses(_too_few(count, ways), classes)
     hashes = [
         hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in classes.names
     ]

@@ -74,8 +74,9 @@ class Episodes:
         self.image_size = classes.image_size
         self.length = ways * shots
         self.num_outputs = num_outputs(ways, labels)
-        self.input_size = self.image_size**2 + self.num_outputs
+        self._image_shape = classes.images.shape[1:]
         self._pixels = classes.images.flatten(1)
+        self.input_size = self._pixels.shape[1] + self.num_outputs
         middles = (2 * torch.arange(self.image_size) + 1) / self.image_size - 1  # of the pixels, from -1 to 1
         across, down = torch.meshgrid(middles, middles, indexing="xy")
         self._grid = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
@@ -87,6 +88,16 @@ class Episodes:
         batch share the work of making it.
 
         Raises ValueError where batch is no integer of at least 0.
+        """
+        pixels, label, instance = self.sample_images(batch, part)
+        strings = self._strings(batch)[torch.arange(batch)[part], label] if self.labels == "string" else None
+        targets = label if strings is None else strings
+        previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
+        return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
+
+    def sample_images(self, batch: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """The images of a batch, [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255; which
+        of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As :meth:`sample`.
         """
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
             raise ValueError(f"batch must be an integer of at least 0, got {batch!r}")
@@ -100,13 +111,10 @@ class Episodes:
         images = images.flatten(1).t().gather(0, order)[:, part]
         instance = F.one_hot(label, self.ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)[:, part]
 
-        pixels = self._pixels[images.flatten()].view(*images.shape, self.image_size, self.image_size)
+        pixels = self._pixels[images.flatten()].view(*images.shape, *self._image_shape)
         if self.augment:
             pixels = self._augmented(pixels, 2 * self._uniform(self.length, batch, 6)[:, part] - 1)
-        targets = self._strings(batch)[torch.arange(batch), label] if self.labels == "string" else label
-        targets = targets[:, part]
-        previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
-        return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
+        return pixels, label[:, part], instance
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is needed to go on with exactly the episodes that would have come next."""
@@ -179,7 +187,7 @@ class Episodes:
         # the caller is in, which would round the places of pixels.
         with torch.autocast("cpu", enabled=False):
             grid = (transform.view(-1, 3) @ self._grid).view(count, 2, size, size).permute(0, 2, 3, 1)
-        flat = pixels.reshape(count, 1, size, size).float()
+        flat = pixels.reshape(count, -1, size, size).float()
         moved = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
         return moved.clamp_(max=255).view(pixels.shape)  # interpolation may round to a little more
 
@@ -196,9 +204,10 @@ def num_outputs(ways: int, labels: str) -> int:
 
 
 def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = "onehot") -> Tensor:
-    """What a model reads, float32 [T, B, S * S + L]: the pixels, then the label of the step before.
+    """What a model reads, float32 [T, B, C * S * S + L]: the pixels, then the label of the step before.
 
-    images: [T, B, S, S], uint8 or float, with values from 0 to 255. previous: the label of the step before,
+    images: [T, B, S, S], or in colour [T, B, 3, S, S], uint8 or float, with values from 0 to 255. previous: the
+    label of the step before,
         int64 [T, B] in [-1, ways), or for string labels [T, B, 5] letters in [-1, 5); -1 stands for none and
         is encoded as zeros. L is ``ways``, or 25 for string labels.
     """

@@ -19,18 +19,26 @@ from .images import (
     shortened,
 )
 
+PARTS = ("train", "val", "valid", "test")  # folders of classes, in data that others have split
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
 def load_folder(
-    path: str | Path, *, image_size: int = 20, min_images: int = 1, invert: bool | None = None
+    path: str | Path,
+    *,
+    image_size: int = 20,
+    colour: bool = False,
+    min_images: int = 1,
+    invert: bool | None = None,
 ) -> ClassImages:
-    """Every sub-folder of ``path`` is a class, named like it, of the images that lie in it; sorted by name.
+    """Every sub-folder of ``path`` is a class, named like it, of the images that lie in it; sorted by name. Where all images
+    lie a folder deeper, as in ALPHABET/characterNN, the classes are those, named by both.
 
     A file is an image by its suffix in any case (PNG, JPEG, WebP, GIF, BMP, TIFF, PGM and its kin, AVIF; HEIC
     where pillow-heif is installed) or because it begins as PNG and JPEG files do. Other files are passed over,
     with a warning that counts them by suffix; hidden ones, and folders whose names begin with "." or "__",
-    without. Images may have any size and colour: see ``read_grey`` for how they become S x S grey values.
+    without. Images may have any size and colour: see ``read_image`` for how they become S x S grey values,
+    or with ``colour`` red, green and blue.
     ``invert``: True for dark ink on light paper, False to keep grey values as they are, None to decide for
     the whole folder by whether borders are light.
 
@@ -47,17 +55,25 @@ def load_folder(
         )
     folders = class_folders(path)
     files = {folder: image_files(folder) for folder in folders}
+    if not any(files.values()) and not any(folder.name in PARTS for folder in folders):
+        outer, folders = folders, [inner for folder in folders for inner in class_folders(folder)]
+        files = {folder: image_files(folder) for folder in folders}
+        if not any(files.values()):
+            folders = outer
     if not any(files.values()):
         raise ValueError(f"{path} has no sub-folder with images in it; {_what_is_there(path, folders)}")
     warn_of_others(folders)
     images, read, inverted = load_images(
-        [file for group in files.values() for file in group], image_size=image_size, invert=invert
+        [file for group in files.values() for file in group],
+        image_size=image_size,
+        colour=colour,
+        invert=invert,
     )
     counts = dict.fromkeys(folders, 0)
     for file in read:
         counts[file.parent] += 1
     starts = torch.tensor([0, *counts.values()]).cumsum(0)
-    classes = ClassImages(images, starts, tuple(folder.name for folder in folders), inverted)
+    classes = ClassImages(images, starts, tuple(f.relative_to(path).as_posix() for f in folders), inverted)
     classes.require(min_images, f"add images in {path}, remove these folders, or lower the number (--shots)")
     return classes
 

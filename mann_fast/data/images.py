@@ -1,4 +1,4 @@
-"""Images sorted by class, and how one image file becomes a small square of grey values."""
+"""Images sorted by class, and how one image becomes a small square of grey values or colours."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ _LIGHT = 191  # border brighter than this, of 255: dark ink on light paper
 class ClassImages:
     """Images sorted by class: those of class c are ``images[starts[c]:starts[c + 1]]``.
 
-    images: uint8 [M, S, S]; drawn characters have ink 255 on background 0, photographs their grey values.
+    images: uint8 [M, S, S]; drawn characters have ink 255 on background 0, photographs their grey values. In colour
+        [M, 3, S, S], red, green and blue.
     starts: int64 [C + 1], from 0 to M, never falling.
     names: the C names of the classes, all different.
     inverted: whether the files were dark on light and have been inverted, so that further files can be read
@@ -72,8 +73,9 @@ class ClassImages:
     def __post_init__(self) -> None:
         if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8:
             raise TypeError(f"images must be a uint8 tensor, got {_kind(self.images)}")
-        if self.images.dim() != 3 or self.images.shape[1] != self.images.shape[2]:
-            raise ValueError(f"images must have shape [M, S, S], got {list(self.images.shape)}")
+        shape = list(self.images.shape)
+        if len(shape) not in (3, 4) or shape[-1] != shape[-2] or (len(shape) == 4 and shape[1] != 3):
+            raise ValueError(f"images must have shape [M, 3, S, S] or [M, S, S], got {shape}")
         if not isinstance(self.starts, Tensor) or self.starts.dtype != torch.int64:
             raise TypeError(f"starts must be an int64 tensor, got {_kind(self.starts)}")
         if self.starts.shape != (len(self.names) + 1,):
@@ -92,11 +94,23 @@ class ClassImages:
     def from_groups(
         cls, groups: Mapping[str, Sequence[np.ndarray]], image_size: int, inverted: bool = False
     ) -> ClassImages:
-        """From the images of each class, uint8 [S, S] arrays; classes keep the order of the mapping."""
+        """From the images of each class, uint8 [S, S] or [3, S, S] arrays; classes keep the order of the mapping."""
         flat = [image for group in groups.values() for image in group]
         images = np.stack(flat) if flat else np.zeros((0, image_size, image_size), np.uint8)
         counts = torch.tensor([0, *map(len, groups.values())])
         return cls(torch.from_numpy(images), counts.cumsum(0), tuple(groups), inverted)
+
+    @classmethod
+    def merged(cls, parts: Sequence[ClassImages]) -> ClassImages:
+        """The classes of all parts, sorted by name; those of one name are one class."""
+        groups: dict[str, list[Tensor]] = {}
+        for part in parts:
+            for name, start, end in zip(part.names, part.starts[:-1], part.starts[1:], strict=True):
+                groups.setdefault(name, []).append(part.images[start:end])
+        names = tuple(sorted(groups))
+        counts = torch.tensor([0, *(sum(map(len, groups[name])) for name in names)])
+        images = torch.cat([images for name in names for images in groups[name]])
+        return cls(images, counts.cumsum(0), names, parts[0].inverted)
 
     @property
     def num_classes(self) -> int:
@@ -106,7 +120,7 @@ class ClassImages:
     @property
     def image_size(self) -> int:
         """S, the width and height of the images in pixels."""
-        return self.images.shape[1]
+        return self.images.shape[-1]
 
     @property
     def counts(self) -> Tensor:
@@ -131,7 +145,7 @@ class ClassImages:
 
         Only one byte a pixel is stored, so Omniglot's background set takes 31 MB at 20 x 20.
         """
-        turns = [torch.rot90(self.images, quarter, (1, 2)) for quarter in range(4)]
+        turns = [torch.rot90(self.images, quarter, (-2, -1)) for quarter in range(4)]
         starts = [self.starts[:-1] + quarter * len(self.images) for quarter in range(4)]
         names = [
             name if quarter == 0 else f"{name}@{90 * quarter}" for quarter in range(4) for name in self.names
@@ -150,68 +164,86 @@ class ClassImages:
 
 
 def read_grey(file: str | Path | IO[bytes], image_size: int) -> np.ndarray:
-    """One image file as grey values, uint8 [S, S], stretched to reach from 0 to 255.
+    """One image file as grey values, uint8 [S, S], stretched to reach from 0 to 255: :func:`read_image`."""
+    return read_image(file, image_size)
 
-    Colour becomes grey, transparency white, a camera's turn (EXIF) is undone. The whole image is fitted into
-    the square without stretching it out of shape, and what is left is filled with the grey of its border. An
-    image of a single grey is all 0. Of several frames or pages it is the first. Raises one of ``UNREADABLE``,
-    also for sides of more than 65,535 pixels and for more pixels than Pillow takes.
+
+def read_image(file: str | Path | IO[bytes], image_size: int, colour: bool = False) -> np.ndarray:
+    """One image file as grey values, uint8 [S, S], or in colour, [3, S, S].
+
+    Transparency becomes white, a camera's turn (EXIF) is undone. The whole image is fitted into the square without
+    stretching it out of shape, and what is left is filled with the grey or colour of its border. Grey values are stretched
+    to reach from 0 to 255 (an image of a single grey is all 0), colours stay as they are. Of several frames or pages it is
+    the first. Raises one of ``UNREADABLE``, also for sides of more than 65,535 pixels and for more pixels than Pillow takes.
     """
     file = expand_user(file) if isinstance(file, (str, Path)) else file
     # Pillow's warnings name no file, and are about metadata, or sizes that it takes all the same
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
-        return _read_grey(file, image_size)
+        return _read_image(file, image_size, colour)
 
 
-def _read_grey(file: Path | IO[bytes], image_size: int) -> np.ndarray:
+def _read_image(file: Path | IO[bytes], image_size: int, colour: bool) -> np.ndarray:
     with Image.open(file, formats=readable_formats()) as image:
         if max(image.size) > _LONGEST:
             width, height = image.size
             raise ValueError(f"{width:,} x {height:,} pixels; a side may have up to {_LONGEST:,}")
         # Decodes a large JPEG at a fraction of its size
-        image.draft("L", (2 * image_size, 2 * image_size))
+        image.draft("RGB" if colour else "L", (2 * image_size, 2 * image_size))
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        grey = _to_grey(image)
-    width, height = grey.size
+        return to_square(image, image_size, colour)
+
+
+def to_square(image: Image.Image, image_size: int, colour: bool = False) -> np.ndarray:
+    """What :func:`read_image` makes of an image; ValueError for pixels that are not finite."""
+    image = ImageOps.exif_transpose(image)
+    image = _to_colour(image) if colour else _to_grey(image)
+    width, height = image.size
     scale = image_size / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if grey.size != size:
+    if image.size != size:
         # Pillow averages over all the pixels that make up one of the result: antialiased
-        grey = grey.resize(size, Image.Resampling.BILINEAR)
-    pixels = np.asarray(grey)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
     if size[0] != size[1]:
-        square = np.full((image_size, image_size), _border(pixels), np.uint8)
+        square = np.empty((image_size, image_size, *pixels.shape[2:]), np.uint8)
+        square[:] = border(pixels)
         top, left = (image_size - size[1]) // 2, (image_size - size[0]) // 2
         square[top : top + size[1], left : left + size[0]] = pixels
         pixels = square
-    return _stretch(pixels)
+    return pixels.transpose(2, 0, 1) if colour else _stretch(pixels)
 
 
 def load_images(
-    paths: Iterable[str | Path], *, image_size: int = 20, invert: bool | None = None
+    paths: Iterable[str | Path], *, image_size: int = 20, colour: bool = False, invert: bool | None = None
 ) -> tuple[Tensor, list[Path], bool]:
-    """Reads image files: (images uint8 [M, S, S], the paths that could be read, whether they were inverted).
+    """Reads image files: (images uint8 [M, S, S], in ``colour`` [M, 3, S, S], the paths that could be read, whether they were
+    inverted).
 
     ``invert``: True for dark ink on light paper, so that ink is 255 as in all drawn data here; False to keep
-    the grey values; None decides for all files together, by whether their borders are light. Files that
+    the grey values; None decides for all files together, by whether their borders are light (never in colour). Files that
     cannot be read are skipped, with one warning that names them.
     """
     images, read, failed = [], [], []
     for path in map(expand_user, paths):
         try:
-            images.append(read_grey(path, image_size))
+            images.append(read_image(path, image_size, colour))
             read.append(path)
         except UNREADABLE as error:
             failed.append(f"{path} ({reason(error, path.suffix)})")
     if failed:
         files = counted(len(failed), "unreadable image file")
         warnings.warn(f"skipped {files}: {shortened(failed, 20)}", stacklevel=2)
-    stack = np.stack(images) if images else np.zeros((0, image_size, image_size), np.uint8)
+    empty = np.zeros((0, *((3,) if colour else ()), image_size, image_size), np.uint8)
+    stack = np.stack(images) if images else empty
     if invert is None:
-        invert = bool(images) and float(np.median([_border(image) for image in images])) > _LIGHT
+        invert = not colour and is_light(images)
     return torch.from_numpy(255 - stack if invert else stack), read, invert
+
+
+def is_light(images: Sequence[np.ndarray]) -> bool:
+    """Whether grey images are mostly dark ink on light paper, by their borders."""
+    return bool(len(images)) and float(np.median([border(image) for image in images])) > _LIGHT
 
 
 @cache
@@ -279,14 +311,26 @@ def _to_grey(image: Image.Image) -> Image.Image:
             raise ValueError("has pixels that are not finite")
         low, high = values.min(), values.max()
         return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-9)))
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L")
+    return _on_white(image).convert("L")
 
 
-def _border(pixels: np.ndarray) -> int:
-    return int(np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])))
+def _to_colour(image: Image.Image) -> Image.Image:
+    if image.mode == "1" or image.mode.startswith(("I", "F")):
+        image = _to_grey(image)
+    return _on_white(image).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """With white behind what is transparent."""
+    if "A" not in image.mode and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def border(pixels: np.ndarray) -> np.ndarray:
+    """The median along the border, of [S, S] a number, of [S, S, 3] one for each colour."""
+    return np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0).astype(np.uint8)
 
 
 def _stretch(pixels: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from .images import UNREADABLE, ClassImages, counted, expand_user, read_grey, reason, shortened
+from .images import UNREADABLE, ClassImages, counted, expand_user, read_image, reason, shortened
 
 # Characters per alphabet of the official release: 964 and 659 classes, 20 images each.
 ALPHABETS = {
@@ -45,12 +45,13 @@ _LARGEST = 1 << 20  # bytes of a file in an archive; Omniglot's have some hundre
 _ENTRY = re.compile(r"(?:^|.*/)([^/]+)/(character\d+)/([^/.][^/]*\.png)$", re.IGNORECASE)
 
 
-def load_omniglot(path: str | Path, part: str, *, image_size: int = 20) -> ClassImages:
+def load_omniglot(path: str | Path, part: str, *, image_size: int = 20, colour: bool = False) -> ClassImages:
     """One part of Omniglot, "background" or "evaluation", as classes ALPHABET/characterNN sorted by name.
 
     ``path`` is a folder that holds images_PART.zip or images_PART/ (or such a thing under python/ or
     omniglot-py/), or the archive or folder itself; an archive named images_PART*.zip is taken where there is
-    no complete one. Ink, 0 in the files, becomes 255. What is missing of the official release is named in a
+    no complete one. Ink, 0 in the files, becomes 255, in ``colour`` of all three. What is missing of the official
+    release is named in a
     warning.
 
     Raises FileNotFoundError where nothing of this part is there, ValueError for an archive or image that is
@@ -70,7 +71,7 @@ def load_omniglot(path: str | Path, part: str, *, image_size: int = 20) -> Class
             alphabet, character, _ = name
             try:
                 with opened() as file:
-                    pixels = read_grey(file, image_size)
+                    pixels = read_image(file, image_size, colour)
             except _BROKEN_ZIP as error:
                 raise ValueError(
                     f"{'/'.join(name)} in {place} is damaged: {reason(error, '.png')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from ..layers.controllers import obstacle
 from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
 from ..layers.sequences import each, packed_uncompiled, steps_taken
+from .encoders import ENCODERS, check_image_shape, count_features, encode_images
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
 # character is background: at nn.LSTMCell's width the hidden states of two characters are almost the same, and
@@ -28,15 +30,20 @@ class MANN(nn.Module):
     Args:
         input_size: width of the input: the image and the label of the step before.
         num_classes: how many logits per step.
+        encoder: what makes features of the images, before the memory's controller sees them: ``"conv4"``
+            (:class:`mann_fast.models.encoders.Conv4`), or a module of your own that takes images [M, C, H, W] and returns
+            [M, ...]. All images of a call go through it at once, M = T * B. None: the controller sees the pixels.
+        image_shape: (C, H, W) of the images where there is an encoder: the first C * H * W numbers of every input.
         hidden_size, controller, addressing, memory_start, bias, batch_first, device, dtype, options: as of
             :class:`mann_fast.MemoryLayer`; the controller by its name.
 
     Attributes:
         layer: the MemoryLayer.
         classifier: ``nn.Linear`` from its output to the logits.
+        encoder: the module, or None.
         config: dict of plain values, all options of the memory among them; ``MANN(**config)`` is a new model of the same
             kind and sizes. Of a memory of your own it holds the name of the class: pass an object again,
-            ``MANN(**{**config, "addressing": MyMemory()})``.
+            ``MANN(**{**config, "addressing": MyMemory()})``; so of an encoder of your own.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -53,12 +60,14 @@ class MANN(nn.Module):
         memory_start: str = "constant",
         bias: bool = True,
         batch_first: bool = False,
+        encoder: str | nn.Module | None = None,
+        image_shape: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ):
         super().__init__()
-        check_sizes(num_classes=num_classes)
+        check_sizes(input_size=input_size, num_classes=num_classes)
         memory = make_memory(addressing, options)
         arguments: dict[str, Any] = {
             "input_size": input_size,
@@ -71,12 +80,37 @@ class MANN(nn.Module):
         self.config = {
             "num_classes": num_classes,
             **arguments,
+            "encoder": type(encoder).__name__ if isinstance(encoder, nn.Module) else encoder,
+            "image_shape": None if image_shape is None else list(image_shape),
             "addressing": name_of(memory),
             **{name: getattr(memory, name) for name in options_of(memory)},
         }
+        made = self._make_encoder(encoder, image_shape, device=device, dtype=dtype)
+        if made is not None and self.image_shape is not None:
+            arguments["input_size"] += count_features(made, self.image_shape) - prod(self.image_shape)
         self.layer = MemoryLayer(**arguments, addressing=memory, device=device, dtype=dtype)
         self.classifier = nn.Linear(self.layer.output_size, num_classes, device=device, dtype=dtype)
+        self.encoder = made
         self._adjust_parameters()
+
+    def _make_encoder(self, encoder: object, image_shape: object, **factory: Any) -> nn.Module | None:
+        self.image_shape: tuple[int, int, int] | None = None
+        if encoder is None:
+            if image_shape is not None:
+                raise ValueError(f"image_shape must be None without an encoder, got {image_shape!r}")
+            return None
+        if not isinstance(encoder, nn.Module) and encoder not in ENCODERS:
+            known = ", ".join(map(repr, ENCODERS))
+            raise ValueError(f"encoder must be None, {known} or a module, got {encoder!r}")
+        self.image_shape = check_image_shape(image_shape, encoder)
+        pixels, width = prod(self.image_shape), self.config["input_size"]
+        if pixels > width:
+            raise ValueError(
+                f"input_size must be at least the {pixels} numbers of an image {list(self.image_shape)}, got {width}"
+            )
+        return (
+            encoder if isinstance(encoder, nn.Module) else ENCODERS[encoder](self.image_shape[0], **factory)
+        )
 
     def _adjust_parameters(self) -> None:
         controller = self.layer.controller
@@ -85,10 +119,31 @@ class MANN(nn.Module):
             of_input[:, : self.layer.input_size] *= INPUT_GAIN  # type: ignore[index, operator]
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as for a new model."""
+        """Draw all parameters anew, as for a new model; the encoder's where its modules have ``reset_parameters``."""
+        for module in () if self.encoder is None else self.encoder.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         self.layer.reset_parameters()
         self.classifier.reset_parameters()
         self._adjust_parameters()
+
+    def encode(self, x: Input) -> Input:
+        """What the memory's controller sees: x with every image replaced by its features, [..., E + L]; without an encoder x.
+
+        Raises ValueError where x has not the width of the input.
+        """
+        if self.encoder is None or self.image_shape is None:
+            return x
+        if isinstance(x, PackedSequence):
+            return x._replace(data=self.encode(x.data))
+        width = self.config["input_size"]
+        if x.shape[-1:] != (width,):
+            raise ValueError(
+                f"x must have {width} numbers per step, an image {list(self.image_shape)} and the label of the step before, "
+                f"got {list(x.shape)}"
+            )
+        return encode_images(self.encoder, x, self.image_shape)
 
     def forward(
         self,
@@ -112,7 +167,7 @@ class MANN(nn.Module):
         """
         if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
             return packed_uncompiled(self.forward, x, state, resets=resets, lengths=lengths)
-        output, state = self.layer(x, state, resets=resets, lengths=lengths)
+        output, state = self.layer(self.encode(x), state, resets=resets, lengths=lengths)
         if isinstance(output, PackedSequence):
             return output._replace(data=self.classifier(output.data)), state
         if lengths is None:

@@ -26,7 +26,8 @@ from torch.utils.serialization import config as serialization
 from ..data import num_outputs
 from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
-from .config import BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
+from ..models.encoders import is_own, make_own
+from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -35,6 +36,7 @@ VERSION = 1  # of what is written; all from 1 on are read: docs/cli.md
 # Trained on Omniglot; the file beside it says how, and under which licence it comes.
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "omniglot.safetensors"
 
+OF_ENCODER = "encoder."  # begins the names of its tensors
 MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
 
 
@@ -197,7 +199,7 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
     if isinstance(config, TrainConfig):
         _part(content, "data.drawn", bool)
         outputs = num_outputs(config.ways, config.labels)
-        needed |= {"input_size": config.image_size**2 + outputs, "num_classes": outputs}
+        needed |= {"input_size": math.prod(config.image_shape) + outputs, "num_classes": outputs}
     elif isinstance(config, BabiConfig):
         words = _part(content, "vocabulary", list)
         if not all(isinstance(word, str) for word in words):
@@ -207,6 +209,10 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
         task = TASKS[config.task]
         needed |= {"input_size": task.input_size, "num_classes": task.output_size}
     if config.model == "mann":
+        if isinstance(config, TrainConfig):
+            needed |= encoder_options(config)
+            if own_encoder(config):  # the config of the model has the name of its class
+                del needed["encoder"]
         needed |= {"num_slots": config.slots, "slot_size": config.slot_size, "num_heads": config.heads}
         if isinstance(config, MemoryConfig):
             needed |= {"controller": config.controller, **config.memory_options}
@@ -215,12 +221,46 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
             raise ValueError(
                 f"model.config must have {name} = {value!r} by its settings, got {made_with.get(name)!r}"
             )
+    state = _part(content, "model.state", dict)
+    if own_encoder(config):
+        own = {name: x for name, x in state.items() if str(name).startswith(OF_ENCODER)}
+        state = {name: x for name, x in state.items() if name not in own}
+        if not all(isinstance(x, Tensor) for x in own.values()):
+            raise ValueError(f"model.state.{OF_ENCODER} must be tensors")
+        _require_tensors(
+            "model.state", own, own
+        )  # of what shapes, only code that the file may not name knows
+        made_with = {**made_with, "encoder": _Stub(_count_features(config, state))}
     try:
         model = MODEL_CLASSES[config.model](**{**made_with, "device": "meta"})
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"model.config makes no model: {_first_line(error)}") from error
-    _require_tensors("model.state", _part(content, "model.state", dict), model.state_dict())
+    _require_tensors("model.state", state, model.state_dict())
     return dict(model.named_parameters())
+
+
+class _Stub(nn.Module):
+    """Stands for an encoder whose code is not there: it makes so many features."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_zeros(len(images), self.features)
+
+
+def _count_features(config: TrainConfig, state: dict[Any, Any]) -> int:
+    """What the encoder makes of an image, from the width of what the controller reads: features, label and reads."""
+    name = "layer.controller.weight_ih"
+    weight = state.get(name)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"model.state.{name} must be a matrix")
+    outputs = num_outputs(config.ways, config.labels)
+    features = weight.shape[1] - outputs - config.heads * config.slot_size
+    if features < 1:
+        raise ValueError(f"model.state.{name} has {weight.shape[1]} columns, too few for features and reads")
+    return features
 
 
 def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) -> None:
@@ -248,9 +288,14 @@ def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) ->
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{name} is no state of a random generator") from error
     for index, kept in _part(content, "optimizer.state", dict).items():
-        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(kept, dict):
+        if type(index) is not int or index < 0 or not isinstance(kept, dict):
             raise ValueError(f"optimizer.state must be dicts by the number of a parameter, got {index!r}")
-        parameter = list(parameters.values())[index]
+        if index < len(parameters):
+            parameter = list(parameters.values())[index]
+        elif own_encoder(config):  # its parameters come last
+            parameter = _part(kept, "exp_avg", Tensor)
+        else:
+            raise ValueError(f"optimizer.state must be dicts by the number of a parameter, got {index!r}")
         expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.empty((), device="meta")}
         _require_tensors(f"optimizer.state.{index}", kept, expected)
 
@@ -274,6 +319,17 @@ def _require_tensors(where: str, found: dict[Any, Any], expected: dict[str, Tens
             raise ValueError(f"{where}.{name} has numbers that are not finite")
 
 
+def encoder_options(config: TrainConfig) -> dict[str, Any]:
+    """Of MANN."""
+    if config.encoder == NO_ENCODER:
+        return {"encoder": None, "image_shape": None}
+    return {"encoder": config.encoder, "image_shape": list(config.image_shape)}
+
+
+def own_encoder(config: RunConfig) -> bool:
+    return isinstance(config, TrainConfig) and is_own(config.encoder)
+
+
 def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
@@ -281,7 +337,10 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
     if isinstance(config, MemoryConfig):
         options = {"controller": config.controller, **config.memory_options}
     else:
-        options = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
+        options = encoder_options(config)
+        if own_encoder(config):
+            options["encoder"] = make_own(config.encoder)
+        options["write_target"] = "shared"  # takes off in fewer steps than "per_head": docs/omniglot.md
     return MANN(
         input_size,
         num_outputs,
@@ -293,8 +352,25 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
     )
 
 
-def restore_model(content: dict[str, Any]) -> nn.Module:
-    """The trained model of a loaded checkpoint, in evaluation mode."""
-    model = MODEL_CLASSES[content["config"].model](**content["model"]["config"])
-    model.load_state_dict(content["model"]["state"])
+def restore_model(content: dict[str, Any], encoder: nn.Module | None = None) -> nn.Module:
+    """The trained model of a loaded checkpoint, in evaluation mode.
+
+    encoder: a new module such as the model was trained with, where that was the user's own (MODULE:FACTORY): a file may not
+    say which code to run. Raises ValueError where it is needed and not there, there and not needed, or of other parameters.
+    """
+    config, made_with = content["config"], content["model"]["config"]
+    if own_encoder(config) != (encoder is not None):
+        trained = getattr(config, "encoder", NO_ENCODER)
+        again = "name it again, and trust its code" if encoder is None else "leave it out"
+        raise ValueError(f"the model was trained with the encoder {trained}: {again} (--encoder)")
+    if encoder is not None:
+        made_with = {**made_with, "encoder": encoder}
+    model = MODEL_CLASSES[config.model](**made_with)
+    try:
+        model.load_state_dict(content["model"]["state"])
+    except RuntimeError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise ValueError(
+            f"encoder must have the parameters that the model was trained with: {lines}"
+        ) from error
     return model.eval()

@@ -9,11 +9,14 @@ from typing import Any
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
+from ..models.encoders import ENCODERS, check_image_shape, is_own
 from ..reference.cell import CONTROLLERS
 
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
+NO_ENCODER = "none"
+ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {"conv4": {"image_size": 28}}  # the field's
 BABI = "babi"  # the name of its task
 # Of the DNC, options by the letters of Csordas and Schmidhuber 2019: DNC-MD has masks and de-allocation.
 REPAIRS = {"m": "masks", "d": "deallocate", "s": "link_sharpening"}
@@ -107,6 +110,10 @@ class TrainConfig(RunConfig):
 
     data: str = "glyphs"  # "glyphs", "omniglot" or the path of a folder
     image_size: int = 20  # images are resized to image_size x image_size pixels
+    colour: bool = False  # three channels, else grey
+    encoder: str = (
+        NO_ENCODER  # or one of ENCODERS or MODULE:FACTORY, between the pixels and the memory's controller
+    )
 
     ways: int = 5  # classes per episode
     shots: int = 10  # images of each class per episode
@@ -116,6 +123,12 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
+        known = (NO_ENCODER, *ENCODERS)
+        named = self.encoder in known or is_own(self.encoder)
+        _require(named, "encoder", f"one of {', '.join(known)} or MODULE:FACTORY", self.encoder)
+        if self.encoder != NO_ENCODER:
+            _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
+            check_image_shape(self.image_shape, self.encoder)
         _require(self.ways >= 2, "ways", "at least 2", self.ways)
         _require(
             self.shots >= 2,
@@ -124,6 +137,21 @@ class TrainConfig(RunConfig):
             self.shots,
         )
         _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of an image."""
+        return (3 if self.colour else 1, self.image_size, self.image_size)
+
+    @classmethod
+    def of_encoder(cls, encoder: str, **changes: Any) -> TrainConfig:
+        """With the image size that suits the encoder, unless it is among the changes."""
+        return cls(encoder=encoder, **{**ENCODER_DEFAULTS.get(encoder, {}), **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The same; checkpoints from before there were encoders have none."""
+        return super().from_dict({"colour": False, "encoder": NO_ENCODER, **values})
 
     @property
     def chance(self) -> float:

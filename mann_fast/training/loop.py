@@ -15,7 +15,7 @@ from ..data.babi import Babi
 from . import processes
 from .babi import BabiTrainer, has_learned_babi, measure_babi
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import BabiConfig, MemoryConfig, RunConfig, SequenceConfig, TrainConfig
+from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .files import append_json_line, read_json_lines, remove_temporaries, replacing, write_json
 from .lock import only_run
@@ -186,7 +186,12 @@ def describe(config: RunConfig, source: str | None = None) -> str:
     source = source or config.data
     data = source if source in ("glyphs", "omniglot") else Path(source).resolve().name
     labels = ", string labels" if config.labels == "string" else ""
-    return f"{config.model.upper()} on {data}, {config.ways}-way{labels}"
+    encoder = (
+        ""
+        if config.encoder == NO_ENCODER
+        else f" ({config.encoder}, {config.image_size} x {config.image_size})"
+    )
+    return f"{config.model.upper()}{encoder} on {data}, {config.ways}-way{labels}"
 
 
 def _spelt(name: str) -> str:

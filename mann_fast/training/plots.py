@@ -202,10 +202,10 @@ def plot_predictions(
 
 
 def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trace: Trace, title: str) -> None:
-    """One episode step by step: images [T, S, S] with how often their class has come, instance [T]; the probability of each
+    """One episode step by step: images [T, C, S, S] with how often their class has come, instance [T]; the probability of each
     class; weights of writing and reading of every slot (of a DNC coloured by kind), and its usage where the memory counts it.
     """
-    steps, size = images.shape[:2]
+    steps, channels, size = images.shape[:3]
     classes = len(trace.names)
     panels: list[tuple[str, Tensor, Colours]] = [("probability", trace.probabilities, "Greens")]
     panels += [(f"weight {name} (sum over heads)", *drawn) for name, *drawn in slot_panels(trace.slots)]
@@ -216,7 +216,7 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     heights = (0.6, 0.5 + 0.12 * classes, *of_slots)
     rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}: {int(trace.right.sum())} of {steps} right")
-    strip = images.permute(1, 0, 2).reshape(size, steps * size)
+    strip = images.permute(2, 0, 3, 1).reshape(size, steps * size, channels).squeeze(2)
     rows[0].imshow(strip, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1), vmin=0, vmax=1)
     rows[0].set(yticks=[], ylabel="image")
     for t in range(steps):

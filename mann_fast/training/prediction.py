@@ -13,6 +13,25 @@ from .config import TrainConfig
 
 
 @torch.inference_mode()
+def log_probabilities_apart(
+    model: nn.Module, config: TrainConfig, examples: Tensor, shown: Tensor, images: Tensor, labels: Tensor
+) -> Tensor:
+    """log p of each class for each image, float32 [Q, B, C], where B sequences of n examples have been read.
+
+    examples uint8 [n, B, ...] have the labels ``shown``, int64 [n, B] or letters [n, B, 5], each of which the model reads one
+    step late; images uint8 [Q, B, ...] are judged each from the memory after the examples, apart from one another; labels
+    int64 [B, C] or [B, C, 5] are those of the classes, and others are left out.
+    """
+    before = torch.cat([torch.full_like(shown[:1], -1), shown[:-1]])
+    as_trained = {"ways": config.ways, "labels": config.labels}
+    _, state = model(encode_inputs(examples, before, **as_trained))
+    found = []
+    for image in images:  # one more step each, all from the same state
+        logits, _ = model(encode_inputs(image.unsqueeze(0), shown[-1:], **as_trained), state)
+        found.append(class_log_probabilities(logits[0], labels, config.labels))
+    return torch.stack(found) if found else torch.empty(0, *labels.shape[:2])
+
+
 def predict(
     model: nn.Module,
     config: TrainConfig,
@@ -23,41 +42,48 @@ def predict(
     orders: int = 32,
     seed: int = 0,
 ) -> Tensor:
-    """Probability of each class for each image, float32 [Q, C]; rows sum to 1.
+    """Probability of each class for each image, float32 [Q, C]; rows sum to 1: the mean of :func:`predict_by_order`."""
+    return predict_by_order(model, config, examples, classes, images, orders=orders, seed=seed).mean(1)
 
-    examples uint8 [n, S, S] and classes int64 [n] (0 to C - 1, each at least once) are what is known; images
-    uint8 [Q, S, S] are to be classified. The model reads the examples in `orders` random orders, each with
-    its own assignment of labels to classes, all of them one batch; each image is then judged from the memory
-    after the examples, apart from the other images, and the probabilities are averaged over the orders.
-    Labels that no class has are left out.
 
-    Raises ValueError where there are more classes than the model has ways.
+def predict_by_order(
+    model: nn.Module,
+    config: TrainConfig,
+    examples: Tensor,
+    classes: Tensor,
+    images: Tensor,
+    *,
+    orders: int,
+    seed: int,
+) -> Tensor:
+    """Probability of each class for each image by each order of the examples, float32 [Q, orders, C].
+
+    examples uint8 [n, S, S], or [n, 3, S, S] in colour, and classes int64 [n] (0 to C - 1, each at least once) are what is
+    known; images uint8 [Q, ...] are to be classified. The model reads the examples in `orders` random orders, each with its own
+    assignment of labels to classes, all of them one batch; each image is then judged from the memory after the examples, apart
+    from the other images. Labels that no class has are left out.
+
+    Raises ValueError where there are more classes than the model has ways, or orders is below 1.
     """
     num_classes = int(classes.max()) + 1
-    if num_classes > config.ways:
-        raise ValueError(
-            f"{num_classes} classes were given, but the model was trained to tell {config.ways} apart: "
-            f"give at most {config.ways}, or train one with --ways {num_classes}"
-        )
+    require_ways(num_classes, config)
     if orders < 1:
         raise ValueError(f"orders must be at least 1, got {orders}")
     generator = torch.Generator().manual_seed(seed)
     order = _random_order(orders, len(examples), generator).T  # [n, K]
     labels = draw_labels(config, num_classes, orders, generator)  # [K, C] or [K, C, 5]
-
     shown = labels[torch.arange(orders), classes[order]]  # [n, K] or [n, K, 5]
-    before = torch.cat(
-        [torch.full_like(shown[:1], -1), shown[:-1]]
-    )  # a model reads the label of the step before
-    _, state = model(encode_inputs(examples[order], before, ways=config.ways, labels=config.labels))
-    log_probabilities = []
-    for image in images:  # one more step each, all from the same state
-        step = image.expand(1, orders, *image.shape)
-        logits, _ = model(encode_inputs(step, shown[-1:], ways=config.ways, labels=config.labels), state)
-        log_probabilities.append(class_log_probabilities(logits[0], labels, config.labels))
-    if not log_probabilities:
-        return torch.empty(0, num_classes)
-    return torch.stack(log_probabilities).exp().mean(1)
+    repeated = images.unsqueeze(1).expand(-1, orders, *images.shape[1:])
+    return log_probabilities_apart(model, config, examples[order], shown, repeated, labels).exp()
+
+
+def require_ways(num_classes: int, config: TrainConfig) -> None:
+    """ValueError where there are more classes than the model has ways."""
+    if num_classes > config.ways:
+        raise ValueError(
+            f"{num_classes} classes were given, but the model was trained to tell {config.ways} apart: "
+            f"give at most {config.ways}, or train one with --ways {num_classes}"
+        )
 
 
 def _random_order(rows: int, n: int, generator: torch.Generator) -> Tensor:

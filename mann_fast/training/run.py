@@ -86,6 +86,11 @@ class Run:
 
     def _makes_this_model(self, config: dict[str, Any]) -> bool:
         """Whether the config of a checkpoint, of an earlier version perhaps, makes a model of this kind and sizes."""
+        if (
+            isinstance(own := getattr(self.model, "encoder", None), nn.Module)
+            and config.get("encoder") == type(own).__name__
+        ):
+            config = {**config, "encoder": own}
         try:
             return type(self.model)(**config, device="meta").config == self.model.config
         except (TypeError, ValueError):  # options that it does not have

@@ -70,7 +70,7 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
     """
     if not isinstance(model, MANN):
         raise ValueError(f"a model with a memory is needed, this is a {type(model).__name__}")
-    output, _, weights = model.layer(episode.inputs, return_weights=True)
+    output, _, weights = model.layer(model.encode(episode.inputs), return_weights=True)
     rows = model.classifier(output)[:, 0]
     targets = episode.targets[:, 0]
     distinct, classes = targets.unique(dim=0, return_inverse=True)

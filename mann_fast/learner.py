@@ -1,0 +1,294 @@
+"""FewShotLearner: new classes from a few pictures of each, in a trained model's memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .data.images import expand_user, is_light
+from .data.pictures import as_pixels
+from .training.checkpoint import PRETRAINED, load_checkpoint, restore_model, save_weights
+from .training.config import TrainConfig
+from .training.files import write_json
+from .training.prediction import predict_by_order, require_ways
+
+try:
+    from huggingface_hub import ModelHubMixin
+except ImportError:
+    ModelHubMixin = None
+
+WEIGHTS, SETTINGS = "model.safetensors", "config.json"  # what save_pretrained writes; huggingface_hub's names
+
+
+class _Folders:
+    """What of huggingface_hub's ModelHubMixin needs no huggingface_hub: saving to a folder, and loading from one."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(Path(save_directory))  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Any:
+        saved = Path(pretrained_model_name_or_path) / SETTINGS
+        options = {**(json.loads(saved.read_text()) if saved.is_file() else {}), **options}
+        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **options)  # type: ignore[attr-defined]
+
+
+class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-type]
+    """Learns classes from a few images of each, at once and again and again, by showing them to a trained model; its weights
+    do not change.
+
+    Args:
+        checkpoint: path of a ``checkpoint.pt`` or ``.safetensors`` of ``mann-fast train``, or of the folder of a run; None: the
+            model that comes with mann_fast, for 2 to 5 classes of drawn characters.
+        orders: how many random orders of the examples (and assignments of labels to classes) an answer is the mean of, at
+            least 1. One alone is noise.
+        random_state: seed of the orders. The same examples and seed give the same answers.
+        encoder: where the model was trained with an encoder of your own, a new module of that kind.
+
+    Attributes:
+        classes_: the labels that it has learned, [C], sorted where they can be, else as they came first.
+
+    An *image* is a path, a PIL image, a NumPy array [H, W], [H, W, C] or [C, H, W], or a tensor of such a shape, of any size;
+    C is 1, 3 or 4 (transparency). Integers of three channels go from 0 to 255, floats from 0 to 1; of one channel
+    the contrast is stretched whatever its range. *Images* are a sequence of them, or one array [M, ...], of flat squares also
+    [M, S * S] (as scikit-learn's digits are). Each becomes a square of the model's size as
+    :func:`mann_fast.data.read_image` says, and for a model of drawings dark ink on light paper is inverted: all images, where
+    the borders of the examples are light.
+
+    An estimator of scikit-learn, which need not be there: ``fit``, ``score``, ``get_params``, ``set_params``, ``clone``.
+    With huggingface_hub installed ``from_pretrained`` takes a repository's name too, and ``push_to_hub`` is there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike | None = None,
+        *,
+        orders: int = 8,
+        random_state: int = 0,
+        encoder: nn.Module | None = None,
+    ):
+        self.checkpoint = checkpoint
+        self.orders = orders
+        self.random_state = random_state
+        self.encoder = encoder
+
+    @classmethod
+    def load(cls, checkpoint: str | os.PathLike | None = None, **options: Any) -> FewShotLearner:
+        """A learner with its model loaded; arguments as of the class.
+
+        Raises FileNotFoundError without such a file, ValueError where it is damaged or no model of images.
+        """
+        learner = cls(checkpoint, **options)
+        learner._content()
+        return learner
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the model: ways, image size, encoder and so on; raises as :meth:`load`."""
+        return self._content()["config"]
+
+    def learn(self, images: Any, labels: Iterable[Hashable]) -> FewShotLearner:
+        """Remember images with their labels, beside those of earlier calls: more examples, or more classes.
+
+        labels: one for each image, of any kind that can be hashed. Returns itself.
+
+        Raises ValueError for more classes than the model tells apart, another number of labels than of images, or an image that
+        cannot be read, which it names; TypeError for what is no image or label. Nothing is learned then.
+        """
+        if labels is None:
+            raise ValueError(
+                "labels must be given, one for each image: FewShotLearner requires y to be passed, but the target y is None"
+            )
+        config = self.config
+        pixels, named = as_pixels(images, config.image_size, config.colour), _as_list(labels)
+        if len(named) != len(pixels):
+            raise ValueError(f"labels must be one for each of {len(pixels)} images, got {len(named)}")
+        for label in named:
+            try:
+                hash(label)
+            except TypeError:
+                raise TypeError(f"labels must be hashable, got {type(label).__name__}") from None
+        if not named:
+            raise ValueError("images must be at least one, got none: 0 sample(s)")
+        before = getattr(self, "_examples", None)
+        every = [*self._labels, *named] if before is not None else named
+        classes = sorted_labels(every)
+        require_ways(len(classes), config)
+        self._examples = pixels if before is None else np.concatenate([before, pixels])
+        self._labels, self.classes_ = every, classes
+        return self
+
+    def fit(self, X: Any, y: Iterable[Hashable]) -> FewShotLearner:
+        """Forget everything, then :meth:`learn`."""
+        self.forget()
+        return self.learn(X, y)
+
+    def forget(self) -> FewShotLearner:
+        """Forget all examples and classes; the model stays. Returns itself."""
+        for name in ("_examples", "_labels", "classes_"):
+            self.__dict__.pop(name, None)
+        return self
+
+    def predict(self, images: Any) -> np.ndarray:
+        """The most probable label of each image, [M]; raises as :meth:`predict_proba`."""
+        found = self.predict_proba(images)
+        return self.classes_[found.argmax(1)]
+
+    def predict_proba(
+        self, images: Any, return_std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Probability of each class for each image, float64 [M, C] in the order of ``classes_``; rows sum to 1.
+
+        Every image is judged apart from the others. An image of no class that was learned gets an answer, too.
+
+        return_std: also the standard deviation over the orders, [M, C], 0 of a single one. Where it is large the answer
+            hangs on the order in which the examples were read: the mean over ``orders`` is off by about the deviation over the
+            square root of ``orders``.
+
+        Raises ValueError before anything was learned and for an image that cannot be read, which it names; TypeError for what
+        is no image.
+        """
+        self._require_learned()
+        content = self._content()
+        config = content["config"]
+        queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
+        if content["data"]["drawn"] and is_light(examples.mean(1) if config.colour else examples):
+            queries, examples = 255 - queries, 255 - examples
+        place = {label: at for at, label in enumerate(self.classes_.tolist())}
+        found = predict_by_order(
+            self._model,
+            config,
+            torch.from_numpy(examples),
+            torch.tensor([place[label] for label in self._labels]),
+            torch.from_numpy(queries),
+            orders=self.orders,
+            seed=self.random_state,
+        ).double()
+        mean = found.mean(1)
+        mean = (mean / mean.sum(1, keepdim=True)).numpy()
+        return (mean, found.std(1, correction=0).numpy()) if return_std else mean
+
+    def score(self, X: Any, y: Iterable[Hashable]) -> float:
+        """The share of images whose prediction is the label given; raises as :meth:`predict`, ValueError for another number."""
+        answers, wanted = self.predict(X).tolist(), _as_list(y)
+        if len(answers) != len(wanted):
+            raise ValueError(f"y must be one label for each of {len(answers)} images, got {len(wanted)}")
+        return float(np.mean([a == b for a, b in zip(answers, wanted, strict=True)]))
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments of the class by their names."""
+        return {
+            name: getattr(self, name)
+            for name in inspect.signature(type(self).__init__).parameters
+            if name != "self"
+        }
+
+    def set_params(self, **params: Any) -> FewShotLearner:
+        """Change arguments of the class; ValueError for one that it does not have. Returns itself."""
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                raise ValueError(f"Invalid parameter {name!r}: must be one of {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"FewShotLearner({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
+        )
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return "_examples" in self.__dict__
+
+    def __sklearn_tags__(self) -> Any:
+        """Images are no rows of features, so scikit-learn's checks of tables do not apply."""
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+            input_tags=InputTags(two_d_array=False, three_d_array=True),
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """The model, its settings among it, and not what was learned: for that, pickle the learner."""
+        content = self._content()
+        data = Path(content["config"].data).name  # where it lay on this machine is nobody else's business
+        save_weights(
+            save_directory / WEIGHTS, {**content, "config": dataclasses.replace(content["config"], data=data)}
+        )
+        settings = self.get_params()
+        for name in ("checkpoint", "encoder"):  # a path of this machine, and code
+            del settings[name]
+        write_json(save_directory / SETTINGS, settings)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> FewShotLearner:
+        of_hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        download = {name: options.pop(name) for name in of_hub if name in options}
+        file = expand_user(model_id) / WEIGHTS
+        if not file.is_file() and ModelHubMixin is not None and not file.parent.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(model_id, WEIGHTS, **download))
+        return cls.load(file, **options)
+
+    def _content(self) -> dict[str, Any]:
+        """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""
+        if "_loaded" not in self.__dict__ or self._loaded[0] != (self.checkpoint, self.encoder):
+            content = load_checkpoint(PRETRAINED if self.checkpoint is None else expand_user(self.checkpoint))
+            if not isinstance(content["config"], TrainConfig):
+                raise ValueError(
+                    f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"
+                )
+            self._model, self._loaded = (
+                restore_model(content, self.encoder),
+                ((self.checkpoint, self.encoder), content),
+            )
+        return self._loaded[1]
+
+    def _require_learned(self) -> None:
+        if self.__sklearn_is_fitted__():
+            return
+        message = "this FewShotLearner has learned nothing yet: call learn(images, labels) first"
+        if "sklearn" in sys.modules:
+            from sklearn.exceptions import NotFittedError
+
+            raise NotFittedError(message)
+        raise ValueError(message)
+
+
+def sorted_labels(labels: Sequence[Hashable]) -> np.ndarray:
+    """The different ones, sorted where they can be, else as they come first; an array of objects where they are of kinds that
+    NumPy would change.
+    """
+    distinct = list(dict.fromkeys(labels))
+    try:
+        distinct.sort()  # type: ignore[type-var]
+    except TypeError:
+        pass
+    kinds = {type(label) for label in distinct}
+    if len(kinds) == 1 and kinds <= {bool, int, float, str}:
+        return np.array(distinct)
+    found = np.empty(len(distinct), object)
+    found[:] = distinct
+    return found
+
+
+def _as_list(labels: Any) -> list[Any]:
+    """Of an array or tensor its numbers or strings, as Python has them."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise TypeError(f"labels must be a sequence, one for each image, got {labels!r}")
+    return labels.tolist() if hasattr(labels, "tolist") else list(labels)

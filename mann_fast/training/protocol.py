@@ -1,0 +1,113 @@
+"""The field's protocol: N-way K-shot, K examples of each of N new classes, then 15 queries of each, every one judged apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import ClassImages, Episodes
+from .config import TrainConfig
+from .evaluation import InstanceAccuracy, Interrupted
+from .prediction import draw_labels, log_probabilities_apart
+
+QUERIES = 15  # of each class in an episode (Snell et al. 2017, section 3)
+BATCH = 50  # episodes at a time
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """N-way K-shot: ``ways`` classes an episode, ``shots`` examples of each. Its text is such as 5-way-1-shot."""
+
+    ways: int
+    shots: int
+
+    def __str__(self) -> str:
+        return f"{self.ways}-way-{self.shots}-shot"
+
+    @classmethod
+    def parse(cls, text: str) -> Protocol:
+        """ValueError where it is no such text with at least 2 ways and 1 shot."""
+        match = re.fullmatch(r"(\d+)-way-(\d+)-shot", text)
+        if match is None or int(match[1]) < 2 or int(match[2]) < 1:
+            raise ValueError(
+                f"a protocol must be such as 5-way-1-shot, of at least 2 ways and 1 shot, got {text!r}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+
+# Those of the field's tables on Omniglot.
+PROTOCOLS = (Protocol(5, 1), Protocol(5, 5), Protocol(20, 1), Protocol(20, 5))
+
+
+def obstacle(protocol: Protocol, config: TrainConfig, classes: ClassImages) -> str:
+    """Why a model cannot be measured by it on these classes; empty where it can."""
+    if protocol.ways > config.ways and config.labels == "onehot":
+        return f"the model was trained to tell {config.ways} classes apart"
+    if protocol.ways > classes.num_classes:
+        return f"there are {classes.num_classes} classes to measure on"
+    needed, least = protocol.shots + QUERIES, int(classes.counts.min())
+    if least < needed:
+        return f"a class needs {needed} images, {QUERIES} of them queries, and one has {least}"
+    return ""
+
+
+@torch.inference_mode()
+def evaluate_protocol(
+    model: nn.Module,
+    config: TrainConfig,
+    classes: ClassImages,
+    protocol: Protocol,
+    count: int,
+    *,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Accuracy on the queries of ``count`` episodes, at least 2: mean, low and high of the 95% interval over episodes.
+
+    The examples of an episode come in random order, with labels one step late as the model was trained to see them. Every
+    query is judged from the memory after the examples, and of the labels the model's answer is the best among those of the
+    episode's classes.
+
+    `stop` is asked between batches; Interrupted is raised where it says yes. Raises ValueError where there is an
+    :func:`obstacle`, named.
+    """
+    if why := obstacle(protocol, config, classes):
+        raise ValueError(f"{protocol} cannot be measured: {why}")
+    ways, each = protocol.ways, protocol.shots + QUERIES
+    episodes = Episodes(classes, ways=ways, shots=each, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    parts = []
+    for start in range(0, count, BATCH):
+        if stop():
+            raise Interrupted
+        size = min(BATCH, count - start)
+        images, which, instance = episodes.sample_images(size)  # which: 0 to ways - 1, [T, B]
+        # Stable, so examples stay in their random order; which images of a class are examples is random, too.
+        order = (instance > protocol.shots).long().argsort(dim=0, stable=True)
+        places = torch.arange(size)
+        images, which = images[order, places], which[order, places]
+        examples = ways * protocol.shots
+        labels = draw_labels(config, ways, size, generator)  # [B, ways] or [B, ways, 5]
+        found = log_probabilities_apart(
+            model,
+            config,
+            images[:examples],
+            labels[places, which[:examples]],
+            images[examples:],
+            labels,
+        )
+        parts.append((found.argmax(2) == which[examples:]).float().mean(0))
+    accuracy = InstanceAccuracy.from_episodes(torch.cat(parts).unsqueeze(1))
+    return {
+        "protocol": str(protocol),
+        "episodes": count,
+        "mean": accuracy.mean[0],
+        "low": accuracy.low[0],
+        "high": accuracy.high[0],
+    }

@@ -1,0 +1,215 @@
+"""Encoders between the images and the memory: every image through one module, in one call."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mann_fast import MANN
+from mann_fast.data import Dataset, Episodes, generate_glyphs
+from mann_fast.data.images import ClassImages
+from mann_fast.models.encoders import Conv4, make_own
+from mann_fast.training import TrainConfig, Trainer, load_checkpoint, restore_model
+from mann_fast.training.checkpoint import save_checkpoint, save_weights
+from mann_fast.training.loop import resume_run, start_run, train
+
+SMALL = {"num_slots": 7, "slot_size": 5, "num_heads": 2}
+
+
+class Rows(nn.Module):
+    """The mean of every row and channel; counts its calls."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, images):
+        self.calls += 1
+        assert images.dim() == 4
+        return self.scale * images.mean(3)
+
+
+def test_every_image_goes_through_the_encoder_in_one_call():
+    encoder = Rows()
+    model = MANN(3 * 4 * 5 + 2, 2, 8, encoder=encoder, image_shape=(3, 4, 5), dtype=torch.float64, **SMALL)
+    assert model.layer.input_size == 3 * 4 + 2
+    encoder.calls = 0
+    images, labels = torch.rand(6, 2, 3, 4, 5, dtype=torch.float64), torch.rand(6, 2, 2, dtype=torch.float64)
+    logits, _ = model(torch.cat([images.flatten(2), labels], 2))
+    assert encoder.calls == 1
+    output, _ = model.layer(torch.cat([2 * images.mean(4).flatten(2), labels], 2))
+    torch.testing.assert_close(logits, model.classifier(output), rtol=1e-12, atol=1e-12)
+    logits.sum().backward()
+    assert encoder.scale.grad.abs() > 0
+    alone, _ = model(torch.cat([images.flatten(2), labels], 2)[:, 1])
+    torch.testing.assert_close(alone, logits[:, 1], rtol=1e-9, atol=1e-9)
+
+
+def test_packed_sequences_are_encoded_too():
+    model = MANN(10, 2, 8, encoder=Rows(), image_shape=(2, 2, 2), dtype=torch.float64, **SMALL)
+    x, lengths = torch.rand(5, 3, 10, dtype=torch.float64), torch.tensor([5, 3, 1])
+    packed, _ = model(nn.utils.rnn.pack_padded_sequence(x, lengths))
+    padded, _ = model(x, lengths=lengths)
+    torch.testing.assert_close(nn.utils.rnn.pad_packed_sequence(packed)[0], padded, rtol=1e-9, atol=1e-9)
+
+
+def test_conv4_is_the_fields():
+    encoder = Conv4(1)
+    assert sum(p.numel() for p in encoder.parameters()) == (9 + 3 * 9 * 64) * 64 + 4 * 2 * 64
+    assert encoder(torch.rand(2, 1, 28, 28)).shape == (2, 64, 1, 1)
+    model = MANN(28 * 28 + 5, 5, encoder="conv4", image_shape=(1, 28, 28))
+    assert model.layer.input_size == 64 + 5
+    again = MANN(**model.config)
+    again.load_state_dict(model.state_dict())
+    x = torch.rand(3, 2, 28 * 28 + 5)
+    assert torch.equal(again.eval()(x)[0], model.eval()(x)[0])
+
+
+def test_in_evaluation_an_answer_depends_on_nothing_that_comes_after_it():
+    model = MANN(257, 1, 8, encoder="conv4", image_shape=(1, 16, 16), **SMALL)
+    x = torch.rand(4, 3, 257)
+    model(x)  # statistics of training
+    model.eval()
+    torch.testing.assert_close(model(x)[0][:2, :1], model(x[:2, :1])[0], rtol=1e-4, atol=1e-5)
+    model.train()
+    assert not torch.allclose(model(x)[0][:2, :1], model(x[:2, :1])[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"encoder": "conv5", "image_shape": (1, 16, 16)},
+            ValueError,
+            "encoder must be None, 'conv4' or a module",
+        ),
+        ({"encoder": "conv4"}, TypeError, r"image_shape must be three integers .* got None"),
+        ({"encoder": "conv4", "image_shape": (1, 15, 16)}, ValueError, "sides of at least 16"),
+        ({"encoder": "conv4", "image_shape": (2, 16, 16)}, ValueError, "input_size must be at least the 512"),
+        ({"image_shape": (1, 16, 16)}, ValueError, "image_shape must be None without an encoder"),
+        ({"encoder": nn.Flatten(0), "image_shape": (1, 2, 2)}, ValueError, r"encoder must make \[M, ...\]"),
+    ],
+)
+def test_refuses_what_does_not_fit(options, error, message):
+    with pytest.raises(error, match=message):
+        MANN(257, 1, 8, **options, **SMALL)
+
+
+def test_refuses_inputs_of_another_width():
+    model = MANN(10, 2, 8, encoder=Rows(), image_shape=(2, 2, 2), dtype=torch.float64, **SMALL)
+    with pytest.raises(ValueError, match=r"x must have 10 numbers per step.* got \[5, 3, 9\]"):
+        model(torch.rand(5, 3, 9, dtype=torch.float64))
+
+
+def dataset():
+    classes = generate_glyphs(12, 4, image_size=16, seed=3)
+    coloured = [
+        ClassImages(part.images.unsqueeze(1).repeat(1, 3, 1, 1), part.starts, part.names)
+        for part in (classes.select(range(8)), classes.select(range(8, 12)))
+    ]
+    return Dataset(*coloured, "folder")
+
+
+TINY = {
+    "data": "somewhere", "ways": 2, "shots": 2, "hidden_size": 8, "slots": 6, "slot_size": 4, "heads": 1, "steps": 2,
+    "batch": 1, "image_size": 16, "colour": True, "encoder": "conv4",
+}  # fmt: skip
+
+
+def test_a_checkpoint_keeps_the_encoder_and_a_run_goes_on_with_it_bit_for_bit(tmp_path):
+    config, data = TrainConfig(**TINY), dataset()
+    whole = Trainer(config, data)
+    losses = [whole.train_step().loss for _ in range(2)]
+    first = start_run(config, data, tmp_path)
+    assert train(first, tmp_path, stop=lambda: first.step == 1) is False
+    content = load_checkpoint(tmp_path)
+    assert (content["config"].encoder, content["config"].colour) == ("conv4", True)
+    second = resume_run(config, data, tmp_path)
+    assert second.train_step().loss == losses[1]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    save_weights(tmp_path / "weights.safetensors", content)
+    for file in (tmp_path, tmp_path / "weights.safetensors"):
+        model = restore_model(load_checkpoint(file))
+        assert isinstance(model.encoder, Conv4) and not model.training
+    raw = {**second.state_dict()}
+    raw["config"] = {**raw["config"], "encoder": "none"}
+    save_checkpoint(tmp_path / "other.pt", raw)
+    with pytest.raises(
+        ValueError, match="model.config must have encoder = None by its settings, got 'conv4'"
+    ):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_episodes_of_colour_hold_every_channel():
+    data = dataset()
+    episode = Episodes(data.train, ways=2, shots=2, augment=True, seed=1).sample(3)
+    assert episode.inputs.shape == (4, 3, 3 * 16 * 16 + 2)
+    red, green, _ = episode.inputs[..., : 3 * 16 * 16].unflatten(2, (3, 256)).unbind(2)
+    assert torch.equal(red, green) and red.max() > 0.5
+    assert data.train.rotated().images.shape == (4 * 32, 3, 16, 16)
+
+
+def test_settings_refuse_an_encoder_where_it_does_not_fit():
+    assert TrainConfig.of_encoder("conv4").image_size == 28
+    assert math.prod(TrainConfig.of_encoder("conv4", colour=True, image_size=32).image_shape) == 3 * 32 * 32
+    with pytest.raises(
+        ValueError, match="encoder must be one of none, conv4 or MODULE:FACTORY, got 'resnet'"
+    ):
+        TrainConfig(encoder="resnet")
+    with pytest.raises(ValueError, match="encoder must be 'none' with model lstm"):
+        TrainConfig(encoder="conv4", model="lstm")
+    with pytest.raises(ValueError, match="sides of at least 16"):
+        TrainConfig(encoder="conv4", image_size=8)
+
+
+class Own(nn.Sequential):
+    """With a batch norm, whose buffers are no parameters."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self[0].bias.requires_grad_(False)  # a frozen one stays as it is
+
+
+def test_an_encoder_of_ones_own_in_a_checkpoint(tmp_path):
+    """The file does not run it: who loads the model gives the module."""
+    own = f"{__name__}:Own"
+    config, data = TrainConfig(**{**TINY, "encoder": own}), dataset()
+    whole = Trainer(config, data)
+    losses = [whole.train_step().loss for _ in range(2)]
+    first = start_run(config, data, tmp_path)
+    train(first, tmp_path, stop=lambda: first.step == 1)
+    assert resume_run(config, data, tmp_path).train_step().loss == losses[1]
+    content = load_checkpoint(tmp_path)
+    model = restore_model(content, Own())
+    torch.manual_seed(config.seed)
+    assert torch.equal(model.encoder[0].bias, Own()[0].bias)
+    x = torch.rand(3, 1, 3 * 256 + 2)
+    assert torch.equal(model(x)[0], first.model.eval()(x)[0])
+    with pytest.raises(ValueError, match=f"was trained with the encoder {own}: name it again"):
+        restore_model(content)
+    with pytest.raises(ValueError, match="encoder must have the parameters .*encoder.0.bias"):
+        restore_model(content, nn.Sequential(nn.Conv2d(3, 4, 5, stride=4, bias=False), nn.Flatten()))
+    with pytest.raises(ValueError, match="was trained with the encoder none: leave it out"):
+        restore_model(load_checkpoint(), Own())
+    raw = first.state_dict()
+    broken = {name: x.clone() for name, x in raw["model"]["state"].items()}
+    broken["encoder.0.bias"][0] = torch.nan
+    save_checkpoint(tmp_path / "nan.pt", {**raw, "model": {**raw["model"], "state": broken}})
+    with pytest.raises(ValueError, match="encoder.0.bias has numbers that are not finite"):
+        load_checkpoint(tmp_path / "nan.pt")
+    del broken["layer.controller.weight_ih"]
+    save_checkpoint(tmp_path / "less.pt", {**raw, "model": {**raw["model"], "state": broken}})
+    with pytest.raises(ValueError, match="less.pt: .*(weight_ih must be a matrix|not finite)"):
+        load_checkpoint(tmp_path / "less.pt")
+
+
+@pytest.mark.parametrize("text", ["no_such_module:f", "math:f", ":f", "math:"])
+def test_what_is_no_factory_is_said(text):
+    with pytest.raises(ValueError, match=f"encoder must be MODULE:FACTORY, got '{text}'"):
+        make_own(text)
+    with pytest.raises(ValueError, match="must give an nn.Module, got dict"):
+        make_own("builtins:dict")

@@ -1,0 +1,227 @@
+"""FewShotLearner: pictures of any kind in, labels of any kind out, and what scikit-learn and huggingface_hub ask of it."""
+
+import dataclasses
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mann_fast
+import mann_fast.learner
+from mann_fast import FewShotLearner
+from mann_fast.data import generate_glyphs
+from mann_fast.data.pictures import as_pixels
+from mann_fast.training import TrainConfig, Trainer, load_checkpoint, predict, restore_model
+from mann_fast.training.checkpoint import save_checkpoint, save_weights
+from mann_fast.training.config import SequenceConfig
+from mann_fast.training.sequences import SequenceTrainer
+
+EACH = 12
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    """Five characters, ink 255 on 0, twelve times each: uint8 [5, 12, 40, 40]."""
+    return generate_glyphs(5, EACH, image_size=40, seed=11).images.unflatten(0, (5, EACH)).numpy()
+
+
+@pytest.fixture
+def learner():
+    return FewShotLearner.load()
+
+
+def test_it_learns_and_goes_on_learning(learner, glyphs):
+    assert learner.learn(list(glyphs[0, :2]) + list(glyphs[1, :2]), ["ro", "ka", "ka", "ka"]) is learner
+    learner.forget().learn(np.concatenate([glyphs[0, :2], glyphs[1, :2]]), ["ro", "ro", "ka", "ka"])
+    assert learner.classes_.tolist() == ["ka", "ro"]
+    assert learner.score(np.concatenate([glyphs[1, 6:], glyphs[0, 6:]]), ["ka"] * 6 + ["ro"] * 6) > 0.8
+    learner.learn(glyphs[2, :2], ["mu", "mu"])
+    learner.learn(glyphs[0, 2:4], ["ro", "ro"])
+    assert learner.classes_.tolist() == ["ka", "mu", "ro"]
+    queries = np.concatenate([glyphs[1, 6:], glyphs[2, 6:], glyphs[0, 6:]])
+    assert learner.score(queries, ["ka"] * 6 + ["mu"] * 6 + ["ro"] * 6) > 0.7
+    probabilities, deviation = learner.predict_proba(queries, return_std=True)
+    assert (
+        probabilities.shape == deviation.shape == (18, 3) and (deviation >= 0).all() and deviation.max() > 0
+    )
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-12)
+    assert learner.predict(queries).tolist() == learner.classes_[probabilities.argmax(1)].tolist()
+    np.testing.assert_allclose(learner.predict_proba(queries[4:5]), probabilities[4:5], atol=1e-6)
+    assert learner.fit(glyphs[3, :1], ["new"]).classes_.tolist() == ["new"]
+    assert learner.predict(glyphs[0, :1]).tolist() == ["new"]
+
+
+def test_it_answers_as_predict_does(learner, glyphs):
+    content = load_checkpoint()
+    learner.set_params(orders=5, random_state=3).learn(glyphs[:2, :3].reshape(6, 40, 40), [7, 7, 7, 4, 4, 4])
+    size = content["config"].image_size
+    examples, queries = (
+        torch.from_numpy(as_pixels(x, size)) for x in (glyphs[:2, :3].reshape(6, 40, 40), glyphs[0, 5:])
+    )
+    classes = torch.tensor([1, 1, 1, 0, 0, 0])
+    wanted = predict(restore_model(content), content["config"], examples, classes, queries, orders=5, seed=3)
+    np.testing.assert_allclose(learner.predict_proba(glyphs[0, 5:]), wanted, atol=1e-6)
+    deviation = learner.set_params(orders=1).predict_proba(glyphs[0, 5:], return_std=True)[1]
+    assert (deviation == 0).all()
+
+
+def test_dark_ink_on_light_paper_is_as_good(learner, glyphs):
+    bright = learner.learn(glyphs[:3, 0], [0, 1, 2]).predict_proba(glyphs[0, 1:4])
+    dark = learner.fit(255 - glyphs[:3, 0], [0, 1, 2]).predict_proba(255 - glyphs[0, 1:4])
+    np.testing.assert_allclose(bright, dark, atol=0.05)
+
+
+def test_pictures_of_every_kind_are_the_same(glyphs, tmp_path):
+    grey = glyphs[0, 0]
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    colour = np.repeat(grey[..., None], 3, 2)
+    kinds = [
+        tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(grey), Image.fromarray(colour), grey, grey[None],
+        grey[..., None], colour, colour.transpose(2, 0, 1), torch.from_numpy(grey), torch.from_numpy(grey)[None],
+        grey / 255, colour / np.float32(255), grey.astype(int), grey.ravel(),
+    ]  # fmt: skip
+    found = as_pixels(kinds, 20).astype(int)
+    assert found.shape == (15, 20, 20) and np.abs(found - found[0]).max() <= 1
+    found = as_pixels(kinds, 20, colour=True).astype(int)
+    assert found.shape == (15, 3, 20, 20) and np.abs(found - found[0]).max() <= 1
+    ink = (grey > 127) * np.uint8(255)
+    assert (as_pixels([grey > 127], 20) == as_pixels([ink], 20)).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("one.png", TypeError, r"images must be a sequence of images, got one str: give \[image\]"),
+        (["missing.png"], FileNotFoundError, "missing.png does not exist"),
+        ([3.0], TypeError, r"images\[0\] must be a path, a PIL image, or an array .* got float"),
+        ([np.zeros((2, 2), complex)], TypeError, "got an array of complex128"),
+        (
+            [np.zeros((5, 5)), np.zeros((5, 5, 2))],
+            ValueError,
+            r"images\[1\] cannot be read .* got \[5, 5, 2\]",
+        ),
+        ([np.full((4, 4), np.nan)], ValueError, "not finite"),
+        ([np.full((4, 4, 3), 2.0)], ValueError, "colours must go from 0 to 1, got 2 to 2"),
+        (
+            np.zeros((3, 7)),
+            ValueError,
+            r"images\[0\] cannot be read as an image: its shape must be .* got \[7\]",
+        ),
+        (np.zeros(4), ValueError, r"images must be an array \[M, H, W\]"),
+    ],
+)
+def test_what_is_no_image_is_named(learner, images, error, message):
+    with pytest.raises(error, match=message):
+        learner.learn(images, [0] * len(images))
+    assert not hasattr(learner, "classes_")
+
+
+def test_a_file_that_cannot_be_read_is_named(learner, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match="broken.png cannot be read as an image"):
+        learner.learn([tmp_path / "broken.png"], ["a"])
+
+
+def test_limits_are_said(learner, glyphs, tmp_path):
+    with pytest.raises(ValueError, match="has learned nothing yet: call learn"):
+        learner.predict(glyphs[0])
+    learner.learn(glyphs[:, 0], range(5))
+    with pytest.raises(ValueError, match="6 classes were given, .* to tell 5 apart.*--ways 6"):
+        learner.learn(glyphs[0, :1], [9])
+    assert learner.classes_.tolist() == [0, 1, 2, 3, 4]  # nothing of it was learned
+    with pytest.raises(ValueError, match="labels must be one for each of 2 images, got 1"):
+        learner.learn(glyphs[0, :2], [1])
+    with pytest.raises(TypeError, match="labels must be hashable, got list"):
+        learner.learn(glyphs[0, :1], [[1]])
+    with pytest.raises(TypeError, match="labels must be a sequence"):
+        learner.learn(glyphs[0, :1], "a")
+    with pytest.raises(ValueError, match="orders must be at least 1, got 0"):
+        learner.set_params(orders=0).predict(glyphs[0])
+    with pytest.raises(ValueError, match="Invalid parameter 'order': must be one of checkpoint, orders"):
+        learner.set_params(order=3)
+    with pytest.raises(FileNotFoundError):
+        FewShotLearner.load(tmp_path)
+    config = SequenceConfig(hidden_size=4, slots=4, slot_size=4, heads=1, steps=1, length=2)
+    save_checkpoint(tmp_path / "copy.pt", SequenceTrainer(config).state_dict())
+    with pytest.raises(ValueError, match="is a model of the task copy, not of images"):
+        FewShotLearner.load(tmp_path / "copy.pt")
+
+
+@pytest.mark.parametrize("labels", [[(1, "a"), (2, "b")], [1, "a"], [None, 2], [True, False], [0.5, 0.25]])
+def test_labels_of_any_kind(learner, glyphs, labels):
+    answers = learner.learn(glyphs[:2, 0], labels).predict(glyphs[:2, 0]).tolist()
+    assert answers == labels and set(learner.classes_.tolist()) == set(labels)
+
+
+def test_a_model_of_colour_gets_colour_and_photographs_stay_as_they_are(tmp_path, monkeypatch):
+    red, white = Image.new("RGB", (30, 30), (200, 10, 10)), Image.new("RGB", (30, 30), "white")
+    config = TrainConfig(
+        data="x", ways=2, shots=2, hidden_size=8, slots=4, slot_size=4, heads=1, image_size=16, colour=True, encoder="conv4"
+    )  # fmt: skip
+    images = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8)
+    classes = mann_fast.data.ClassImages(images, torch.arange(5) * 4, tuple("abcd"))
+    trainer = Trainer(config, mann_fast.data.Dataset(classes, classes, "folder"))
+    save_checkpoint(tmp_path / "c.pt", trainer.state_dict())
+    seen = []
+    original = mann_fast.learner.predict_by_order
+
+    def spy(model, config, examples, classes, images, **options):
+        seen.extend([examples, images])
+        return original(model, config, examples, classes, images, **options)
+
+    monkeypatch.setattr(mann_fast.learner, "predict_by_order", spy)
+    learner = FewShotLearner.load(tmp_path / "c.pt").learn([red, white], ["red", "white"])
+    assert learner.predict_proba([red]).shape == (1, 2)
+    assert seen[0].shape == (2, 3, 16, 16) and seen[0][0, :, 0, 0].tolist() == [200, 10, 10]
+    assert seen[0][1].min() == 255 and seen[1].tolist() == seen[0][:1].tolist()
+
+
+def test_it_can_be_saved_and_loaded(learner, glyphs, tmp_path):
+    learner.set_params(orders=3).learn(glyphs[:3, 0], ["a", "b", "c"])
+    wanted = learner.predict_proba(glyphs[0, 1:4])
+    assert (pickle.loads(pickle.dumps(learner)).predict_proba(glyphs[0, 1:4]) == wanted).all()
+    learner.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == {"orders": 3, "random_state": 0}
+    again = FewShotLearner.from_pretrained(tmp_path / "saved")
+    assert again.orders == 3 and not hasattr(again, "classes_")
+    assert (again.learn(glyphs[:3, 0], ["a", "b", "c"]).predict_proba(glyphs[0, 1:4]) == wanted).all()
+    assert FewShotLearner.from_pretrained(tmp_path / "saved", orders=1).orders == 1
+    content = load_checkpoint()
+    content["config"] = dataclasses.replace(content["config"], data="/home/somebody/letters")
+    save_weights(tmp_path / "mine.safetensors", content)
+    FewShotLearner.load(tmp_path / "mine.safetensors").save_pretrained(tmp_path / "public")
+    assert b"somebody" not in (tmp_path / "public" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.once
+def test_it_is_an_estimator_of_scikit_learn(glyphs):
+    pytest.importorskip("sklearn")
+    from sklearn.base import clone, is_classifier
+    from sklearn.exceptions import NotFittedError
+    from sklearn.model_selection import GridSearchCV, cross_val_score
+    from sklearn.utils.estimator_checks import check_estimator
+    from sklearn.utils.validation import check_is_fitted
+
+    with pytest.warns(Warning):  # that checks of tables are left out
+        check_estimator(FewShotLearner())
+    learner = FewShotLearner(orders=2)
+    assert is_classifier(learner) and clone(learner).get_params() == learner.get_params()
+    with pytest.raises(NotFittedError):
+        check_is_fitted(learner)
+    with pytest.raises(NotFittedError):
+        learner.predict(glyphs[0])
+    X, y = glyphs[:3, :6].reshape(18, 40, 40), np.repeat(["a", "b", "c"], 6)
+    assert cross_val_score(learner, X, y, cv=3).mean() > 0.6
+    search = GridSearchCV(learner, {"orders": [1, 2]}, cv=2).fit(X.reshape(18, -1), y)
+    assert search.best_estimator_.classes_.tolist() == ["a", "b", "c"]
+    check_is_fitted(search.best_estimator_)
+
+
+def test_importing_mann_fast_does_not_read_images():
+    assert "mann_fast.learner" in sys.modules and mann_fast.FewShotLearner is FewShotLearner
+    with pytest.raises(AttributeError, match="has no attribute 'Learner'"):
+        _ = mann_fast.Learner
