@@ -67,6 +67,7 @@ void scan_backward_sample(const NtmScanBackward& a, const NtmSizes<T>& n, int64_
       const T* came = t > 0 ? history + (row - a.B) * n.heads * n.N : static_cast<const T*>(a.weights) + b * n.heads * n.N;
       if (begins && step == 0) start_rows(n.heads, 0, ld, s.previous, ld);
       else load_rows(came, n.heads, n.N, 0, ld, s.previous, ld);
+      load_rows(history + row * n.heads * n.N, n.heads, n.N, 0, ld, s.x.weights, ld);
       const T* grad_read = a.grad_reads ? widen(a.grad_reads, a.input, row * n.R * D, n.R * D, s.grad_read) : nullptr;
       ntm_step_backward(n, a.read_first, before, after, grad_read, s);
       narrow(s.grad_key, n.heads * D, a.grad_keys, a.input, row * n.heads * D);

@@ -158,6 +158,7 @@ struct NtmBackward : NtmHeads<T, NtmCellBackward> {
     else
       load_rows(t > 0 ? history(t - 1, b) : this->of_sample(a.weights, b, n.heads * n.N), n.heads, n.N, 0, n.ld, s.previous,
                 n.ld);
+    load_rows(history(t, b), n.heads, n.N, 0, n.ld, s.x.weights, n.ld);
     const T* before = s.memories + step * n.D * n.ld;
     ntm_step_backward(n, a.read_first, before, before + n.D * n.ld, grad_read, s);
     to_values(values, s, grad_values);

@@ -190,13 +190,19 @@ inline Vec<double> log_positive(Vec<double> x) {
   return x;
 }
 
-// x to a power of at least 0, infinite too, for x from 0 to 1; 0 to the power 0 and 1 to any are 1. A negative or NaN x gives
-// NaN.
+// For x from 0 to 1 its logarithm, of 0 that of the least normal number.
 template <class T>
-inline Vec<T> power(Vec<T> x, T exponent) {
-  if (exponent == T(0)) return splat<T>(1);
+inline Vec<T> log_of_share(Vec<T> x) {
   const T least = std::numeric_limits<T>::min();
-  const Vec<T> result = exp_nonpositive(log_positive(x > least ? x : splat<T>(least)) * exponent);
+  return log_positive(x > least ? x : splat<T>(least));
+}
+
+// x to a power of at least 0, infinite too, for x from 0 to 1; 0 to the power 0 and 1 to any are 1. A negative or NaN x gives
+// NaN. The logarithm is log_of_share of x.
+template <class T>
+inline Vec<T> power(Vec<T> x, Vec<T> logarithm, T exponent) {
+  if (exponent == T(0)) return splat<T>(1);
+  const Vec<T> result = exp_nonpositive(logarithm * exponent);
   const Vec<T> none = splat<T>(std::numeric_limits<T>::quiet_NaN());
   return x == T(1) ? splat<T>(1) : x > T(0) ? result : x == T(0) ? Vec<T>{} : none;
 }
