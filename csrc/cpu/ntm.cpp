@@ -56,7 +56,7 @@ void scan_backward_sample(const NtmScanBackward& a, const NtmSizes<T>& n, int64_
     for (int64_t step = 0; step < steps; ++step) {  // the writes again
       const int64_t row = (first + step) * a.B + b;
       s.in.load(a, n, row);
-      load_rows(history + row * n.heads * n.N, n.heads, n.N, 0, ld, s.x.weights, ld);
+      load_rows(history + (row * n.heads + n.R) * n.N, n.W, n.N, 0, ld, s.x.weights + n.R * ld, ld);
       erase_and_add(n, s.x.weights + n.R * ld, s.in.erase, s.in.add, static_cast<const T*>(s.memories + step * block),
                     s.memories + (step + 1) * block);
     }

@@ -147,7 +147,7 @@ struct NtmBackward : NtmHeads<T, NtmCellBackward> {
   }
   void replay(int64_t first, int64_t step, int64_t b, const T* values, Scratch& s) const {
     this->set_written(values, s.in);
-    load_rows(history(first + step, b), n.heads, n.N, 0, n.ld, s.x.weights, n.ld);
+    load_rows(history(first + step, b) + n.R * n.N, n.W, n.N, 0, n.ld, s.x.weights + n.R * n.ld, n.ld);
     T* before = s.memories + step * n.D * n.ld;
     erase_and_add(n, s.x.weights + n.R * n.ld, s.in.erase, s.in.add, static_cast<const T*>(before), before + n.D * n.ld);
   }

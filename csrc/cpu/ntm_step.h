@@ -285,55 +285,56 @@ void heads_backward(const NtmSizes<T>& n, const T* memory, const T* squares, int
                                s.grad_dots + others * ld, s.in.key + others * n.D, readers > 0 ? none : grad_squares);
 }
 
-// Back through the part of the write heads [first, first + HEADS): the gradients of their weights, erase and add vectors; with
+// Back through the part of the write heads [first, first + HEADS): the gradients of their weights and erase vectors; with
 // LAST grad_memory becomes that of the memory before the write.
 template <class T, int HEADS, int ROWS, bool LAST>
 void write_rows_backward(const NtmSizes<T>& n, int64_t first, int64_t d, const T* before, NtmBackwardScratch<T>& s) {
-  const T *weights = s.x.weights + n.R * n.ld, *weight = weights + first * n.ld;
+  const T* weights = s.x.weights + n.R * n.ld;
   const T *erase = s.in.erase + first * n.D + d, *add = s.in.add + first * n.D + d;
   T* grad_weights = s.grad_weights + (n.R + first) * n.ld;
-  Vec<T> of_erase[HEADS][ROWS], of_add[HEADS][ROWS];
+  Vec<T> of_erase[HEADS][ROWS];
   for (int w = 0; w < HEADS; ++w)
-    for (int j = 0; j < ROWS; ++j) of_erase[w][j] = of_add[w][j] = Vec<T>{};
+    for (int j = 0; j < ROWS; ++j) of_erase[w][j] = Vec<T>{};
   for (int64_t i = 0; i < n.ld; i += width<T>) {
-    Vec<T> grad_weight[HEADS];
-    for (int w = 0; w < HEADS; ++w) grad_weight[w] = load(grad_weights + w * n.ld + i);
+    Vec<T> weight[HEADS], grad_weight[HEADS];
+    for (int w = 0; w < HEADS; ++w) {
+      weight[w] = load(weights + (first + w) * n.ld + i);
+      grad_weight[w] = load(grad_weights + w * n.ld + i);
+    }
     for (int j = 0; j < ROWS; ++j) {
       const int64_t place = (d + j) * n.ld + i;
       const Vec<T> g = load(s.grad_memory + place);
       Vec<T> left = g, kept[HEADS], others[HEADS];
       // What is left by the heads of other groups, then by those before each, and by those after it: nothing is divided.
-      for (int64_t v = 0; v < n.W; ++v)
-        if (v < first || v >= first + HEADS) left *= T(1) - load(weights + v * n.ld + i) * s.in.erase[v * n.D + d + j];
+      const auto pass = [&](int64_t v) { left *= T(1) - load(weights + v * n.ld + i) * s.in.erase[v * n.D + d + j]; };
+      for (int64_t v = 0; v < first; ++v) pass(v);
+      for (int64_t v = first + HEADS; v < n.W; ++v) pass(v);
       for (int w = 0; w < HEADS; ++w) {
-        kept[w] = T(1) - load(weight + w * n.ld + i) * erase[w * n.D + j];
+        kept[w] = T(1) - weight[w] * erase[w * n.D + j];
         others[w] = left;
         left *= kept[w];
       }
-      const Vec<T> m = load(before + place);
+      Vec<T> right = load(before + place);
       if (LAST) store(s.grad_memory + place, left);
-      Vec<T> right = m;
       for (int w = HEADS - 1; w >= 0; --w) {
         const Vec<T> erased = others[w] * right;
         right *= kept[w];
-        of_erase[w][j] += erased * load(weight + w * n.ld + i);
-        of_add[w][j] += g * load(weight + w * n.ld + i);
-        grad_weight[w] += g * add[w * n.D + j] - erased * erase[w * n.D + j];
+        of_erase[w][j] += erased * weight[w];
+        grad_weight[w] += g * add[w * n.D + j];
+        grad_weight[w] -= erased * erase[w * n.D + j];
       }
     }
     for (int w = 0; w < HEADS; ++w) store(grad_weights + w * n.ld + i, grad_weight[w]);
   }
   for (int w = 0; w < HEADS; ++w)
-    for (int j = 0; j < ROWS; ++j) {
-      s.grad_erase[(first + w) * n.D + d + j] = -sum_lanes<T>(of_erase[w][j]);
-      s.grad_add[(first + w) * n.D + d + j] = sum_lanes<T>(of_add[w][j]);
-    }
+    for (int j = 0; j < ROWS; ++j) s.grad_erase[(first + w) * n.D + d + j] = -sum_lanes<T>(of_erase[w][j]);
 }
 
 // Back through the write: grad_memory from that of the memory after it to that of the memory before it.
 template <class T>
 void write_backward(const NtmSizes<T>& n, const T* before, NtmBackwardScratch<T>& s) {
   constexpr int ROWS = vector_registers == 32 ? 2 : 1;
+  weighted_sums<T, false>(s.grad_memory, n.ld, n.ld, n.D, n.W, s.x.weights + n.R * n.ld, s.grad_add);
   for_heads<T>(n.W, [&](int64_t first, auto group) {
     const auto rows = [&](auto last) {
       int64_t d = 0;

@@ -317,18 +317,38 @@ inline Int<T> least_lane(IntVec<T> v) {
   return reduce_lanes<width<T>>(v, [](IntVec<T> a, IntVec<T> b) { return b < a ? b : a; });
 }
 
-// The first `count` numbers of a vector, or all of it where there are more; the others are 0.
+// The first `count` numbers of a vector, or all of it where there are more; the others are 0. With AVX-512 under a mask, as a load
+// of what was just copied together in smaller pieces waits for their stores.
+#if defined(__AVX512F__)
 template <class T>
-Vec<T> load_some(const T* from, int64_t count) {
+inline uint32_t first_lanes(int64_t count) {
+  return count >= width<T> ? ~0u : (1u << count) - 1;
+}
+inline Vec<float> load_some(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes<float>(count)), from);
+}
+inline Vec<double> load_some(const double* from, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes<double>(count)), from);
+}
+inline void store_some(float* to, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_lanes<float>(count)), v);
+}
+inline void store_some(double* to, Vec<double> v, int64_t count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes<double>(count)), v);
+}
+#else
+template <class T>
+inline Vec<T> load_some(const T* from, int64_t count) {
   if (count >= width<T>) return load(from);
   Vec<T> v{};
   std::memcpy(&v, from, count * sizeof(T));
   return v;
 }
 template <class T>
-void store_some(T* to, Vec<T> v, int64_t count) {
+inline void store_some(T* to, Vec<T> v, int64_t count) {
   std::memcpy(to, &v, count >= width<T> ? sizeof v : count * sizeof(T));
 }
+#endif
 
 }  // namespace
 }  // namespace mann_fast
