@@ -4,10 +4,11 @@
 For the emulated ones it also shows that the check can fail: kernels with a planted defect are noticed, and so is every barrier
 that is left out.
 
-python scripts/sanitize.py [--reduced] [address,undefined | thread]...     (both if none is named)
+python scripts/sanitize.py [--reduced-cpu] [--reduced-cuda] [address,undefined | thread]...     (both if none is named)
 
---reduced: without AVX2, one order of warps and lanes, no barrier left out, and under the thread sanitizer only those cases of
-the emulated kernels in which barriers are left out otherwise.
+--reduced-cpu: without AVX2.
+--reduced-cuda: one order of warps and lanes, no barrier left out, and under the thread sanitizer only those cases of the
+emulated kernels in which barriers are left out otherwise.
 """
 
 from __future__ import annotations
@@ -125,15 +126,16 @@ def sanitize_cuda(program: Path, sanitizers: str, reduced: bool) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    reduced = "--reduced" in arguments
-    arguments = [x for x in arguments if x != "--reduced"]
+    reduced = {"--reduced-cpu", "--reduced-cuda"} & set(arguments)
+    arguments = [x for x in arguments if x not in reduced]
     try:
         compiler = Compiler()
         clean = []
         for sanitizers in arguments or ["address,undefined", "thread"]:
-            isas = chosen(compiler, sanitizers, reduced)
+            isas = chosen(compiler, sanitizers, "--reduced-cpu" in reduced)
             driver, cuda_driver = build(compiler, sanitizers, isas)
-            clean += [sanitize_cuda(cuda_driver, sanitizers, reduced), sanitize(driver, sanitizers, isas)]
+            clean.append(sanitize_cuda(cuda_driver, sanitizers, "--reduced-cuda" in reduced))
+            clean.append(sanitize(driver, sanitizers, isas))
     except CannotBuild as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ Prints a Markdown table of registers, spills and shared memory, and fails where 
 chip has or spills at the paper's sizes. The launchers themselves say what to compile: they run on tensors of device
 "meta", with the launch replaced by taking notes.
 
-python scripts/triton_aot.py [--write docs/triton.md]
+python scripts/triton_aot.py [--reduced] [--write docs/triton.md]
 """
 
 from __future__ import annotations
@@ -215,20 +215,23 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
+    parser.add_argument("--reduced", action="store_true", help="the paper's sizes for one generation (sm_90)")
     args = parser.parse_args()
-    columns = [f"sm_{capability} registers / spilled bytes / shared KiB" for capability in SHARED_KIB]
+    capabilities = [90] if args.reduced else list(SHARED_KIB)
+    columns = [f"sm_{capability} registers / spilled bytes / shared KiB" for capability in capabilities]
     lines = [
         f"| N, D, R | keys | kernel | warps | {' | '.join(columns)} |",
         "| --- " * (4 + len(columns)) + "|",
     ]
     problems = []
-    for shape in SHAPES:
+    for shape in [PAPER] if args.reduced else SHAPES:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             if dtype != torch.float32 and shape != PAPER:
                 continue
             for launch in launches(shape, dtype):
                 cells = []
-                for capability, limit in SHARED_KIB.items():
+                for capability in capabilities:
+                    limit = SHARED_KIB[capability]
                     compiled = launch.compile(capability)
                     used = resources(compiled.asm["cubin"])
                     spilled, shared = used["STACK"] + used["LOCAL"], compiled.metadata.shared / 1024

@@ -15,12 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSED = ROOT / ".ci" / "nightly"
-# What a target shows, by the files that can break it.
+# What a target shows, or a part of it, by the files that can break it.
 FILES = {
     "isas": ("csrc/cpu/", "csrc/include/"),
+    "cuda": ("csrc/cuda/", "csrc/include/", "scripts/cuda_report.py"),
     "emulate": ("csrc/cuda/", "csrc/include/", "tests/cpp/emulation.h"),
-    "triton": ("kernels/",),
-    "sanitize": ("csrc/", "tests/cpp/", "scripts/sanitize.py"),
+    "triton": ("kernels/", "scripts/triton_aot.py"),
+    "sanitize-cpu": ("csrc/cpu/", "csrc/include/", "tests/cpp/", "scripts/sanitize.py"),
+    "sanitize-cuda": ("csrc/cuda/", "csrc/include/", "tests/cpp/", "scripts/sanitize.py"),
     "wheel": ("setup.py", "pyproject.toml", "MANIFEST.in", "scripts/build_backend.py", "scripts/native.py"),
 }
 

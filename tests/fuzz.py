@@ -15,7 +15,8 @@ import time
 import torch
 
 from mann_fast import ops, reference
-from mann_fast.reference.cell import CONTROLLERS, head_sizes, ntm_head_sizes
+from mann_fast.ops._register import OPS
+from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
 
 HALF = (torch.bfloat16, torch.float16)
 TIGHT = 1e-9  # of the greatest number of a tensor
@@ -49,7 +50,7 @@ class Case:
         self.threads = draw.choice([1, 1, 2, 3])
         self.options = {"eps": draw.choice([1e-6, 1e-6, 1e-3])}
         if self.family == "cell" and draw.random() < 0.5:
-            self.family = "ntm_cell"
+            self.family = draw.choice(["ntm_cell", "dnc_cell"])
 
     def __str__(self):
         names = (
@@ -217,17 +218,35 @@ def lrua_of_cell(case):
         "write_target": case.draw.choice(["per_head", "shared"]),
         "usage_decay": case.draw.choice([0.95, 0.0, 1.0]),
     }
-    return options, head_sizes(case.R, case.D, vector, sharpness), {"usage": case.usage()}
+    rest = {"read_weights": case.shares(case.B, case.R, case.N, of_state=True), "usage": case.usage()}
+    return options, head_sizes(case.R, case.D, vector, sharpness), rest
 
 
 def ntm_of_cell(case):
     max_shift = case.draw.choice([None, case.reach, case.reach])
     options = {"max_shift": max_shift, "order": case.draw.choice(["write_first", "read_first"])}
-    weights = {"write_weights": case.shares(case.B, case.R, case.N, of_state=True)}
+    names = ("read_weights", "write_weights")
+    weights = {name: case.shares(case.B, case.R, case.N, of_state=True) for name in names}
     return options, ntm_head_sizes(case.R, case.D, max_shift), weights
 
 
-def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState):
+def dnc_of_cell(case):
+    link, masks = case.draw.random() < 0.7, case.draw.random() < 0.5
+    options = {"masks": masks, "mask_min": case.draw.choice([0.0, 0.2]) if masks else 0.0}
+    options |= {"deallocate": case.draw.random() < 0.5, "link_sharpening": link and case.draw.random() < 0.5}
+    options["clip"] = case.draw.choice([None, None, 1.0])
+    rest = {"usage": case.unit(case.B, case.N), "precedence": None, "links": None}
+    if link:
+        rest["precedence"] = case.shares(case.B, case.N, of_state=True) / 2
+        links = case.shares(case.B, case.N, case.N, of_state=True) / 2
+        rest["links"] = links * (1 - torch.eye(case.N, dtype=torch.float64))
+    rest["read_weights"] = case.shares(case.B, case.R, case.N, of_state=True) / 2
+    rest["write_weights"] = case.shares(case.B, case.N, of_state=True) / 2
+    parts = {"link": link, "masks": masks, "link_sharpening": options["link_sharpening"]}
+    return options, dnc_head_sizes(case.R, case.D, **parts), rest
+
+
+def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, constant="usage"):
     kind = case.draw.choice(list(CONTROLLERS))
     options, sizes, rest = of_memory(case)
     options |= case.options | {"controller": kind}
@@ -237,7 +256,6 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState):
         "gates": case.normal(case.T, case.B, gates),
         **{name: case.normal(case.B, case.H) for name in names},
         "memory": case.state(case.B, case.N, case.D, scale=min(case.scale, 1.0)),
-        "read_weights": case.shares(case.B, case.R, case.N, of_state=True),
         **rest,
         "reads": case.normal(case.B, case.R, case.D),
     }
@@ -255,14 +273,40 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState):
         state = tuple(x.pop(name) for name in names)
         memory = state_of(*(x.pop(name) for name in state_of._fields))
         first = {"hidden_weight": None, "hidden_bias": None}
-        output, state, memory, reads = getattr(of, op)(state=state, memory=memory, **first | x, **options)
-        return output, *state, *memory, reads
+        given = {"state": state, "memory": memory, **first, **x, **options}
+        if op == "dnc_cell" and of is reference and case.T:
+            given["step"] = in_order(given)
+        output, state, memory, reads = getattr(of, op)(**given)
+        return [x for x in (output, *state, *memory, reads) if x is not None]
 
-    return tensors, ("usage",), call
+    return tensors, (constant,), call
 
 
 def ntm_cell(case):
-    return cell(case, "ntm_cell", ntm_of_cell, ops.NTMState)
+    return cell(case, "ntm_cell", ntm_of_cell, ops.NTMState, None)
+
+
+def in_order(given):
+    """The reference's step with the orders of allocation of the kernel, one step after the other: of usages that nearly agree
+    the order turns on their last bit."""
+    values = given | dict(zip(("hidden", "cell"), (*given["state"], None, None), strict=False))
+    values |= given["memory"]._asdict() | {"controller": list(CONTROLLERS).index(given["controller"])}
+    values |= {"clip": given["clip"] or 0.0, "bfloat16": False, "anchor_every": 1}
+    if "resets" in given and "start" not in given:
+        values["start"] = torch.zeros(values["memory"].shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        results = torch.ops.mann_fast.dnc_cell(*(values.get(name) for name in OPS["dnc_cell"].names))
+    kept = results[[x.name for x in OPS["dnc_cell"].outputs].index("orders")]
+    slots = torch.arange(kept.shape[2])
+    ended = (kept.sort(-1)[0] != slots).any(
+        -1, keepdim=True
+    )  # no order is kept of a sample that takes no part
+    orders = iter(torch.where(ended, slots, kept))
+    return lambda *told, **options: reference.dnc_step(*told, orders=next(orders), **options)
+
+
+def dnc_cell(case):
+    return cell(case, "dnc_cell", dnc_of_cell, ops.DNCState, "write_weights")
 
 
 FAMILIES = {
@@ -272,15 +316,16 @@ FAMILIES = {
     "ntm": ntm,
     "cell": cell,
     "ntm_cell": ntm_cell,
+    "dnc_cell": dnc_cell,
 }
-STATE = ("memory", "read_weights", "write_weights", "usage", "start")
+STATE = ("memory", "read_weights", "write_weights", "usage", "precedence", "links", "start")
 
 
 def results(of, case, tensors, constant, call, dtypes):
     """What comes out, and the gradients of a fixed functional of it, in float64."""
     leaves = {}
     for name, x in tensors.items():
-        if x.is_floating_point():
+        if x is not None and x.is_floating_point():
             x = x.detach().to(dtypes[0] if name in STATE else dtypes[1]) if dtypes else x.detach().clone()
             x.requires_grad_(name not in constant)
         leaves[name] = x
@@ -291,7 +336,7 @@ def results(of, case, tensors, constant, call, dtypes):
         for x in outputs
         if x.requires_grad
     )
-    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
     if not isinstance(loss, torch.Tensor):
         return [*outputs]
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)

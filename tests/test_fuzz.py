@@ -18,7 +18,9 @@ def test_random_cases(part):
         assert fault is None, f"python tests/fuzz.py --seed {number} --cases 1: {fault}"
 
 
-@pytest.mark.parametrize("name", ["lrua_scan", "ntm_scan", "content_read", "lrua_write", "cell", "ntm_cell"])
+@pytest.mark.parametrize(
+    "name", ["lrua_scan", "ntm_scan", "content_read", "lrua_write", "cell", "ntm_cell", "dnc_cell"]
+)
 def test_a_wrong_op_is_found(name, monkeypatch):
     right = getattr(ops, name)
 
