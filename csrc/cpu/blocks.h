@@ -220,8 +220,13 @@ template <class T>
 inline void dot_and_square_slots(const T* block, int64_t ld, int64_t count, int64_t D, int64_t R, const T* keys, T* dots,
                                  T* squares) {
   for_heads<T>(R, [&](int64_t r, auto group) {
-    write_and_dot_heads<T, 0, group, true>(block, static_cast<T*>(nullptr), ld, count, D, static_cast<const T*>(nullptr),
-                                           static_cast<const T*>(nullptr), keys + r * D, dots + r * ld, squares);
+    const auto compare = [&](auto with_squares) {
+      write_and_dot_heads<T, 0, group, with_squares>(block, static_cast<T*>(nullptr), ld, count, D,
+                                                     static_cast<const T*>(nullptr), static_cast<const T*>(nullptr),
+                                                     keys + r * D, dots + r * ld, squares);
+    };
+    if (r == 0) compare(std::true_type());
+    else compare(std::false_type());
   });
 }
 
@@ -331,7 +336,7 @@ inline void add_gradient(const T* block, T* grad, int64_t ld, int64_t count, int
           block, grad, ld, count, D, READ ? weights + r * ld : none, READ ? grad_reads + r * D : none,
           DOT ? grad_dots + r * ld : none, DOT ? keys + r * D : none, grad_squares, none, static_cast<T*>(nullptr));
     };
-    if (DOT && r == 0) add(std::true_type());
+    if (DOT && r == 0 && grad_squares != nullptr) add(std::true_type());
     else add(std::false_type());
   });
 }
@@ -384,6 +389,16 @@ inline T exp_slots(T* scores, int64_t count, T maximum) {
     total += e;
   }
   return sum_lanes<T>(total);
+}
+
+template <class T>
+inline T greatest_of_row(const T* row, int64_t count) {  // at least 0; a NaN loses
+  Vec<T> greatest{};
+  for (int64_t i = 0; i < count; i += width<T>) {
+    const Vec<T> x = load(row + i);
+    greatest = x > greatest ? x : greatest;
+  }
+  return maximum_lane<T>(greatest);
 }
 
 template <class T>

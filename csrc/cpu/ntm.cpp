@@ -56,7 +56,7 @@ void scan_backward_sample(const NtmScanBackward& a, const NtmSizes<T>& n, int64_
     for (int64_t step = 0; step < steps; ++step) {  // the writes again
       const int64_t row = (first + step) * a.B + b;
       s.in.load(a, n, row);
-      load_rows(history + row * n.heads * n.N, n.heads, n.N, 0, ld, s.x.weights, ld);
+      load_rows(history + (row * n.heads + n.R) * n.N, n.W, n.N, 0, ld, s.x.weights + n.R * ld, ld);
       erase_and_add(n, s.x.weights + n.R * ld, s.in.erase, s.in.add, static_cast<const T*>(s.memories + step * block),
                     s.memories + (step + 1) * block);
     }
@@ -67,6 +67,7 @@ void scan_backward_sample(const NtmScanBackward& a, const NtmSizes<T>& n, int64_
       const T* came = t > 0 ? history + (row - a.B) * n.heads * n.N : static_cast<const T*>(a.weights) + b * n.heads * n.N;
       if (begins && step == 0) start_rows(n.heads, 0, ld, s.previous, ld);
       else load_rows(came, n.heads, n.N, 0, ld, s.previous, ld);
+      load_rows(history + row * n.heads * n.N, n.heads, n.N, 0, ld, s.x.weights, ld);
       const T* grad_read = a.grad_reads ? widen(a.grad_reads, a.input, row * n.R * D, n.R * D, s.grad_read) : nullptr;
       ntm_step_backward(n, a.read_first, before, after, grad_read, s);
       narrow(s.grad_key, n.heads * D, a.grad_keys, a.input, row * n.heads * D);

@@ -147,7 +147,7 @@ struct NtmBackward : NtmHeads<T, NtmCellBackward> {
     T* before = s.memories;
     for (int64_t t = first; t < end; ++t, before += n.D * n.ld) {
       this->set_written(this->of_sample(a.kept_heads, t * a.B + b, this->heads), s.in);
-      load_rows(history(t, b), n.heads, n.N, 0, n.ld, s.x.weights, n.ld);
+      load_rows(history(t, b) + n.R * n.N, n.W, n.N, 0, n.ld, s.x.weights + n.R * n.ld, n.ld);
       erase_and_add(n, s.x.weights + n.R * n.ld, s.in.erase, s.in.add, static_cast<const T*>(before), before + n.D * n.ld);
     }
   }
@@ -158,6 +158,7 @@ struct NtmBackward : NtmHeads<T, NtmCellBackward> {
     else
       load_rows(t > 0 ? history(t - 1, b) : this->of_sample(a.weights, b, n.heads * n.N), n.heads, n.N, 0, n.ld, s.previous,
                 n.ld);
+    load_rows(history(t, b), n.heads, n.N, 0, n.ld, s.x.weights, n.ld);
     const T* before = s.memories + step * n.D * n.ld;
     ntm_step_backward(n, a.read_first, before, before + n.D * n.ld, grad_read, s);
     to_values(values, s, grad_values);

@@ -190,13 +190,19 @@ inline Vec<double> log_positive(Vec<double> x) {
   return x;
 }
 
-// x to a power of at least 0, infinite too, for x from 0 to 1; 0 to the power 0 and 1 to any are 1. A negative or NaN x gives
-// NaN.
+// For x from 0 to 1 its logarithm, of 0 that of the least normal number.
 template <class T>
-inline Vec<T> power(Vec<T> x, T exponent) {
-  if (exponent == T(0)) return splat<T>(1);
+inline Vec<T> log_of_share(Vec<T> x) {
   const T least = std::numeric_limits<T>::min();
-  const Vec<T> result = exp_nonpositive(log_positive(x > least ? x : splat<T>(least)) * exponent);
+  return log_positive(x > least ? x : splat<T>(least));
+}
+
+// x to a power of at least 0, infinite too, for x from 0 to 1; 0 to the power 0 and 1 to any are 1. A negative or NaN x gives
+// NaN. The logarithm is log_of_share of x.
+template <class T>
+inline Vec<T> power(Vec<T> x, Vec<T> logarithm, T exponent) {
+  if (exponent == T(0)) return splat<T>(1);
+  const Vec<T> result = exp_nonpositive(logarithm * exponent);
   const Vec<T> none = splat<T>(std::numeric_limits<T>::quiet_NaN());
   return x == T(1) ? splat<T>(1) : x > T(0) ? result : x == T(0) ? Vec<T>{} : none;
 }
@@ -311,18 +317,38 @@ inline Int<T> least_lane(IntVec<T> v) {
   return reduce_lanes<width<T>>(v, [](IntVec<T> a, IntVec<T> b) { return b < a ? b : a; });
 }
 
-// The first `count` numbers of a vector, or all of it where there are more; the others are 0.
+// The first `count` numbers of a vector, or all of it where there are more; the others are 0. With AVX-512 under a mask, as a load
+// of what was just copied together in smaller pieces waits for their stores.
+#if defined(__AVX512F__)
 template <class T>
-Vec<T> load_some(const T* from, int64_t count) {
+inline uint32_t first_lanes(int64_t count) {
+  return count >= width<T> ? ~0u : (1u << count) - 1;
+}
+inline Vec<float> load_some(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes<float>(count)), from);
+}
+inline Vec<double> load_some(const double* from, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes<double>(count)), from);
+}
+inline void store_some(float* to, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_lanes<float>(count)), v);
+}
+inline void store_some(double* to, Vec<double> v, int64_t count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes<double>(count)), v);
+}
+#else
+template <class T>
+inline Vec<T> load_some(const T* from, int64_t count) {
   if (count >= width<T>) return load(from);
   Vec<T> v{};
   std::memcpy(&v, from, count * sizeof(T));
   return v;
 }
 template <class T>
-void store_some(T* to, Vec<T> v, int64_t count) {
+inline void store_some(T* to, Vec<T> v, int64_t count) {
   std::memcpy(to, &v, count >= width<T> ? sizeof v : count * sizeof(T));
 }
+#endif
 
 }  // namespace
 }  // namespace mann_fast
