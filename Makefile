@@ -3,6 +3,7 @@
 # make nightly make check with nothing left out (CI leaves out what changed files cannot break)
 # make fuzz    random cases of the ops against the reference (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
+# make site    the pages of docs/ and of the API, in build/site
 # make clean   removes all of it, the virtual environment too
 #
 # Everything happens in a virtual environment of its own, .venv. TORCH says what pip installs there for PyTorch. PyPI's
@@ -19,7 +20,7 @@ TORCH_OTHER ?= torch==2.14.1
 
 VENV := .venv
 BIN := $(VENV)/bin
-OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_ntm_cell.py tests/test_sequences.py
+OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sequences.py
 
 # Targets that leave nothing out: those of which a file has changed since make nightly last passed.
 WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)
@@ -27,9 +28,9 @@ WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check nightly fuzz build lint abi isas triton cuda emulate sanitize wheel clean
+.PHONY: demo test check nightly fuzz build site lint abi isas triton cuda emulate sanitize wheel clean
 
-$(VENV)/installed: pyproject.toml setup.py Makefile
+$(VENV)/installed: pyproject.toml setup.py Makefile mann_fast/__init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -103,6 +104,10 @@ wheel: build cuda
 	MANN_FAST_OBJECTS="$(CURDIR)/build/objects" MANN_FAST_REQUIRE_EXTENSION=1 MANN_FAST_CUDA=$${MANN_FAST_CUDA-1} \
 	    $(BIN)/python -m build --no-isolation
 	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) $(OP_TESTS) tests/test_pretrained.py
+
+site: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks

@@ -5,6 +5,6 @@ from .layers import MemoryLayer, MemoryStack, MemoryState
 from .models import MANN
 from .ops import backend, backends
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["MANN", "MemoryLayer", "MemoryStack", "MemoryState", "backend", "backends", "ops", "reference"]

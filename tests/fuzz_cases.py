@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 
 from mann_fast import ops, reference
+from mann_fast.ops._register import OPS
 from mann_fast.ops._sequences import raw_sequences
-from mann_fast.reference.cell import CONTROLLERS, head_sizes, ntm_head_sizes
+from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -46,6 +47,10 @@ class Chosen(NamedTuple):
 
         with mock.patch.object(self.place, self.name, watch):
             yield out_of_order
+
+
+def orders_of_allocation(choices, ended):
+    return Chosen(choices, reference.dnc, "allocation", lambda usage, order: (usage, order), ended)
 
 
 class Drawn(NamedTuple):
@@ -129,7 +134,8 @@ class Case:
     def state(self, kind, initial, **drawn):
         """Tensors of a state, as drawn or as at the start of a sequence."""
         if self.begun:
-            drawn = dict(zip(kind._fields, kind.initial(*initial, dtype=self.wide), strict=True))
+            start = zip(kind._fields, kind.initial(*initial, dtype=self.wide), strict=True)
+            drawn = {name: x for name, x in start if name in drawn}
         return drawn
 
     def sequences(self):
@@ -307,8 +313,6 @@ def dnc(case):
         write_weights=case.shares(case.B, case.N, of_state=True),
         **links if link else {},
     )
-    if not link:
-        tensors |= {"links": None, "precedence": None}
     heads, few = (*steps, case.R), min(case.sharp, 10)
     interface = ops.DNCInterface(
         read_keys=case.normal(*heads, case.D),
@@ -348,10 +352,7 @@ def dnc(case):
         orders = case.within(x, torch.ops.mann_fast.dnc_scan(*raw)[9])
         return {"orders": orders[0] if case.one_step else orders}
 
-    chosen = Chosen(
-        choices, reference.dnc, "allocation", lambda usage, order: (usage, order), case.ended(tensors)
-    )
-    return Drawn(tensors, ("written",), call, chosen)
+    return Drawn(tensors, ("written",), call, orders_of_allocation(choices, case.ended(tensors)))
 
 
 def lrua_of_cell(case):
@@ -378,13 +379,13 @@ def ntm_of_cell(case):
     return options, ntm_head_sizes(case.R, case.D, max_shift), weights
 
 
-def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState):
+def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, constant=("usage",)):
     kind = case.draw.choice(list(CONTROLLERS))
     options, sizes, rest = of_memory(case)
     options |= case.options | {"controller": kind}
     per_unit, names = CONTROLLERS[kind]
     gates, values = per_unit * case.H, sum(sizes)
-    heads = (case.R,) if state_of is ops.LRUAState else (case.R, case.R)
+    heads = (case.R, case.R) if state_of is ops.NTMState else (case.R,)
     tensors = {
         "gates": case.normal(case.T, case.B, gates),
         **{name: case.normal(case.B, case.H) for name in names},
@@ -406,19 +407,53 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState):
         **case.sequences(),
     }
 
-    def call(of, x):
+    def call(of, x, orders=None):
         x = dict(x)
         state = tuple(x.pop(name) for name in names)
         memory = taken(x, state_of)
-        first = {"hidden_weight": None, "hidden_bias": None}
-        output, state, memory, reads = getattr(of, op)(state=state, memory=memory, **first | x, **options)
-        return output, *state, *memory, reads
+        given = {"hidden_weight": None, "hidden_bias": None, **x, **options}
+        if orders is not None:
+            steps = iter(orders)
+            given["step"] = lambda *told, **given: of.dnc_step(*told, orders=next(steps), **given)
+        output, state, memory, reads = getattr(of, op)(state=state, memory=memory, **given)
+        return [x for x in (output, *state, *memory, reads) if x is not None]
 
-    return Drawn(tensors, ("usage",), call)
+    def choices(x):
+        x = {name: y.to(case.wide) if y.is_floating_point() else y for name, y in x.items()}
+        given = (x.get(name) for name in ("resets", "lengths", "start"))
+        sequences = raw_sequences(x["memory"], case.T, *given, value=0.0)
+        values = x | options | dict(zip(("resets", "lengths", "start"), sequences, strict=True))
+        values |= {"controller": list(CONTROLLERS).index(kind), "clip": options["clip"] or 0.0}
+        values |= {"bfloat16": case.half == torch.bfloat16, "anchor_every": 1}
+        of_op = OPS["dnc_cell"]
+        results = torch.ops.mann_fast.dnc_cell(*(values.get(name) for name in of_op.names))
+        return {"orders": case.within(x, results[[x.name for x in of_op.outputs].index("orders")])}
+
+    chosen = orders_of_allocation(choices, case.ended(tensors)) if op == "dnc_cell" else None
+    return Drawn(tensors, constant, call, chosen)
 
 
 def ntm_cell(case):
-    return cell(case, "ntm_cell", ntm_of_cell, ops.NTMState)
+    return cell(case, "ntm_cell", ntm_of_cell, ops.NTMState, ())
+
+
+def dnc_of_cell(case):
+    link, masks = case.draw.random() < 0.7, case.draw.random() < 0.5
+    options = {"masks": masks, "mask_min": case.draw.choice([0.0, 0.2]) if masks else 0.0}
+    options |= {"deallocate": case.draw.random() < 0.5, "link_sharpening": link and case.draw.random() < 0.5}
+    options["clip"] = case.draw.choice([None, None, 1.0])
+    rest = {"usage": case.unit(case.B, case.N, of_state=True)}
+    if link:
+        ahead = case.shares(case.B, case.N, case.N, of_state=True) / 2
+        rest["links"] = ahead * (1 - torch.eye(case.N, dtype=case.wide))
+        rest["precedence"] = case.shares(case.B, case.N, of_state=True) / 2
+    rest["write_weights"] = case.shares(case.B, case.N, of_state=True) / 2
+    parts = {"link": link, "masks": masks, "link_sharpening": options["link_sharpening"]}
+    return options, dnc_head_sizes(case.R, case.D, **parts), rest
+
+
+def dnc_cell(case):
+    return cell(case, "dnc_cell", dnc_of_cell, ops.DNCState, ("write_weights",))
 
 
 FAMILIES = {
@@ -430,4 +465,5 @@ FAMILIES = {
     "dnc": dnc,
     "cell": cell,
     "ntm_cell": ntm_cell,
+    "dnc_cell": dnc_cell,
 }

@@ -12,7 +12,7 @@ import mann_fast
 from mann_fast import MANN, MemoryLayer, ops
 from mann_fast.layers import MemoryStack
 from mann_fast.ops._register import OPS
-from mann_fast.reference.cell import ntm_head_sizes
+from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -58,6 +58,8 @@ def calls():
     of_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
     values = sum(ntm_head_sizes(R, D, 1))
     of_ntm_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
+    values = sum(dnc_head_sizes(R, D, link=True, masks=False, link_sharpening=False))
+    of_dnc_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
     return {
         "content_read": {"memory": state.memory, "key": keys[0], "sharpness": gates[0]},
         "least_used": {"usage": state.usage, "n": 2},
@@ -71,6 +73,7 @@ def calls():
         "dnc_scan": {"state": dnc, "interface": told},
         "cell": {**cell, "memory": state, **of_heads},
         "ntm_cell": {**cell, "memory": start, **of_ntm_heads},
+        "dnc_cell": {**cell, "memory": dnc, **of_dnc_heads},
     }
 
 
@@ -220,7 +223,7 @@ def huge(op, values):
     """The same with strides of 0 and petabytes to copy."""
     # A cell copies its gates first. Links are N^2 numbers, and still to be counted.
     squared = any(argument.names.count("N") == 2 for argument in op.arguments)
-    sizes = {"B": 2**31 - 1, "T" if op.name in ("cell", "ntm_cell") else "N": 2**14 if squared else 2**20}
+    sizes = {"B": 2**31 - 1, "T" if op.name.endswith("cell") else "N": 2**14 if squared else 2**20}
     huge = []
     for argument, value in zip(op.arguments, values, strict=False):
         one = [slice(0, 1) if name in sizes else slice(None) for name in argument.names]

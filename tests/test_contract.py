@@ -17,14 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from mann_fast import ops, reference
 from mann_fast.ops._declare import sizes_of
 from mann_fast.ops._register import NAMESPACES, OPS
-from mann_fast.reference.cell import ntm_head_sizes
+from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes
 
 pytestmark = needs_kernels
 
 SIZES = {"T": 5, "B": 2, "N": 7, "D": 5, "R": 3, "W": 1, "R+W": 3, "2R": 6, "2S+1": 3, "H": 4, "2": 2, "3": 3}
 # Of axes that follow from an option: an LSTM's gates, and what its heads have where each has a vector and a sharpness.
 SIZES |= {"G": 4 * SIZES["H"], "RD": 15, "heads": 2 * 15 + 2 * 3}
-NTM_HEADS = 2 * (15 + 3 * 3 + 3 * 3) + 2 * 15  # of a Neural Turing Machine that moves by up to one slot
+# Of other memories: a Neural Turing Machine that moves by up to one slot; a DNC with links and none of the repairs.
+HEADS = {"ntm_cell": 2 * (15 + 3 * 3 + 3 * 3) + 2 * 15, "dnc_cell": 15 + 3 + 5 + 1 + 5 + 5 + 3 + 1 + 1 + 9}
+CELLS = ("cell", *HEADS)
 TIGHT = 1e-11
 MAPPED = 3  # size of the axis that vmap maps over
 
@@ -42,7 +44,7 @@ every_gradient = pytest.mark.parametrize("op", [OPS[name] for name in DIFFERENTI
 
 
 def sizes_for(op):
-    return SIZES | {"heads": NTM_HEADS} if op.name == "ntm_cell" else SIZES
+    return SIZES | {"heads": HEADS.get(op.name, SIZES["heads"])}
 
 
 def draw(argument, sizes, steps=True, dtype=torch.float64):
@@ -117,10 +119,7 @@ def variants(op):
     flags = [option.name for option in op.options if option.type == "bool" and option.name != "bfloat16"]
     places = [op.names.index(name) for name in flags]
     keeps = (0, 2) if op.interval else (0,)
-    fixed = op.name in (
-        "cell",
-        "ntm_cell",
-    )  # its flags say how many values the heads have: test_cell goes through them
+    fixed = op.name in CELLS  # its flags say how many values the heads have: their own tests go through them
     for choice, keep in itertools.product(
         itertools.product(*[(False, True)] * (0 if fixed else len(flags))), keeps
     ):
@@ -204,7 +203,7 @@ def test_strides_change_nothing(op):
 @every_op
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
-    if steps == 0 and op.name in ("cell", "ntm_cell"):
+    if steps == 0 and op.name in CELLS:
         pytest.skip("the public function gives no steps to the reference")
     values = sample(op, T=steps)
     results = torch.utils._pytree.tree_leaves(raw(op)(*values))
@@ -613,6 +612,8 @@ def public_calls():
     hidden = (torch.randn(2, 2), torch.randn(2, 2))
     ntm_values = sum(ntm_head_sizes(*keys.shape[2:], 1))
     ntm_weights = (torch.randn(ntm_values, 2), torch.randn(ntm_values))
+    dnc_values = sum(dnc_head_sizes(*keys.shape[2:], link=True, masks=False, link_sharpening=False))
+    dnc_weights = (torch.randn(dnc_values, 2), torch.randn(dnc_values))
     return {
         "content_read": lambda: ops.content_read(state.memory, keys[0]),
         "least_used": lambda: ops.least_used(state.usage, 2),
@@ -639,6 +640,14 @@ def public_calls():
             keys[0],
             *weights[:3],
             *ntm_weights,
+        ),
+        "dnc_cell": lambda: ops.dnc_cell(
+            torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
+            hidden,
+            differentiable,
+            keys[0],
+            *weights[:3],
+            *dnc_weights,
         ),
     }
 

@@ -1,15 +1,20 @@
 """The pages of docs/: their examples run, and what they refer to exists."""
 
 import ast
+import json
 import re
 import textwrap
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES = [
+    *sorted(DOCS.glob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+]
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the tests run without the source tree's docs")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -61,6 +66,46 @@ def test_links_lead_somewhere(page):
             linked = (page.parent / path).resolve() if path else page
             assert linked.exists(), target
             assert not anchor or anchor in anchors(linked), target
+
+
+@every_page
+def test_lists_and_tables_begin_where_the_site_sees_them(page):
+    """GitHub lets them begin below a line of text; Python-Markdown, which makes the site, wants an empty line or a heading."""
+    blocks = re.split(r"\n\s*\n", without_code(page))
+    texts = [re.sub(r"^(#.*\n)+", "", block.lstrip("\n")) for block in blocks]
+    paragraphs = [text for text in texts if not re.match(r"[-*] |\d+\. |\||\s", text)]
+    hidden = [text for text in paragraphs if re.search(r"^([-*] |1\. |\|)", text, re.MULTILINE)]
+    assert not hidden
+
+
+def test_every_page_is_in_the_menu_of_the_site():
+    named = re.findall(
+        r"^ +- (?:\w+: )?([\w.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(named) == len(set(named))
+    assert {path.name for path in DOCS.glob("*.md")} <= set(named)
+
+
+@pytest.mark.once
+def test_the_site_builds_and_no_link_of_it_is_broken(tmp_path):
+    for package in ("material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(package, reason="needs the extra docs")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
+    assert "lrua_scan" in (tmp_path / "api" / "mann_fast.ops" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["speed.png", "accuracy.png"])
+def test_pictures_show_the_figures_of_the_tables(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from pictures import PICTURES
+
+    figures = PICTURES[name][0]
+    with Image.open(DOCS / name) as image:
+        drawn = json.loads(image.text["Description"])
+    assert drawn == figures(), "python benchmarks/pictures.py draws them anew"
 
 
 @every_page

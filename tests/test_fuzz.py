@@ -24,6 +24,7 @@ CALLS = {  # by family, whether by one step
     "dnc_scan": ("dnc", False),
     "cell": ("cell", None),
     "ntm_cell": ("ntm_cell", None),
+    "dnc_cell": ("dnc_cell", None),
 }
 
 

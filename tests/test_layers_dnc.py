@@ -156,14 +156,14 @@ def test_pictures_are_coloured_by_kind(link):
         (_, written, of_writes), (_, read, of_reads) = slot_panels(slots_of(layer(x, return_weights=True)[2]))
     assert written.shape == (6, 7, 2) and read.shape == ((6, 7, 3) if link else (6, 7))
     axes = Figure().subplots()
-    draw_steps(axes, written, of_writes)
+    draw_steps(axes, written, of_writes, "weight")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["by allocation", "by content"]
     one = torch.zeros(1, 2, 2)
     one[0, 0, 0] = 3
     axes = Figure().subplots()
-    draw_steps(axes, one, (("first", "red"), ("second", "blue")))
+    draw_steps(axes, one, (("first", "red"), ("second", "blue")), "weight")
     assert axes.images[0].get_array().tolist() == [[[1, 0, 0]], [[1, 1, 1]]]
-    draw_steps(axes, torch.zeros(1, 2, 2), of_writes)  # nothing at all is white
+    draw_steps(axes, torch.zeros(1, 2, 2), of_writes, "weight")  # nothing at all is white
     assert axes.images[1].get_array().min() == 1
 
 

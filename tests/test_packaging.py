@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -247,3 +248,75 @@ def test_a_compiler_that_cannot_be_used_is_named(native, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(native.CannotBuild, match="'false' does not answer --version"):
         native.Compiler()
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+in_repository = pytest.mark.skipif(
+    not WORKFLOWS, reason="needs the repository, which is not beside these tests"
+)
+
+
+@in_repository
+def test_the_version_stands_in_the_changelog_and_in_the_citation():
+    cited = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == [mann_fast.__version__]
+    headings = re.findall(r"^## ([^,\n]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] in ("Unreleased", mann_fast.__version__)
+    assert mann_fast.__version__ not in headings[1:]
+
+
+@in_repository
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_name_make_targets_and_scripts_that_exist(workflow):
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load(workflow.read_text(encoding="utf-8"))
+    steps = [step for job in content["jobs"].values() for step in job["steps"]]
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    commands = " ".join(step.get("run", "") for step in steps)
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"make (?:--\S+ (?:\d+ )?)*(\w+)", commands)
+    assert set(named) <= set(targets.split())
+    scripts = re.findall(r"(?:scripts|benchmarks)/[\w.]+", commands)
+    assert all((ROOT / script).exists() for script in scripts)
+    assert named or scripts
+
+
+@in_repository
+def test_issue_templates_are_forms_of_github():
+    yaml = pytest.importorskip("yaml")
+    forms = {
+        x.stem: yaml.safe_load(x.read_text(encoding="utf-8"))
+        for x in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")
+    }
+    assert forms.pop("config") == {"blank_issues_enabled": True}
+    assert set(forms) == {"bug", "feature", "gpu"}
+    for form in forms.values():
+        assert form["name"] and form["description"]
+        ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+        assert ids and len(ids) == len(set(ids))
+
+
+@in_repository
+def test_a_release_is_checked_and_names_the_repository(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import release
+
+    (tmp_path / "mann_fast").mkdir()
+    for name in ("README.md", "pyproject.toml", "CHANGELOG.md", "mann_fast/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    address, tag = "https://example.org/them/it", f"v{mann_fast.__version__}"
+    changes = tmp_path / "CHANGELOG.md"
+    changes.write_text("# Changes\n\n## Unreleased\n")
+    with pytest.raises(SystemExit, match='CHANGELOG.md begins with "Unreleased"'):
+        release.main(address, tag, tmp_path)
+    changes.write_text(f"# Changes\n\n## {mann_fast.__version__}, 1 January 2027\n")
+    with pytest.raises(SystemExit, match="the tag is v9, but mann_fast.__version__ is"):
+        release.main(address, "v9", tmp_path)
+    release.main(address, tag, tmp_path)
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"]({address}/raw/{tag}/docs/speed.png)" in readme
+    assert f"]({address}/blob/{tag}/docs/rl.md#ppo-in-one-file)" in readme
+    assert f"git clone {address}.git mann_fast" in readme
+    assert not re.search(r"\]\((?!https://)", readme)
+    project = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'[project.urls]\nRepository = "{address}"\n' in project

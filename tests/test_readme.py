@@ -1,4 +1,4 @@
-"""The example in README.md runs as it is written."""
+"""The examples in README.md run as they are written, one after the other."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,11 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.mark.skipif(not README.exists(), reason="the tests run without the source tree's README.md")
-def test_readme_example_runs():
+def test_readme_examples_run():
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(examples) == 1
+    assert len(examples) == 2
     namespace = {}
-    exec(compile(examples[0], "README.md", "exec"), namespace)
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), namespace)
     assert namespace["output"].shape == (50, 16, 360)
     assert namespace["reads"].shape == (50, 16, 4, 40)

@@ -15,7 +15,7 @@ from cases import (
 from test_dnc import dnc_inputs
 
 from mann_fast import ops, reference
-from mann_fast.reference.cell import CONTROLLERS, head_sizes, ntm_head_sizes
+from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
 
 SLOTS, WIDTH, HEADS, HIDDEN = 7, 5, 2, 6
 
@@ -133,7 +133,8 @@ class Cell(Family):
         return [*self.first_of_memory(memory), torch.zeros(1, HEADS, WIDTH, dtype=torch.float64), *zero]
 
     def run(self, state, inputs, shared, **sequences):
-        memory, reads, controller = self.memory(*state[:3]), state[3], tuple(state[4:])
+        count = len(self.memory._fields)
+        memory, reads, controller = self.memory(*state[:count]), state[count], tuple(state[count + 1 :])
         output, controller, memory, reads = self.op(
             *inputs, controller, memory, reads, *shared, **sequences, **self.options
         )
@@ -151,6 +152,19 @@ class NtmCell(Cell):
         return [memory[None], one_hot(1, HEADS, SLOTS), one_hot(1, HEADS, SLOTS)]
 
 
+class DncCell(Cell):
+    constants = (5,)
+    constant_start = 0.0
+    op, memory = staticmethod(ops.dnc_cell), ops.DNCState
+
+    def of_memory(self, batch):
+        sizes = dnc_head_sizes(HEADS, WIDTH, link=True, masks=False, link_sharpening=False)
+        return dnc_inputs(1, batch, SLOTS, WIDTH, HEADS)[:6], sizes
+
+    def first_of_memory(self, memory):
+        return Dnc({}).first(memory)
+
+
 FAMILIES = {
     "lrua": Lrua({}),
     "lrua-read-first": Lrua({"order": "read_first", "write_target": "shared"}),
@@ -159,6 +173,7 @@ FAMILIES = {
     "dnc": Dnc({"deallocate": True}),
     **{f"cell-{name}": Cell({"controller": name}) for name in CONTROLLERS},
     **{f"ntm-cell-{name}": NtmCell({"controller": name}) for name in CONTROLLERS},
+    "dnc-cell-lstm": DncCell({"controller": "lstm", "deallocate": True}),
 }
 every_family = pytest.mark.parametrize(
     "family",
@@ -285,7 +300,7 @@ def test_the_constant_start(family, name):
 @needs_kernels
 @every_family
 def test_the_bits_are_those_of_the_pieces(family):
-    by_steps = {"triton": Cell, "cuda": NtmCell}.get(BACKEND)
+    by_steps = {"triton": Cell, "cuda": (NtmCell, DncCell)}.get(BACKEND)
     if by_steps and isinstance(family, by_steps):
         pytest.skip("a cell's products are PyTorch's there, whose bits depend on the size of the batch")
     state, inputs, shared, start = drawn(family)

@@ -18,6 +18,7 @@ namespace mann_fast {
 namespace {
 
 using Shape = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -38,12 +39,13 @@ Tensor input(const Tensor& tensor, const Shape& shape) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-std::optional<Tensor> input(const std::optional<Tensor>& tensor, const Shape& shape) {
-  return tensor ? std::optional<Tensor>(input(*tensor, shape)) : std::nullopt;
+MaybeTensor input(const MaybeTensor& tensor, const Shape& shape) {
+  return tensor ? MaybeTensor(input(*tensor, shape)) : std::nullopt;
 }
 
 const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
-const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* data(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+void* pointer(Tensor& tensor, bool there) { return there ? tensor.mutable_data_ptr() : nullptr; }
 
 Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
 Tensor empty_slots(const Tensor& like, const Shape& shape) {
@@ -52,9 +54,9 @@ Tensor empty_slots(const Tensor& like, const Shape& shape) {
 
 // resets [T, B] (of a step [B]), lengths [B] and start [N, D], as they came; made contiguous.
 struct SequenceTensors {
-  std::optional<Tensor> resets, lengths, start;
-  SequenceTensors(const std::optional<Tensor>& resets, const std::optional<Tensor>& lengths, const std::optional<Tensor>& start,
-                  const Shape& steps, int64_t B, const Tensor& memory)
+  MaybeTensor resets, lengths, start;
+  SequenceTensors(const MaybeTensor& resets, const MaybeTensor& lengths, const MaybeTensor& start, const Shape& steps,
+                  int64_t B, const Tensor& memory)
       : resets(input(resets, steps)), lengths(input(lengths, {B})), start(input(start, {memory.size(1), memory.size(2)})) {
     STD_TORCH_CHECK(resets.has_value() == start.has_value(), "resets and start go together");
     STD_TORCH_CHECK(!resets || (resets->scalar_type() == ScalarType::Bool && start->scalar_type() == memory.scalar_type()),

@@ -8,6 +8,7 @@
 // Backward hands out the gradients of the gates and of the heads for all steps, so that the gradient of every weight is one
 // large product after it.
 #include "controller.h"
+#include "dnc_cell.h"
 #include "lrua_cell.h"
 #include "ntm_cell.h"
 #include "products.h"
@@ -16,12 +17,22 @@ namespace mann_fast {
 namespace MANN_FAST_ISA {
 namespace {
 
+// How much scratch the samples of a block may have, but for one. A block goes round in it at every step. Products take least time
+// with as many rows as they can have; but a DNC's backward, which has the links of several steps there, is faster with 4 samples
+// than with 8 (at the paper's size, with 1 MB of second-level cache).
+constexpr size_t block_scratch = size_t{6} << 20;
+
 // Forward and backward's common sizes. K numbers go round: the hidden state and the reads.
 struct Sizes {
-  int64_t RD, K, G, kept;
-  template <class Arguments>
-  explicit Sizes(const Arguments& a)
-      : RD(a.R * a.D), K(a.H + RD), G(gates_per_unit(a.controller) * a.H), kept(kept_per_unit(a.controller) * a.H) {}
+  int64_t RD, K, G, kept, block;  // block: how many samples a block may have
+  template <class Memory>
+  explicit Sizes(const Memory& memory)
+      : RD(memory.a.R * memory.a.D), K(memory.a.H + RD), G(gates_per_unit(memory.a.controller) * memory.a.H),
+        kept(kept_per_unit(memory.a.controller) * memory.a.H), block(block_rows) {
+    Arena size;
+    memory.scratch(size);
+    while (block > 1 && static_cast<size_t>(block) * size.used() > block_scratch) --block;
+  }
 };
 
 // The samples in the order in which blocks take them.
@@ -65,11 +76,11 @@ struct Rows {
   }
 };
 
-// Blocks of at most block_rows samples, as many for each thread; run(block, samples, scratch) for each.
+// Blocks of at most so many samples (rows), as many for each thread; run(block, samples, scratch) for each.
 template <class T, class Arguments, class Blockpad, class Run>
-bool run_blocks(const Arguments& a, const Parallel& parallel, double work, Blockpad blockpad, Run run) {
+bool run_blocks(const Arguments& a, int64_t rows, const Parallel& parallel, double work, Blockpad blockpad, Run run) {
   const int64_t threads = worthwhile_tasks(parallel, a.B, work);
-  int64_t blocks = (a.B + block_rows - 1) / block_rows;
+  int64_t blocks = (a.B + rows - 1) / rows;
   blocks = (blocks + threads - 1) / threads * threads;
   blocks = blocks < a.B ? blocks : a.B;
   if (blocks == 0) return true;
@@ -116,8 +127,8 @@ struct ForwardBlock {  // of one block; rows side by side
         heads_ld(padded<T>(memory.heads)), round(arena.take<T>(block_rows * n.K)), cell(arena.take<T>(block_rows * a.H)),
         of_reads(arena.take<T>(block_rows * gates_ld)), of_hidden(arena.take<T>(block_rows * gates_ld)),
         heads(arena.take<T>(block_rows * heads_ld)), room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.K) : 0)),
-        samples(arena.take<typename Memory::Scratch>(block_rows)) {
-    for (int m = 0; m < block_rows; ++m) {
+        samples(arena.take<typename Memory::Scratch>(n.block)) {
+    for (int64_t m = 0; m < n.block; ++m) {
       const auto sample = memory.scratch(arena);
       if (samples != nullptr) samples[m] = sample;
     }
@@ -188,8 +199,8 @@ void forward_block(const Arguments& a, const Sizes& n, const Memory& memory, con
 
 template <class T, class Memory, class Arguments>
 bool forward(const Arguments& a, const Parallel& parallel) {
-  const Sizes n(a);
   const Memory memory(a);
+  const Sizes n(memory);
   const auto layout = [&](Arena& arena) {
     return Shared<T>{{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, memory.heads}, a.bfloat16},
                      {arena, a.sequences, a.T, a.B}};
@@ -207,7 +218,7 @@ bool forward(const Arguments& a, const Parallel& parallel) {
   weights.round(parallel);
   const double step = static_cast<double>(n.K * n.G + a.H * memory.heads + memory.multiply_adds());
   return run_blocks<T>(
-      a, parallel, static_cast<double>(a.T * a.B) * step,
+      a, n.block, parallel, static_cast<double>(a.T * a.B) * step,
       [&](Arena& arena) { return ForwardBlock<T, Memory>(arena, a, n, memory); },
       [&, &weights = weights, &order = order](Range samples, ForwardBlock<T, Memory>& s) {
         forward_block(a, n, memory, weights, Rows(order, samples, a.sequences, a.T), s);
@@ -233,8 +244,8 @@ struct BackwardBlock {
         grad_heads(arena.take<T>(block_rows * memory.heads)), grad_gates(arena.take<T>(block_rows * n.G)),
         grad_hidden_gates(arena.take<T>(a.grad_hidden_gates ? block_rows * n.G : 0)), zeros(arena.take<T>(a.H)),
         room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.G > memory.heads ? n.G : memory.heads) : 0)),
-        samples(arena.take<typename Memory::Scratch>(block_rows)) {
-    for (int m = 0; m < block_rows; ++m) {
+        samples(arena.take<typename Memory::Scratch>(n.block)) {
+    for (int64_t m = 0; m < n.block; ++m) {
       const auto sample = memory.scratch(arena);
       if (samples != nullptr) samples[m] = sample;
     }
@@ -270,9 +281,7 @@ void backward_block(const Arguments& a, const Sizes& n, const Memory& memory, co
       const int64_t b = block.b[m], row = t * a.B + b;
       if (t < replayed[m]) {
         replayed[m] = a.sequences.replay_from(t, a.anchor_every, a.B, b);
-        memory.begin_replay(replayed[m], b, s.samples[m]);
-        for (int64_t again = replayed[m]; again <= t; ++again)
-          memory.replay(replayed[m], again - replayed[m], b, row_of(a.kept_heads, again * a.B + b, heads), s.samples[m]);
+        memory.replay(replayed[m], t + 1, b, s.samples[m]);
       }
       T *round = s.grad_round + m * s.round_ld, *grad_heads = s.grad_heads + m * heads;
       if (const T* grad = row_of(a.grad_output, row, n.K))
@@ -335,8 +344,8 @@ void backward_block(const Arguments& a, const Sizes& n, const Memory& memory, co
 
 template <class T, class Memory, class Arguments>
 bool backward(const Arguments& a, const Parallel& parallel) {
-  const Sizes n(a);
   const Memory memory(a);
+  const Sizes n(memory);
   const auto layout = [&](Arena& arena) {
     return Shared<T>{{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, memory.heads, a.H}, a.bfloat16},
                      {arena, a.sequences, a.T, a.B}};
@@ -354,7 +363,7 @@ bool backward(const Arguments& a, const Parallel& parallel) {
   weights.round(parallel);
   const double step = static_cast<double>(n.K * n.G + a.H * memory.heads + memory.multiply_adds());
   return run_blocks<T>(
-      a, parallel, static_cast<double>(a.T * a.B) * step,
+      a, n.block, parallel, static_cast<double>(a.T * a.B) * step,
       [&](Arena& arena) { return BackwardBlock<T, Memory>(arena, a, n, memory); },
       [&, &weights = weights, &order = order](Range samples, BackwardBlock<T, Memory>& s) {
         backward_block(a, n, memory, weights, Rows(order, samples, a.sequences, a.T), s);
@@ -383,10 +392,22 @@ bool ntm_cell_backward(const NtmCellBackward& a, const Parallel& parallel) {
   return backward<T, NtmBackward<T>>(a, parallel);
 }
 
+// ---- with a Differentiable Neural Computer's --------------------------------------------------------------------------
+
+template <class T>
+bool dnc_cell(const DncCell& a, const Parallel& parallel) {
+  return forward<T, DncForward<T>>(a, parallel);
+}
+template <class T>
+bool dnc_cell_backward(DncCellBackward a, const Parallel& parallel) {
+  a.anchor_every = replay_every(a.T);  // its anchors are made in backward
+  return backward<T, DncBackward<T>>(a, parallel);
+}
+
 }  // namespace
 
 MANN_FAST_CELL_OPS(MANN_FAST_BY_DTYPE)
-MANN_FAST_NTM_CELL_OPS(MANN_FAST_BY_DTYPE)
+MANN_FAST_CPU_CELL_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

@@ -13,9 +13,8 @@
 //   end(b, scratch)                                 hands out the state
 // backward, of sample b:
 //   begin(b, scratch)                               takes in the gradients of the last state
-//   begin_replay(first, b, scratch)                 starts at the state before step `first`
 //   back_to_start(b, scratch)                       having gone back to where the sample began anew
-//   replay(first, step, b, values, scratch)         step first + step again
+//   replay(first, end, b, scratch)                  steps [first, end) again, from the state before `first`
 //   step(first, step, b, values, grad_read, grad_values, scratch)   back through it: leaves the gradient of the head values
 //   end(b, scratch)                                 hands out the gradients of the first state
 #pragma once
@@ -87,7 +86,7 @@ struct LruaForward : LruaHeads<T, Cell> {
 template <class T>
 struct LruaBackward : LruaHeads<T, CellBackward> {
   using LruaHeads<T, CellBackward>::LruaHeads, LruaHeads<T, CellBackward>::a, LruaHeads<T, CellBackward>::scan;
-  using LruaHeads<T, CellBackward>::RD, LruaHeads<T, CellBackward>::squashed;
+  using LruaHeads<T, CellBackward>::RD, LruaHeads<T, CellBackward>::squashed, LruaHeads<T, CellBackward>::heads;
   using Scratch = ScanBackwardScratch<T>;
   int64_t multiply_adds() const { return a.N * a.D * (8 * a.R + 2); }
   Scratch scratch(Arena& arena) const { return Scratch(arena, scan, a.T < a.anchor_every ? a.T : a.anchor_every); }
@@ -98,19 +97,18 @@ struct LruaBackward : LruaHeads<T, CellBackward> {
     if (a.grad_start) std::memset(grad_start(b), 0, a.N * a.D * sizeof(T));
   }
   void back_to_start(int64_t b, Scratch& s) const { mann_fast::back_to_start(scan, grad_start(b), alone, s); }
-  void begin_replay(int64_t first, int64_t b, Scratch& s) const {
+  void replay(int64_t first, int64_t end, int64_t b, Scratch& s) const {
+    const T *none = nullptr, *anchor = none;
     if (a.sequences.begins(first, a.B, b)) {
-      const T* none = nullptr;
-      return mann_fast::begin_replay(scan, none, static_cast<const T*>(a.sequences.start), none, s);
+      begin_replay(scan, none, static_cast<const T*>(a.sequences.start), none, s);
+    } else {
+      if (first > 0) anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, b, a.D + a.R, a.N);
+      begin_replay(scan, anchor, this->of_sample(a.memory, b, a.N * a.D), this->of_sample(a.read_weights, b, a.R * a.N), s);
     }
-    const T* anchor =
-        first == 0 ? nullptr : static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, b, a.D + a.R, a.N);
-    mann_fast::begin_replay(scan, anchor, this->of_sample(a.memory, b, a.N * a.D),
-                            this->of_sample(a.read_weights, b, a.R * a.N), s);
-  }
-  void replay(int64_t first, int64_t step, int64_t b, const T* values, Scratch& s) const {
-    this->set(values, s.in);
-    replay_step(scan, slots(first + step, b), step, alone, s);
+    for (int64_t t = first; t < end; ++t) {
+      this->set(this->of_sample(a.kept_heads, t * a.B + b, heads), s.in);
+      replay_step(scan, slots(t, b), t - first, alone, s);
+    }
   }
   void step(int64_t first, int64_t step, int64_t b, const T* values, const T* grad_read, T* grad_values, Scratch& s) const {
     this->set(values, s.in);

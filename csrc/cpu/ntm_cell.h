@@ -137,19 +137,19 @@ struct NtmBackward : NtmHeads<T, NtmCellBackward> {
     give_to_start(s.grad_memory, n.ld, n.N, n.D, 0, n.ld, grad_start(b));
     std::memset(s.grad_weights, 0, n.heads * n.ld * sizeof(T));
   }
-  void begin_replay(int64_t first, int64_t b, Scratch& s) const {
+  void replay(int64_t first, int64_t end, int64_t b, Scratch& s) const {
     if (a.sequences.begins(first, a.B, b))
       load_slots(static_cast<const T*>(a.sequences.start), n.N, n.D, 0, n.ld, s.memories, n.ld);
     else if (first > 0)
       std::memcpy(s.memories, static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, b, n.D, n.N),
                   n.D * n.ld * sizeof(T));
     else load_slots(this->of_sample(a.memory, b, n.N * n.D), n.N, n.D, 0, n.ld, s.memories, n.ld);
-  }
-  void replay(int64_t first, int64_t step, int64_t b, const T* values, Scratch& s) const {
-    this->set_written(values, s.in);
-    load_rows(history(first + step, b), n.heads, n.N, 0, n.ld, s.x.weights, n.ld);
-    T* before = s.memories + step * n.D * n.ld;
-    erase_and_add(n, s.x.weights + n.R * n.ld, s.in.erase, s.in.add, static_cast<const T*>(before), before + n.D * n.ld);
+    T* before = s.memories;
+    for (int64_t t = first; t < end; ++t, before += n.D * n.ld) {
+      this->set_written(this->of_sample(a.kept_heads, t * a.B + b, this->heads), s.in);
+      load_rows(history(t, b), n.heads, n.N, 0, n.ld, s.x.weights, n.ld);
+      erase_and_add(n, s.x.weights + n.R * n.ld, s.in.erase, s.in.add, static_cast<const T*>(before), before + n.D * n.ld);
+    }
   }
   void step(int64_t first, int64_t step, int64_t b, const T* values, const T* grad_read, T* grad_values, Scratch& s) const {
     const int64_t t = first + step;

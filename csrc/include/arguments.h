@@ -122,61 +122,72 @@ enum class Controller { lstm, gru, feedforward };
 constexpr int64_t gates_per_unit(Controller c) { return c == Controller::lstm ? 4 : c == Controller::gru ? 3 : 1; }
 constexpr int64_t kept_per_unit(Controller c) { return c == Controller::feedforward ? 1 : 4; }
 
-// The input's part of the controller is `gates` [T, B, G]: G = 4 H (LSTM: input, forget, cell and output gate), 3 H
-// (GRU: reset, update, candidate) or H. K = H + R D. One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits
-// [R], and sharpness [R] where learned: then the factor on the similarity is sharpness + sharpness_scale softplus(of it),
-// else sharpness. anchor_every 0 keeps nothing for backward.
-struct Cell {
+// What surrounds the memory in a whole sequence: controller and heads. The input's part of the controller is `gates` [T, B, G]: G = 4 H
+// (LSTM: input, forget, cell and output gate), 3 H (GRU: reset, update, candidate) or H. K = H + R D. anchor_every 0 keeps
+// nothing for backward. Each memory adds its own.
+struct Network {
   int64_t T, B, H, N, D, R;
   Dtype state;    // float32 or float64, of everything
   bool bfloat16;  // float32 only: what the products of each step take is rounded to it
   Controller controller;
-  bool separate_vector, learned_sharpness;
-  double sharpness, sharpness_scale;
-  bool read_first, shared_target;
-  double usage_decay, eps;
   int64_t anchor_every;
-  const void *gates, *hidden, *cell;  // hidden: null in a feed-forward controller; cell: null but in an LSTM
-  const void *memory, *read_weights, *usage, *reads;
-  const void *hidden_weight, *hidden_bias;  // [G, H], [G]; null in a feed-forward controller
-  const void* reads_weight;                 // [G, R D], rows reads_weight_ld apart
+  const void *gates, *hidden, *cell, *reads;  // hidden: null in a feed-forward controller; cell: null but in an LSTM
+  const void *hidden_weight, *hidden_bias;    // [G, H], [G]; null in a feed-forward controller
+  const void* reads_weight;                   // [G, R D], rows reads_weight_ld apart
   int64_t reads_weight_ld;
   const void *head_weight, *head_bias;  // [heads, H], [heads]
   Sequences sequences;
   void* output;                             // [T, B, K]: hidden states and reads
   void *out_hidden, *out_cell, *out_reads;  // the last; hidden and cell are null as those that come in
-  void *out_memory, *out_read_weights, *out_usage;
   // Kept for backward: [T, B, 4 H] (feed-forward: H) after the nonlinearities; [T, B, H] the cell, or the GRU's hidden
-  // state; [T, B, heads] head values, keys and write vectors after their nonlinearity.
+  // state; [T, B, heads] head values, as the memory says.
   void *kept_gates, *kept_states, *kept_heads;
-  int64_t* slots;
-  void* anchors;  // slots and anchors as in LruaScan
 };
 
-struct CellBackward {
+struct NetworkBackward {
   int64_t T, B, H, N, D, R;
   Dtype state;
   bool bfloat16;
   Controller controller;
-  bool separate_vector, learned_sharpness;
-  double sharpness, sharpness_scale;
-  bool read_first, shared_target;
-  double eps;
   int64_t anchor_every;
-  const void *grad_output, *grad_hidden, *grad_cell, *grad_reads, *grad_memory, *grad_read_weights;  // each may be null
-  const void *hidden, *cell, *memory, *read_weights;
+  const void *grad_output, *grad_hidden, *grad_cell, *grad_reads;  // each may be null
+  const void *hidden, *cell;
   const void *hidden_weight, *reads_weight;
   int64_t reads_weight_ld;
   const void* head_weight;
   const void *kept_gates, *kept_states, *kept_heads;
-  const int64_t* slots;
-  const void* anchors;
   Sequences sequences;
   // Before the nonlinearities. The GRU's candidate has the hidden state's part inside a product, so that its gradient
   // differs from the input's: all of them again in grad_hidden_gates, which is null for the others.
   void *grad_gates, *grad_hidden_gates, *grad_heads;
-  void *grad_in_hidden, *grad_in_cell, *grad_in_memory, *grad_in_read_weights, *grad_in_reads;
+  void *grad_in_hidden, *grad_in_cell, *grad_in_reads;
   void* grad_start;  // as in LruaScanBackward
+};
+
+// One row of heads has keys [R, D], write vectors [R, D] where separate, gate logits [R], and sharpness [R] where learned: then
+// the factor on the similarity is sharpness + sharpness_scale softplus(of it), else sharpness. Of the kept ones keys and write
+// vectors are after their nonlinearity.
+struct Cell : Network {
+  bool separate_vector, learned_sharpness;
+  double sharpness, sharpness_scale;
+  bool read_first, shared_target;
+  double usage_decay, eps;
+  const void *memory, *read_weights, *usage;
+  void *out_memory, *out_read_weights, *out_usage;
+  int64_t* slots;
+  void* anchors;  // slots and anchors as in LruaScan
+};
+
+struct CellBackward : NetworkBackward {
+  bool separate_vector, learned_sharpness;
+  double sharpness, sharpness_scale;
+  bool read_first, shared_target;
+  double eps;
+  const void *grad_memory, *grad_read_weights;  // each may be null
+  const void *memory, *read_weights;
+  const int64_t* slots;
+  const void* anchors;
+  void *grad_in_memory, *grad_in_read_weights;
 };
 
 // R + W heads: read heads first, then write heads. Anchors have D rows. anchor_every 0 keeps neither anchors nor history.
@@ -210,49 +221,26 @@ struct NtmScanBackward {
   void* grad_start;  // as in LruaScanBackward
 };
 
-// As Cell, with a Neural Turing Machine's memory; W = R. One row of heads has, of the read heads and then of the write heads, keys
-// [R, D] and sharpness [R], and where they have a location (shifts > 0) gates [R], shifts [R, shifts] and sharpening [R]; then
-// erase [R, D] and add [R, D]. All before their nonlinearities. Heads without a location go by content alone.
-struct NtmCell {
-  int64_t T, B, H, N, D, R, shifts;
-  Dtype state;
-  bool bfloat16;
-  Controller controller;
+// W = R. One row of heads has, of the read heads and then of the write heads, keys [R, D] and sharpness [R], and where they have a
+// location (shifts > 0) gates [R], shifts [R, shifts] and sharpening [R]; then erase [R, D] and add [R, D]. All before their
+// nonlinearities. Heads without a location go by content alone.
+struct NtmCell : Network {
+  int64_t shifts;
   bool read_first;
   double eps;
-  int64_t anchor_every;
-  const void *gates, *hidden, *cell;
-  const void *memory, *weights, *reads;  // weights [B, R+W, N]
-  const void *hidden_weight, *hidden_bias;
-  const void* reads_weight;
-  int64_t reads_weight_ld;
-  const void *head_weight, *head_bias;
-  Sequences sequences;
-  void* output;
-  void *out_hidden, *out_cell, *out_reads;
+  const void *memory, *weights;  // weights [B, R+W, N]
   void *out_memory, *out_weights;
-  void *kept_gates, *kept_states, *kept_heads;
   void *history, *anchors;  // as in NtmScan
 };
 
-struct NtmCellBackward {
-  int64_t T, B, H, N, D, R, shifts;
-  Dtype state;
-  bool bfloat16;
-  Controller controller;
+struct NtmCellBackward : NetworkBackward {
+  int64_t shifts;
   bool read_first;
   double eps;
-  int64_t anchor_every;
-  const void *grad_output, *grad_hidden, *grad_cell, *grad_reads, *grad_memory, *grad_weights;  // each may be null
-  const void *hidden, *cell, *memory, *weights;
-  const void *hidden_weight, *reads_weight;
-  int64_t reads_weight_ld;
-  const void* head_weight;
-  const void *kept_gates, *kept_states, *kept_heads, *history, *anchors;
-  Sequences sequences;
-  void *grad_gates, *grad_hidden_gates, *grad_heads;
-  void *grad_in_hidden, *grad_in_cell, *grad_in_memory, *grad_in_weights, *grad_in_reads;
-  void* grad_start;
+  const void *grad_memory, *grad_weights;  // each may be null
+  const void *memory, *weights;
+  const void *history, *anchors;
+  void *grad_in_memory, *grad_in_weights;
 };
 
 // What a DNC's step is told, each with a leading [T, B]. read_modes is null without links; both masks are null or none;
@@ -271,7 +259,16 @@ struct DncState {
   Pointer memory, usage, precedence, links, read_weights, write_weights;  // [N, D], [N], [N], [N, N], [R, N], [N]
 };
 
-struct DncScan {
+// Kept for backward of every step, all null where nothing is: the weights, [T, B, R, N] and [T, B, N]; the slots in the order of
+// allocation, [T, B, N]; where directions are sharpened, backward and forward before that, [T, B, R, 2, N], else null.
+template <class Pointer, class Slots>
+struct DncHistory {
+  Pointer read_history, write_history;
+  Slots orders;
+  Pointer directions;
+};
+
+struct DncScan : DncHistory<void*, int64_t*> {
   int64_t T, B, N, D, R;
   Dtype state, input;
   bool deallocate;
@@ -281,14 +278,9 @@ struct DncScan {
   Sequences sequences;
   void* reads;  // [T, B, R, D]
   DncState<void*> after;
-  // Kept for backward: all null where nothing is kept. The weights of every step, [T, B, R, N] and [T, B, N]; the slots in the
-  // order of allocation, [T, B, N]; where directions are sharpened, backward and forward before that, [T, B, R, 2, N], else null.
-  void *read_history, *write_history;
-  int64_t* orders;
-  void* directions;
 };
 
-struct DncScanBackward {
+struct DncScanBackward : DncHistory<const void*, const int64_t*> {
   int64_t T, B, N, D, R;
   Dtype state, input;
   bool deallocate;
@@ -298,12 +290,28 @@ struct DncScanBackward {
   DncState<const void*> before;
   DncInterface<const void*> told;
   Sequences sequences;
-  const void *read_history, *write_history;
-  const int64_t* orders;
-  const void* directions;
   DncState<void*> grad_before;    // write_weights is null: they are a constant
   DncInterface<void*> grad_told;  // null where what was told is
   void* grad_start;               // as in LruaScanBackward
+};
+
+// What the heads of a DNC's cell have, and how it is squashed. One row has, in the order of DncInterface, what is there, before its
+// nonlinearity: read_modes with links, the masks, link_sharpening where sharpened. A mask is mask_min + (1 - mask_min) sigmoid.
+// Values beyond -clip and clip are these, where clip > 0.
+struct DncHeadOptions {
+  bool masks, sharpened, deallocate;
+  double mask_min, clip, eps;
+};
+
+struct DncCell : Network, DncHeadOptions, DncHistory<void*, int64_t*> {
+  DncState<const void*> before;
+  DncState<void*> after;
+};
+
+struct DncCellBackward : NetworkBackward, DncHeadOptions, DncHistory<const void*, const int64_t*> {
+  DncState<const void*> grad_after;  // each may be null
+  DncState<const void*> before;
+  DncState<void*> grad_before;  // write_weights is null: they are a constant
 };
 
 }  // namespace mann_fast

@@ -18,9 +18,12 @@
   OP(cell, Cell)               \
   OP(cell_backward, CellBackward)
 
-#define MANN_FAST_NTM_CELL_OPS(OP) \
-  OP(ntm_cell, NtmCell)            \
-  OP(ntm_cell_backward, NtmCellBackward)
+// Those of whole sequences that CUDA does not have.
+#define MANN_FAST_CPU_CELL_OPS(OP)       \
+  OP(ntm_cell, NtmCell)                  \
+  OP(ntm_cell_backward, NtmCellBackward) \
+  OP(dnc_cell, DncCell)                  \
+  OP(dnc_cell_backward, DncCellBackward)
 
 #define MANN_FAST_NTM_OPS(OP) \
   OP(ntm_scan, NtmScan)       \
@@ -37,7 +40,6 @@
   MANN_FAST_NTM_OPS(OP)     \
   MANN_FAST_DNC_OPS(OP)
 
-// The CPU has more than CUDA.
 #define MANN_FAST_CPU_OPS(OP) \
   MANN_FAST_OPS(OP)           \
-  MANN_FAST_NTM_CELL_OPS(OP)
+  MANN_FAST_CPU_CELL_OPS(OP)

@@ -90,7 +90,7 @@ def _print_error(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename is not None else ""
         message, status = f"{error.strerror}{where}", 2
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
         message, status = str(error), 2
     elif isinstance(error, TrainingDiverged):
         message, status = str(error), 1

@@ -77,7 +77,8 @@ def demonstrate(out: Path) -> int:
     prediction = classify(checkpoint, support, queries)
     print_prediction(prediction)
     picture = out / "predictions.png"
-    plot_predictions(picture, example_files(support), queries, prediction.probabilities.tolist())
+    truth = [query.name[0] for query in queries]
+    plot_predictions(picture, example_files(support), queries, prediction.probabilities.tolist(), truth)
     print(f"examples:   {support}\nimages:     {images}\noverview:   {picture}")
     return judge(summary["heldout_accuracy"]["mean"])
 

@@ -81,6 +81,6 @@ def show_sequence(args: argparse.Namespace, content: dict[str, Any]) -> int:
         raise ValueError(f"--length must be at least {least}, got {args.length}")
     found = trace_sequence(restore_model(content), config, args.episode, args.length)
     out = args.out or Path(f"episode-{args.episode}.png")
-    plot_sequence(out, found, f"{describe(config)}: sequence {args.episode}")
+    plot_sequence(out, found, config, f"{describe(config)}; sequence {args.episode}")
     print(f"{unit(config)}: {found.error:.3f}; picture: {out}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from contextlib import ExitStack, closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
-from ..ops.cell import CONTROLLERS
+from ..reference.cell import CONTROLLERS
 from ..training import (
     BabiConfig,
     InstanceAccuracy,
@@ -32,7 +33,8 @@ from ..training import (
 from ..training import train as train_loop
 from ..training.config import BABI, LABELS, MODELS, REPAIRS, RunConfig, config_kind
 from ..training.lock import only_run
-from ..training.loop import CHECKPOINT, describe, require_no_run
+from ..training.loop import CHECKPOINT, describe, read_metrics, require_no_run
+from ..training.tensorboard import TensorBoardWriter, summary_writer
 from ._options import load_data
 from ._signals import StopSignals
 
@@ -165,6 +167,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "or babi has more than half the errors of a guess",
     )
     parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the lines of metrics.jsonl for TensorBoard too, into DIR/tensorboard "
+        "(needs pip install 'mann_fast[tensorboard]')",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the summary as JSON, and nothing else, to stdout"
     )
     return parser
@@ -176,7 +184,9 @@ def run(args: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the first process prints them
         config = configured(args)
         with only_run(args.out):
-            status, summary = train_and_report(config, args.out, resume=args.resume, quiet=args.json)
+            status, summary = train_and_report(
+                config, args.out, resume=args.resume, quiet=args.json, tensorboard=args.tensorboard
+            )
     if summary is None:
         return status
     if args.json:
@@ -215,13 +225,21 @@ def configured(args: argparse.Namespace) -> RunConfig:
 
 
 def train_and_report(
-    config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    tensorboard: bool = False,
 ) -> tuple[int, dict[str, Any] | None]:
     """Train with progress on stderr and, unless `quiet`, a table on stdout; the exit status, and the summary
     if it finished. Of several processes the first alone prints, and has the summary.
     """
     from ._report import TrainingProgress
 
+    if tensorboard:
+        summary_writer()  # raises before anything is loaded or written
     if not (resume or overwrite):
         require_no_run(out)  # before the data are loaded, which can take a while
     of_images = isinstance(config, TrainConfig)
@@ -246,8 +264,13 @@ def train_and_report(
             + (f", from step {trainer.step}" if resume else ""),
             file=sys.stderr,
         )
-        with TrainingProgress(config, trainer.step) as progress:
-            finished = train_loop(trainer, out, stop=stop, on_step=progress.update)
+        with ExitStack() as stack:
+            hooks: dict[str, Any] = {}
+            if tensorboard:
+                writer = TensorBoardWriter(out / "tensorboard", read_metrics(out))
+                hooks["on_metrics"] = stack.enter_context(closing(writer))
+            progress = stack.enter_context(TrainingProgress(config, trainer.step))
+            finished = train_loop(trainer, out, stop=stop, on_step=progress.update, **hooks)
         try:
             summary = None
             if finished and of_images:

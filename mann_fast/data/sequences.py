@@ -44,6 +44,7 @@ class Copy:
     bits = 8
     input_size = bits + 2
     output_size = bits
+    marks = "start", "end"  # the last inputs, in words
     binary = True
 
     def draw(self, generator: Generator) -> tuple[int]:
@@ -85,6 +86,8 @@ class RepeatCopy:
     bits = 8
     input_size = bits + 2
     output_size = bits + 1
+    marks = "start", "times"
+    output_marks = ("end",)
     binary = True
 
     def draw(self, generator: Generator) -> tuple[int, int]:
@@ -128,6 +131,7 @@ class AssociativeRecall:
     vectors = 3
     input_size = bits + 2
     output_size = bits
+    marks = "item", "asked"
     binary = True
 
     def draw(self, generator: Generator) -> tuple[int]:
@@ -175,6 +179,7 @@ class KeyValue:
     rounds = 3
     input_size = 2 * half + 2
     output_size = half
+    marks = "asked by first", "asked by second"
     binary = True
 
     def draw(self, generator: Generator) -> tuple[int, int]:
@@ -227,6 +232,8 @@ class Regression:
     length: int
     input_size = 2
     output_size = 1
+    marks = "point", "value before"
+    output_marks = ("value",)
     binary = False
     length_scale = 0.3
     noise = 0.05

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import ops
 from ..ops import DNCInterface, DNCState
-from ..ops._checks import check_eps
+from ..ops._checks import check_flag
+from ..ops.dnc_cell import check_options
+from ..reference.cell import dnc_head_sizes, split_dnc_heads
 from .base import Memory, MemoryWeights
 
 
@@ -53,74 +54,30 @@ class DNC(Memory):
     eps: float = 1e-6
 
     scans = True
+    fused = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("link", "masks", "deallocate", "link_sharpening"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-        if self.link_sharpening and not self.link:
-            raise ValueError("link_sharpening must be False without link, got True")
-        _check_number("mask_min", self.mask_min, "a number")
-        if not 0 <= self.mask_min < 1:
-            raise ValueError(f"mask_min must be within [0, 1), got {self.mask_min}")
-        if self.mask_min and not self.masks:
-            raise ValueError(f"mask_min must be 0 without masks, got {self.mask_min}")
-        if self.clip is not None:
-            _check_number("clip", self.clip, "a number or None")
-            if not 0 < self.clip < math.inf:
-                raise ValueError(f"clip must be a positive number or None, got {self.clip}")
-        check_eps(self.eps)
+        check_flag("link", self.link)
+        check_options(
+            self.link, self.masks, self.mask_min, self.deallocate, self.link_sharpening, self.clip, self.eps
+        )
 
-    def _parts(self) -> dict[str, tuple[int, ...]]:
-        """Of the heads' values: for which tensor of DNCInterface each part is, and its sizes without B."""
-        heads, size = (self.num_heads,), (self.slot_size,)
-        parts = {
-            "read_keys": heads + size,
-            "read_sharpness": heads,
-            "write_key": size,
-            "write_sharpness": (),
-            "erase": size,
-            "write_vector": size,
-            "free_gates": heads,
-            "allocation_gate": (),
-            "write_gate": (),
-        }
-        if self.link:
-            parts["read_modes"] = (*heads, 3)
-        if self.masks:
-            parts |= {"read_masks": heads + size, "write_mask": size}
-        if self.link_sharpening:
-            parts["link_sharpening"] = (*heads, 2)
-        return parts
-
-    def _squash(self, name: str, values: Tensor) -> Tensor:
-        if name in ("read_keys", "write_key", "write_vector"):
-            return values
-        if "sharp" in name:
-            return 1 + F.softplus(values)
-        if name == "read_modes":
-            return torch.softmax(values, -1)
-        if "mask" in name:
-            return self.mask_min + (1 - self.mask_min) * torch.sigmoid(values)
-        return torch.sigmoid(values)
+    @property
+    def _parts(self) -> dict[str, bool]:
+        """Which of the heads' values there are."""
+        return {"link": self.link, "masks": self.masks, "link_sharpening": self.link_sharpening}
 
     def head_sizes(self) -> list[int]:
-        return [math.prod(sizes) for sizes in self._parts().values()]
+        return dnc_head_sizes(self.num_heads, self.slot_size, **self._parts)
 
     def initial_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> DNCState:
         sizes = (self.num_slots, self.slot_size, self.num_heads)
         return DNCState.initial(batch, *sizes, link=self.link, dtype=dtype, device=device)
 
     def split(self, values: Tensor) -> DNCInterface:
-        if self.clip is not None:
-            values = values.clamp(-self.clip, self.clip)
-        parts = values.split_with_sizes(self.head_sizes(), 1)
-        squashed = {
-            name: self._squash(name, part.reshape(part.shape[0], *sizes))
-            for (name, sizes), part in zip(self._parts().items(), parts, strict=True)
-        }
-        return DNCInterface(**squashed)
+        sizes = (self.num_heads, self.slot_size)
+        return split_dnc_heads(values, *sizes, **self._parts, mask_min=self.mask_min, clip=self.clip)
 
     def step(
         self, state: DNCState, heads: DNCInterface, record: bool = False
@@ -134,7 +91,9 @@ class DNC(Memory):
             weights = MemoryWeights(state.read_weights, write, state.usage, modes, allocated)
         return reads, state, weights
 
-
-def _check_number(name: str, value: object, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    def cell(
+        self, *tensors: Any, controller: str, **sequences: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], DNCState, Tensor]:
+        names = ("masks", "mask_min", "deallocate", "link_sharpening", "clip", "eps")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | sequences
+        return ops.dnc_cell(*tensors, controller=controller, **options)

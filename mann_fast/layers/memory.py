@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .._onnx import exporting
 from .._state import check_dense, check_size, is_dense
 from ..ops._backend import serving
-from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice
+from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice, check_flag
 from . import controllers, sequences
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
 from .registry import PRESETS, make_memory, name_of, options_of
@@ -111,8 +111,7 @@ class MemoryLayer(nn.Module):
         memory = make_memory(addressing, options)
         check_choice("memory_start", memory_start, MEMORY_STARTS)
         for name, value in (("bias", bias), ("batch_first", batch_first)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+            check_flag(name, value)
         if dtype is not None and dtype not in STATE_DTYPES + HALF_DTYPES:
             raise TypeError(f"dtype must be a floating-point dtype of 16, 32 or 64 bits, got {dtype}")
 

@@ -108,7 +108,7 @@ class MANN(nn.Module):
             sample's length), and the state after the last step.
 
         Raises:
-            as :meth:`mann_fast.MemoryLayer.forward`.
+            TypeError, ValueError: as of :meth:`mann_fast.MemoryLayer.forward`.
         """
         if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
             return packed_uncompiled(self.forward, x, state, resets=resets, lengths=lengths)

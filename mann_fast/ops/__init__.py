@@ -8,6 +8,7 @@ from ._backend import backend, backends
 from .cell import cell
 from .content import content_read
 from .dnc import dnc_scan, dnc_step
+from .dnc_cell import dnc_cell
 from .lrua import least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import ntm_address, ntm_scan, ntm_step
 from .ntm_cell import ntm_cell
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "cell",
     "content_read",
+    "dnc_cell",
     "dnc_scan",
     "dnc_step",
     "least_used",

@@ -132,9 +132,14 @@ def check_tuple(name: str, value: object, kind: Any) -> None:
         raise TypeError(f"{name} must be {article} {expected}, got {type(value).__name__}")
 
 
-def check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any, expected: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_eps(eps: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -44,10 +45,19 @@ def _interface(steps: str) -> tuple[Argument, ...]:
     )
 
 
-# precedence, links and read_modes come together, and so do the masks; link_sharpening comes with links alone. Of every step
-# backward keeps the weights, the order of allocation and, where they are sharpened, the directions before that, [backward,
-# forward]. Memory and links are not kept: backward makes them again from what came in, and anchor_every only says whether
-# anything is kept.
+def kept(sharpened: Callable[[Mapping[str, Any]], bool]) -> tuple[Output, ...]:
+    """What is kept of every step for backward: the weights, the order of allocation and, where they are ``sharpened``, the
+    directions before that, [backward, forward]. Memory and links are not: backward makes them again from what came in, and
+    anchor_every only says whether anything is kept."""
+    return (
+        Output("read_history", "T B R N", like="memory", kept=True),
+        Output("write_history", "T B N", like="memory", kept=True),
+        Output("orders", "T B N", like="memory", kept=True, integer=True),
+        Output("directions", "T B R 2 N", like="memory", kept=True, when=sharpened),
+    )
+
+
+# precedence, links and read_modes come together, and so do the masks; link_sharpening comes with links alone.
 DNC_SCAN = declare(
     Op(
         "dnc_scan",
@@ -61,10 +71,7 @@ DNC_SCAN = declare(
             Output("links", "B N N", like="memory", when=came("links")),
             Output("read_weights", "B R N", like="memory"),
             Output("write_weights", "B N", like="memory"),
-            Output("read_history", "T B R N", like="memory", kept=True),
-            Output("write_history", "T B N", like="memory", kept=True),
-            Output("orders", "T B N", like="memory", kept=True, integer=True),
-            Output("directions", "T B R 2 N", like="memory", kept=True, when=came("link_sharpening")),
+            *kept(came("link_sharpening")),
         ),
         saved=(
             *(argument.name for argument in (*STATE, *_interface("T"))),
@@ -84,20 +91,24 @@ PUBLIC_NAMES = [
 ]
 
 
+def check_links(name: str, state: DNCState) -> None:
+    """precedence and links of the state of that name come together."""
+    _together(f"{name}.precedence", state.precedence, f"{name}.links", state.links)
+
+
+def _together(name: str, value: Any, other_name: str, other: Any) -> None:
+    if value is None and other is not None:
+        raise TypeError(f"{name} must be a tensor where {other_name} is, got None")
+    if value is not None and other is None:
+        raise TypeError(f"{name} must be None where {other_name} is, got {type(value).__name__}")
+
+
 def _check_together(state: DNCState, interface: DNCInterface) -> None:
     """What comes together, or not without another."""
-    named = {f"state.{name}": x for name, x in zip(DNCState._fields, state, strict=True)}
-    named |= {f"interface.{name}": x for name, x in zip(DNCInterface._fields, interface, strict=True)}
-    for name, other in (
-        ("state.precedence", "state.links"),
-        ("interface.read_modes", "state.links"),
-        ("interface.write_mask", "interface.read_masks"),
-    ):
-        if named[name] is None and named[other] is not None:
-            raise TypeError(f"{name} must be a tensor where {other} is, got None")
-        if named[name] is not None and named[other] is None:
-            raise TypeError(f"{name} must be None where {other} is, got {type(named[name]).__name__}")
-    if named["interface.link_sharpening"] is not None and named["state.links"] is None:
+    check_links("state", state)
+    _together("interface.read_modes", interface.read_modes, "state.links", state.links)
+    _together("interface.write_mask", interface.write_mask, "interface.read_masks", interface.read_masks)
+    if interface.link_sharpening is not None and state.links is None:
         came = type(interface.link_sharpening).__name__
         raise TypeError(f"interface.link_sharpening must be None where state.links is, got {came}")
 
@@ -118,8 +129,7 @@ def _dnc(
     sizes = _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps, known=lambda: {"2": 2, "3": 3})
     if sizes["R"] == 0:
         raise ValueError(f"state.read_weights must have at least one head, got {list(state[4].shape)}")
-    if not isinstance(deallocate, bool):
-        raise TypeError(f"deallocate must be a bool, got {type(deallocate).__name__}")
+    _checks.check_flag("deallocate", deallocate)
     _checks.check_eps(eps)
     memory, read_keys = state[0], interface[0]
     if sequences:

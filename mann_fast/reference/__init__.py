@@ -3,7 +3,7 @@
 The functions have the names, signatures and results of :mod:`mann_fast.ops`. They check nothing; :mod:`mann_fast.ops` does.
 """
 
-from .cell import cell, ntm_cell
+from .cell import cell, dnc_cell, ntm_cell
 from .content import content_read, similarity
 from .dnc import DNCInterface, DNCState, dnc_scan, dnc_step
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
@@ -17,6 +17,7 @@ __all__ = [
     "NTMState",
     "cell",
     "content_read",
+    "dnc_cell",
     "dnc_scan",
     "dnc_step",
     "least_used",

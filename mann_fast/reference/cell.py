@@ -1,8 +1,10 @@
-"""A whole MANN sequence: controller, heads and memory, LRUA's (Santoro et al. 2016, arXiv 1605.06065) or a Neural Turing
-Machine's (Graves et al. 2014, arXiv 1410.5401), written to be read."""
+"""A whole MANN sequence: controller, heads and memory, LRUA's (Santoro et al. 2016, arXiv 1605.06065), a Neural Turing
+Machine's (Graves et al. 2014, arXiv 1410.5401) or a Differentiable Neural Computer's (Graves et al. 2016, Nature 538, 471),
+written to be read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dnc import DNCInterface, DNCState, dnc_step
 from .lrua import LRUAState, lrua_step
 from .ntm import NTMHead, NTMState, ntm_step
 from .sequences import Steps
@@ -79,6 +82,74 @@ def split_ntm_heads(
 
     half = len(parts) // 2
     return head(*parts[:half]), head(*parts[half:]), vectors(torch.sigmoid(erase)), vectors(torch.tanh(add))
+
+
+def dnc_parts(
+    num_heads: int, slot_size: int, *, link: bool, masks: bool, link_sharpening: bool
+) -> dict[str, tuple[int, ...]]:
+    """Of the values of a Differentiable Neural Computer's heads: for which tensor of DNCInterface each part is, and its sizes
+    without B."""
+    heads, size = (num_heads,), (slot_size,)
+    parts = {
+        "read_keys": heads + size,
+        "read_sharpness": heads,
+        "write_key": size,
+        "write_sharpness": (),
+        "erase": size,
+        "write_vector": size,
+        "free_gates": heads,
+        "allocation_gate": (),
+        "write_gate": (),
+    }
+    if link:
+        parts["read_modes"] = (*heads, 3)
+    if masks:
+        parts |= {"read_masks": heads + size, "write_mask": size}
+    if link_sharpening:
+        parts["link_sharpening"] = (*heads, 2)
+    return parts
+
+
+def dnc_head_sizes(num_heads: int, slot_size: int, **options: bool) -> list[int]:
+    """How many values each part of :func:`dnc_parts` has."""
+    return [math.prod(sizes) for sizes in dnc_parts(num_heads, slot_size, **options).values()]
+
+
+def split_dnc_heads(
+    values: Tensor,
+    num_heads: int,
+    slot_size: int,
+    *,
+    link: bool,
+    masks: bool,
+    mask_min: float,
+    link_sharpening: bool,
+    clip: float | None,
+) -> DNCInterface:
+    """The interface from the heads' values [B, sum of dnc_head_sizes], taken within [-clip, clip] where that is not None. Keys
+    and the write vector are taken as they are; sharpness goes through 1 + softplus, the read modes of a head through a softmax,
+    all else through a sigmoid, and a mask from ``mask_min`` up."""
+    if clip is not None:
+        values = values.clamp(-clip, clip)
+    parts = dnc_parts(num_heads, slot_size, link=link, masks=masks, link_sharpening=link_sharpening)
+
+    def squash(name: str, x: Tensor) -> Tensor:
+        if name in ("read_keys", "write_key", "write_vector"):
+            return x
+        if "sharp" in name:
+            return 1 + F.softplus(x)
+        if name == "read_modes":
+            return torch.softmax(x, -1)
+        if "mask" in name:
+            return mask_min + (1 - mask_min) * torch.sigmoid(x)
+        return torch.sigmoid(x)
+
+    split = values.split_with_sizes([math.prod(sizes) for sizes in parts.values()], 1)
+    squashed = {
+        name: squash(name, part.reshape(part.shape[0], *sizes))
+        for (name, sizes), part in zip(parts.items(), split, strict=True)
+    }
+    return DNCInterface(**squashed)
 
 
 def lstm(gates: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +236,44 @@ def ntm_cell(
     )
 
 
+def dnc_cell(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: DNCState,
+    reads: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    reads_weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    masks: bool = False,
+    mask_min: float = 0.0,
+    deallocate: bool = False,
+    link_sharpening: bool = False,
+    clip: float | None = None,
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    step: Callable[..., tuple[Tensor, DNCState]] = dnc_step,
+) -> tuple[Tensor, tuple[Tensor, ...], DNCState, Tensor]:
+    """See :func:`mann_fast.ops.dnc_cell`. ``step`` takes the place of :func:`dnc_step`."""
+    heads, slot_size = reads.shape[1:]
+    of_heads: dict[str, Any] = {"link": memory.links is not None, "masks": masks, "mask_min": mask_min}
+    of_heads |= {"link_sharpening": link_sharpening, "clip": clip}
+
+    def of_memory(memory: DNCState, values: Tensor) -> tuple[Tensor, DNCState]:
+        told = split_dnc_heads(values, heads, slot_size, **of_heads)
+        return step(memory, told, deallocate=deallocate, eps=eps)
+
+    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    return _sequence(
+        gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
+    )
+
+
 def _sequence(
     gates: Tensor,
     state: tuple[Tensor, ...],
@@ -184,7 +293,7 @@ def _sequence(
     kind = type(memory)
     if gates.shape[0] == 0:
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
-        return output, tuple(x.clone() for x in state), kind(*(x.clone() for x in memory)), reads.clone()
+        return output, tuple(x.clone() for x in state), memory.clone(), reads.clone()
     outputs: list[Tensor] = []
     for t in range(gates.shape[0]):
         before, kept = memory, (reads, *state)

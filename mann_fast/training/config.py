@@ -9,7 +9,7 @@ from typing import Any
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
-from ..ops.cell import CONTROLLERS
+from ..reference.cell import CONTROLLERS
 
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")

@@ -97,7 +97,7 @@ def resume_run(config: RunConfig, dataset: Dataset | Babi | None, out: str | os.
             for name in FILES:
                 remove_temporaries(out / name)
             if (out / METRICS).exists():
-                kept = [record for record in read_json_lines(out / METRICS) if record["step"] <= trainer.step]
+                kept = [record for record in read_metrics(out) if record["step"] <= trainer.step]
                 lines = "".join(json.dumps(record) + "\n" for record in kept)
                 with replacing(out / METRICS) as temporary:
                     temporary.write_text(lines, encoding="utf-8")
@@ -110,8 +110,10 @@ def train(
     *,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[StepResult | SequenceStep], None] = lambda result: None,
+    on_metrics: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> bool:
     """Train up to ``config.steps``; False where `stop`, asked before every step, said yes first, to one of the processes.
+    ``on_metrics`` gets every line of metrics.jsonl as it is written.
 
     Either way the folder then holds a checkpoint to resume from, the metrics up to it, and the learning
     curve. Raises TrainingDiverged, leaving the last good checkpoint in place, and BlockingIOError where another process is
@@ -120,7 +122,7 @@ def train(
     out = Path(out)
     with only_run(out):
         try:
-            finished = _train(trainer, out, stop, on_step)
+            finished = _train(trainer, out, stop, on_step, on_metrics)
         except TrainingDiverged as error:
             advice = "try a smaller --lr"
             if (out / CHECKPOINT).exists():
@@ -137,6 +139,7 @@ def _train(
     out: Path,
     stop: Callable[[], bool],
     on_step: Callable[[StepResult | SequenceStep], None],
+    on_metrics: Callable[[dict[str, Any]], None],
 ) -> bool:
     """The steps of `train`, with the lines of metrics and the checkpoints on the way."""
     config = trainer.config
@@ -148,16 +151,24 @@ def _train(
             continue
         last = trainer.step == config.steps
         if last or trainer.step % config.log_every == 0:
-            append_json_line(out / METRICS, trainer.metrics())
+            record = trainer.metrics()
+            append_json_line(out / METRICS, record)
+            on_metrics(record)
         if trainer.step % config.checkpoint_every == 0 and not last:
             save_checkpoint(out / CHECKPOINT, trainer.state_dict())
     return True
 
 
+def read_metrics(out: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in the folder ``out``; none before the first is written."""
+    metrics = Path(out) / METRICS
+    return read_json_lines(metrics) if metrics.exists() else []
+
+
 def draw_curve(trainer: Run, out: Path) -> None:
     """curve.png from metrics.jsonl; nothing before the first line is written."""
     config = trainer.config
-    if (out / METRICS).exists() and (records := read_json_lines(out / METRICS)):
+    if records := read_metrics(out):
         plot = plot_sequence_curve if isinstance(config, MemoryConfig) else plot_learning_curve
         plot(out / CURVE, records, config, describe(config))
 
@@ -165,16 +176,22 @@ def draw_curve(trainer: Run, out: Path) -> None:
 def describe(config: RunConfig, source: str | None = None) -> str:
     """A run in a few words, for titles; `source` if it is measured on other data than it was trained on."""
     if isinstance(config, MemoryConfig):
-        addressing = f"{config.addressing}-{config.repairs}" if config.repairs else config.addressing
-        memory = f" ({addressing}, {config.controller})" if config.model == "mann" else ""
+        repairs = f" with repairs {config.repairs}" if config.repairs else ""
+        memory = f"{_spelt(config.addressing)} memory{repairs}, {_spelt(config.controller)} controller"
+        model = memory if config.model == "mann" else f"{config.model.upper()} without memory"
         if isinstance(config, BabiConfig):
-            return f"{config.model.upper()}{memory} on bAbI"
+            return f"{model}, on bAbI"
         task = task_of(config)
-        return f"{config.model.upper()}{memory} on {config.task}, up to {task.name(*task.longest)}"
+        return f"{model}, on {config.task}, trained on up to {task.name(*task.longest)}"
     source = source or config.data
     data = source if source in ("glyphs", "omniglot") else Path(source).resolve().name
     labels = ", string labels" if config.labels == "string" else ""
     return f"{config.model.upper()} on {data}, {config.ways}-way{labels}"
+
+
+def _spelt(name: str) -> str:
+    """Abbreviations in capitals: NTM, LSTM, but content and feedforward."""
+    return name.upper() if len(name) <= 4 else name
 
 
 def summarise(
@@ -213,7 +230,7 @@ def summarise_task(
     results = measure(trainer.model, config, config.eval_episodes, seed=config.seed, stop=stop)
     title = describe(config)
     plot_answers(out / ANSWERS, results, config, title)
-    plot_sequence(out / MEMORY, trace_sequence(trainer.model, config, seed=0), title)
+    plot_sequence(out / MEMORY, trace_sequence(trainer.model, config, seed=0), config, title)
     found = {
         "results": [result._asdict() for result in results],
         "learned": has_learned_task(results, config),

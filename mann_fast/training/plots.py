@@ -24,6 +24,7 @@ Colours = str | tuple[tuple[str, str], ...]  # a colour map, or of every kind it
 # Of what a DNC writes and reads, kind by kind.
 WRITTEN_BY = (("by allocation", "#e07b39"), ("by content", "#7b4fa3"))
 READ_BY = (("backward", "#c0392b"), ("by content", "#2471a3"), ("forward", "#1e8449"))
+RIGHT, WRONG = "#1e8449", "#c0392b"
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
 
 
@@ -41,7 +42,7 @@ def shown_instances(shots: int) -> tuple[int, ...]:
 def plot_learning_curve(
     path: str | os.PathLike, records: Sequence[dict[str, Any]], config: TrainConfig, title: str
 ) -> None:
-    """Held-out accuracy by instance, and training loss, over steps; from the lines of metrics.jsonl."""
+    """Held-out accuracy by instance with its 95% interval, and training loss, over steps; from the lines of metrics.jsonl."""
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -50,6 +51,10 @@ def plot_learning_curve(
         top.plot(
             steps, values, color=COLOURS[k], label=f"{ordinal(k)} image of a class", marker=_marker(steps)
         )
+        bounds = [
+            [100 * bound[k - 1] for bound in record.get("heldout_interval", ())] or None for record in records
+        ]
+        draw_band(top, steps, bounds, COLOURS[k])
     top.axhline(
         100 * config.chance,
         color="black",
@@ -58,7 +63,7 @@ def plot_learning_curve(
         label=f"chance ({_percent(config.chance)})",
     )
     top.set(title=f"{title}: accuracy on held-out classes", ylabel="right answers (%)", ylim=(0, 101))
-    top.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    draw_legend(top, "shaded: 95% interval")
     plot_loss(bottom, records, "loss (nats per image)")
     highest = max(record["loss"] for record in records)
     bottom.set(ylim=(0, 1.08 * highest))
@@ -68,13 +73,43 @@ def plot_learning_curve(
         figure.savefig(temporary, dpi=120)
 
 
+def draw_band(
+    axes: Axes, steps: Sequence[int], bounds: Sequence[Sequence[float] | None], colour: str
+) -> None:
+    """Between two bounds at each step; none where a line of metrics.jsonl, of an older release, has no interval."""
+    shown = [(step, *bound) for step, bound in zip(steps, bounds, strict=True) if bound is not None]
+    if shown:
+        axes.fill_between(*zip(*shown, strict=True), color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_legend(axes: Axes, title: str | None = None) -> None:
+    """Beside the axes, where it hides nothing."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9, title=title, title_fontsize=9)
+
+
+def readable_log(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers, also between powers of ten where it spans few of them."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """It knows which ticks to label; its own labels of less than 1 are 7e-01 for 0.66."""
+
+        def __call__(self, x, pos=None):
+            return f"{x:.3g}" if super().__call__(x, pos) else ""
+
+    axes.set(yscale="log")
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+
+
 def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None:
     """Training loss over steps, the lower part of a learning curve."""
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
     axes.plot(steps, losses, color="#444444", marker=_marker(steps), label="training loss")
     axes.set(xlabel="training step", ylabel=label, xlim=(0, None))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    draw_legend(axes)
 
 
 def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: float, title: str) -> None:
@@ -128,16 +163,20 @@ def plot_predictions(
     examples: Mapping[str, Sequence[Path]],
     images: Sequence[Path],
     probabilities: Sequence[Sequence[float]],
+    truth: Sequence[str],
 ) -> None:
-    """The examples of each class in a column of its own, and below them each image with the probability of
-    each class.
+    """The examples of each class in a column of its own, and below them each image with the probability of each class. The
+    answer is framed by whether it is ``truth``, the image's class.
     """
     from PIL import Image
 
     shown = max(map(len, examples.values()))
     figure = _figure(1.1 * (len(examples) + 1), 0.75 * (shown + len(images)) + 0.8)
     cells = figure.subplots(shown + len(images), len(examples) + 1, squeeze=False)
-    figure.suptitle("above: the examples; below: the probability of each class", fontsize=10)
+    figure.suptitle(
+        "above: the examples; below: the probability of each class\nframed: the answer, green where right, red where wrong",
+        fontsize=10,
+    )
     for axes in cells.flat:
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
@@ -154,6 +193,10 @@ def plot_predictions(
             cells[row, column].text(
                 0.5, 0.5, f"{value:.0%}", ha="center", va="center", transform=cells[row, column].transAxes
             )
+        answer = max(range(len(values)), key=values.__getitem__)
+        colour = RIGHT if [*examples][answer] == truth[row - shown] else WRONG
+        for spine in cells[row, 1 + answer].spines.values():
+            spine.set(visible=True, linewidth=2.5, color=colour)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -180,11 +223,10 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
         rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
     rows[0].text(-0.7, 1.06, "time its class is seen:", ha="right", fontsize=7)
     for axes, (label, values, colours) in zip(rows[1:], panels, strict=True):
-        bar = draw_steps(axes, values, colours, vmin=0)
-        bar.set_label(label)
+        bar = draw_steps(axes, values, colours, label)
         axes.set(ylabel="memory slot")
     figure.colorbar(bar.mappable, ax=rows[0], pad=0.01).ax.set_visible(False)  # as wide as the rows below
-    for right, colour, mark in ((True, "black", "o"), (False, "#c0392b", "x")):
+    for right, colour, mark in ((True, "black", "o"), (False, WRONG, "x")):
         at = [t for t in range(steps) if bool(trace.right[t]) == right]
         name = "the image's class, answered right" if right else "the image's class, answered wrong"
         rows[1].scatter(at, trace.classes[at], marker=mark, s=22, facecolors="none" if right else colour,
@@ -207,18 +249,19 @@ def slot_panels(slots: Slots) -> list[tuple[str, Tensor, Colours]]:
     return [("written", *written), ("read", *read)]
 
 
-def draw_steps(axes: Axes, values: Tensor, colours: Colours, vmin: float | None = None) -> Colorbar:
-    """Step by step values [T, K] in a colour map from ``vmin``; or of several kinds, [T, K, kinds], all of them at least 0:
-    the more in all the darker, in a mixture of their colours."""
+def draw_steps(axes: Axes, values: Tensor, colours: Colours, label: str) -> Colorbar:
+    """Step by step values [T, K] in a colour map; or of several kinds, [T, K, kinds], all of them at least 0: the more in all
+    the darker, in a mixture of their colours. From 0 to 1, further only where a value is, so that pictures compare."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize, to_rgb
     from matplotlib.patches import Patch
 
     options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    in_all = values if isinstance(colours, str) else values.sum(2)
+    least, most = min(0.0, in_all.min().item()), max(1.0, in_all.max().item())
     if isinstance(colours, str):
-        drawn: ScalarMappable = axes.imshow(values.T, cmap=colours, vmin=vmin, **options)
+        drawn: ScalarMappable = axes.imshow(values.T, cmap=colours, vmin=least, vmax=most, **options)
     else:
-        most = values.sum(2).max().item() or 1.0
         darkening = 1 - torch.tensor([to_rgb(colour) for _, colour in colours])
         image = 1 - values.float() / most @ darkening
         axes.imshow(image.transpose(0, 1).clamp(0, 1), **options)
@@ -227,7 +270,7 @@ def draw_steps(axes: Axes, values: Tensor, colours: Colours, vmin: float | None 
             handles=[Patch(color=colour, label=name) for name, colour in colours],
             loc="lower right", bbox_to_anchor=(1, 1), ncols=len(colours), fontsize=8, frameon=False, borderaxespad=0,
         )  # fmt: skip
-    return axes.figure.colorbar(drawn, ax=axes, pad=0.01)
+    return axes.figure.colorbar(drawn, ax=axes, pad=0.01, label=label)
 
 
 def _figure(width: float, height: float):

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from .config import BabiConfig, MemoryConfig, SequenceConfig
 from .files import replacing
-from .plots import Colours, _figure, _marker, draw_steps, plot_loss, slot_panels
+from .plots import (
+    WRONG,
+    Colours,
+    _figure,
+    _marker,
+    draw_band,
+    draw_legend,
+    draw_steps,
+    plot_loss,
+    readable_log,
+    slot_panels,
+)
 from .sequences import SequenceTrace, SizeResult, task_of
 
 
@@ -31,20 +42,23 @@ def loss_unit(config: MemoryConfig) -> str:
 def plot_sequence_curve(
     path: str | os.PathLike, records: Sequence[dict[str, Any]], config: MemoryConfig, title: str
 ) -> None:
-    """Errors on sequences of every size, or of all bAbI tasks, and training loss, over steps; from the lines of
-    metrics.jsonl.
+    """Errors on sequences of every size with their 95% interval, or of all bAbI tasks, and training loss, over steps; from the
+    lines of metrics.jsonl.
     """
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name in records[-1]["test_error"]:
         values = [record["test_error"][name] for record in records]
-        top.plot(steps, values, label=name, marker=_marker(steps))
+        (line,) = top.plot(steps, values, label=name, marker=_marker(steps))
+        draw_band(
+            top, steps, [record.get("test_interval", {}).get(name) for record in records], line.get_color()
+        )
     kind = "stories" if isinstance(config, BabiConfig) else "sequences"
     top.set(title=f"{title}: new {kind}", ylabel=unit(config), ylim=(0, None))
-    top.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    draw_legend(top, None if isinstance(config, BabiConfig) else "shaded: 95% interval")
     plot_loss(bottom, records, loss_unit(config))
-    bottom.set(yscale="log")
+    readable_log(bottom)
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
     with replacing(path) as temporary:
@@ -67,32 +81,44 @@ def plot_answers(
     if task_of(config).binary:
         axes.set(ylim=(0, None))
     else:
-        axes.set(yscale="log")
+        readable_log(axes)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    draw_legend(axes)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
-def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, title: str) -> None:
-    """One sequence step by step: inputs, what is wanted, what the model answers, and weights of writing and reading of every
-    slot (as figure 6 of Graves et al. 2014 shows them), of a DNC coloured by kind."""
-    panels: list[tuple[str, Tensor, Colours]] = [
-        ("input", trace.inputs, "Greys"),
-        ("wanted", trace.targets, "Greys"),
-        ("answered", trace.outputs * trace.answered.unsqueeze(1), "Greys"),
+def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, config: SequenceConfig, title: str) -> None:
+    """One sequence step by step: inputs, what is wanted, what the model answers (with its wrong bits crossed), and weights of
+    writing and reading of every slot (as figure 6 of Graves et al. 2014 shows them), of a DNC coloured by kind."""
+    task = task_of(config)
+    known, guessed = ("bit", "probability of a 1") if task.binary else ("value", "value")
+    output_marks: tuple[str, ...] = getattr(task, "output_marks", ())
+    panels: list[tuple[str, Tensor, Colours, str, tuple[str, ...]]] = [
+        ("input", trace.inputs, "Greys", known, task.marks),
+        ("wanted", trace.targets, "Greys", known, output_marks),
+        ("answered", trace.outputs * trace.answered.unsqueeze(1), "Greys", guessed, output_marks),
     ]
     if trace.slots is not None:
-        panels += [(f"slot {name}", *drawn) for name, *drawn in slot_panels(trace.slots)]
-    heights = [0.5 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, _ in panels]
+        panels += [
+            ("memory slot", drawn, colours, f"weight {name}", ())
+            for name, drawn, colours in slot_panels(trace.slots)
+        ]
+    heights = [0.7 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, *_ in panels]
     figure = _figure(max(7.0, 0.09 * len(trace.inputs) + 3), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title)
-    for axes, (label, values, colours) in zip(rows, panels, strict=True):
-        draw_steps(axes, values, colours)
+    figure.suptitle(f"{title}\n{trace.name}: {trace.error:.3g} {unit(config)}")
+    for axes, (label, values, colours, of_bar, marks) in zip(rows, panels, strict=True):
+        draw_steps(axes, values, colours, of_bar)
         axes.set_ylabel(label)
-        if values.shape[1] <= 16:
-            axes.set_yticks([])
+        if label != "memory slot":
+            size = values.shape[1]
+            axes.set_yticks(range(size - len(marks), size), marks, fontsize=7)
+    if task.binary:
+        wrong = ((trace.outputs > 0.5) != (trace.targets > 0.5)) & trace.answered.unsqueeze(1)
+        if wrong.any():
+            rows[2].scatter(*wrong.nonzero().T, marker="x", s=14, linewidths=1, color=WRONG, label="wrong")
+            rows[2].legend(loc="upper left", fontsize=7)
     rows[-1].set_xlabel("step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -45,6 +45,13 @@ def errors(outputs: Tensor, sequences: Sequences, binary: bool) -> Tensor:
     return (outputs - targets).square().mean(2)
 
 
+def mean_error(wrong: Tensor) -> tuple[float, float, float]:
+    """The mean of what is wrong, [answers, B], and its 95% interval: the sequences are the independent trials."""
+    per_sequence = wrong.double().mean(0)
+    mean, half = per_sequence.mean().item(), Z95 * per_sequence.std().item() / len(per_sequence) ** 0.5
+    return mean, max(0.0, mean - half), mean + half
+
+
 def sequence_loss(outputs: Tensor, sequences: Sequences, binary: bool) -> Tensor:
     """Mean over answered steps, sequences and numbers: cross-entropy of each bit in nats, or squared error."""
     loss = F.binary_cross_entropy_with_logits if binary else F.mse_loss
@@ -94,15 +101,17 @@ class SequenceTrainer(Run):
         """
         self.model.eval()
         steps = self._interval["steps"]
+        found = {
+            name: mean_error(errors(self.model(sequences.inputs)[0], sequences, self.task.binary))
+            for name, sequences in self.monitor.items()
+        }
         record = {
             "step": self.step,
             "loss": self._interval["loss"] / steps,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_error": self._interval["error"] / steps,
-            "test_error": {
-                name: errors(self.model(sequences.inputs)[0], sequences, self.task.binary).mean().item()
-                for name, sequences in self.monitor.items()
-            },
+            "test_error": {name: mean for name, (mean, _, _) in found.items()},
+            "test_interval": {name: [low, high] for name, (_, low, high) in found.items()},
             "seconds": round(self.seconds, 3),
         }
         self._start_interval()
@@ -171,15 +180,11 @@ def measure(
             if sequences.ideal is not None:
                 ideals.append(sequences.ideal)
         wrong = torch.cat(parts, dim=1)
-        per_sequence = wrong.double().mean(0)
-        mean, half = per_sequence.mean().item(), Z95 * per_sequence.std().item() / count**0.5
         found.append(
             SizeResult(
                 task.name(*size),
                 len(wrong),
-                mean,
-                max(0.0, mean - half),
-                mean + half,
+                *mean_error(wrong),
                 (wrong.sum(0) == 0).float().mean().item() if task.binary else None,
                 torch.stack(guesses).mean().item(),
                 wrong.mean(1).tolist(),
@@ -197,10 +202,11 @@ def has_learned_task(results: Sequence[SizeResult], config: SequenceConfig) -> b
 
 
 class SequenceTrace(NamedTuple):
-    """One sequence of T steps: inputs [T, I], targets and outputs [T, O] (probabilities of bits), answered [T]; slots: None of
-    a model without memory; error: what is wrong per answer.
+    """One sequence of T steps: name: its size in words; inputs [T, I], targets and outputs [T, O] (probabilities of bits),
+    answered [T]; slots: None of a model without memory; error: what is wrong per answer.
     """
 
+    name: str
     inputs: Tensor
     targets: Tensor
     outputs: Tensor
@@ -224,6 +230,7 @@ def trace_sequence(
     else:
         outputs, _ = model(sequences.inputs)
     return SequenceTrace(
+        task.name(length or first, *rest),
         sequences.inputs[:, 0],
         sequences.targets[:, 0],
         (outputs.sigmoid() if task.binary else outputs)[:, 0],

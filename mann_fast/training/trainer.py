@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Dataset, Episodes
 from .checkpoint import build_model
 from .config import TrainConfig
-from .evaluation import episode_accuracy
+from .evaluation import InstanceAccuracy, episode_accuracy
 from .objective import is_right, label_loss, right_by_instance
 from .run import Run
 
@@ -84,13 +84,16 @@ class Trainer(Run):
         metrics.jsonl.
         """
         self.model.eval()
-        heldout = episode_accuracy(self.model, self.monitor, self.config.labels, self.config.shots).mean(0)
+        heldout = InstanceAccuracy.from_episodes(
+            episode_accuracy(self.model, self.monitor, self.config.labels, self.config.shots)
+        )
         record = {
             "step": self.step,
             "loss": self._interval_loss / self._interval_steps,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_accuracy": (self._interval_accuracy / self._interval_steps).tolist(),
-            "heldout_accuracy": heldout.tolist(),
+            "heldout_accuracy": list(heldout.mean),
+            "heldout_interval": [list(heldout.low), list(heldout.high)],
             "seconds": round(self.seconds, 3),
         }
         self._start_interval()

@@ -257,76 +257,109 @@ Results scan(const Kernels& k, const Case& c) {
   return results;
 }
 
-// bfloat16: the products of each step take rounded numbers.
-Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
-  Random random;
-  const Parallel parallel = on_threads(c.threads);
-  const bool recurrent = controller != Controller::feedforward, lstm = controller == Controller::lstm;
-  const int64_t H = 2 * c.D + 1, G = gates_per_unit(controller) * H, RD = c.R * c.D;
-  const int64_t heads = (c.sharp ? 2 : 1) * (RD + c.R), kept = c.anchor_every > 0 ? c.T * c.B : 0;
-  const auto normal = [&](int64_t count) { return random.normal(c.state, count); };
-  Array gates = normal(c.T * c.B * G);
-  const Array memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
-  const auto hidden = optional(recurrent, normal(c.B * H)), state = optional(lstm, normal(c.B * H));
-  const Array usage = random.positive(c.state, c.B * c.N), read_weights = random.positive(c.state, c.B * c.R * c.N);
-  const int64_t ld = RD + 3;                                // the reads' weight as part of a wider one
-  const auto weight = [&](int64_t count, int64_t fan_in) {  // as large as a layer's
+// Controller and heads of a case, whatever its memory: what goes in and comes out. bfloat16: the products of each step take rounded
+// numbers.
+struct NetworkArrays {
+  const Case& c;
+  Random& random;
+  Controller controller;
+  bool bfloat16, recurrent, lstm, keeps;
+  int64_t H, G, RD, heads, ld, rows;  // ld: the reads' weight is part of a wider one
+  Array gates, reads;
+  std::unique_ptr<Array> hidden, cell, hidden_weight, hidden_bias;
+  Array reads_weight, head_weight, head_bias;
+  Cuts cuts;
+  Array kept_gates, kept_states, kept_heads, output, out_hidden, out_cell, out_reads;
+
+  Array normal(int64_t count) const { return random.normal(c.state, count); }
+  Array weight(int64_t count, int64_t fan_in) const {  // as large as a layer's
     Array array = normal(count);
     for (int64_t i = 0; i < count; ++i) array.set(i, array[i] / std::sqrt(static_cast<double>(fan_in)));
     return array;
-  };
-  const auto hidden_weight = optional(recurrent, weight(G * H, H)), hidden_bias = optional(recurrent, normal(G));
-  const Array reads_weight = weight(G * ld - 3, RD), head_weight = weight(heads * H, H), head_bias = normal(heads);
-  const Cuts cuts(c, random);
-  cuts.spoil(c, gates);
-  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
-  Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
-  Array kept_heads(c.state, kept * heads);
-  std::vector<int64_t> slots(kept * c.R, -1);
-  Array output(c.state, c.T * c.B * (H + RD)), out_hidden(c.state, recurrent ? c.B * H : 0);
-  Array out_cell(c.state, lstm ? c.B * H : 0), out_reads(c.state, reads.count), out_memory(c.state, memory.count);
-  Array out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
-  succeeded(k.cell({c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
-                    c.shared_target, 0.95, 1e-6, c.anchor_every, pointer(gates), pointer(hidden), pointer(state),
-                    pointer(memory), pointer(read_weights), pointer(usage), pointer(reads), pointer(hidden_weight),
-                    pointer(hidden_bias), pointer(reads_weight), ld, pointer(head_weight), pointer(head_bias), cuts.sequences(),
-                    // results
-                    output.data.get(), out_hidden.data.get(), out_cell.data.get(), out_reads.data.get(), out_memory.data.get(),
-                    out_weights.data.get(), out_usage.data.get(), kept_gates.data.get(), kept_states.data.get(),
-                    kept_heads.data.get(), slots.data(), anchors.data.get()},
-                   parallel));
-  Results results;
-  if (c.anchor_every > 0) {
-    cuts.check_slots(c, slots);
-    for (const int present : {0b010001, 0b100110, 0b011011}) {  // each of the six gradients may be missing
+  }
+  // heads: how many values they have.
+  NetworkArrays(const Case& c, Random& random, Controller controller, bool bfloat16, int64_t heads)
+      : c(c), random(random), controller(controller), bfloat16(bfloat16), recurrent(controller != Controller::feedforward),
+        lstm(controller == Controller::lstm), keeps(c.anchor_every > 0), H(2 * c.D + 1), G(gates_per_unit(controller) * H),
+        RD(c.R * c.D), heads(heads), ld(RD + 3), rows(keeps ? c.T * c.B : 0), gates(normal(c.T * c.B * G)),
+        reads(normal(c.B * RD)), hidden(optional(recurrent, normal(c.B * H))), cell(optional(lstm, normal(c.B * H))),
+        hidden_weight(optional(recurrent, weight(G * H, H))), hidden_bias(optional(recurrent, normal(G))),
+        reads_weight(weight(G * ld - 3, RD)), head_weight(weight(heads * H, H)), head_bias(normal(heads)), cuts(c, random),
+        kept_gates(c.state, rows * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? rows * H : 0),
+        kept_heads(c.state, rows * heads), output(c.state, c.T * c.B * (H + RD)), out_hidden(c.state, recurrent ? c.B * H : 0),
+        out_cell(c.state, lstm ? c.B * H : 0), out_reads(c.state, reads.count) {
+    cuts.spoil(c, gates);
+  }
+  Network arguments() {
+    return {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.anchor_every, pointer(gates), pointer(hidden),
+            pointer(cell), pointer(reads), pointer(hidden_weight), pointer(hidden_bias), pointer(reads_weight), ld,
+            pointer(head_weight), pointer(head_bias), cuts.sequences(),
+            // results
+            output.data.get(), out_hidden.data.get(), out_cell.data.get(), out_reads.data.get(), kept_gates.data.get(),
+            kept_states.data.get(), kept_heads.data.get()};
+  }
+  void take(Results& results) {
+    for (Array* array : {&output, &out_hidden, &out_cell, &out_reads}) results.push_back(std::move(*array));
+  }
+
+  // Runs backward(its arguments, present), where each gradient may be missing; present & 4 and 8 say which of the memory's are there.
+  template <class Run>
+  void backward(Results& results, Run run) {
+    for (const int present : {0b010001, 0b100110, 0b011011}) {
+      if (!keeps) continue;
       const auto grad_output = optional(present & 1, normal(output.count));
       const auto grad_cell = optional(lstm && (present & 2), normal(out_cell.count));
-      const auto grad_memory = optional(present & 4, normal(memory.count));
-      const auto grad_weights = optional(present & 8, normal(read_weights.count));
       const auto grad_hidden = optional(recurrent && (present & 16), normal(c.B * H));
       const auto grad_reads = optional(present & 32, normal(reads.count));
-      Array grad_gates(c.state, gates.count), grad_hidden_gates(c.state, recurrent && !lstm ? gates.count : 0);
+      const bool gru = recurrent && !lstm;
+      Array grad_gates(c.state, gates.count), grad_hidden_gates(c.state, gru ? gates.count : 0);
       Array grad_heads(c.state, kept_heads.count), grad_in_hidden(c.state, out_hidden.count);
-      Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
-      Array grad_in_weights(c.state, read_weights.count), grad_in_reads(c.state, reads.count), grad_start = cuts.of_start(c);
-      succeeded(k.cell_backward(
-          {c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.sharp, c.sharp, 1.0, 10.0, c.read_first,
-           c.shared_target, 1e-6, c.anchor_every, pointer(grad_output), pointer(grad_hidden), pointer(grad_cell),
-           pointer(grad_reads), pointer(grad_memory), pointer(grad_weights), pointer(hidden), pointer(state), pointer(memory),
-           pointer(read_weights), pointer(hidden_weight), pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates),
-           pointer(kept_states), pointer(kept_heads), slots.data(), anchors.data.get(), cuts.sequences(),
-           // results
-           grad_gates.data.get(), recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr, grad_heads.data.get(),
-           grad_in_hidden.data.get(), grad_in_cell.data.get(), grad_in_memory.data.get(), grad_in_weights.data.get(),
-           grad_in_reads.data.get(), c.cut ? grad_start.data.get() : nullptr},
-          parallel));
-      for (Array* array : {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_in_hidden, &grad_in_cell, &grad_in_memory,
-                           &grad_in_weights, &grad_in_reads, &grad_start})
+      Array grad_in_cell(c.state, out_cell.count), grad_in_reads(c.state, reads.count), grad_start = cuts.of_start(c);
+      run(NetworkBackward{c.T, c.B, H, c.N, c.D, c.R, c.state, bfloat16, controller, c.anchor_every, pointer(grad_output),
+                          pointer(grad_hidden), pointer(grad_cell), pointer(grad_reads), pointer(hidden), pointer(cell),
+                          pointer(hidden_weight), pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates),
+                          pointer(kept_states), pointer(kept_heads), cuts.sequences(),
+                          // results
+                          grad_gates.data.get(), gru ? grad_hidden_gates.data.get() : nullptr, grad_heads.data.get(),
+                          grad_in_hidden.data.get(), grad_in_cell.data.get(), grad_in_reads.data.get(),
+                          c.cut ? grad_start.data.get() : nullptr},
+          present);
+      for (Array* array :
+           {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_in_hidden, &grad_in_cell, &grad_in_reads, &grad_start})
         results.push_back(std::move(*array));
     }
   }
-  for (Array* array : {&output, &out_hidden, &out_cell, &out_reads, &out_memory, &out_weights, &out_usage})
-    results.push_back(std::move(*array));
+};
+
+Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  NetworkArrays n(c, random, controller, bfloat16, (c.sharp ? 2 : 1) * (c.R * c.D + c.R));
+  const Array memory = n.normal(c.B * c.N * c.D), usage = random.positive(c.state, c.B * c.N);
+  const Array read_weights = random.positive(c.state, c.B * c.R * c.N);
+  Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * (c.D + c.R) * padded_slots(c.N));
+  std::vector<int64_t> slots(n.rows * c.R, -1);
+  Array out_memory(c.state, memory.count), out_weights(c.state, read_weights.count), out_usage(c.state, usage.count);
+  succeeded(k.cell({n.arguments(), c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 0.95, 1e-6, pointer(memory),
+                    pointer(read_weights), pointer(usage),
+                    // results
+                    out_memory.data.get(), out_weights.data.get(), out_usage.data.get(), slots.data(), anchors.data.get()},
+                   parallel));
+  Results results;
+  if (n.keeps) n.cuts.check_slots(c, slots);
+  n.backward(results, [&](const NetworkBackward& network, int present) {
+    const auto grad_memory = optional(present & 4, n.normal(memory.count));
+    const auto grad_weights = optional(present & 8, n.normal(read_weights.count));
+    Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, read_weights.count);
+    succeeded(k.cell_backward({network, c.sharp, c.sharp, 1.0, 10.0, c.read_first, c.shared_target, 1e-6, pointer(grad_memory),
+                               pointer(grad_weights), pointer(memory), pointer(read_weights), slots.data(), anchors.data.get(),
+                               // results
+                               grad_in_memory.data.get(), grad_in_weights.data.get()},
+                              parallel));
+    for (Array* array : {&grad_in_memory, &grad_in_weights}) results.push_back(std::move(*array));
+  });
+  n.take(results);
+  for (Array* array : {&out_memory, &out_weights, &out_usage}) results.push_back(std::move(*array));
   return results;
 }
 
@@ -334,70 +367,31 @@ Results cell(const Kernels& k, const Case& c, Controller controller, bool bfloat
 [[maybe_unused]] Results ntm_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
-  const bool recurrent = controller != Controller::feedforward, lstm = controller == Controller::lstm;
-  const int64_t H = 2 * c.D + 1, G = gates_per_unit(controller) * H, RD = c.R * c.D, shifts = c.sharp ? 3 : 0;
-  const int64_t heads = 2 * (RD + c.R * (c.sharp ? 3 + shifts : 1)) + 2 * RD, kept = c.anchor_every > 0 ? c.T * c.B : 0;
-  const auto normal = [&](int64_t count) { return random.normal(c.state, count); };
-  Array gates = normal(c.T * c.B * G);
-  const Array memory = normal(c.B * c.N * c.D), reads = normal(c.B * RD);
-  const auto hidden = optional(recurrent, normal(c.B * H)), state = optional(lstm, normal(c.B * H));
+  const int64_t shifts = c.sharp ? 3 : 0, RD = c.R * c.D;
+  NetworkArrays n(c, random, controller, bfloat16, 2 * (RD + c.R * (c.sharp ? 3 + shifts : 1)) + 2 * RD);
+  const Array memory = n.normal(c.B * c.N * c.D);
   Array weights = random.positive(c.state, c.B * 2 * c.R * c.N);
   for (int64_t i = 0; i < weights.count; ++i) weights.set(i, weights[i] / static_cast<double>(c.N));
-  const int64_t ld = RD + 3;                                // the reads' weight as part of a wider one
-  const auto weight = [&](int64_t count, int64_t fan_in) {  // as large as a layer's
-    Array array = normal(count);
-    for (int64_t i = 0; i < count; ++i) array.set(i, array[i] / std::sqrt(static_cast<double>(fan_in)));
-    return array;
-  };
-  const auto hidden_weight = optional(recurrent, weight(G * H, H)), hidden_bias = optional(recurrent, normal(G));
-  const Array reads_weight = weight(G * ld - 3, RD), head_weight = weight(heads * H, H), head_bias = normal(heads);
-  const Cuts cuts(c, random);
-  cuts.spoil(c, gates);
   Array anchors(c.state, anchors_count(c.T, c.anchor_every) * c.B * c.D * padded_slots(c.N));
-  Array kept_gates(c.state, kept * kept_per_unit(controller) * H), kept_states(c.state, recurrent ? kept * H : 0);
-  Array kept_heads(c.state, kept * heads), history(c.state, kept * 2 * c.R * c.N);
-  Array output(c.state, c.T * c.B * (H + RD)), out_hidden(c.state, recurrent ? c.B * H : 0);
-  Array out_cell(c.state, lstm ? c.B * H : 0), out_reads(c.state, reads.count), out_memory(c.state, memory.count);
-  Array out_weights(c.state, weights.count);
-  succeeded(k.ntm_cell(
-      {c.T, c.B, H, c.N, c.D, c.R, shifts, c.state, bfloat16, controller, c.read_first, 1e-6, c.anchor_every, pointer(gates),
-       pointer(hidden), pointer(state), pointer(memory), pointer(weights), pointer(reads), pointer(hidden_weight),
-       pointer(hidden_bias), pointer(reads_weight), ld, pointer(head_weight), pointer(head_bias), cuts.sequences(),
-       // results
-       output.data.get(), out_hidden.data.get(), out_cell.data.get(), out_reads.data.get(), out_memory.data.get(),
-       out_weights.data.get(), kept_gates.data.get(), kept_states.data.get(), kept_heads.data.get(), history.data.get(),
-       anchors.data.get()},
-      parallel));
+  Array history(c.state, n.rows * 2 * c.R * c.N), out_memory(c.state, memory.count), out_weights(c.state, weights.count);
+  succeeded(k.ntm_cell({n.arguments(), shifts, c.read_first, 1e-6, pointer(memory), pointer(weights),
+                        // results
+                        out_memory.data.get(), out_weights.data.get(), history.data.get(), anchors.data.get()},
+                       parallel));
   Results results;
-  for (const int present : {0b010001, 0b100110, 0b011011}) {  // each of the six gradients may be missing
-    if (c.anchor_every == 0) continue;
-    const auto grad_output = optional(present & 1, normal(output.count));
-    const auto grad_cell = optional(lstm && (present & 2), normal(out_cell.count));
-    const auto grad_memory = optional(present & 4, normal(memory.count));
-    const auto grad_weights = optional(present & 8, normal(weights.count));
-    const auto grad_hidden = optional(recurrent && (present & 16), normal(c.B * H));
-    const auto grad_reads = optional(present & 32, normal(reads.count));
-    Array grad_gates(c.state, gates.count), grad_hidden_gates(c.state, recurrent && !lstm ? gates.count : 0);
-    Array grad_heads(c.state, kept_heads.count), grad_in_hidden(c.state, out_hidden.count);
-    Array grad_in_cell(c.state, out_cell.count), grad_in_memory(c.state, memory.count);
-    Array grad_in_weights(c.state, weights.count), grad_in_reads(c.state, reads.count), grad_start = cuts.of_start(c);
-    succeeded(k.ntm_cell_backward(
-        {c.T, c.B, H, c.N, c.D, c.R, shifts, c.state, bfloat16, controller, c.read_first, 1e-6, c.anchor_every,
-         pointer(grad_output), pointer(grad_hidden), pointer(grad_cell), pointer(grad_reads), pointer(grad_memory),
-         pointer(grad_weights), pointer(hidden), pointer(state), pointer(memory), pointer(weights), pointer(hidden_weight),
-         pointer(reads_weight), ld, pointer(head_weight), pointer(kept_gates), pointer(kept_states), pointer(kept_heads),
-         pointer(history), pointer(anchors), cuts.sequences(),
-         // results
-         grad_gates.data.get(), recurrent && !lstm ? grad_hidden_gates.data.get() : nullptr, grad_heads.data.get(),
-         grad_in_hidden.data.get(), grad_in_cell.data.get(), grad_in_memory.data.get(), grad_in_weights.data.get(),
-         grad_in_reads.data.get(), c.cut ? grad_start.data.get() : nullptr},
-        parallel));
-    for (Array* array : {&grad_gates, &grad_hidden_gates, &grad_heads, &grad_in_hidden, &grad_in_cell, &grad_in_memory,
-                         &grad_in_weights, &grad_in_reads, &grad_start})
-      results.push_back(std::move(*array));
-  }
-  for (Array* array : {&output, &out_hidden, &out_cell, &out_reads, &out_memory, &out_weights})
-    results.push_back(std::move(*array));
+  n.backward(results, [&](const NetworkBackward& network, int present) {
+    const auto grad_memory = optional(present & 4, n.normal(memory.count));
+    const auto grad_weights = optional(present & 8, n.normal(weights.count));
+    Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, weights.count);
+    succeeded(k.ntm_cell_backward({network, shifts, c.read_first, 1e-6, pointer(grad_memory), pointer(grad_weights),
+                                   pointer(memory), pointer(weights), pointer(history), pointer(anchors),
+                                   // results
+                                   grad_in_memory.data.get(), grad_in_weights.data.get()},
+                                  parallel));
+    for (Array* array : {&grad_in_memory, &grad_in_weights}) results.push_back(std::move(*array));
+  });
+  n.take(results);
+  for (Array* array : {&out_memory, &out_weights}) results.push_back(std::move(*array));
   return results;
 }
 
@@ -457,26 +451,101 @@ Results ntm(const Kernels& k, const Case& c) {
   return results;
 }
 
-// read_first stands for no links, shared_target for masks and what is given free erased, sharp for sharpened links.
-Results dnc(const Kernels& k, const Case& c) {
-  Random random;
-  const Parallel parallel = on_threads(c.threads);
-  const bool links = !c.read_first && c.N < 512;  // the N^2 links of more slots take a sanitizer minutes
-  const bool masks = c.shared_target, sharpened = links && c.sharp;
-  const int64_t rows = c.T * c.B, heads = rows * c.R;
-  const auto shares = [&](int64_t count) {  // of N slots
+// The state of a DNC, its gradients, and what is kept of it; read_first stands for no links, shared_target for masks and what is
+// given free erased, sharp for sharpened links.
+struct DncArrays {
+  const Case& c;
+  bool links, sharpened, keeps;
+  Array memory, usage, precedence, linked, read_weights, write_weights;
+  Array read_history, write_history, directions;
+  std::vector<int64_t> orders;
+  static bool has_links(const Case& c) { return !c.read_first && c.N < 512; }  // those of more slots take a sanitizer minutes
+  static Array shares(const Case& c, Random& random, int64_t count) {          // of N slots
     Array array = random.positive(c.state, count);
     for (int64_t i = 0; i < count; ++i) array.set(i, array[i] / static_cast<double>(c.N));
     return array;
-  };
+  }
+  DncArrays(const Case& c, Random& random)
+      : c(c), links(has_links(c)), sharpened(links && c.sharp), keeps(c.anchor_every > 0),
+        memory(random.normal(c.state, c.B * c.N * c.D)), usage(random.positive(c.state, c.B * c.N)),
+        precedence(shares(c, random, links ? c.B * c.N : 0)), linked(shares(c, random, links ? c.B * c.N * c.N : 0)),
+        read_weights(shares(c, random, c.B * c.R * c.N)), write_weights(shares(c, random, c.B * c.N)),
+        read_history(c.state, keeps ? c.T * c.B * c.R * c.N : 0), write_history(c.state, keeps ? c.T * c.B * c.N : 0),
+        directions(c.state, keeps && sharpened ? c.T * c.B * c.R * 2 * c.N : 0), orders(keeps ? c.T * c.B * c.N : 0) {}
+
+  Results results() const {  // arrays as large as the state
+    Results arrays;
+    for (const Array* like : {&memory, &usage, &precedence, &linked, &read_weights, &write_weights})
+      arrays.emplace_back(c.state, like->count);
+    return arrays;
+  }
+  template <class Pointer>
+  DncState<Pointer> state(const Results& x) const {
+    return {x[0].data.get(), x[1].data.get(), links ? x[2].data.get() : nullptr, links ? x[3].data.get() : nullptr,
+            x[4].data.get(), x[5].data.get()};
+  }
+  DncState<void*> gradients(const Results& x) const {  // the write weights are a constant
+    DncState<void*> of = state<void*>(x);
+    of.write_weights = nullptr;
+    return of;
+  }
+  DncState<const void*> before() const {
+    return {
+        pointer(memory),       pointer(usage),        links ? pointer(precedence) : nullptr, links ? pointer(linked) : nullptr,
+        pointer(read_weights), pointer(write_weights)};
+  }
+  template <class Pointer, class Slots>
+  DncHistory<Pointer, Slots> history() {
+    if (!keeps) return {};
+    return {read_history.data.get(), write_history.data.get(), orders.data(), sharpened ? directions.data.get() : nullptr};
+  }
+  void check_orders(const Cuts& cuts) const {
+    for (int64_t row = 0; keeps && row < c.T * c.B; ++row)
+      if (row / c.B < cuts.length(c, row % c.B))
+        check_slots({orders.begin() + row * c.N, orders.begin() + (row + 1) * c.N}, 1, c.N, c.N);
+  }
+};
+
+// CUDA has no kernel for it.
+[[maybe_unused]] Results dnc_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  DncArrays memory(c, random);
+  const bool masks = c.shared_target;
+  const int64_t of_reads = c.D + 2 + (memory.links ? 3 : 0) + (masks ? c.D : 0) + (memory.sharpened ? 2 : 0);
+  NetworkArrays n(c, random, controller, bfloat16, c.R * of_reads + 3 * c.D + 3 + (masks ? c.D : 0));
+  const DncHeadOptions options = {masks, memory.sharpened, masks, masks ? 0.1 : 0.0, c.sharp ? 1.0 : 0.0, 1e-6};
+  Results after = memory.results(), results;
+  succeeded(k.dnc_cell({n.arguments(), options, memory.history<void*, int64_t*>(), memory.before(), memory.state<void*>(after)},
+                       parallel));
+  memory.check_orders(n.cuts);
+  n.backward(results, [&](const NetworkBackward& network, int present) {
+    Results grads, grad_before = memory.results();
+    for (const Array& x : after) grads.push_back(n.normal(x.count));
+    DncState<const void*> grad_after = {};
+    if (present & 4) grad_after = memory.state<const void*>(grads);
+    succeeded(k.dnc_cell_backward({network, options, memory.history<const void*, const int64_t*>(), grad_after, memory.before(),
+                                   memory.gradients(grad_before)},
+                                  parallel));
+    grad_before.pop_back();
+    for (Array& array : grad_before) results.push_back(std::move(array));
+  });
+  n.take(results);
+  for (Array& array : after) results.push_back(std::move(array));
+  return results;
+}
+
+Results dnc(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  DncArrays state(c, random);
+  const bool links = state.links, masks = c.shared_target, sharpened = state.sharpened, keeps = state.keeps;
+  const int64_t rows = c.T * c.B, heads = rows * c.R;
   const auto from_1 = [&](int64_t count) {
     Array array = random.positive(c.input, count);
     for (int64_t i = 0; i < count; ++i) array.set(i, 1 + 3 * array[i]);
     return array;
   };
-  const Array memory = random.normal(c.state, c.B * c.N * c.D), usage = random.positive(c.state, c.B * c.N);
-  const Array precedence = shares(links ? c.B * c.N : 0), linked = shares(links ? c.B * c.N * c.N : 0);
-  const Array read_weights = shares(c.B * c.R * c.N), write_weights = shares(c.B * c.N);
   Array told[] = {random.normal(c.input, heads * c.D),
                   from_1(heads),
                   random.normal(c.input, rows * c.D),
@@ -494,36 +563,14 @@ Results dnc(const Kernels& k, const Case& c) {
   for (Array& array : told) cuts.spoil(c, array);
   const bool there[] = {true, true, true, true, true, true, true, true, true, links, masks, masks, sharpened};
   const auto at = [&](int i) { return there[i] ? pointer(told[i]) : nullptr; };
-  const auto link = [&](const Array& array) { return links ? pointer(array) : nullptr; };
   const DncInterface<const void*> interface = {at(0), at(1), at(2), at(3),  at(4),  at(5), at(6),
                                                at(7), at(8), at(9), at(10), at(11), at(12)};
-  const DncState<const void*> before = {pointer(memory), pointer(usage),        link(precedence),
-                                        link(linked),    pointer(read_weights), pointer(write_weights)};
-  const auto state = [&] {
-    Results arrays;
-    for (const Array* like : {&memory, &usage, &precedence, &linked, &read_weights, &write_weights})
-      arrays.emplace_back(c.state, like->count);
-    return arrays;
-  };
-  const auto pointers = [&](Results& x) {
-    return DncState<void*>{
-        x[0].data.get(), x[1].data.get(), links ? x[2].data.get() : nullptr, links ? x[3].data.get() : nullptr,
-        x[4].data.get(), x[5].data.get()};
-  };
-  const bool keeps = c.anchor_every > 0;
-  Array reads(c.input, heads * c.D), read_history(c.state, keeps ? heads * c.N : 0),
-      write_history(c.state, keeps ? rows * c.N : 0);
-  Array directions(c.state, keeps && sharpened ? heads * 2 * c.N : 0);
-  std::vector<int64_t> orders(keeps ? rows * c.N : 0);
-  Results after = state();
-  succeeded(
-      k.dnc_scan({c.T, c.B, c.N, c.D, c.R, c.state, c.input, masks, 1e-6, before, interface, cuts.sequences(), reads.data.get(),
-                  pointers(after), keeps ? read_history.data.get() : nullptr, keeps ? write_history.data.get() : nullptr,
-                  keeps ? orders.data() : nullptr, keeps && sharpened ? directions.data.get() : nullptr},
-                 parallel));
-  for (int64_t row = 0; keeps && row < rows; ++row)
-    if (row / c.B < cuts.length(c, row % c.B))
-      check_slots({orders.begin() + row * c.N, orders.begin() + (row + 1) * c.N}, 1, c.N, c.N);
+  Array reads(c.input, heads * c.D);
+  Results after = state.results();
+  succeeded(k.dnc_scan({state.history<void*, int64_t*>(), c.T, c.B, c.N, c.D, c.R, c.state, c.input, masks, 1e-6,
+                        state.before(), interface, cuts.sequences(), reads.data.get(), state.state<void*>(after)},
+                       parallel));
+  state.check_orders(cuts);
   Results results;
   for (const bool of_reads : {true, false}) {  // each gradient may be missing
     if (!keeps) continue;
@@ -532,16 +579,15 @@ Results dnc(const Kernels& k, const Case& c) {
     Results grads;
     if (!of_reads) {
       for (const Array& x : after) grads.push_back(random.normal(c.state, x.count));
-      grad_after = {pointer(grads[0]), pointer(grads[1]), link(grads[2]), link(grads[3]), pointer(grads[4]), pointer(grads[5])};
+      grad_after = state.state<const void*>(grads);
     }
-    Results grad_before = state(), grad_told;
+    Results grad_before = state.results(), grad_told;
     for (const Array& array : told) grad_told.emplace_back(c.input, array.count);
     const auto of = [&](int i) -> void* { return there[i] ? grad_told[i].data.get() : nullptr; };
     Array grad_start = cuts.of_start(c);
-    DncState<void*> grad_in = pointers(grad_before);
-    grad_in.write_weights = nullptr;
     succeeded(
-        k.dnc_scan_backward({c.T,
+        k.dnc_scan_backward({state.history<const void*, const int64_t*>(),
+                             c.T,
                              c.B,
                              c.N,
                              c.D,
@@ -552,15 +598,11 @@ Results dnc(const Kernels& k, const Case& c) {
                              1e-6,
                              pointer(grad_reads),
                              grad_after,
-                             before,
+                             state.before(),
                              interface,
                              cuts.sequences(),
-                             pointer(read_history),
-                             pointer(write_history),
-                             orders.data(),
-                             sharpened ? pointer(directions) : nullptr,
                              // results
-                             grad_in,
+                             state.gradients(grad_before),
                              {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12)},
                              c.cut ? grad_start.data.get() : nullptr},
                             parallel));

@@ -64,8 +64,9 @@ int main() {
           if (variant != 2) check("dnc", dnc, *k, c);    // it keeps something or nothing, not every so many steps
           if (c.state != c.input) continue;
           for (const Controller kind : {Controller::lstm, Controller::gru, Controller::feedforward})
-            for (const auto& [name, network] : {std::pair{"cell", cell}, std::pair{"ntm_cell", ntm_cell}}) {
-              if (network == ntm_cell && (variant == 1 || variant == 2)) continue;  // what differs there, cell shows
+            for (const auto& [name, network] :
+                 {std::pair{"cell", cell}, std::pair{"ntm_cell", ntm_cell}, std::pair{"dnc_cell", dnc_cell}}) {
+              if (network != cell && (variant == 1 || variant == 2)) continue;  // what differs there, cell shows
               check(
                   name,
                   [kind, run = network](const Kernels& k, const Case& c) {

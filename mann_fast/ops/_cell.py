@@ -1,0 +1,315 @@
+"""What the ops of whole sequences share, whatever their memory: declaration, gradients, checks, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._state import check_dense
+from ..reference.cell import CONTROLLERS
+from . import _backend, _checks
+from ._declare import Argument, Op, Option, Output, Sizes, always, came
+from ._register import call, declare
+from ._sequences import NAMES as SEQUENCE_NAMES
+from ._sequences import Values, may_look
+from ._sequences import sequences as of_sequences
+
+# Of Controller in csrc/include/arguments.h.
+NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
+
+# Of an op's arguments those before and after its memory's state.
+GATES = (
+    Argument("gates", "T B G", like="memory", half=True),
+    Argument("hidden", "B H", like="gates", optional=True),
+    Argument("cell", "B H", like="gates", optional=True),
+)
+REST = (
+    Argument("reads", "B R D", like="gates"),
+    Argument("hidden_weight", "G H", like="gates", optional=True),
+    Argument("hidden_bias", "G", like="gates", optional=True),
+    Argument("reads_weight", "G RD", like="gates"),
+    Argument("head_weight", "heads H", like="gates"),
+    Argument("head_bias", "heads", like="gates"),
+    *of_sequences("T B"),
+)
+
+
+class Network(NamedTuple):
+    """What a public function takes of controller and heads."""
+
+    gates: Tensor
+    state: tuple[Tensor, ...]
+    reads: Tensor
+    hidden_weight: Tensor | None
+    hidden_bias: Tensor | None
+    reads_weight: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
+
+    @property
+    def states(self) -> tuple[Tensor | None, ...]:
+        """The controller's state as (hidden, cell), None where there is none."""
+        return (*(self.state if isinstance(self.state, tuple) else ()), None, None)[:2]
+
+
+def _recurrent(values: Mapping[str, Any]) -> bool:
+    return values["hidden"] is not None
+
+
+def declare_cell(
+    name: str,
+    state: tuple[Argument, ...],
+    options: tuple[Option, ...],
+    kept: tuple[Output, ...],
+    *,
+    interval: Callable[[tuple[Any, ...], str], int],
+    extents: Callable[[Sizes], Sizes] = lambda sizes: {},
+    constant: tuple[str, ...] = (),
+) -> Op:
+    """The op of that name, which serves the public function of the same name. Everything is float32 or float64; with bfloat16
+    what the products of each step take is rounded to it.
+
+    state: the memory's, which the op takes and gives; ``constant``: what of it comes out as a constant, which backward does not
+    take. options: the memory's. kept: what backward needs beside what it takes of the controller. interval: as of Op. extents:
+    of axes that are the memory's own.
+    """
+
+    def all_extents(sizes: Sizes) -> Sizes:
+        own = extents(sizes)
+        sizes = {**sizes, **own}
+        reads = sizes["R"] * sizes["D"]
+        # A GRU keeps the hidden state's part of its candidate beside its gates.
+        gates = sizes["G"] if sizes["controller"] == NUMBERS["feedforward"] else 4 * sizes["H"]
+        return {**own, "RD": reads, "H+RD": sizes["H"] + reads, "kept": gates}
+
+    def all_gradients(
+        ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        return _gradients(op, ctx, tensors, results)
+
+    def there(argument: Argument) -> Callable[[Mapping[str, Any]], bool]:
+        return came(argument.name) if argument.optional else always
+
+    op = Op(
+        name,
+        arguments=(*GATES, *state, *REST),
+        options=(
+            Option("controller", "int", NUMBERS["lstm"]),
+            *options,
+            Option("bfloat16", "bool", False),
+        ),
+        outputs=(
+            Output("output", "T B H+RD", like="gates"),
+            Output("hidden", "B H", like="gates", when=_recurrent),
+            Output("cell", "B H", like="gates", when=came("cell")),
+            Output("reads", "B R D", like="gates"),
+            *(
+                Output(a.name, a.axes, "gates", differentiable=a.name not in constant, when=there(a))
+                for a in state
+            ),
+            Output("kept_gates", "T B kept", like="gates", kept=True),
+            Output("kept_states", "T B H", like="gates", kept=True, when=_recurrent),
+            Output("kept_heads", "T B heads", like="gates", kept=True),
+            *kept,
+        ),
+        saved=(
+            *("hidden", "cell", *(a.name for a in state if a.name not in constant)),
+            *("hidden_weight", "reads_weight", "head_weight", "kept_gates", "kept_states", "kept_heads"),
+            *(x.name for x in kept),
+            *SEQUENCE_NAMES,
+        ),
+        also_saved=("reads", "output"),
+        public=(name,),
+        interval=interval,
+        extents=all_extents,
+        results=(
+            Output("grad_gates", "T B G", like="memory"),
+            Output(
+                "grad_hidden_gates", "T B G", like="memory", when=lambda v: v["controller"] == NUMBERS["gru"]
+            ),
+            Output("grad_heads", "T B heads", like="memory"),
+            Output("grad_hidden", "B H", like="memory", when=_recurrent),
+            Output("grad_cell", "B H", like="memory", when=came("cell")),
+            *(Output(f"grad_{a.name}", a.axes, "memory", when=there(a)) for a in state if a.differentiable),
+            Output("grad_reads", "B R D", like="memory"),
+            Output("grad_start", "B N D", like="memory", when=came("start")),
+        ),
+        gradients=all_gradients,
+    )
+    return declare(op)
+
+
+def _gradients(
+    op: Op, ctx: Any, tensors: tuple[Any, ...], results: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all that is differentiable, in the order of the arguments: the weights' are one product each, of the
+    gradients of gates and heads at all steps with what they met there."""
+    saved = dict(zip((*op.saved, *op.also_saved), tensors, strict=True))
+    given = {x.name.removeprefix("grad_"): y for x, y in zip(op.results, results, strict=True)}
+    resets, lengths, output, hidden = (saved[name] for name in ("resets", "lengths", "output", "hidden"))
+    needed = dict(zip(op.names, ctx.needs_input_grad, strict=True))
+    options = dict(zip((option.name for option in op.backward_options), ctx.options, strict=True))
+    products = torch.bfloat16 if options["bfloat16"] else output.dtype
+    size = saved["head_weight"].shape[1]
+    grad_gates, grad_heads, grad_hidden_gates = (given[name] for name in ("gates", "heads", "hidden_gates"))
+    if hidden is None or grad_hidden_gates.dim() == 1:  # only a GRU's differ
+        grad_hidden_gates = grad_gates
+    of: dict[str, Tensor] = {}
+    if needed["hidden_bias"]:
+        of["hidden_bias"] = grad_hidden_gates.sum((0, 1))
+    if needed["head_bias"]:
+        of["head_bias"] = grad_heads.sum((0, 1))
+    with _backend.without_autocast(output.device.type):  # backward may be called inside the caller's
+        met = output.to(products)
+        nothing, taken = resets, None
+        if lengths is not None:
+            ended = torch.arange(output.shape[0], device=lengths.device).unsqueeze(1) >= lengths
+            # From its end on a sample takes nothing of the step before, not even a NaN, and has gradients of 0: no work on it,
+            # where it can be left out.
+            nothing = ended if resets is None else resets | ended
+            taken = (~ended).flatten().nonzero().squeeze(1) if may_look(lengths) else None
+        of_gates = grad_gates.to(products)
+        of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
+        if needed["hidden_weight"]:
+            of["hidden_weight"] = _weight_gradient(
+                of_hidden, hidden.to(products), met[..., :size], nothing, taken
+            )
+        if needed["reads_weight"]:
+            reads = saved["reads"]
+            first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
+            of["reads_weight"] = _weight_gradient(of_gates, first, met[..., size:], nothing, taken)
+        if needed["head_weight"]:
+            of["head_weight"] = _product(_rows(grad_heads.to(products)), _rows(met[..., :size]), taken)
+    given |= {name: x.to(output.dtype) for name, x in of.items()}
+    if needed["start"]:
+        given["start"] = given["start"].sum(0)
+    return tuple(given.get(a.name) for a in op.arguments if a.differentiable)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, B, K] as [T B, K]. (flatten has no rule for is_grads_batched, and -1 none for K = 0.)"""
+    steps, batch, width = x.shape
+    return x.reshape(steps * batch, width)
+
+
+def _weight_gradient(
+    grads: Tensor, first: Tensor, met: Tensor, nothing: Tensor | None, taken: Tensor | None
+) -> Tensor:
+    """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, then met
+    [T, B, K] of the step before, but 0 where they met ``nothing`` [T, B]. (No tensor of T - 1 steps: torch.compile would make
+    T = 2 a case of its own.) taken: see :func:`_product`."""
+    before = torch.cat([first, _rows(met)])[: grads.shape[0] * grads.shape[1]]
+    if nothing is not None:
+        before = before.masked_fill(nothing.reshape(-1, 1), 0)
+    return _product(_rows(grads), before, taken)
+
+
+def _product(grads: Tensor, met: Tensor, taken: Tensor | None) -> Tensor:
+    """grads^T met over their rows; where ``taken`` is known, over those alone, as all others are 0."""
+    if taken is not None:
+        grads, met = grads.index_select(0, taken), met.index_select(0, taken)
+    return torch.mm(grads.t(), met)
+
+
+class Public:
+    """What a public function takes, named as its callers know it. kind, state: of its memory, a NamedTuple and its tensors."""
+
+    def __init__(self, kind: Any, state: tuple[Argument, ...]):
+        self.kind, self.state = kind, state
+        self.tensors = (*state, *GATES, *REST)
+        self.state_names = tuple(f"memory.{field}" for field in kind._fields)
+        states = ("gates", "state.hidden", "state.cell")
+        self.names = (*self.state_names, *states, *(argument.name for argument in REST))
+
+    def check(
+        self,
+        network: Network,
+        memory: tuple[Tensor | None, ...],
+        sequences: tuple[Tensor | None, ...],
+        options: tuple[Any, ...],
+        heads: Callable[..., Sequence[int]],
+    ) -> Sizes:
+        """The size of every axis. options: the controller, and what ``heads`` takes after the sizes of the memory: it checks
+        these options, and gives the numbers of values of the heads. What has passed once is not looked at again: a rollout
+        comes here at every step."""
+        _checks.check_tuple("memory", memory, self.kind)
+        gates, state, reads, *weights = network
+
+        def known() -> Sizes:
+            controller, *of_memory = options
+            sizes = _checks.check_tensors(self.state, self.state_names, memory)
+            values = sum(heads(sizes, *of_memory))
+            return check_controller(controller, state, tuple(weights)) | {
+                "RD": sizes["R"] * sizes["D"],
+                "heads": values,
+            }
+
+        tensors = (*memory, gates, *network.states, reads, *weights, *sequences)
+        # With their types: True is equal to 1, but no number here.
+        choices = (type(state), len(state) if isinstance(state, tuple) else 0, *options, *map(type, options))
+        return _checks.check_tensors(self.tensors, self.names, tensors, choices=choices, known=known)
+
+
+def run_steps(
+    function: Any,
+    backend: str,
+    network: Network,
+    memory: Any,
+    sequences: Values,
+    options: dict[str, Any],
+    step: Any,
+) -> Any:
+    """The reference of the op, with the ``step`` of a backend that has no whole sequence."""
+    gates, state, reads, *weights = network
+    if backend != "reference":
+        options = {**options, "step": step}
+    given = dict(zip(SEQUENCE_NAMES, sequences, strict=True))
+    with _backend.without_autocast(gates.device.type):
+        return function(gates, state, memory, reads, *weights, **options, **given)
+
+
+def run_cell(
+    op: Op,
+    backend: str,
+    network: Network,
+    memory: tuple[Tensor | None, ...],
+    sequences: Values,
+    controller: str,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor], Tensor]:
+    """Run the raw op: output, the controller's state, the memory's as the op has it, reads. In half precision it computes in
+    float32."""
+    dtype = network.gates.dtype
+    gates, _, *rest = network
+    tensors = [gates, *network.states, *memory, *rest]
+    if dtype in _checks.HALF_DTYPES:
+        tensors = [x if x is None else x.float() for x in tensors]
+    rounded = dtype == torch.bfloat16 and backend == "cpp"
+    results = call(op, backend, *tensors, *sequences, NUMBERS[controller], *options, rounded, 0)
+    output, hidden, cell, reads = results[:4]
+    last = (hidden, cell)[: len(network.state)]
+    if dtype != output.dtype:
+        output, reads, last = output.to(dtype), reads.to(dtype), tuple(x.to(dtype) for x in last)
+    return output, last, list(results[4 : 4 + len(memory)]), reads
+
+
+def check_controller(controller: Any, state: Any, weights: tuple[Tensor | None, ...]) -> Sizes:
+    """The sizes that follow from the controller, whose name, state and weights are there as it asks for them."""
+    _checks.check_choice("controller", controller, tuple(CONTROLLERS))
+    gates_per_unit, names = CONTROLLERS[controller]
+    if not isinstance(state, tuple) or len(state) != len(names):
+        came = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
+        raise TypeError(f"state must be a tuple ({', '.join(names)}) of this controller, got {came}")
+    for name, part in zip(names, state, strict=True):
+        check_dense(f"state.{name}", part)
+    hidden_size = _checks.check_shape("head_weight", weights[3], ("heads", "H"))[1]
+    for name, value in zip(("hidden_weight", "hidden_bias"), weights[:2], strict=True):
+        if not state and value is not None:
+            came = type(value).__name__
+            raise TypeError(f"{name} must be None for a feed-forward controller, got {came}")
+        if state and value is None:
+            raise TypeError(f"{name} must be a tensor, got NoneType")
+    return {"H": hidden_size, "G": gates_per_unit * hidden_size}

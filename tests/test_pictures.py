@@ -1,0 +1,160 @@
+"""Pictures say what they show: colour bars, marks, titles, what was right and wrong, intervals."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mann_fast.cli import main
+from mann_fast.training import SequenceConfig, TrainConfig
+from mann_fast.training.loop import describe
+from mann_fast.training.plots import RIGHT, WRONG, plot_learning_curve, plot_predictions
+from mann_fast.training.sequence_plots import plot_sequence, plot_sequence_curve
+from mann_fast.training.sequences import SequenceTrace, task_of
+from mann_fast.training.trace import Slots
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, in order."""
+    figures, save = [], Figure.savefig
+
+    def kept(self, *arguments, **options):
+        figures.append(self)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return figures
+
+
+def bars(figure):
+    """Label and bounds of each colour bar."""
+    found = [axes._colorbar for axes in figure.axes if hasattr(axes, "_colorbar")]
+    return [(bar.ax.get_ylabel(), bar.vmin, bar.vmax) for bar in found]
+
+
+@pytest.mark.parametrize("task", ["copy", "repeat-copy", "recall", "key-value"])
+def test_a_sequence_names_its_marks_and_crosses_what_is_wrong(task, drawn, tmp_path):
+    config = SequenceConfig.of_task(task=task, length=3)
+    sequences = task_of(config).sample(1, torch.Generator().manual_seed(0), *task_of(config).longest)
+    inputs, targets = sequences.inputs[:, 0], sequences.targets[:, 0]
+    outputs = targets.clone()
+    step = int(sequences.answered.nonzero()[-1])
+    outputs[step, 1] = 1 - outputs[step, 1]
+    outputs[0, 0] = 1 - outputs[0, 0]  # where no answer is wanted
+    weights = torch.rand(len(inputs), 5)
+    slots = Slots(weights, 3 * weights, None, None, None)
+    trace = SequenceTrace("3 of them", inputs, targets, outputs, sequences.answered, slots, 0.25)
+    plot_sequence(tmp_path / "a.png", trace, config, "a model")
+    (figure,) = drawn
+    rows = [axes for axes in figure.axes if not hasattr(axes, "_colorbar")]
+    marks = task_of(config).marks
+    assert [x.get_text() for x in rows[0].get_yticklabels()] == [*marks]
+    size = inputs.shape[1]
+    assert rows[0].get_yticks().tolist() == [*range(size - len(marks), size)]
+    assert rows[2].collections[0].get_offsets().tolist() == [[step, 1]]
+    labels = ["bit", "bit", "probability of a 1", "weight written", "weight read"]
+    assert [label for label, *_ in bars(figure)] == labels
+    assert [bounds for _, *bounds in bars(figure)[:4]] == [[0, 1]] * 4
+    assert bars(figure)[4][1:] == (0, pytest.approx(3 * weights.max().item()))
+    assert figure._suptitle.get_text() == "a model\n3 of them: 0.25 wrong bits per answer"
+
+
+def test_titles_say_the_model_plainly():
+    config = SequenceConfig.of_task(task="copy", length=20)
+    assert describe(config) == "NTM memory, LSTM controller, on copy, trained on up to 20 vectors"
+    config = SequenceConfig.of_task(task="copy", length=20, addressing="dnc", repairs="md")
+    assert describe(config).startswith("DNC memory with repairs md, LSTM controller")
+    config = SequenceConfig.of_task(task="copy", length=20, addressing="content", controller="feedforward")
+    assert describe(config).startswith("content memory, feedforward controller")
+    config = SequenceConfig.of_task(task="copy", length=20, model="lstm")
+    assert describe(config) == "LSTM without memory, on copy, trained on up to 20 vectors"
+
+
+def test_intervals_are_drawn_where_a_run_has_them(drawn, tmp_path):
+    config = SequenceConfig.of_task(task="copy")
+    old = {"step": 1, "loss": 0.66, "test_error": {"a": 1.0}}
+    new = [
+        {
+            "step": step,
+            "loss": 0.66 - step / 100,
+            "test_error": {"a": 2.0},
+            "test_interval": {"a": [1.5, 2.5]},
+        }
+        for step in (2, 3)
+    ]
+    plot_sequence_curve(tmp_path / "a.png", [old, *new], config, "a model")
+    top, bottom = drawn[0].axes
+    corners = top.collections[0].get_paths()[0].vertices
+    assert corners.min(0).tolist() == [2, 1.5]
+    assert corners.max(0).tolist() == [3, 2.5]
+    drawn[0].canvas.draw()
+    low, high = bottom.get_ylim()
+    ticks = bottom.yaxis.get_major_ticks() + bottom.yaxis.get_minor_ticks()
+    texts = [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high]
+    texts = [text for text in texts if text]
+    assert len(set(texts)) == len(texts) >= 2  # 7e-01 five times is what matplotlib says by itself
+    assert all(low * 0.99 <= float(text) <= high * 1.01 for text in texts)
+
+    config = TrainConfig(shots=2, ways=2)
+    line = {
+        "step": 1,
+        "loss": 1.0,
+        "heldout_accuracy": [0.5, 0.75],
+        "heldout_interval": [[0.4, 0.7], [0.6, 0.8]],
+    }
+    plot_learning_curve(tmp_path / "b.png", [line, {**line, "step": 2}], config, "a model")
+    first, second = (band.get_paths()[0].vertices[:, 1] for band in drawn[1].axes[0].collections)
+    assert (first.min(), first.max()) == (40, 60)
+    assert (second.min(), second.max()) == (70, 80)
+
+
+def test_answers_are_framed_by_whether_they_are_right(drawn, tmp_path):
+    files = {name: [tmp_path / f"{name}.png"] for name in "ab"}
+    for (file,) in files.values():
+        Image.new("L", (4, 4)).save(file)
+    images = [files["a"][0], files["b"][0]]
+    plot_predictions(tmp_path / "p.png", files, images, [[0.9, 0.1], [0.8, 0.2]], ["a", "b"])
+    cells = drawn[0].axes
+    frames = {
+        (index // 3, index % 3): {spine.get_edgecolor() for spine in axes.spines.values()}
+        for index, axes in enumerate(cells)
+        if all(spine.get_visible() for spine in axes.spines.values())
+    }
+    assert frames == {(1, 1): {to_rgba(RIGHT)}, (2, 1): {to_rgba(WRONG)}}
+
+
+def test_tensorboard_has_every_number_of_a_line(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from mann_fast.training.tensorboard import TensorBoardWriter
+
+    lines = [
+        {"step": step, "loss": 1 / step, "heldout_accuracy": [0.25, 0.5], "heldout_interval": [[0.0], [1.0]],
+         "test_error": {"20 vectors": 4.0}}
+        for step in (10, 20)
+    ]  # fmt: skip
+    for _ in range(2):  # the second time what the first has written is gone
+        writer = TensorBoardWriter(tmp_path / "tensorboard", lines[:1])
+        writer(lines[1])
+        writer.close()
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    names = ["loss", "heldout_accuracy/1st image", "heldout_accuracy/2nd image", "test_error/20 vectors"]
+    assert sorted(found.Tags()["scalars"]) == sorted(names)
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [
+        (10, pytest.approx(0.1)),
+        (20, pytest.approx(0.05)),
+    ]
+
+
+def test_without_tensorboard_nothing_is_started(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = tmp_path / "run"
+    assert main(["train", "--task", "copy", "--steps", "1", "--out", str(out), "--tensorboard"]) == 2
+    assert "pip install 'mann_fast[tensorboard]'" in capsys.readouterr().err
+    assert not out.exists()
