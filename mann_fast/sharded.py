@@ -59,7 +59,7 @@ def content_read(
     largest, slot = weights.max(2)
     nearest = memory.gather(1, slot.unsqueeze(2).expand(-1, -1, memory.shape[2]))
     norms = (own_key * own_key).sum(2) * (nearest * nearest).sum(2)
-    cosine = (own_key * nearest).sum(2) * torch.rsqrt(norms + eps)
+    cosine = (own_key * nearest).sum(2) / torch.sqrt(norms + eps)
     log_sum = (cosine if own_sharpness is None else own_sharpness * cosine) - largest.log()
 
     reads, log_sums = _Gathered.apply(group, torch.cat([read, log_sum.unsqueeze(2)], 2)).split(

@@ -100,6 +100,17 @@ def test_a_product_of_squares_beyond_the_largest_number_gives_similarity_0():
         assert torch.isfinite(y).all() and worst_error(x, y) < 1e-4
 
 
+@pytest.mark.parametrize("of", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("scale", [1e-12, 1e15])
+def test_gradients_of_large_and_small_slots(of, scale):
+    """The cube of a norm's reciprocal is no float32."""
+    memory, key, _ = inputs(2, 20, 6, 2, torch.float32, False)
+    memory *= scale
+    exact = run(reference.content_read, (memory, key), torch.float64)
+    for x, y in zip(run(of.content_read, (memory, key)), exact, strict=True):
+        assert worst_error(x, y) < 1e-5
+
+
 def test_gradient_of_one_output_alone():
     memory, key, sharpness = (t.requires_grad_() for t in inputs(2, 19, 6, 3, torch.float64, True))
     for index in (0, 1):

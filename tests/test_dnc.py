@@ -358,6 +358,23 @@ def test_steps_halves_and_whole_are_the_same_bits(options):
     assert torch.equal(whole[0], torch.stack(reads)) and same((whole[1:], state))
 
 
+@pytest.mark.parametrize("options", [OPTIONS["graves"], OPTIONS["csordas"], OPTIONS["no-links"]])
+def test_what_is_saved_for_backward_has_no_links(options):
+    """Of each step the weights, (R + 1) N numbers, the order of N slots, and where directions are sharpened these, 2 R N."""
+    link, masks, sharpened, deallocate = options
+    steps, batch, slots, heads = shorter((40, 2, 64, 3), (5, 1, 16, 3))
+    inputs = dnc_inputs(steps, batch, slots, 5, heads, link, masks, sharpened, torch.float32)
+    inputs = cast(inputs, torch.float32)
+    inputs = [x if x is None else x.requires_grad_(i != CONSTANT) for i, x in enumerate(inputs)]
+    own, saved = {x.data_ptr() for x in inputs if x is not None}, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (saved.setdefault(x.data_ptr(), x.numel()), x)[1], lambda x: x
+    ):
+        call(ops.dnc_scan, inputs, deallocate=deallocate)
+    extra = sum(count for pointer, count in saved.items() if pointer not in own)
+    assert 0 < extra <= steps * batch * slots * (heads + 2 + (2 * heads if sharpened else 0))
+
+
 @needs_kernels
 def test_same_bits_on_every_number_of_threads_and_alone():
     inputs = dnc_inputs(shorter(9, 2), 5, shorter(24, 8), 6, 2, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """The pages of docs/: their examples run, and what they refer to exists."""
 
+import ast
 import json
 import re
 import textwrap
@@ -125,6 +126,23 @@ def test_files_that_are_named_exist(page):
         r"NAME|^(build/|benchmarks/results|runs/|dist/)|\.so$|_build_info\.json$"
     )  # by runs and builds
     assert not [x for x in named if not made.search(x) and not (ROOT / x).exists()]
+
+
+def functions_of(path):
+    return {
+        x.name for x in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(x, ast.FunctionDef)
+    }
+
+
+def test_every_promise_has_tests_that_exist():
+    text = (DOCS / "guarantees.md").read_text(encoding="utf-8").split("## What is not promised")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| (?!promise|---)", line)]
+    assert len(rows) > 40
+    for promise, named in rows:
+        tests = re.findall(r"`(tests/\w+\.py)::(test_\w+)`", named)
+        assert tests and len(tests) == named.count("`") / 2, promise
+        missing = [name for path, name in tests if name not in functions_of(ROOT / path)]
+        assert not missing, promise
 
 
 def test_one_page_says_what_has_run_on_a_gpu():

@@ -208,6 +208,22 @@ def test_steps_halves_and_whole_are_the_same_bits(order):
 
 
 @needs_ntm
+@pytest.mark.parametrize("heads", [(2, 1), (1, 0)])
+def test_what_is_saved_for_backward_is_bounded(heads):
+    """At most twice the weights of every step, (R + W) N numbers, and one memory."""
+    steps, batch, slots, width = shorter((60, 2, 64, 12), (20, 1, 16, 6))
+    inputs = ntm_inputs(steps, batch, slots, width, *heads, 1, dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in inputs]
+    own, saved = {x.data_ptr() for x in inputs}, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (saved.setdefault(x.data_ptr(), x.numel()), x)[1], lambda x: x
+    ):
+        call(ops.ntm_scan, inputs)
+    extra = sum(count for pointer, count in saved.items() if pointer not in own)
+    assert 0 < extra <= batch * slots * (2 * steps * sum(heads) + width)
+
+
+@needs_ntm
 def test_same_bits_on_every_number_of_threads_and_alone():
     inputs = ntm_inputs(shorter(9, 2), 5, 24, 6, 2, 2, 1, dtype=torch.float32)
     threads, outputs = torch.get_num_threads(), []

@@ -117,7 +117,7 @@ def _by_content(memory: Tensor, keys: Tensor, sharpness: Tensor, masks: Tensor |
     if masks is not None:
         slots, keys = slots * masks.unsqueeze(2), keys * masks.unsqueeze(2)
     dot, norms = (keys * slots).sum(-1), (keys * keys).sum(-1) * (slots * slots).sum(-1)
-    return torch.softmax(sharpness.unsqueeze(2) * dot * torch.rsqrt(norms + eps), -1)
+    return torch.softmax(sharpness.unsqueeze(2) * (dot / torch.sqrt(norms + eps)), -1)
 
 
 def _sharpened(direction: Tensor, exponent: Tensor) -> Tensor:
