@@ -18,7 +18,7 @@
   OP(cell, Cell)               \
   OP(cell_backward, CellBackward)
 
-// Those of whole sequences that CUDA does not have.
+// Those of whole sequences that the CPU alone has.
 #define MANN_FAST_CPU_CELL_OPS(OP)       \
   OP(ntm_cell, NtmCell)                  \
   OP(ntm_cell_backward, NtmCellBackward) \
@@ -46,7 +46,11 @@
   MANN_FAST_NTM_OPS(OP)     \
   MANN_FAST_DNC_OPS(OP)
 
+// What CUDA does not have.
+#define MANN_FAST_CPU_ONLY_OPS(OP) \
+  MANN_FAST_CPU_CELL_OPS(OP)       \
+  MANN_FAST_SPARSE_OPS(OP)
+
 #define MANN_FAST_CPU_OPS(OP) \
   MANN_FAST_OPS(OP)           \
-  MANN_FAST_CPU_CELL_OPS(OP)  \
-  MANN_FAST_SPARSE_OPS(OP)
+  MANN_FAST_CPU_ONLY_OPS(OP)
