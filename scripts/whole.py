@@ -20,7 +20,7 @@ CUDA = ("csrc/cuda/", "csrc/include/half.h")
 # What a target shows, or a part of it, by the files that can break it.
 FILES = {
     "isas": ("csrc/cpu/", "csrc/include/"),
-    "cuda": (*CUDA, "scripts/cuda_report.py"),
+    "cuda": CUDA,
     "emulate": (*CUDA, "tests/cpp/emulation.h"),
     "triton": ("kernels/",),
     "sanitize-cpu": ("csrc/cpu/", "csrc/include/"),
