@@ -191,7 +191,7 @@ class TestTrace:
         assert_same(ours, theirs)
 
     def test_refuses_what_it_does_not_hold_for(self):
-        layer = MemoryLayer(4, 6, addressing="dnc", **SMALL)  # a loop of steps
+        layer = MemoryLayer(4, 6, addressing="sparse", **SMALL)  # a loop of steps
         traced = torch.jit.trace(layer, (torch.randn(3, 2, 4),))
         x = torch.randn(3, 5, 4)
         assert_same(traced(x), layer(x), 1e-6)

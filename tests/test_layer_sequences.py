@@ -135,9 +135,10 @@ def cut(layer, x, state, resets=None, lengths=None):
 def with_gradients(run, layer, x, state):
     """Results, and the gradients in x, in the state and in the parameters of a fixed random functional of them."""
     x = x.detach().clone().requires_grad_()
-    usage = state.memory.usage if isinstance(state.memory, ops.LRUAState) else None  # it carries no gradient
+    carry_none = {ops.LRUAState: "usage", ops.DNCState: "write_weights"}
+    constant = getattr(state.memory, carry_none.get(type(state.memory), ""), None)
     state = state.map(
-        lambda part: part.detach().clone().requires_grad_(part.is_floating_point() and part is not usage)
+        lambda part: part.detach().clone().requires_grad_(part.is_floating_point() and part is not constant)
     )
     output, end, *weights = run(x, state)
     generator = torch.Generator().manual_seed(2)

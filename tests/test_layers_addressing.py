@@ -261,7 +261,7 @@ def test_no_steps(options):
         (
             {"addressing": "sam"},
             ValueError,
-            "addressing must be one of 'lrua', 'ntm', 'content', 'dnc', got 'sam'",
+            "addressing must be one of 'lrua', 'ntm', 'content', 'dnc', 'sparse', got 'sam'",
         ),
         ({"addressing": "ntm", "max_shift": -1}, ValueError, "max_shift must be at least 0, got -1"),
         ({"addressing": "ntm", "max_shift": 1.5}, TypeError, "max_shift must be an int, got float"),

@@ -168,7 +168,7 @@ def test_errors_count_wrong_bits_of_answers_alone():
         ({"task": "recall", "length": 1}, "length must be at least 2, got 1"),
         ({"task": "key-value", "length": 17}, "length must be at most 16, as many as can differ, got 17"),
         ({"length": 0}, "length must be at least 1, got 0"),
-        ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, dnc, got 'random'"),
+        ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, dnc, sparse, got 'random'"),
         ({"controller": "rnn"}, "controller must be one of lstm, gru, feedforward, got 'rnn'"),
         ({"repairs": "m"}, "repairs must be empty with addressing 'ntm', got 'm'"),
         ({"addressing": "dnc", "repairs": "mx"}, r"repairs must be some of the letters m \(masks\), d "),
@@ -249,7 +249,7 @@ def test_commands_train_evaluate_and_show(task, capsys, tmp_path):
     folder = tmp_path / task
     assert cli.main(["train", "--task", task, "--out", str(folder), *OPTIONS, "--require-learning"]) == 1
     printed, said = capsys.readouterr()
-    assert "4 steps in" in printed and "a guess" in printed and "learning did not start" in said
+    assert "4 steps in" in printed and "a guess" in printed and "give it more --steps" in said
     for name in ("checkpoint.pt", "metrics.jsonl", "curve.png", "answers.png", "memory.png", "summary.json"):
         assert (folder / name).stat().st_size > 0
         assert str(folder / name) in printed or name == "summary.json"

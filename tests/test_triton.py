@@ -58,7 +58,8 @@ print([name for name in sys.modules if name.startswith("mann_fast.") and name.sp
 def test_every_raw_op_has_one_implementation():
     names = [name for family in kernels.FAMILIES for name in family.RAW]
     assert len(names) == len(set(names))
-    declared = [op for op in OPS.values() if not op.name.endswith("cell")]  # which are loops of steps
+    # Cells are loops of steps, and sparse access is the reference's.
+    declared = [op for op in OPS.values() if not op.name.endswith("cell") and "sparse" not in op.name]
     declared = {op.name for op in declared} | {f"{op.name}_backward" for op in declared if op.saved}
     assert set(names) == declared
 
@@ -135,7 +136,7 @@ def run_both_ways(op, slots, size, heads):
         )
 
 
-@pytest.mark.parametrize("op", _explain.PUBLIC)
+@pytest.mark.parametrize("op", [op for op in _explain.PUBLIC if not op.startswith("sparse")])
 @pytest.mark.parametrize("sizes", [(128, 40, 4), (256, 64, 2), (512, 33, 1), (4096, 64, 4), (400, 50, 65)])
 def test_explain_says_what_the_launchers_do(monkeypatch, op, sizes):
     launched, sentence = Launches(monkeypatch), _explain.explain(op, *sizes)["triton"]
