@@ -336,12 +336,12 @@ def _sequence(
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
         return output, tuple(x.clone() for x in state), memory.clone(), reads.clone()
     outputs: list[Tensor] = []
-    for t in range(gates.shape[0]):
+    for t, now in enumerate(gates.unbind(0)):  # which torch.jit's traces refuse for another T; gates[t] they cut short
         before, kept = memory, (reads, *state)
         memory = sequences.begin(t, memory)
         reads, *parts = sequences.zero(t, *kept)
         state = tuple(parts)
-        (now,) = sequences.inputs(t, gates[t])
+        (now,) = sequences.inputs(t, now)
         now = torch.addmm(now, reads.flatten(1), reads_weight.t())
         if hidden_weight is None or hidden_bias is None:  # feed-forward
             hidden = torch.tanh(now)

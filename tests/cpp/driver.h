@@ -617,7 +617,7 @@ Results dnc(const Kernels& k, const Case& c) {
 }
 
 // sparse_read and sparse_scan, with sharpness and write gates or without (c.sharp); shared_target: with both gradients of a read.
-Results sparse(const Kernels& k, const Case& c) {
+[[maybe_unused]] Results sparse(const Kernels& k, const Case& c) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
   const int64_t K = std::min<int64_t>(c.N, 3), rows = c.T * c.B * c.R, heads = c.B * c.R;
