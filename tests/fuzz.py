@@ -58,10 +58,8 @@ def nudged(case, drawn, number):
     sharpening up."""
     noise = torch.Generator("cpu").manual_seed(number)
     tensors = drawn.tensors
-    if case.family not in (
-        "cell",
-        "ntm_cell",
-    ):  # which compute in the dtype of what they are told; the others in the state's
+    # Cells compute in the dtype of what they are told; the others in the state's.
+    if case.family not in ("cell", "ntm_cell"):
         tensors = as_dtype(tensors, case.wide)
 
     def beside(name, x):

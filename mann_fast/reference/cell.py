@@ -336,7 +336,9 @@ def _sequence(
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
         return output, tuple(x.clone() for x in state), memory.clone(), reads.clone()
     outputs: list[Tensor] = []
-    for t, now in enumerate(gates.unbind(0)):  # which torch.jit's traces refuse for another T; gates[t] they cut short
+    for t, now in enumerate(
+        gates.unbind(0)
+    ):  # which torch.jit's traces refuse for another T; gates[t] they cut short
         before, kept = memory, (reads, *state)
         memory = sequences.begin(t, memory)
         reads, *parts = sequences.zero(t, *kept)

@@ -14,9 +14,8 @@ def similarity(memory: Tensor, key: Tensor, sharpness: Tensor | None, eps: float
     """
     dot = (key.unsqueeze(2) * memory.unsqueeze(1)).sum(-1)
     norms = (key * key).sum(-1).unsqueeze(2) * (memory * memory).sum(-1).unsqueeze(1)
-    cosine = dot / torch.sqrt(
-        norms + eps
-    )  # rsqrt's derivative has its cube, which underflows where a slot is large
+    # Not rsqrt: its derivative has its cube, which underflows where a slot is large.
+    cosine = dot / torch.sqrt(norms + eps)
     return cosine if sharpness is None else sharpness.unsqueeze(2) * cosine
 
 

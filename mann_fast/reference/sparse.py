@@ -99,7 +99,7 @@ def _cosine(rows: Tensor, key: Tensor, eps: float) -> Tensor:
     """Of rows [B, R or 1, K, D] with keys [B, R, D]: [B, R, K]. Summed over D in one order, as content.similarity is."""
     dot = (key.unsqueeze(2) * rows).sum(-1)
     norms = (key * key).sum(-1).unsqueeze(2) * (rows * rows).sum(-1)
-    return dot * torch.rsqrt(norms + eps)
+    return dot / torch.sqrt(norms + eps)
 
 
 def _read(
