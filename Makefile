@@ -52,8 +52,8 @@ demo: build
 test: build
 	$(BIN)/python -m pytest --numprocesses 2
 
-# What is over soon and fails often first, then by time: two at once should end together.
-check: lint abi cuda sanitize wheel triton emulate isas
+# What is over soon and fails often first, then what takes longest: two at once should end together.
+check: lint abi cuda isas wheel sanitize triton emulate
 
 CASES ?= 10000
 fuzz: build
