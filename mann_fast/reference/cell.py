@@ -131,7 +131,8 @@ def split_dnc_heads(
     and the write vector are taken as they are; sharpness goes through 1 + softplus, the read modes of a head through a softmax,
     all else through a sigmoid, and a mask from ``mask_min`` up."""
     if clip is not None:
-        values = values.clamp(-clip, clip)
+        # Values of exactly -clip and clip have their gradient whole; that of clamp there differs from torch to torch.
+        values = torch.where(values.abs() > clip, values.detach().clamp(-clip, clip), values)
     parts = dnc_parts(num_heads, slot_size, link=link, masks=masks, link_sharpening=link_sharpening)
 
     def squash(name: str, x: Tensor) -> Tensor:
