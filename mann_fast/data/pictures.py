@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def as_pixels(images: Any, image_size: int, colour: bool = False) -> np.ndarray:
         raise ValueError(
             f"images must be an array [M, H, W], or of flat squares [M, S * S], got {list(images.shape)}"
         )
+    if not isinstance(images, np.ndarray):
+        if not isinstance(images, Iterable):
+            raise TypeError(f"images must be a sequence of images, got {type(images).__name__}")
+        images = list(images)
     shape = (*((3,) if colour else ()), image_size, image_size)
     found = np.empty((len(images), *shape), np.uint8)
     for at, image in enumerate(images):

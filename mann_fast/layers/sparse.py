@@ -15,6 +15,7 @@ from ..ops._checks import check_eps
 from ..ops.sparse import check_threshold
 from ..ops.sparse_cell import sparse_cell
 from ..reference.cell import head_sizes, split_sparse_heads
+from ..reference.sparse import sparse_writes
 from .base import Memory, MemoryWeights
 from .lrua import VECTOR_GAIN
 
@@ -77,11 +78,7 @@ class Sparse(Memory):
         )
         if not record:
             return reads, state, None
-        oldest = torch.sort(before.last_access, dim=1, stable=True).indices[:, : self.num_heads]
-        gate, write_gate = (x.to(before.memory.dtype).unsqueeze(2) for x in (gate, write_gate))
-        shares = [torch.sigmoid(gate) * before.read_weights, torch.sigmoid(-gate)]
-        write = torch.sigmoid(write_gate) * torch.cat(shares, 2)
-        write_slots = torch.cat([before.read_slots, oldest.unsqueeze(2)], 2)
+        write_slots, write = sparse_writes(before, *(x.to(before.memory.dtype) for x in (gate, write_gate)))
         weights = MemoryWeights(
             state.read_weights, write, None, read_slots=state.read_slots, write_slots=write_slots
         )

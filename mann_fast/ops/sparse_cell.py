@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from ..reference.cell import sparse_cell as by_steps
+from ..reference.cell import sequence, split_sparse_heads
+from ..reference.sequences import Steps
 from ..reference.sparse import SparseState
 from . import _backend
-from ._sequences import NAMES, may_look, raw_sequences
+from ._sequences import may_look, raw_sequences
 from .sparse import sparse_step
 
 _RAW = torch.ops.mann_fast
@@ -68,15 +70,10 @@ def sparse_cell(
     state: tuple[Tensor, ...],
     memory: SparseState,
     reads: Tensor,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    reads_weight: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor,
-    *,
-    controller: str = "lstm",
-    threshold: float = 0.005,
-    eps: float = 1e-6,
+    *weights: Any,
+    controller: str,
+    threshold: float,
+    eps: float,
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     start: Tensor | None = None,
@@ -88,7 +85,6 @@ def sparse_cell(
     """
     steps = gates.shape[0]
     sequences = raw_sequences(memory.memory, steps, resets, lengths, start)
-    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     in_place = (
         _backend.serving(gates.device) == "cpp"
         and resets is None
@@ -97,27 +93,29 @@ def sparse_cell(
         and forward_ad._current_level < 0
         and all(may_look(x) for x in (gates, reads, *memory))
     )
-    step: Any = sparse_step
+    taken = 0
+
+    def changed_in_place(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
+        nonlocal taken
+        taken += 1
+        options = (taken == steps, threshold, eps)
+        tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
+        read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
+        return read, SparseState(rows, slots, weights, state.last_access, clock)
+
+    step: Any = partial(sparse_step, threshold=threshold, eps=eps)
     if in_place:
         memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
-        taken = 0
+        step = changed_in_place
+    heads, slot_size = reads.shape[1:]
 
-        def step(
-            state: SparseState, *told: Tensor, threshold: float, eps: float
-        ) -> tuple[Tensor, SparseState]:
-            nonlocal taken
-            taken += 1
-            options = (taken == steps, threshold, eps)
-            tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
-            read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
-            return read, SparseState(rows, slots, weights, state.last_access, clock)
+    def of_memory(memory: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
+        return step(memory, *split_sparse_heads(values, heads, slot_size))
 
     with _backend.without_autocast(gates.device.type):
-        return by_steps(
-            *(gates, state, memory, reads, *weights),
-            controller=controller,
-            threshold=threshold,
-            eps=eps,
-            **dict(zip(NAMES, sequences, strict=True)),  # type: ignore[arg-type]
-            step=step,
-        )
+        options: dict[str, Any] = {
+            "controller": controller,
+            "sequences": Steps(*sequences),
+            "step": of_memory,
+        }
+        return sequence(gates, state, memory, reads, *weights, **options)

@@ -16,7 +16,6 @@ from .dnc import DNCInterface, DNCState, dnc_step
 from .lrua import LRUAState, lrua_step
 from .ntm import NTMHead, NTMState, ntm_step
 from .sequences import Steps
-from .sparse import SparseState, sparse_step
 
 # Gates per hidden unit, and the tensors of the state that goes round beside the memory.
 CONTROLLERS = {"lstm": (4, ("hidden", "cell")), "gru": (3, ("hidden",)), "feedforward": (1, ())}
@@ -201,7 +200,7 @@ def cell(
     if gates.shape[0] == 0:
         memory = memory._replace(usage=memory.usage.detach())
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    return _sequence(
+    return sequence(
         gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
     )
 
@@ -233,7 +232,7 @@ def ntm_cell(
         return step(memory, *split_ntm_heads(values, heads, slot_size, max_shift), order=order, eps=eps)
 
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    return _sequence(
+    return sequence(
         gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
     )
 
@@ -271,7 +270,7 @@ def dnc_cell(
         return step(memory, told, deallocate=deallocate, eps=eps)
 
     weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    return _sequence(
+    return sequence(
         gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
     )
 
@@ -285,38 +284,7 @@ def split_sparse_heads(values: Tensor, num_heads: int, slot_size: int) -> tuple[
     return key, vector, gate, sharpness, write_gate
 
 
-def sparse_cell(
-    gates: Tensor,
-    state: tuple[Tensor, ...],
-    memory: SparseState,
-    reads: Tensor,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    reads_weight: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor,
-    *,
-    controller: str = "lstm",
-    threshold: float = 0.005,
-    eps: float = 1e-6,
-    resets: Tensor | None = None,
-    lengths: Tensor | None = None,
-    start: Tensor | None = None,
-    step: Callable[..., tuple[Tensor, SparseState]] = sparse_step,
-) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
-    """As :func:`cell`, with a sparse memory (Rae et al. 2016, arXiv 1610.09027)."""
-    heads, slot_size = reads.shape[1:]
-
-    def of_memory(memory: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
-        return step(memory, *split_sparse_heads(values, heads, slot_size), threshold=threshold, eps=eps)
-
-    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    return _sequence(
-        gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
-    )
-
-
-def _sequence(
+def sequence(
     gates: Tensor,
     state: tuple[Tensor, ...],
     memory: Any,

@@ -124,6 +124,23 @@ def sparse_read(
     return read.to(key.dtype), slots, weights
 
 
+def sparse_writes(
+    state: SparseState,
+    gate_logit: Tensor,
+    write_gate_logit: Tensor | None,
+    oldest: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Where each head writes, [B, R, K + 1], and with what weights (eq. 5): the K slots that it read at the step before, and
+    last its oldest, which may be one of them; then both weights count. Gates are of the memory's dtype."""
+    if oldest is None:
+        oldest = torch.sort(state.last_access, dim=1, stable=True).indices[:, : gate_logit.shape[1]]
+    gate = gate_logit.unsqueeze(2)
+    weights = torch.cat([torch.sigmoid(gate) * state.read_weights, torch.sigmoid(-gate)], 2)
+    if write_gate_logit is not None:
+        weights = torch.sigmoid(write_gate_logit).unsqueeze(2) * weights
+    return torch.cat([state.read_slots, oldest.unsqueeze(2)], 2), weights
+
+
 def sparse_step(
     state: SparseState,
     key: Tensor,
@@ -137,18 +154,13 @@ def sparse_step(
     slots: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, SparseState]:
     """See :func:`mann_fast.ops.sparse_step`. ``slots``: oldest [B, R] and read slots [B, R, K], in place of the choices."""
-    memory, last_slots, last_weights, last_access, clock = state
+    memory, last_slots, _, last_access, clock = state
     dtype, heads = memory.dtype, key.shape[1]
     vector, gate = write_vector.to(dtype), gate_logit.to(dtype)
-    oldest, read_slots = slots or (torch.sort(last_access, dim=1, stable=True).indices[:, :heads], None)
-
-    # The write (eq. 5): K slots of the step before, then the oldest, which may be one of them; then both weights count.
-    shares = [torch.sigmoid(gate).unsqueeze(2) * last_weights, torch.sigmoid(-gate).unsqueeze(2)]
-    if write_gate_logit is not None:
-        write_gate = torch.sigmoid(write_gate_logit.to(dtype)).unsqueeze(2)
-        shares = [write_gate * share for share in shares]
-    write_weights = torch.cat(shares, 2)
-    write_slots = torch.cat([last_slots, oldest.unsqueeze(2)], 2)
+    write_gate = None if write_gate_logit is None else write_gate_logit.to(dtype)
+    oldest, read_slots = slots or (None, None)
+    write_slots, write_weights = sparse_writes(state, gate, write_gate, oldest)
+    oldest = write_slots[:, :, -1]
     # By scattering rows, not weights over all slots, which a vector that is not finite would reach; and not in place.
     memory = memory.scatter(1, oldest.unsqueeze(2).expand(-1, -1, memory.shape[2]), 0.0)
     for head in range(heads):
