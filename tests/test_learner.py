@@ -90,12 +90,14 @@ def test_pictures_of_every_kind_are_the_same(glyphs, tmp_path):
     assert found.shape == (15, 3, 20, 20) and np.abs(found - found[0]).max() <= 1
     ink = (grey > 127) * np.uint8(255)
     assert (as_pixels([grey > 127], 20) == as_pixels([ink], 20)).all()
+    assert (as_pixels((x for x in [ink]), 20) == as_pixels([ink], 20)).all()
 
 
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
         ("one.png", TypeError, r"images must be a sequence of images, got one str: give \[image\]"),
+        (3, TypeError, "images must be a sequence of images, got int"),
         (["missing.png"], FileNotFoundError, "missing.png does not exist"),
         ([3.0], TypeError, r"images\[0\] must be a path, a PIL image, or an array .* got float"),
         ([np.zeros((2, 2), complex)], TypeError, "got an array of complex128"),
