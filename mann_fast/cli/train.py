@@ -15,6 +15,7 @@ from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
+from ..models.encoders import is_own
 from ..reference.cell import CONTROLLERS
 from ..training import (
     BabiConfig,
@@ -224,7 +225,8 @@ def configured(args: argparse.Namespace) -> RunConfig:
     Raises ValueError for an option that the task does not have.
     """
     before = load_checkpoint(args.out / CHECKPOINT)["config"] if args.resume else None
-    import_from_here()
+    if args.encoder is not None and is_own(args.encoder):
+        import_from_here()  # not otherwise: a file of this folder may have the name of a module that Python looks for
     if before is not None and own_encoder(before) and args.encoder is None:
         raise ValueError(
             f"the run in {args.out} was started with --encoder {before.encoder}, code of your own: name it again"
