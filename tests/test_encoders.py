@@ -56,6 +56,52 @@ def test_packed_sequences_are_encoded_too():
     torch.testing.assert_close(nn.utils.rnn.pad_packed_sequence(packed)[0], padded, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_encoder_does_not_see_padding(batch_first):
+    """Whatever it holds: no mean of a batch norm in training has it, and no gradient."""
+    torch.manual_seed(0)
+    options = {"encoder": "conv4", "image_shape": (1, 16, 16), "dtype": torch.float64, **SMALL}
+    model = MANN(257, 1, 8, batch_first=batch_first, **options)
+    x, lengths = torch.rand(4, 3, 257, dtype=torch.float64), torch.tensor([4, 0, 2])
+    padding = torch.arange(4).unsqueeze(1) >= lengths
+
+    def run(value):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        model.zero_grad()
+        padded = x.masked_fill(padding.unsqueeze(2), value).requires_grad_()
+        logits, _ = model(padded.transpose(0, 1) if batch_first else padded, lengths=lengths)
+        logits.square().sum().backward()
+        seen = [
+            padded.grad,
+            *(p.grad.clone() for p in model.parameters()),
+            *(b.clone() for b in model.buffers()),
+        ]
+        return [logits, *seen]
+
+    clean, dirty = run(0.5), run(torch.nan)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    assert not clean[1][padding].any()
+    rows = model.encoder(x[~padding][:, :256].unflatten(1, (1, 16, 16))).flatten(1)
+    features = model.encode(x.transpose(0, 1) if batch_first else x, lengths)
+    features = features.transpose(0, 1) if batch_first else features
+    torch.testing.assert_close(
+        features[~padding][:, :64], rows, rtol=1e-10, atol=1e-12
+    )  # summed in another order
+    assert not features[padding].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0)])
+def test_no_images_at_all(shape):
+    model = MANN(257, 1, 8, encoder="conv4", image_shape=(1, 16, 16), **SMALL)
+    assert model(torch.rand(*shape, 257))[0].shape == (*shape, 1)
+    lengths = torch.zeros(shape[1], dtype=torch.int64)
+    assert model(torch.rand(*shape, 257), lengths=lengths)[0].shape == (*shape, 1)
+    assert not model(torch.rand(2, 3, 257), lengths=torch.zeros(3, dtype=torch.int64))[0].any()
+
+
 def test_conv4_is_the_fields():
     encoder = Conv4(1)
     assert sum(p.numel() for p in encoder.parameters()) == (9 + 3 * 9 * 64) * 64 + 4 * 2 * 64

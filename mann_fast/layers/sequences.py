@@ -176,14 +176,19 @@ def each(
     if taken is None:
         return function(x)
     if by_rows and may_look(taken):
-        places = taken.flatten().nonzero().squeeze(1)
-        if places.shape[0] == taken.numel():
-            return function(x)
-        rows = x.flatten(0, taken.dim() - 1).index_select(0, places)
-        return _put(function(rows), places, taken.shape)
+        return each_taken(function, x, taken)
     taken = taken.unsqueeze(-1)
     # Ones: not every module of a user's own has a finite gradient at 0.
     return torch.where(taken, function(torch.where(taken, x, 1)), 0)
+
+
+def each_taken(function: Callable[[Tensor], Tensor], x: Tensor, taken: Tensor) -> Tensor:
+    """As :func:`each`, and the function sees nothing of x but the rows that are ``taken``, wherever x is."""
+    places = taken.flatten().nonzero().squeeze(1)
+    if places.shape[0] == taken.numel():
+        return function(x)
+    rows = x.flatten(0, taken.dim() - 1).index_select(0, places)
+    return _put(function(rows), places, taken.shape)
 
 
 def each_step(flags: Tensor | None, steps: int) -> list[Tensor | None]:

@@ -91,6 +91,9 @@ def count_features(encoder: nn.Module, image_shape: tuple[int, int, int]) -> int
 def encode_images(encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
     """x [..., C * H * W + L] with the image at its start replaced by its features, [..., E + L]; all images in one call."""
     pixels = prod(image_shape)
-    images = x[..., :pixels].reshape(-1, *image_shape)
-    features = encoder(images).reshape(*x.shape[:-1], -1)
+    images = x[..., :pixels].reshape(prod(x.shape[:-1]), *image_shape)
+    if len(images) == 0:  # of which a batch norm has no mean
+        features = x.new_empty(*x.shape[:-1], count_features(encoder, image_shape))
+    else:
+        features = encoder(images).reshape(*x.shape[:-1], -1)
     return torch.cat([features, x[..., pixels:]], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..layers.base import check_sizes
 from ..layers.controllers import obstacle
 from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
-from ..layers.sequences import each, packed_uncompiled, steps_taken
+from ..layers.sequences import each, each_taken, of_padded, packed_uncompiled, steps_taken
 from .encoders import ENCODERS, check_image_shape, count_features, encode_images
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
@@ -128,10 +129,13 @@ class MANN(nn.Module):
         self.classifier.reset_parameters()
         self._adjust_parameters()
 
-    def encode(self, x: Input) -> Input:
+    def encode(self, x: Input, lengths: Tensor | None = None) -> Input:
         """What the memory's controller sees: x with every image replaced by its features, [..., E + L]; without an encoder x.
 
-        Raises ValueError where x has not the width of the input.
+        lengths: as of :meth:`forward`. What lies beyond them is no image: the encoder does not see it, so that it is in no
+        mean of a batch norm, and 0 stands there.
+
+        Raises ValueError where x has not the width of the input; TypeError, ValueError: lengths that do not fit.
         """
         if self.encoder is None or self.image_shape is None:
             return x
@@ -143,7 +147,13 @@ class MANN(nn.Module):
                 f"x must have {width} numbers per step, an image {list(self.image_shape)} and the label of the step before, "
                 f"got {list(x.shape)}"
             )
-        return encode_images(self.encoder, x, self.image_shape)
+        encode = partial(encode_images, self.encoder, image_shape=self.image_shape)
+        if lengths is None:
+            return encode(x)
+        batch_first = self.layer.batch_first
+        of_padded(x, None, lengths, batch_first)  # raises where they do not fit
+        taken = steps_taken(lengths, x.shape[int(batch_first and x.dim() == 3)], batch_first)
+        return each_taken(encode, x, taken)
 
     def forward(
         self,
@@ -167,7 +177,7 @@ class MANN(nn.Module):
         """
         if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
             return packed_uncompiled(self.forward, x, state, resets=resets, lengths=lengths)
-        output, state = self.layer(self.encode(x), state, resets=resets, lengths=lengths)
+        output, state = self.layer(self.encode(x, lengths), state, resets=resets, lengths=lengths)
         if isinstance(output, PackedSequence):
             return output._replace(data=self.classifier(output.data)), state
         if lengths is None:
