@@ -808,5 +808,6 @@ def test_advice_fits_what_was_learned():
     assert said.startswith("learning has started but is not far: the 2nd") and "the 3rd 63.7%" in said
     assert "another --lr" not in said
     copy = SequenceConfig()
-    assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "guess": 4.0}]})
-    assert "has started" in advice(copy, {"results": [{"mean": 2.1, "guess": 4.0}]})
+    assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "high": 3.95, "guess": 4.0}]})
+    assert "did not start" in advice(copy, {"results": [{"mean": 3.1, "high": 4.2, "guess": 4.0}]})  # in doubt
+    assert "has started" in advice(copy, {"results": [{"mean": 2.1, "high": 2.2, "guess": 4.0}]})
