@@ -809,5 +809,7 @@ def test_advice_fits_what_was_learned():
     assert "another --lr" not in said
     copy = SequenceConfig()
     assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "high": 3.95, "guess": 4.0}]})
-    assert "did not start" in advice(copy, {"results": [{"mean": 3.1, "high": 4.2, "guess": 4.0}]})  # in doubt
+    assert "did not start" in advice(
+        copy, {"results": [{"mean": 3.1, "high": 4.2, "guess": 4.0}]}
+    )  # in doubt
     assert "has started" in advice(copy, {"results": [{"mean": 2.1, "high": 2.2, "guess": 4.0}]})
