@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import mann_fast
 from mann_fast import ops, reference
+from mann_fast._anchors import ntm_interval
 
 ORDERS = ("read_first", "write_first")
 reason = mann_fast.backends()[BACKEND]
@@ -210,7 +211,8 @@ def test_steps_halves_and_whole_are_the_same_bits(order):
 @needs_ntm
 @pytest.mark.parametrize("heads", [(2, 1), (1, 0)])
 def test_what_is_saved_for_backward_is_bounded(heads):
-    """At most twice the weights of every step, (R + W) N numbers, and one memory."""
+    """Beside the inputs: the weights of every step, anchors that take no more than these, and, as the heads that read and
+    those that write lie in one tensor, what they were told and their weights at first once more. Nothing else, to the number."""
     steps, batch, slots, width = shorter((60, 2, 64, 12), (20, 1, 16, 6))
     inputs = ntm_inputs(steps, batch, slots, width, *heads, 1, dtype=torch.float32)
     inputs = [x.requires_grad_() for x in inputs]
@@ -220,7 +222,12 @@ def test_what_is_saved_for_backward_is_bounded(heads):
     ):
         call(ops.ntm_scan, inputs)
     extra = sum(count for pointer, count in saved.items() if pointer not in own)
-    assert 0 < extra <= batch * slots * (2 * steps * sum(heads) + width)
+    weights, anchors = (
+        steps * sum(heads) * slots,
+        (steps - 1) // ntm_interval(width, sum(heads)) * slots * width,
+    )
+    told = steps * sum(heads) * (width + 6) + sum(heads) * slots  # key, sharpness, gate, 3 shifts, sharpening
+    assert anchors <= weights and extra == batch * (weights + anchors + told)
 
 
 @needs_ntm
