@@ -212,7 +212,7 @@ def test_steps_halves_and_whole_are_the_same_bits(order):
 @pytest.mark.parametrize("heads", [(2, 1), (1, 0)])
 def test_what_is_saved_for_backward_is_bounded(heads):
     """Beside the inputs: the weights of every step, anchors that take no more than these, and, as the heads that read and
-    those that write lie in one tensor, what they were told and their weights at first once more. Nothing else, to the number."""
+    those that write lie in one tensor, what they were told and their weights at first once more. To the number."""
     steps, batch, slots, width = shorter((60, 2, 64, 12), (20, 1, 16, 6))
     inputs = ntm_inputs(steps, batch, slots, width, *heads, 1, dtype=torch.float32)
     inputs = [x.requires_grad_() for x in inputs]
