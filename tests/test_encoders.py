@@ -200,8 +200,8 @@ def test_episodes_of_colour_hold_every_channel():
 
 
 def test_settings_refuse_an_encoder_where_it_does_not_fit():
-    assert TrainConfig.of_encoder("conv4").image_size == 28
-    assert math.prod(TrainConfig.of_encoder("conv4", colour=True, image_size=32).image_shape) == 3 * 32 * 32
+    assert TrainConfig.of("conv4", "stream").image_size == 28
+    assert math.prod(TrainConfig.of("conv4", "stream", colour=True, image_size=32).image_shape) == 3 * 32 * 32
     with pytest.raises(
         ValueError, match="encoder must be one of none, conv4 or MODULE:FACTORY, got 'resnet'"
     ):

@@ -17,6 +17,7 @@ from ..data.images import expand_user
 from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
+from ..training.support import make_episodes
 from ..training.trainer import fingerprint
 
 
@@ -65,7 +66,7 @@ def heldout_episodes(content: dict[str, Any], source: str | None, seed: int) -> 
     """
     config = content["config"]
     classes = unseen_classes(content, source) if source else load_data(config).test
-    return Episodes(classes, ways=config.ways, shots=config.shots, labels=config.labels, seed=seed)
+    return make_episodes(config, classes, seed=seed)
 
 
 def unseen_classes(content: dict[str, Any], source: str) -> ClassImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from rich.table import Column, Table
 from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
 from ..training.babi import MEANS, PUBLISHED, REPEATED
 from ..training.config import MemoryConfig, RunConfig
-from ..training.plots import ordinal, shown_instances
+from ..training.plots import name_of_answer, ordinal, shown_instances
 from ..training.protocol import QUERIES
 from ..training.sequence_plots import unit
 from ..training.sequences import SequenceStep
+from ..training.support import QUERIES as QUERIES_OF_TRAINING
 from ..training.trainer import StepResult
 
 SMOOTHING = 0.95  # of the averages in the progress bar
@@ -63,7 +65,7 @@ class TrainingProgress:
         # A plain mean over the first steps, then an exponential one.
         weight = max(1 - SMOOTHING, 1 / (result.step - self.first_step))
         self.loss += weight * (result.loss - self.loss)
-        self.values = [old + weight * (new - old) for old, new in zip(self.values, values, strict=True)]
+        self.values = [_smoothed(old, new, weight) for old, new in zip(self.values, values, strict=True)]
         if self.console.is_terminal:
             self.progress.update(self.task, completed=result.step, numbers=self._numbers())
         elif time.monotonic() >= self.next_line or result.step == self.config.steps:
@@ -76,12 +78,23 @@ class TrainingProgress:
     def _numbers(self) -> str:
         if isinstance(self.config, MemoryConfig):
             return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}"
-        shown = " ".join(f"{ordinal(k)} {self.values[k - 1]:.0%}" for k in shown_instances(self.config.shots))
+        shown = " ".join(
+            f"{name_of_answer(self.config, k).removesuffix(' image')} {self.values[k - 1]:.0%}"
+            for k in shown_instances(self.config.shots)
+            if not math.isnan(self.values[k - 1])
+        )
         return f"loss {self.loss:.3f} {shown}"
 
     def _left(self, step: int) -> str:
         seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.config.steps - step)
         return f"{duration(seconds)} left"
+
+
+def _smoothed(old: float, new: float, weight: float) -> float:
+    """Of a number that not every step has: NaN where it has not come yet."""
+    if math.isnan(new):
+        return old
+    return new if math.isnan(old) else old + weight * (new - old)
 
 
 def duration(seconds: float) -> str:
@@ -92,21 +105,26 @@ def duration(seconds: float) -> str:
 
 
 def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) -> None:
-    """Accuracy by instance, 1st to 10th, with its confidence intervals, as a table on stdout."""
+    """Accuracy by instance, 1st to 10th, or by shots, with its confidence intervals, as a table on stdout."""
+    stream = config.episodes == "stream"
     table = Table()
-    table.add_column("image of a class", justify="right")
+    table.add_column("image of a class" if stream else "examples of each class", justify="right")
     table.add_column("right", justify="right")
     table.add_column("95% interval", justify="center")
     rows = zip(accuracy.mean, accuracy.low, accuracy.high, strict=True)
     for k, (mean, low, high) in enumerate(rows, start=1):
         if k <= 10:
-            table.add_row(ordinal(k), f"{mean:.1%}", f"{low:.1%} to {high:.1%}")
+            table.add_row(ordinal(k) if stream else str(k), f"{mean:.1%}", f"{low:.1%} to {high:.1%}")
     print(title)
     print_table(table)
-    print(explain_first(config))
+    print(
+        explain_first(config)
+        if stream
+        else f"{QUERIES_OF_TRAINING} queries of each of {config.ways} classes, each judged apart."
+    )
 
 
-def print_protocols(results: Sequence[dict[str, Any]]) -> None:
+def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> None:
     """Accuracy by the field's protocol, with its confidence intervals, as a table on stdout."""
     table = Table()
     table.add_column("protocol")
@@ -116,8 +134,12 @@ def print_protocols(results: Sequence[dict[str, Any]]) -> None:
         interval = f"{result['low']:.1%} to {result['high']:.1%}"
         table.add_row(result["protocol"], f"{result['mean']:.1%}", interval)
     print(
-        f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. The model was "
-        "trained with labels one step late, and sees those of the examples so."
+        f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. "
+        + (
+            "The model was trained with labels one step late, and sees those of the examples so."
+            if config.episodes == "stream"
+            else "The model was trained so."
+        )
     )
     print_table(table)
 

@@ -12,13 +12,14 @@ from typing import Any
 from ..data import ClassImages
 from ..data.babi import load_babi
 from ..data.images import expand_user
-from ..training import BabiConfig, SequenceConfig, TrainConfig, evaluate, load_checkpoint, restore_model
+from ..training import BabiConfig, SequenceConfig, TrainConfig, load_checkpoint, restore_model
 from ..training.babi import measure_babi
 from ..training.checkpoint import PRETRAINED
 from ..training.files import write_json
 from ..training.loop import describe
 from ..training.protocol import PROTOCOLS, Protocol, evaluate_protocol, obstacle
 from ..training.sequences import measure
+from ..training.support import measure_accuracy
 from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
 EXAMPLE = """\
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     episodes = heldout_episodes(content, args.data, args.seed)
     protocols = chosen_protocols(args.protocol, config, episodes.classes)
     classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
-    accuracy = evaluate(model, episodes, args.episodes, labels=config.labels, shots=config.shots)
+    accuracy = measure_accuracy(model, config, episodes, args.episodes)
     by_protocol = [
         evaluate_protocol(model, config, episodes.classes, protocol, args.episodes, seed=args.seed)
         for protocol in protocols
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     picture = out_folder(args) / "evaluation.png"
     title = describe(config, source)
-    plot_accuracy(picture, accuracy, config.chance, title)
+    plot_accuracy(picture, accuracy, config, title)
     result = {
         "checkpoint": str(args.checkpoint),
         "step": content["step"],
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     def tables() -> None:
         print_accuracy(accuracy, config, heading)
         if by_protocol:
-            print_protocols(by_protocol)
+            print_protocols(by_protocol, config)
 
     return report(args, result, tables)
 

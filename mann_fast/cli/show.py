@@ -11,6 +11,7 @@ from ..data.images import expand_user
 from ..training import BabiConfig, SequenceConfig, load_checkpoint, restore_model
 from ..training.loop import describe
 from ..training.sequences import trace_sequence
+from ..training.support import as_stream, sample_support
 from ..training.trace import trace
 from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
 
@@ -59,14 +60,19 @@ def run(args: argparse.Namespace) -> int:
     if args.length is not None:
         raise ValueError("--length belongs to a model of a sequence task")
     source = args.data or config.data
-    episode = heldout_episodes(content, args.data, args.episode).sample(1)
+    episodes = heldout_episodes(content, args.data, args.episode)
+    if config.episodes == "support":
+        drawn = sample_support(episodes, 1, ways=config.ways, shots=config.shots, queries=1)
+        episode = as_stream(drawn, config)
+    else:
+        episode = episodes.sample(1)
     found = trace(restore_model(content, args.encoder), episode, config.labels)
     images = episode.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
     out = args.out or Path(f"episode-{args.episode}.png")
     plot_episode(
         out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"
     )
-    print(f"{int(found.right.sum())} of {len(found.right)} right; picture: {out}")
+    print(f"{int(found.right.sum())} of {int(found.asked.sum())} right; picture: {out}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.babi import load_babi
-from ..data.images import expand_user
+from ..data.images import counted, expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
 from ..models.encoders import is_own
@@ -36,6 +36,7 @@ from ..training.checkpoint import own_encoder
 from ..training.config import (
     BABI,
     ENCODER_DEFAULTS,
+    EPISODES,
     LABELS,
     MODELS,
     NO_ENCODER,
@@ -106,6 +107,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     setting(
         "--labels", choices=LABELS, help=f"one of N, or five letters per class (default: {default.labels})"
+    )
+    setting(
+        "--episodes",
+        choices=EPISODES,
+        help="stream: every image is asked about and its label follows a step late, as in the paper; support: labelled "
+        f"examples first, up to --shots of each class, then queries, each judged apart (default: {default.episodes})",
     )
     setting(
         "--augment",
@@ -188,8 +195,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--require-learning",
         action="store_true",
-        help="exit with status 1 if the 2nd image of a class is not recognised better than by guessing, or a sequence task "
-        "or babi has more than half the errors of a guess",
+        help="exit with status 1 if an image after one of its class is not recognised better than by guessing, or a sequence "
+        "task or babi has more than half the errors of a guess",
     )
     parser.add_argument(
         "--tensorboard",
@@ -252,7 +259,7 @@ def configured(args: argparse.Namespace) -> RunConfig:
         return BabiConfig(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
-    return TrainConfig.of_encoder(**{"encoder": NO_ENCODER, **given})
+    return TrainConfig.of(**{"encoder": NO_ENCODER, "episodes": "stream", **given})
 
 
 def train_and_report(
@@ -298,7 +305,7 @@ def train_and_report(
         with ExitStack() as stack:
             hooks: dict[str, Any] = {}
             if tensorboard:
-                writer = TensorBoardWriter(out / "tensorboard", read_metrics(out))
+                writer = TensorBoardWriter(out / "tensorboard", config, read_metrics(out))
                 hooks["on_metrics"] = stack.enter_context(closing(writer))
             progress = stack.enter_context(TrainingProgress(config, trainer.step))
             finished = train_loop(trainer, out, stop=stop, on_step=progress.update, **hooks)
@@ -343,7 +350,7 @@ def advice(config: RunConfig, summary: dict[str, Any]) -> str:
     best = ""
     if isinstance(config, TrainConfig):
         at = max(range(len(mean)), key=mean.__getitem__)
-        best = f", the {ordinal(at + 1)} {mean[at]:.1%}"
+        best = f", {_asked(config, at + 1)} {mean[at]:.1%}"
     return f"learning has started but is not far: {unlearned(config, summary)}{best}; give it more --steps"
 
 
@@ -353,8 +360,16 @@ def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:
         return "a sequence of the longest length of training has more than half the errors of a guess"
     if isinstance(config, BabiConfig):
         return "more than half the answers are wrong that the commonest ones get wrong"
-    accuracy = summary["heldout_accuracy"]["mean"][1]
-    return f"the 2nd image of a class is right {accuracy:.1%} of the time, where {1 / config.ways:.0%} is guessing"
+    accuracy = summary["heldout_accuracy"]["mean"][config.first_known]
+    asked = _asked(config, config.first_known + 1)
+    return f"{asked} is right {accuracy:.1%} of the time, where {1 / config.ways:.0%} is guessing"
+
+
+def _asked(config: TrainConfig, k: int) -> str:
+    """What the k-th of a model's accuracies is of, counted from 1."""
+    if config.episodes == "stream":
+        return f"the {ordinal(k)} image of a class"
+    return f"an image after {counted(k, 'example')} of each class"
 
 
 def print_summary(config: RunConfig, summary: dict[str, Any]) -> None:

@@ -89,32 +89,47 @@ class Episodes:
 
         Raises ValueError where batch is no integer of at least 0.
         """
-        pixels, label, instance = self.sample_images(batch, part)
-        strings = self._strings(batch)[torch.arange(batch)[part], label] if self.labels == "string" else None
-        targets = label if strings is None else strings
+        pixels, which, instance = self.sample_images(batch, part)
+        strings = self._strings(batch)[torch.arange(batch)[part], which] if self.labels == "string" else None
+        targets = which if strings is None else strings
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
         return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
 
-    def sample_images(self, batch: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    def sample_images(
+        self, batch: int, part: slice = slice(None), *, ways: int | None = None, shots: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The images of a batch, [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255; which
-        of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As :meth:`sample`.
+        of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As :meth:`sample`, or of fewer
+        ``ways`` and ``shots`` than its episodes have.
         """
+        ways, shots = self.ways if ways is None else ways, self.shots if shots is None else shots
+        length = ways * shots
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
             raise ValueError(f"batch must be an integer of at least 0, got {batch!r}")
         self._seed_in_worker()
-        chosen = self._distinct(torch.full((batch,), self.classes.num_classes), self.ways)
-        chosen = chosen.gather(1, self._shuffled(batch, self.ways))  # so that any class can get any label
-        within = self._distinct(self.classes.counts[chosen], self.shots)
+        chosen = self._distinct(torch.full((batch,), self.classes.num_classes), ways)
+        chosen = chosen.gather(1, self._shuffled(batch, ways))  # so that any class can get any label
+        within = self._distinct(self.classes.counts[chosen], shots)
         images = self.classes.starts[chosen].unsqueeze(-1) + within  # [B, ways, shots]
-        order = self._shuffled(batch, self.length).t().contiguous()  # [T, B]
-        label = order // self.shots
+        order = self._shuffled(batch, length).t().contiguous()  # [T, B]
+        label = order // shots
         images = images.flatten(1).t().gather(0, order)[:, part]
-        instance = F.one_hot(label, self.ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)[:, part]
+        instance = F.one_hot(label, ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)[:, part]
 
         pixels = self._pixels[images.flatten()].view(*images.shape, *self._image_shape)
         if self.augment:
-            pixels = self._augmented(pixels, 2 * self._uniform(self.length, batch, 6)[:, part] - 1)
+            pixels = self._augmented(pixels, 2 * self._uniform(length, batch, 6)[:, part] - 1)
         return pixels, label[:, part], instance
+
+    def deal(self, batch: int, which: Tensor, part: slice = slice(None)) -> Tensor:
+        """Labels for classes that :meth:`sample_images` gave as numbers, int64 [T, B]: of as many as its episodes have ways,
+        int64 [T, B], whether or not there are fewer classes; or strings of five letters, [T, B, 5].
+        """
+        if self.labels == "onehot":
+            dealt = self._shuffled(batch, self.ways)
+        else:
+            dealt = self._strings(batch)
+        return dealt[torch.arange(batch)[part], which]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is needed to go on with exactly the episodes that would have come next."""

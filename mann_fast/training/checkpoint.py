@@ -330,6 +330,17 @@ def own_encoder(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and is_own(config.encoder)
 
 
+STREAM_OPTIONS = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
+# What is written is the key, which holds image and label, so images that look alike find one another from the first step; the
+# controller has no past, which would only tell of the order of the examples. docs/few-shot.md has what was tried.
+SUPPORT_OPTIONS = {
+    "controller": "feedforward",
+    "write_vector": "key",
+    "write_target": "per_head",
+    "order": "read_first",
+}
+
+
 def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
@@ -340,7 +351,7 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
         options = encoder_options(config)
         if own_encoder(config):
             options["encoder"] = make_own(config.encoder)
-        options["write_target"] = "shared"  # takes off in fewer steps than "per_head": docs/omniglot.md
+        options |= SUPPORT_OPTIONS if config.episodes == "support" else STREAM_OPTIONS
     return MANN(
         input_size,
         num_outputs,

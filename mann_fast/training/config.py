@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..data.sequences import TASKS, KeyValue
@@ -15,8 +15,13 @@ from ..reference.cell import CONTROLLERS
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
+EPISODES = ("stream", "support")
 NO_ENCODER = "none"
 ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {"conv4": {"image_size": 28}}  # the field's
+# A step of few episodes with many classes tells more apart than one of many with few; measuring takes more images.
+EPISODES_DEFAULTS: dict[str, dict[str, Any]] = {
+    "support": {"shots": 5, "batch": 2, "lr": 2e-3, "log_every": 250, "eval_episodes": 200}
+}
 BABI = "babi"  # the name of its task
 # Of the DNC, options by the letters of Csordas and Schmidhuber 2019: DNC-MD has masks and de-allocation.
 REPAIRS = {"m": "masks", "d": "deallocate", "s": "link_sharpening"}
@@ -118,6 +123,9 @@ class TrainConfig(RunConfig):
     ways: int = 5  # classes per episode
     shots: int = 10  # images of each class per episode
     labels: str = "onehot"  # or "string": five letters per class, as in the paper
+    # "stream": every image is asked about, and its label follows one step late, as in the paper. "support": first up to `shots`
+    # examples of each class, each with its label, then queries, every one judged apart from the others.
+    episodes: str = "stream"
     augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
 
     def __post_init__(self) -> None:
@@ -130,12 +138,13 @@ class TrainConfig(RunConfig):
             _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
             check_image_shape(self.image_shape, self.encoder)
         _require(self.ways >= 2, "ways", "at least 2", self.ways)
-        _require(
-            self.shots >= 2,
-            "shots",
-            "at least 2 (the first image of a class can only be guessed)",
-            self.shots,
-        )
+        _require(self.episodes in EPISODES, "episodes", f"one of {', '.join(EPISODES)}", self.episodes)
+        if self.episodes == "support":
+            _require(self.shots >= 1, "shots", "at least 1", self.shots)
+            _require(self.model == "mann", "episodes", "'stream' with model lstm", self.episodes)
+        else:
+            least = "at least 2 (the first image of a class can only be guessed)"
+            _require(self.shots >= 2, "shots", least, self.shots)
         _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
 
     @property
@@ -144,14 +153,19 @@ class TrainConfig(RunConfig):
         return (3 if self.colour else 1, self.image_size, self.image_size)
 
     @classmethod
-    def of_encoder(cls, encoder: str, **changes: Any) -> TrainConfig:
-        """With the image size that suits the encoder, unless it is among the changes."""
-        return cls(encoder=encoder, **{**ENCODER_DEFAULTS.get(encoder, {}), **changes})
+    def of(cls, encoder: str, episodes: str, **changes: Any) -> TrainConfig:
+        """With the image size that suits the encoder, and what suits the episodes, unless it is among the changes."""
+        defaults = {**ENCODER_DEFAULTS.get(encoder, {}), **EPISODES_DEFAULTS.get(episodes, {}), **changes}
+        config = cls(encoder=encoder, episodes=episodes, **defaults)
+        if episodes == "support" and "slots" not in changes:  # one for every head and example
+            examples = config.heads * config.ways * config.shots
+            config = replace(config, slots=max(config.slots, examples))
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The same; checkpoints from before there were encoders have none."""
-        return super().from_dict({"colour": False, "encoder": NO_ENCODER, **values})
+        """The same; checkpoints from before there were encoders have none, and older ones a stream."""
+        return super().from_dict({"colour": False, "encoder": NO_ENCODER, "episodes": "stream", **values})
 
     @property
     def chance(self) -> float:
@@ -159,8 +173,14 @@ class TrainConfig(RunConfig):
         return 1 / self.ways if self.labels == "onehot" else 5.0**-5
 
     @property
+    def first_known(self) -> int:
+        """Of the accuracies by instance or by shots the place of the first that more than a guess can get right: the 2nd image
+        of a class, an image after one example of it."""
+        return 1 if self.episodes == "stream" else 0
+
+    @property
     def learned_above(self) -> float:
-        """2nd-instance accuracy above which learning has started.
+        """Accuracy at `first_known` above which learning has started.
 
         A model that does not look at the images can still answer with a label that it has seen in the
         episode, which is right once in `ways`; a quarter of the way from there to 1 is out of reach without

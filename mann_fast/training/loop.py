@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
-from ..data import Dataset, Episodes
+from ..data import Dataset
 from ..data.babi import Babi
 from . import processes
 from .babi import BabiTrainer, has_learned_babi, measure_babi
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, SequenceConfig, TrainConfig
-from .evaluation import InstanceAccuracy, Interrupted, evaluate
+from .evaluation import InstanceAccuracy, Interrupted
 from .files import append_json_line, read_json_lines, remove_temporaries, replacing, write_json
 from .lock import only_run
 from .plots import plot_learning_curve
 from .run import Run, TrainingDiverged
 from .sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
 from .sequences import SequenceStep, SequenceTrainer, has_learned_task, measure, task_of, trace_sequence
+from .support import make_episodes, measure_accuracy
 from .trainer import StepResult, Trainer
 
 CHECKPOINT, METRICS, CURVE, SUMMARY = "checkpoint.pt", "metrics.jsonl", "curve.png", "summary.json"
@@ -186,6 +187,8 @@ def describe(config: RunConfig, source: str | None = None) -> str:
     source = source or config.data
     data = source if source in ("glyphs", "omniglot") else Path(source).resolve().name
     labels = ", string labels" if config.labels == "string" else ""
+    if config.episodes == "support":
+        labels += ", support and queries"
     encoder = (
         ""
         if config.encoder == NO_ENCODER
@@ -206,12 +209,8 @@ def summarise(
     said yes.
     """
     config = trainer.config
-    episodes = Episodes(
-        dataset.test, ways=config.ways, shots=config.shots, labels=config.labels, seed=config.seed
-    )
-    accuracy = evaluate(
-        trainer.model, episodes, config.eval_episodes, labels=config.labels, shots=config.shots, stop=stop
-    )
+    episodes = make_episodes(config, dataset.test, seed=config.seed)
+    accuracy = measure_accuracy(trainer.model, config, episodes, config.eval_episodes, stop=stop)
     return _write_summary(
         trainer,
         out,
@@ -274,8 +273,8 @@ def _write_summary(
 
 
 def has_learned(accuracy: InstanceAccuracy, config: TrainConfig) -> bool:
-    """Whether an image is recognised when its class is seen for the 2nd time, beyond any guess."""
-    return accuracy.mean[1] > config.learned_above
+    """Whether an image is recognised after one of its class, beyond any guess."""
+    return accuracy.mean[config.first_known] > config.learned_above
 
 
 __all__ = [

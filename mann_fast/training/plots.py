@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy
 from .files import replacing
+from .support import QUERIES
 from .trace import Slots, Trace
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def ordinal(number: int) -> str:
     return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th') }"
 
 
+def name_of_answer(config: TrainConfig, k: int) -> str:
+    """What the k-th of a model's accuracies is of, counted from 1, in short: "2nd image", or after 2 examples "2-shot"."""
+    return f"{k}-shot" if config.episodes == "support" else f"{ordinal(k)} image"
+
+
 def shown_instances(shots: int) -> tuple[int, ...]:
     """Which instances a short report names: 1st, 2nd, 5th and 10th, as far as there are so many."""
     return tuple(k for k in SHOWN if k <= shots)
@@ -46,10 +52,11 @@ def plot_learning_curve(
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    of_class = " of a class" if config.episodes == "stream" else ""
     for k in shown_instances(config.shots):
         values = [100 * record["heldout_accuracy"][k - 1] for record in records]
         top.plot(
-            steps, values, color=COLOURS[k], label=f"{ordinal(k)} image of a class", marker=_marker(steps)
+            steps, values, color=COLOURS[k], label=name_of_answer(config, k) + of_class, marker=_marker(steps)
         )
         bounds = [
             [100 * bound[k - 1] for bound in record.get("heldout_interval", ())] or None for record in records
@@ -112,8 +119,11 @@ def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None
     draw_legend(axes)
 
 
-def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: float, title: str) -> None:
-    """Accuracy by instance with its 95% confidence intervals."""
+def plot_accuracy(
+    path: str | os.PathLike, accuracy: InstanceAccuracy, config: TrainConfig, title: str
+) -> None:
+    """Accuracy by instance or by shots with its 95% confidence intervals."""
+    chance, stream = config.chance, config.episodes == "stream"
     instances = range(1, len(accuracy.mean) + 1)
     mean = [100 * value for value in accuracy.mean]
     below = [m - 100 * low for m, low in zip(mean, accuracy.low, strict=True)]
@@ -145,13 +155,15 @@ def plot_accuracy(path: str | os.PathLike, accuracy: InstanceAccuracy, chance: f
     )
     axes.set(
         title=f"{title}: accuracy on held-out classes",
-        xlabel="how many times the class has been shown, this image included",
+        xlabel="how many times the class has been shown, this image included"
+        if stream
+        else f"examples of each class, before {QUERIES} queries of each",
         ylabel="right answers (%)",
         ylim=(0, 105),
         xlim=(0.5, len(mean) + 0.7),
     )
     if len(mean) <= 15:
-        axes.set_xticks(list(instances), [ordinal(k) for k in instances])
+        axes.set_xticks(list(instances), [ordinal(k) if stream else str(k) for k in instances])
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
     with replacing(path) as temporary:
@@ -215,24 +227,32 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     figure = _figure(max(7.0, 0.27 * steps + 2), 3.5 + 2.5 * len(of_slots))
     heights = (0.6, 0.5 + 0.12 * classes, *of_slots)
     rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(f"{title}: {int(trace.right.sum())} of {steps} right")
+    figure.suptitle(f"{title}: {int(trace.right.sum())} of {int(trace.asked.sum())} right")
     strip = images.permute(2, 0, 3, 1).reshape(size, steps * size, channels).squeeze(2)
     rows[0].imshow(strip, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1), vmin=0, vmax=1)
     rows[0].set(yticks=[], ylabel="image")
-    for t in range(steps):
-        rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
-    rows[0].text(-0.7, 1.06, "time its class is seen:", ha="right", fontsize=7)
+    if trace.asked.all():  # else examples come first, as many of each class
+        for t in range(steps):
+            rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
+        rows[0].text(-0.7, 1.06, "time its class is seen:", ha="right", fontsize=7)
     for axes, (label, values, colours) in zip(rows[1:], panels, strict=True):
         bar = draw_steps(axes, values, colours, label)
         axes.set(ylabel="memory slot")
     figure.colorbar(bar.mappable, ax=rows[0], pad=0.01).ax.set_visible(False)  # as wide as the rows below
-    for right, colour, mark in ((True, "black", "o"), (False, WRONG, "x")):
-        at = [t for t in range(steps) if bool(trace.right[t]) == right]
-        name = "the image's class, answered right" if right else "the image's class, answered wrong"
-        rows[1].scatter(at, trace.classes[at], marker=mark, s=22, facecolors="none" if right else colour,
-                        edgecolors=colour if right else None, label=name)  # fmt: skip
+    wrong = trace.asked & ~trace.right
+    marks = (
+        (trace.right, "black", "none", "o", "the image's class, answered right"),
+        (wrong, None, WRONG, "x", "the image's class, answered wrong"),
+        (~trace.asked, "grey", "grey", ".", "an example, with its label"),
+    )
+    for among, edge, face, mark, name in marks:
+        at = among.nonzero().flatten().tolist()
+        if at or mark != ".":  # a stream has no examples
+            rows[1].scatter(
+                at, trace.classes[at], marker=mark, s=22, facecolors=face, edgecolors=edge, label=name
+            )
     rows[1].set(yticks=range(classes), yticklabels=trace.names, ylabel="")
-    rows[1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
+    rows[1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
     rows[-1].set(xlabel="step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

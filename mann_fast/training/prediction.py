@@ -9,7 +9,40 @@ from torch import Tensor, nn
 
 from ..data import encode_inputs
 from ..data.episodes import LETTERS
+from ..layers import MemoryState
 from .config import TrainConfig
+
+
+def logits_apart(
+    model: nn.Module, config: TrainConfig, examples: Tensor, shown: Tensor, images: Tensor
+) -> Tensor:
+    """Logits for each image, [Q, B, outputs], each judged from the memory after the n examples of its sequence, apart from the
+    other images. Arguments as of :func:`log_probabilities_apart`. A model in training sees all images in one call, so that they
+    are one batch to its encoder.
+
+    A model that was trained on streams reads every label one step late, that of the last example with the image. One that was
+    trained on support and queries reads an example with its label, and an image with none.
+    """
+    as_trained = {"ways": config.ways, "labels": config.labels}
+    none = torch.full_like(shown[:1], -1)
+    beside, asked = (
+        (shown, none) if config.episodes == "support" else (torch.cat([none, shown[:-1]]), shown[-1:])
+    )
+    _, state = model(encode_inputs(examples, beside, **as_trained))
+    found = []
+    for part in images.split(max(1, len(images)) if model.training else 1):
+        count = len(part)
+        inputs = encode_inputs(
+            part.flatten(0, 1).unsqueeze(0), asked.repeat(1, count, *(1,) * (asked.dim() - 2)), **as_trained
+        )
+        logits, _ = model(inputs, state if count == 1 else _repeated(state, count))  # one more step
+        found.append(logits[0].unflatten(0, (count, -1)))
+    return torch.cat(found) if found else torch.empty(0, images.shape[1], 0)
+
+
+def _repeated(state: MemoryState, count: int) -> MemoryState:
+    """The state of ``count`` times as many sequences, those of the batch one after another again and again."""
+    return state.map(lambda x: x.repeat(count, *(1,) * (x.dim() - 1)))
 
 
 @torch.inference_mode()
@@ -18,18 +51,15 @@ def log_probabilities_apart(
 ) -> Tensor:
     """log p of each class for each image, float32 [Q, B, C], where B sequences of n examples have been read.
 
-    examples uint8 [n, B, ...] have the labels ``shown``, int64 [n, B] or letters [n, B, 5], each of which the model reads one
-    step late; images uint8 [Q, B, ...] are judged each from the memory after the examples, apart from one another; labels
-    int64 [B, C] or [B, C, 5] are those of the classes, and others are left out.
+    examples uint8 [n, B, ...] have the labels ``shown``, int64 [n, B] or letters [n, B, 5], read as the model was trained to
+    (:func:`logits_apart`); images uint8 [Q, B, ...] are judged each from the memory after the examples, apart from one another;
+    labels int64 [B, C] or [B, C, 5] are those of the classes, and others are left out.
     """
-    before = torch.cat([torch.full_like(shown[:1], -1), shown[:-1]])
-    as_trained = {"ways": config.ways, "labels": config.labels}
-    _, state = model(encode_inputs(examples, before, **as_trained))
-    found = []
-    for image in images:  # one more step each, all from the same state
-        logits, _ = model(encode_inputs(image.unsqueeze(0), shown[-1:], **as_trained), state)
-        found.append(class_log_probabilities(logits[0], labels, config.labels))
-    return torch.stack(found) if found else torch.empty(0, *labels.shape[:2])
+    found = logits_apart(model, config, examples, shown, images)
+    if not len(found):
+        return torch.empty(0, *labels.shape[:2])
+    each = [class_log_probabilities(logits, labels, config.labels) for logits in found]
+    return torch.stack(each)
 
 
 def predict(

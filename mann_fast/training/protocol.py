@@ -14,6 +14,7 @@ from ..data import ClassImages, Episodes
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted
 from .prediction import draw_labels, log_probabilities_apart
+from .support import examples_first
 
 QUERIES = 15  # of each class in an episode (Snell et al. 2017, section 3)
 BATCH = 50  # episodes at a time
@@ -69,7 +70,7 @@ def evaluate_protocol(
 ) -> dict[str, Any]:
     """Accuracy on the queries of ``count`` episodes, at least 2: mean, low and high of the 95% interval over episodes.
 
-    The examples of an episode come in random order, with labels one step late as the model was trained to see them. Every
+    The examples of an episode come in random order, with labels as the model was trained to see them. Every
     query is judged from the memory after the examples, and of the labels the model's answer is the best among those of the
     episode's classes.
 
@@ -88,10 +89,8 @@ def evaluate_protocol(
             raise Interrupted
         size = min(BATCH, count - start)
         images, which, instance = episodes.sample_images(size)  # which: 0 to ways - 1, [T, B]
-        # Stable, so examples stay in their random order; which images of a class are examples is random, too.
-        order = (instance > protocol.shots).long().argsort(dim=0, stable=True)
+        images, which = examples_first(images, which, instance, protocol.shots)
         places = torch.arange(size)
-        images, which = images[order, places], which[order, places]
         examples = ways * protocol.shots
         labels = draw_labels(config, ways, size, generator)  # [B, ways] or [B, ways, 5]
         found = log_probabilities_apart(

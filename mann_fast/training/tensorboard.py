@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import ordinal
+from .config import RunConfig, TrainConfig
+from .plots import name_of_answer
 
 
 def summary_writer() -> type:
@@ -31,14 +32,16 @@ class TensorBoardWriter:
 
     Args:
         folder: what it held before is removed.
+        config: of the run.
         records: the lines that a resumed run has already.
 
     Raises:
         ModuleNotFoundError: tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike, records: Sequence[dict[str, Any]] = ()):
+    def __init__(self, folder: str | os.PathLike, config: RunConfig, records: Sequence[dict[str, Any]] = ()):
         kind = summary_writer()
+        self._config = config
         # Of a resumed run some lines may have been cut off, which event files cannot forget.
         if Path(folder).exists():
             shutil.rmtree(folder)
@@ -47,7 +50,7 @@ class TensorBoardWriter:
             self(record)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        for name, value in _curves(record):
+        for name, value in _curves(record, self._config):
             self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
@@ -55,7 +58,7 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def _curves(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _curves(record: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, float]]:
     """Each number by its name: ``heldout_accuracy/2nd image``, ``test_error/20 vectors``, ``loss``. Intervals are left to
     curve.png: a curve for each of their ends would hide the others."""
     for name, value in record.items():
@@ -63,7 +66,9 @@ def _curves(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             continue
         if isinstance(value, dict):
             yield from ((f"{name}/{part}", number) for part, number in value.items())
-        elif isinstance(value, list):
-            yield from ((f"{name}/{ordinal(k)} image", number) for k, number in enumerate(value, start=1))
+        elif isinstance(value, list) and isinstance(config, TrainConfig):
+            for k, number in enumerate(value, start=1):
+                if number is not None:
+                    yield f"{name}/{name_of_answer(config, k)}", number
         else:
             yield name, value

@@ -51,12 +51,14 @@ def slots_of(weights: MemoryWeights, num_slots: int) -> Slots:
 class Trace(NamedTuple):
     """Of T steps with C classes.
 
-    names: C labels, as text; classes: int64 [T], which of them each image has; right: bool [T], whether the model's
-    answer is; probabilities: [T, C] of each class given that it is one of them; slots: see :class:`Slots`.
+    names: C labels, as text; classes: int64 [T], which of them each image has; asked: bool [T], whether the model was asked,
+    not shown an example with its label; right: bool [T], whether it was and its answer is right; probabilities: [T, C] of each
+    class given that it is one of them; slots: see :class:`Slots`.
     """
 
     names: list[str]
     classes: Tensor
+    asked: Tensor
     right: Tensor
     probabilities: Tensor
     slots: Slots
@@ -64,7 +66,7 @@ class Trace(NamedTuple):
 
 @torch.inference_mode()
 def trace(model: MANN, episode: Episode, labels: str) -> Trace:
-    """Run a model over a batch of one episode.
+    """Run a model over a batch of one episode, in which an image of instance 0 is an example with its label.
 
     Raises ValueError where the model has no memory.
     """
@@ -72,6 +74,7 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
         raise ValueError(f"a model with a memory is needed, this is a {type(model).__name__}")
     output, _, weights = model.layer(model.encode(episode.inputs), return_weights=True)
     rows = model.classifier(output)[:, 0]
+    asked = episode.instance[:, 0] > 0
     targets = episode.targets[:, 0]
     distinct, classes = targets.unique(dim=0, return_inverse=True)
     of_classes = class_log_probabilities(rows, distinct.expand(len(rows), *distinct.shape), labels)
@@ -82,7 +85,8 @@ def trace(model: MANN, episode: Episode, labels: str) -> Trace:
     return Trace(
         names,
         classes,
-        is_right(rows, targets, labels),
+        asked,
+        asked & is_right(rows, targets, labels),
         of_classes.exp(),
         slots_of(weights, model.layer.memory.num_slots),
     )

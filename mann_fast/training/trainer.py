@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,24 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, Episodes
+from . import processes
 from .checkpoint import build_model
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, episode_accuracy
 from .objective import is_right, label_loss, right_by_instance
+from .prediction import logits_apart
 from .run import Run
+from .support import make_episodes, sample_support, size_of_step, steps_of_shots, support_accuracy
 
-MONITOR_EPISODES = 64  # held-out episodes behind each point of the learning curve; always the same ones
+# Held-out episodes behind each point of the learning curve, always the same ones; of support for each number of shots.
+MONITOR_EPISODES = {"stream": 64, "support": 16}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one training step: its number counted from 1, its loss, and its accuracy by instance [shots]."""
+    """Of one training step: its number counted from 1, its loss, and its accuracy by instance [shots]; on support and queries
+    after so many shots, NaN but for those that the step had.
+    """
 
     step: int
     loss: float
@@ -42,9 +49,8 @@ class Trainer(Run):
         self.drawn = is_drawn(dataset)
         # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
         classes = dataset.train.rotated() if config.augment and self.drawn else dataset.train
-        shape = {"ways": config.ways, "shots": config.shots, "labels": config.labels}
-        self.episodes = Episodes(classes, **shape, augment=config.augment, seed=config.seed)
-        self.monitor = Episodes(dataset.test, **shape, seed=0).sample(MONITOR_EPISODES)
+        self.episodes = make_episodes(config, classes, augment=config.augment, seed=config.seed)
+        self._monitor = _draw_monitor(config, make_episodes(config, dataset.test, seed=0))
         torch.manual_seed(config.seed)
         super().__init__(config, build_model(config, self.episodes.input_size, self.episodes.num_outputs))
         self._start_interval()
@@ -64,34 +70,62 @@ class Trainer(Run):
         not finite.
         """
         started = time.perf_counter()
-        config = self.config
         self.model.train()
+        loss, accuracy = self.descend(*self._ask())
+        self._interval_loss += loss
+        self._interval_accuracy += accuracy.nan_to_num()
+        self._interval_steps += 1
+        self.seconds += time.perf_counter() - started
+        return StepResult(self.step, loss, accuracy)
+
+    def _ask(self) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy on a new batch."""
+        config = self.config
+        if config.episodes == "support":
+            return self._ask_queries()
         episode = self.episodes.sample(config.batch, self.part)
         logits, _ = self.model(episode.inputs)
         right = right_by_instance(
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
         )
-        loss = label_loss(logits, episode.targets, config.labels)
-        loss, accuracy = self.descend(loss, right.mean(0) / config.ways)
-        self._interval_loss += loss
-        self._interval_accuracy += accuracy
-        self._interval_steps += 1
-        self.seconds += time.perf_counter() - started
-        return StepResult(self.step, loss, accuracy)
+        return label_loss(logits, episode.targets, config.labels), right.mean(0) / config.ways
+
+    def _ask_queries(self) -> tuple[Tensor, Tensor]:
+        """Loss, and accuracy by shots, on a new batch, which is of one number of shots."""
+        config = self.config
+        ways, shots, batch = size_of_step(config, self.step)
+        episode = sample_support(self.episodes, batch, processes.part_of(batch), ways=ways, shots=shots)
+        logits = logits_apart(self.model, config, episode.examples, episode.shown, episode.queries)
+        accuracy = torch.full((config.shots,), math.nan)
+        accuracy[shots - 1] = is_right(logits.detach(), episode.targets, config.labels).float().mean()
+        return label_loss(logits, episode.targets, config.labels), accuracy
+
+    def _heldout_accuracy(self) -> InstanceAccuracy:
+        config = self.config
+        if self.config.episodes == "support":
+            found = [support_accuracy(self.model, config, episode) for episode in self._monitor]
+            return InstanceAccuracy.from_episodes(torch.stack(found, 1))
+        (episode,) = self._monitor
+        return InstanceAccuracy.from_episodes(
+            episode_accuracy(self.model, episode, config.labels, config.shots)
+        )
 
     def metrics(self) -> dict[str, Any]:
         """Averages over the steps since the last call, and the accuracy on held-out classes now: a line of
         metrics.jsonl.
         """
         self.model.eval()
-        heldout = InstanceAccuracy.from_episodes(
-            episode_accuracy(self.model, self.monitor, self.config.labels, self.config.shots)
-        )
+        heldout = self._heldout_accuracy()
+        counts: Tensor | int = self._interval_steps
+        if self.config.episodes == "support":
+            counts = steps_of_shots(self.config, self.step - self._interval_steps, self.step)
+        trained = (self._interval_accuracy / counts).tolist()
         record = {
             "step": self.step,
             "loss": self._interval_loss / self._interval_steps,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_accuracy": (self._interval_accuracy / self._interval_steps).tolist(),
+            # None where no step of the interval had so many shots.
+            "train_accuracy": [None if math.isnan(value) else value for value in trained],
             "heldout_accuracy": list(heldout.mean),
             "heldout_interval": [list(heldout.low), list(heldout.high)],
             "seconds": round(self.seconds, 3),
@@ -125,6 +159,15 @@ class Trainer(Run):
         self._interval_loss = state["interval"]["loss"]
         self._interval_accuracy = state["interval"]["accuracy"].clone()
         self._interval_steps = state["interval"]["steps"]
+
+
+def _draw_monitor(config: TrainConfig, episodes: Episodes) -> list[Any]:
+    """The held-out episodes behind each point of the learning curve, of support a batch for each number of shots."""
+    count = MONITOR_EPISODES[config.episodes]
+    if config.episodes == "stream":
+        return [episodes.sample(count)]
+    each = range(1, config.shots + 1)
+    return [sample_support(episodes, count, ways=config.ways, shots=shots) for shots in each]
 
 
 def is_drawn(dataset: Dataset) -> bool:

@@ -1,0 +1,122 @@
+"""Episodes of support and queries: labelled examples of each class first, then images, every one judged apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data import ClassImages, Episode, Episodes, encode_inputs
+from .config import TrainConfig
+from .evaluation import InstanceAccuracy, Interrupted, evaluate
+from .objective import is_right
+from .prediction import logits_apart
+
+QUERIES = 5  # of each class: in training, and to measure while training
+BATCH = 10  # episodes at a time to measure
+# Of 20 classes at once a new model learns nothing for long, of five it does soon, if their labels are any of the 20: of
+# always the same five it learns only that there are five. So it starts with FEWEST classes an episode for FEW_STEPS steps, then
+# has one more every STEPS_PER_WAY.
+FEWEST, FEW_STEPS, STEPS_PER_WAY = 5, 400, 40
+
+
+class Support(NamedTuple):
+    """A batch of episodes. examples, queries: images [n, B, ...] and [Q, B, ...], uint8 or float up to 255; shown, targets:
+    their labels, int64 [n, B] and [Q, B] or letters [..., 5].
+    """
+
+    examples: Tensor
+    shown: Tensor
+    queries: Tensor
+    targets: Tensor
+
+
+def examples_first(images: Tensor, which: Tensor, instance: Tensor, shots: int) -> tuple[Tensor, Tensor]:
+    """Images [T, B, ...] and their classes [T, B] with the first ``shots`` of every class before all others, each part in the
+    random order that it had.
+    """
+    order = (instance > shots).long().argsort(dim=0, stable=True)
+    places = torch.arange(images.shape[1])
+    return images[order, places], which[order, places]
+
+
+def sample_support(
+    episodes: Episodes,
+    batch: int,
+    part: slice = slice(None),
+    *,
+    ways: int,
+    shots: int,
+    queries: int = QUERIES,
+) -> Support:
+    """``shots`` examples and ``queries`` queries of each of ``ways`` classes, at most those of the episodes."""
+    images, which, instance = episodes.sample_images(batch, part, ways=ways, shots=shots + queries)
+    images, which = examples_first(images, which, instance, shots)
+    labels = episodes.deal(batch, which, part)
+    n = ways * shots
+    return Support(images[:n], labels[:n], images[n:], labels[n:])
+
+
+def as_stream(episode: Support, config: TrainConfig) -> Episode:
+    """For a picture: the queries one after another, after the examples, of which the instance is 0."""
+    known = torch.cat([episode.shown, torch.full_like(episode.targets, -1)])
+    inputs = encode_inputs(
+        torch.cat([episode.examples, episode.queries]), known, ways=config.ways, labels=config.labels
+    )
+    targets = torch.cat([episode.shown, episode.targets])
+    asked = torch.arange(len(known)).unsqueeze(1) >= len(episode.examples)
+    return Episode(inputs, targets, asked.long().expand(-1, inputs.shape[1]))
+
+
+def size_of_step(config: TrainConfig, step: int) -> tuple[int, int, int]:
+    """Ways, shots and episodes of a training step, counted from 0. Few ways come in as many more episodes."""
+    ways = min(config.ways, FEWEST + max(0, step - FEW_STEPS) // STEPS_PER_WAY)
+    return ways, 1 + step % config.shots, config.batch * (config.ways // ways)
+
+
+def steps_of_shots(config: TrainConfig, first: int, last: int) -> Tensor:
+    """How many of the steps from ``first`` on and before ``last`` had 1, 2, ... examples of a class, int64 [shots]."""
+    return torch.bincount(torch.arange(first, last) % config.shots, minlength=config.shots)
+
+
+@torch.inference_mode()
+def support_accuracy(model: nn.Module, config: TrainConfig, episode: Support) -> Tensor:
+    """The share of right answers of each episode, float32 [B]."""
+    logits = logits_apart(model, config, episode.examples, episode.shown, episode.queries)
+    return is_right(logits, episode.targets, config.labels).float().mean(0)
+
+
+def make_episodes(config: TrainConfig, classes: ClassImages, *, augment: bool = False, seed: int) -> Episodes:
+    """Episodes of the configured kind; of support and queries with images for both."""
+    shots = config.shots + (QUERIES if config.episodes == "support" else 0)
+    return Episodes(classes, ways=config.ways, shots=shots, labels=config.labels, augment=augment, seed=seed)
+
+
+def measure_accuracy(
+    model: nn.Module,
+    config: TrainConfig,
+    episodes: Episodes,
+    count: int,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> InstanceAccuracy:
+    """Accuracy by instance over ``count`` episodes of :func:`make_episodes`; of support and queries that on the queries after
+    1, 2, ... ``config.shots`` examples of each class, over ``count`` new episodes of each.
+
+    `stop` is asked between batches; Interrupted is raised where it says yes.
+    """
+    if config.episodes == "stream":
+        return evaluate(model, episodes, count, labels=config.labels, shots=config.shots, stop=stop)
+    model.eval()
+    by_shots = []
+    for shots in range(1, config.shots + 1):
+        parts = []
+        for start in range(0, count, BATCH):
+            if stop():
+                raise Interrupted
+            episode = sample_support(episodes, min(BATCH, count - start), ways=config.ways, shots=shots)
+            parts.append(support_accuracy(model, config, episode))
+        by_shots.append(torch.cat(parts))
+    return InstanceAccuracy.from_episodes(torch.stack(by_shots, 1))
