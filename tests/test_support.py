@@ -1,19 +1,25 @@
 """Episodes of support and queries: what is shown, what is asked, and that every query is judged apart."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
+from mann_fast import FewShotLearner, cli
+from mann_fast.cli._options import load_data
 from mann_fast.data import encode_inputs, generate_glyphs
-from mann_fast.training import TrainConfig
-from mann_fast.training.checkpoint import build_model
+from mann_fast.data.pictures import as_pixels
+from mann_fast.training import TrainConfig, load_checkpoint, predict, resume_run, start_run, train
+from mann_fast.training.checkpoint import build_model, save_weights
 from mann_fast.training.config import config_from_dict
 from mann_fast.training.prediction import logits_apart
 from mann_fast.training.support import make_episodes, sample_support, size_of_step
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:only .* classes to train on")]
 
 CONFIG = TrainConfig.of("none", "support", data="glyphs", ways=6, shots=2, hidden_size=16, image_size=8)
 
@@ -83,3 +89,83 @@ def test_checkpoints_from_before_are_of_a_stream():
     old = replace(CONFIG, episodes="stream").to_dict()
     del old["episodes"]
     assert config_from_dict(old).episodes == "stream"
+
+
+SIZES = (
+    "--episodes support --image-size 8 --ways 3 --shots 2 --batch 1 --hidden-size 8 --slot-size 4 --heads 1 --eval-episodes 3"
+).split()
+
+
+def test_a_model_is_trained_resumed_measured_shown_and_used_as_support_says(tmp_path, capsys):
+    for index, images in enumerate(generate_glyphs(12, 22, image_size=16).images.unflatten(0, (12, 22))):
+        (tmp_path / "pictures" / f"class{index:02}").mkdir(parents=True)
+        for k, pixels in enumerate(images):
+            place = tmp_path / "pictures" / f"class{index:02}" / f"{k}.png"
+            Image.fromarray(255 - pixels.numpy()).save(place)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    training = ["train", "--data", str(tmp_path / "pictures"), *SIZES]
+    assert cli.main([*training, "--steps", "4", "--out", str(whole)]) == 0
+    said = capsys.readouterr()
+    assert "support and queries" in said.err and "after 1 example of each class is right" in said.err
+    assert re.search(
+        r"examples of each class.*5 queries of each of 3 classes, each judged apart", said.out, re.DOTALL
+    )
+    config = load_checkpoint(whole)["config"]
+    assert (config.episodes, config.slots) == ("support", 128)
+    (record,) = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert len(record["heldout_accuracy"]) == len(record["train_accuracy"]) == 2
+
+    dataset = load_data(config)
+    first = start_run(config, dataset, halves)
+    assert train(first, halves, stop=lambda: first.step == 2) is False
+    second = resume_run(config, dataset, halves)
+    assert train(second, halves)
+    kept = load_checkpoint(whole)["model"]["state"]
+    for name, tensor in load_checkpoint(halves)["model"]["state"].items():
+        assert torch.equal(tensor, kept[name]), name
+    again = json.loads((halves / "metrics.jsonl").read_text().splitlines()[-1])
+    assert again["train_accuracy"] == record["train_accuracy"]
+
+    checkpoint = ["--checkpoint", str(whole)]
+    assert cli.main(["evaluate", *checkpoint, "--episodes", "3", "--protocol", "2-way-2-shot", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["heldout_accuracy"]["mean"]) == 2 and found["protocols"][0]["protocol"] == "2-way-2-shot"
+    picture = tmp_path / "episode.png"
+    assert cli.main(["show", *checkpoint, "--out", str(picture)]) == 0
+    assert re.search(r"\d of 3 right", capsys.readouterr().out) and picture.stat().st_size > 1000
+
+
+def test_a_learner_shows_examples_as_the_model_was_trained(tmp_path, episodes, model):
+    content = {
+        "config": CONFIG,
+        "model": {"config": model.config, "state": model.state_dict()},
+        "mann_fast": "0",
+        "step": 0,
+        "data": {"drawn": False},
+    }
+    save_weights(tmp_path / "model.safetensors", content)
+    learner = FewShotLearner.load(tmp_path / "model.safetensors", orders=2)
+    drawn = sample_support(episodes, 1, ways=3, shots=2)
+    learner.learn(drawn.examples[:, 0].numpy(), drawn.shown[:, 0].tolist())
+    found = learner.predict_proba(drawn.queries[:, 0].numpy())
+    pixels = torch.from_numpy(learner._examples)
+    asked = torch.from_numpy(as_pixels(drawn.queries[:, 0].numpy(), 8, False))
+    classes = torch.tensor([learner.classes_.tolist().index(label) for label in drawn.shown[:, 0].tolist()])
+    expected = predict(model.eval(), CONFIG, pixels, classes, asked, orders=2, seed=0)
+    assert_close(torch.from_numpy(found).float(), expected, atol=1e-5, rtol=1e-5)
+    late = predict(model, replace(CONFIG, episodes="stream"), pixels, classes, asked, orders=2, seed=0)
+    assert (late - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episodes": "both"}, "episodes must be one of stream, support"),
+        ({"episodes": "support", "shots": 0}, "shots must be at least 1"),
+        ({"episodes": "support", "model": "lstm"}, "episodes must be 'stream' with model lstm"),
+        ({"episodes": "stream", "shots": 1}, "shots must be at least 2"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)

@@ -17,7 +17,7 @@ from ..data.images import expand_user
 from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
-from ..training.support import make_episodes
+from ..training.support import images_of_class, make_episodes
 from ..training.trainer import fingerprint
 
 
@@ -102,5 +102,5 @@ def load_data(config: TrainConfig, source: str | None = None) -> Dataset:
         image_size=config.image_size,
         colour=config.colour,
         ways=config.ways,
-        shots=config.shots,
+        shots=images_of_class(config),
     )

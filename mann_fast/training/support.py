@@ -88,10 +88,15 @@ def support_accuracy(model: nn.Module, config: TrainConfig, episode: Support) ->
     return is_right(logits, episode.targets, config.labels).float().mean(0)
 
 
+def images_of_class(config: TrainConfig) -> int:
+    """How many different images of a class an episode takes at most."""
+    return config.shots + (QUERIES if config.episodes == "support" else 0)
+
+
 def make_episodes(config: TrainConfig, classes: ClassImages, *, augment: bool = False, seed: int) -> Episodes:
     """Episodes of the configured kind; of support and queries with images for both."""
-    shots = config.shots + (QUERIES if config.episodes == "support" else 0)
-    return Episodes(classes, ways=config.ways, shots=shots, labels=config.labels, augment=augment, seed=seed)
+    sizes = {"ways": config.ways, "shots": images_of_class(config)}
+    return Episodes(classes, **sizes, labels=config.labels, augment=augment, seed=seed)
 
 
 def measure_accuracy(
