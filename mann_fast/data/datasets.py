@@ -27,11 +27,14 @@ class TooFewClasses(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder"."""
+    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder". weights: of features the digest
+    of the backbone that made them (:attr:`mann_fast.models.backbones.Backbone.weights`), of images empty.
+    """
 
     train: ClassImages
     test: ClassImages
     kind: str
+    weights: str = ""
 
 
 def load_dataset(
@@ -60,7 +63,7 @@ def load_dataset(
     if source == "glyphs":
         train, test = GLYPH_CLASSES
         if colour:
-            raise ValueError("colour must be False for glyphs, which are black and white")
+            raise ValueError("colour must be False for glyphs, which are black and white (--no-colour)")
         classes = generate_glyphs(train + test, max(20, shots), image_size=image_size, seed=seed)
         parts = classes.select(range(train)), classes.select(range(train, train + test))
         kind = "glyphs"
