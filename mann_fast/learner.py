@@ -19,7 +19,7 @@ from .data.images import expand_user, is_light
 from .data.pictures import as_pixels
 from .training.checkpoint import PRETRAINED, load_checkpoint, restore_model, save_weights
 from .training.config import TrainConfig
-from .training.features import backbone_of
+from .training.features import encoder_of
 from .training.files import write_json
 from .training.prediction import predict_by_order, require_ways
 
@@ -167,8 +167,8 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         if content["data"]["drawn"] and is_light(examples.mean(1) if config.colour else examples):
             queries, examples = 255 - queries, 255 - examples
         shown, asked = torch.from_numpy(examples), torch.from_numpy(queries)
-        if self._backbone is not None:
-            shown, asked = self._backbone.features(shown), self._backbone.features(asked)
+        if self._features is not None:
+            shown, asked = self._features.features(shown), self._features.features(asked)
         place = {label: at for at, label in enumerate(self.classes_.tolist())}
         found = predict_by_order(
             self._model,
@@ -257,7 +257,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                 raise ValueError(
                     f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"
                 )
-            self._backbone = backbone_of(content)
+            self._features = encoder_of(content)
             self._model, self._loaded = (
                 restore_model(content, self.encoder),
                 ((self.checkpoint, self.encoder), content),

@@ -12,11 +12,11 @@ from torch import nn
 
 from mann_fast import FewShotLearner
 from mann_fast.cli import main
-from mann_fast.data import ClassImages, Episodes, load_folder
+from mann_fast.data import ClassImages, Dataset, Episodes, load_folder
 from mann_fast.models import backbones
-from mann_fast.models.backbones import LENGTH, Backbone, Recipe
+from mann_fast.models.backbones import Backbone, Recipe
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint
-from mann_fast.training.features import encode_classes
+from mann_fast.training.features import LENGTH, encode_dataset, kept_features
 
 pytestmark = pytest.mark.once
 
@@ -76,35 +76,44 @@ def test_features_are_those_of_the_network_alone():
     network, mean, std = Toy(3).double().eval(), torch.tensor(MEAN).double(), torch.tensor(STD).double()
     with torch.no_grad():
         plain = network((images.double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)).flatten(1)
-    plain -= plain.mean(1, keepdim=True)
-    plain *= 255 * LENGTH / plain.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(found.double(), plain, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found.double(), plain, rtol=1e-4, atol=1e-5)
     grey = torch.randint(0, 256, (2, 24, 24), dtype=torch.uint8)
     colours = grey.unsqueeze(1).repeat(1, 3, 1, 1)
     assert torch.equal(Backbone("toy/3").features(grey), Backbone("toy/3").features(colours))
     assert torch.equal(Backbone("toy/3").features(images[:1]), Backbone("toy/3").features(images[:1]))
 
 
-def test_features_are_computed_once(photos):
-    classes = load_folder(photos, image_size=24, colour=True)
-    first = encode_classes(classes, Backbone("toy/1"))
-    assert Toy.shown == 72 and first.names == classes.names
-    again = encode_classes(classes, Backbone("toy/1"))
-    assert Toy.shown == 72 and torch.equal(first.images, again.images)
-    other = encode_classes(classes, Backbone("toy/2"))
-    assert Toy.shown == 144 and not torch.equal(first.images, other.images)
-    (changed := classes.images.clone())[0, 0, 0, 0] ^= 1
-    encode_classes(ClassImages(changed, classes.starts, classes.names), Backbone("toy/1"))
-    assert Toy.shown == 216
-
-
-def test_a_damaged_cache_is_made_anew(photos, tmp_path):
-    classes = load_folder(photos, image_size=24, colour=True)
-    first = encode_classes(classes, Backbone("toy/1"))
-    (file,) = (tmp_path / "cache" / "features").iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(encode_classes(classes, Backbone("toy/1")).images, first.images)
+def test_features_are_computed_once(tmp_path):
+    images = torch.randint(0, 256, (72, 3, 24, 24), dtype=torch.uint8)
+    first = kept_features(images, Backbone("toy/1"))
+    assert Toy.shown == 72 and torch.equal(first, Backbone("toy/1").features(images))
+    assert Toy.shown == 144 and torch.equal(first, kept_features(images, Backbone("toy/1")))
     assert Toy.shown == 144
+    assert not torch.equal(first, kept_features(images, Backbone("toy/2")))
+    assert Toy.shown == 216
+    images[0, 0, 0, 0] ^= 1
+    changed = kept_features(images, Backbone("toy/1"))
+    assert Toy.shown == 288 and not torch.equal(first[0], changed[0])
+    for file in (tmp_path / "cache" / "features").iterdir():
+        file.write_bytes(file.read_bytes()[:100])  # damaged
+    assert torch.equal(kept_features(images, Backbone("toy/1")), changed)
+    assert Toy.shown == 360
+
+
+def test_features_are_centred_by_the_training_images(photos):
+    classes = load_folder(photos, image_size=24, colour=True)
+    images = Dataset(classes.select(range(5)), classes.select(range(5, 8)), "folder")
+    found = encode_dataset(images, Backbone("toy/1"))
+    raw = [Backbone("toy/1").features(part.images).double() for part in (images.train, images.test)]
+    mean = raw[0].mean(0)
+    assert found.features["mean"] == pytest.approx(mean.tolist(), rel=1e-5, abs=1e-6)
+    for part, features in zip((found.train, found.test), raw, strict=True):
+        plain = (features - mean) * (255 * LENGTH) / (features - mean).norm(dim=1, keepdim=True)
+        torch.testing.assert_close(part.images.double(), plain, rtol=1e-3, atol=0.1)
+    assert (found.test.names, found.kind) == (images.test.names, "folder")
+    inputs = Episodes(found.test, ways=2, shots=3).sample(4).inputs
+    assert inputs.shape == (6, 4, 32 + 2)
+    torch.testing.assert_close(inputs[..., :32].norm(dim=-1), torch.full((6, 4), LENGTH))
 
 
 def train_arguments(photos, out, *more):
@@ -127,7 +136,7 @@ def test_the_whole_way(episodes, photos, tmp_path, capsys, monkeypatch):
     content = load_checkpoint(run)
     config = content["config"]
     assert (config.encoder, config.image_size, config.colour, config.augment) == ("toy/1", 24, True, False)
-    assert content["data"]["encoder_weights"] == Backbone("toy/1").weights
+    assert content["data"]["features"]["weights"] == Backbone("toy/1").weights
     assert not any(name.startswith("encoder") for name in content["model"]["state"])
 
     assert main(["evaluate", "--checkpoint", str(run), "--episodes", "4"]) == 0, capsys.readouterr().err
@@ -161,18 +170,16 @@ def test_what_cannot_be(photos, tmp_path, capsys):
     with pytest.raises(ValueError, match="torchvision/NAME"):
         TrainConfig(encoder="torchvision/")
     classes = load_folder(photos, image_size=24, colour=True)
-    features = encode_classes(classes, Backbone("toy/1"))
+    features = encode_dataset(Dataset(classes, classes, "folder"), Backbone("toy/1"))
     with pytest.raises(ValueError, match="augment must be False for features"):
-        Episodes(features, ways=3, shots=3, augment=True)
+        Episodes(features.train, ways=3, shots=3, augment=True)
     with pytest.raises(ValueError, match=r"features must have shape \[M, E\]"):
         ClassImages(torch.zeros(2, 3, 4), torch.tensor([0, 2]), ("a",))
-    from mann_fast.data import Dataset
-
     config = TrainConfig(encoder="toy/1", augment=False, ways=3, shots=3)
     with pytest.raises(ValueError, match="dataset must hold features"):
         Trainer(config, Dataset(classes, classes, "folder"))
     with pytest.raises(ValueError, match="dataset must hold images"):
-        Trainer(TrainConfig(ways=3, shots=3, augment=False), Dataset(features, features, "folder", "digest"))
+        Trainer(TrainConfig(ways=3, shots=3, augment=False), features)
 
 
 def test_without_a_connection_one_line_says_what_to_do(photos, tmp_path, capsys, monkeypatch):
@@ -212,9 +219,7 @@ def test_torchvision(tmp_path, monkeypatch):
     with torch.no_grad():
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (transforms.mean, transforms.std))
         network((images / 255 - mean) / std)
-    plain = seen["pooled"] - seen["pooled"].mean(1, keepdim=True)
-    plain = plain / plain.norm(dim=1, keepdim=True) * (255 * LENGTH)
-    torch.testing.assert_close(backbone.features(images), plain, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(backbone.features(images), seen["pooled"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must name a classifier of torchvision"):
         Backbone("torchvision/resnet17")
     for other in (

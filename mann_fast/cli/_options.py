@@ -17,7 +17,7 @@ from ..data.images import expand_user
 from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
-from ..training.features import backbone_of, encode_classes
+from ..training.features import encode_classes, encoder_of
 from ..training.support import images_of_class, make_episodes
 from ..training.trainer import fingerprint
 
@@ -70,8 +70,8 @@ def heldout_episodes(
     """
     config = content["config"]
     classes = unseen_classes(content, source) if source else load_data(config).test
-    if encoded and (backbone := backbone_of(content)):
-        classes = encode_classes(classes, backbone)
+    if encoded and (encoder := encoder_of(content)):
+        classes = encode_classes(classes, encoder)
     return make_episodes(config, classes, seed=seed)
 
 

@@ -27,14 +27,14 @@ class TooFewClasses(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder". weights: of features the digest
-    of the backbone that made them (:attr:`mann_fast.models.backbones.Backbone.weights`), of images empty.
+    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder". features: where they stand in
+    place of images, what made them (:meth:`mann_fast.training.features.FeatureEncoder.to_dict`).
     """
 
     train: ClassImages
     test: ClassImages
     kind: str
-    weights: str = ""
+    features: dict[str, Any] | None = None
 
 
 def load_dataset(

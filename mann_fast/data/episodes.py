@@ -227,9 +227,9 @@ def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = 
     """What a model reads, float32 [T, B, C * S * S + L]: the pixels, then the label of the step before.
 
     images: [T, B, S, S], or in colour [T, B, 3, S, S], uint8 or float, with values from 0 to 255; or features [T, B, E] of
-        :class:`mann_fast.models.backbones.Backbone`. previous: the label of the step before, int64 [T, B] in [-1, ways), or
-        for string labels [T, B, 5] letters in [-1, 5); -1 stands for none and
-        is encoded as zeros. L is ``ways``, or 25 for string labels.
+        :class:`mann_fast.training.features.FeatureEncoder`. previous: the label of the step before, int64 [T, B] in
+        [-1, ways), or for string labels [T, B, 5] letters in [-1, 5); -1 stands for none and is encoded as zeros. L is
+        ``ways``, or 25 for string labels.
     """
     check_labels(ways, labels)
     size = ways if labels == "onehot" else LETTERS

@@ -57,7 +57,7 @@ class ClassImages:
 
     images: uint8 [M, S, S]; drawn characters have ink 255 on background 0, photographs their grey values. In colour
         [M, 3, S, S], red, green and blue. Or float32 [M, E], what a pretrained backbone has made of them
-        (:class:`mann_fast.models.backbones.Backbone`).
+        (:class:`mann_fast.training.features.FeatureEncoder`).
     starts: int64 [C + 1], from 0 to M, never falling.
     names: the C names of the classes, all different.
     inverted: whether the files were dark on light and have been inverted, so that further files can be read

@@ -8,10 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-# Of a feature vector. The pixels of a drawn character are about as long, and the controller's weights start for those.
-LENGTH = 10.0
 _BATCH = 32  # images at a time
 
 
@@ -30,6 +27,8 @@ def _torchvision(name: str) -> Recipe:
     from torchvision import models
 
     architecture, _, tag = name.partition(".")
+    if architecture not in models.list_models(module=models):  # which leaves detectors and the like out
+        raise ValueError("torchvision.models has none of that name")
     every = models.get_model_weights(architecture)
     weights = every[tag] if tag else every.DEFAULT
     transforms = weights.transforms()
@@ -117,14 +116,9 @@ class Backbone:
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         self.weights = digest.hexdigest()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """float32 [M, E] of images uint8 [M, 3, S, S], or grey ones [M, S, S]: less their mean, and ``LENGTH`` long. Like
-        pixels they are multiplied by 255, which :func:`mann_fast.data.encode_inputs` takes away.
-        """
+        """float32 [M, E] of images uint8 [M, 3, S, S], or grey ones [M, S, S]."""
         images = images if images.dim() == 4 else images.unsqueeze(1).expand(-1, 3, -1, -1)
-        found = []
-        for part in images.split(_BATCH):
-            made = self._model((part / 255 - self._mean) / self._std).flatten(1)
-            found.append(F.normalize(made - made.mean(1, keepdim=True)) * (LENGTH * 255))
-        return torch.cat(found).clone()
+        parts = ((part / 255 - self._mean) / self._std for part in images.split(_BATCH))
+        return torch.cat([self._model(part).flatten(1) for part in parts])

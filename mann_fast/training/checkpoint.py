@@ -201,10 +201,14 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
         _part(content, "data.drawn", bool)
         outputs = num_outputs(config.ways, config.labels)
         needed["num_classes"] = outputs
-        if is_backbone(config.encoder):  # how many features it makes, only its library knows
-            _part(content, "data.encoder_weights", str)
-        else:
-            needed["input_size"] = math.prod(config.image_shape) + outputs
+        width = math.prod(config.image_shape)
+        if is_backbone(config.encoder):
+            _part(content, "data.features.weights", str)
+            mean = _part(content, "data.features.mean", list)
+            if not all(isinstance(x, float) and math.isfinite(x) for x in mean):
+                raise ValueError("data.features.mean must be finite numbers")
+            width = len(mean)
+        needed["input_size"] = width + outputs
     elif isinstance(config, BabiConfig):
         words = _part(content, "vocabulary", list)
         if not all(isinstance(word, str) for word in words):

@@ -46,13 +46,13 @@ class Trainer(Run):
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset):
-        if bool(dataset.weights) != is_backbone(config.encoder):
+        if (dataset.features is not None) != is_backbone(config.encoder):
             raise ValueError(
                 f"dataset must hold {'features (encode_dataset)' if is_backbone(config.encoder) else 'images'} with encoder "
-                f"{config.encoder}, got {'features' if dataset.weights else 'images'}"
+                f"{config.encoder}, got {'images' if dataset.features is None else 'features'}"
             )
         self.fingerprint = fingerprint(dataset)
-        self.encoder_weights = dataset.weights
+        self.features = dataset.features
         self.drawn = is_drawn(dataset)
         # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
         classes = dataset.train.rotated() if config.augment and self.drawn else dataset.train
@@ -146,7 +146,7 @@ class Trainer(Run):
             "data": {
                 "drawn": self.drawn,
                 "fingerprint": self.fingerprint,
-                **({"encoder_weights": self.encoder_weights} if self.encoder_weights else {}),
+                **({} if self.features is None else {"features": self.features}),
             },
             "episodes": self.episodes.state_dict(),
             "interval": {
@@ -165,7 +165,7 @@ class Trainer(Run):
                 f"the images of --data {self.config.data} are not those that the checkpoint was trained on; "
                 "give the same data, or start a new run with another --out"
             )
-        if state["data"].get("encoder_weights", "") != self.encoder_weights:
+        if self.features is not None and state["data"]["features"]["weights"] != self.features["weights"]:
             raise ValueError(
                 f"the weights of {self.config.encoder} are not those that the run was started with"
             )
