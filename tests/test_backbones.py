@@ -173,7 +173,7 @@ def test_what_cannot_be(photos, tmp_path, capsys):
     features = encode_dataset(Dataset(classes, classes, "folder"), Backbone("toy/1"))
     with pytest.raises(ValueError, match="augment must be False for features"):
         Episodes(features.train, ways=3, shots=3, augment=True)
-    with pytest.raises(ValueError, match=r"features must have shape \[M, E\]"):
+    with pytest.raises(TypeError, match="images must be a uint8 tensor, got torch.float32"):
         ClassImages(torch.zeros(2, 3, 4), torch.tensor([0, 2]), ("a",))
     config = TrainConfig(encoder="toy/1", augment=False, ways=3, shots=3)
     with pytest.raises(ValueError, match="dataset must hold features"):

@@ -72,15 +72,13 @@ class ClassImages:
     inverted: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.images, Tensor) or self.images.dtype not in (torch.uint8, torch.float32):
-            raise TypeError(
-                f"images must be a uint8 tensor, or float32 of features, got {_kind(self.images)}"
-            )
+        if not isinstance(self.images, Tensor) or (
+            self.images.dtype != torch.uint8 and not self.are_features
+        ):
+            raise TypeError(f"images must be a uint8 tensor, got {_kind(self.images)}")
         shape = list(self.images.shape)
-        if self.are_features:
-            if len(shape) != 2:
-                raise ValueError(f"features must have shape [M, E], got {shape}")
-        elif len(shape) not in (3, 4) or shape[-1] != shape[-2] or (len(shape) == 4 and shape[1] != 3):
+        of_images = len(shape) in (3, 4) and shape[-1] == shape[-2] and (len(shape) == 3 or shape[1] == 3)
+        if not of_images and not self.are_features:
             raise ValueError(f"images must have shape [M, 3, S, S] or [M, S, S], got {shape}")
         if not isinstance(self.starts, Tensor) or self.starts.dtype != torch.int64:
             raise TypeError(f"starts must be an int64 tensor, got {_kind(self.starts)}")
@@ -126,7 +124,7 @@ class ClassImages:
     @property
     def are_features(self) -> bool:
         """Whether there are features in place of the images."""
-        return self.images.dtype == torch.float32
+        return self.images.dtype == torch.float32 and self.images.dim() == 2
 
     @property
     def image_size(self) -> int:
