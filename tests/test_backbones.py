@@ -16,6 +16,7 @@ from mann_fast.data import ClassImages, Dataset, Episodes, load_folder
 from mann_fast.models import backbones
 from mann_fast.models.backbones import Backbone, Recipe
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint
+from mann_fast.training.checkpoint import save_checkpoint
 from mann_fast.training.features import LENGTH, encode_dataset, kept_features
 
 pytestmark = pytest.mark.once
@@ -154,6 +155,17 @@ def test_the_whole_way(episodes, photos, tmp_path, capsys, monkeypatch):
     same = FewShotLearner.from_pretrained(tmp_path / "saved").learn(files[:2], ["a", "b"])
     assert same.predict(files[:2]).shape == (2,)
 
+    for damage, message in (
+        ({"mean": content["data"]["features"]["mean"][1:]}, "model.config must have input_size = 34"),
+        ({"mean": [float("nan")] * 32}, "data.features.mean must be finite numbers"),
+        ({"weights": 5}, "data.features.weights must be of type str"),
+    ):
+        features = {**content["data"]["features"], **damage}
+        plain = {**content, "config": config.to_dict(), "data": {**content["data"], "features": features}}
+        save_checkpoint(tmp_path / "damaged.pt", plain)
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "damaged.pt")
+
     # The same name with other weights is another network.
     monkeypatch.setitem(backbones.LIBRARIES, "toy", lambda name: Recipe(24, MEAN, STD, lambda: Toy(2)))
     with pytest.raises(ValueError, match="weights of toy/1 here are not those"):
@@ -167,6 +179,9 @@ def test_what_cannot_be(photos, tmp_path, capsys):
     arguments = train_arguments(photos, tmp_path / "run", "--encoder", "toy/1", "--augment")
     assert main(arguments) == 2
     assert "augment must be False with a backbone" in capsys.readouterr().err
+    assert not backbones.is_backbone("timm/hf_hub:somebody") and not backbones.is_backbone(
+        "torchvision:resnet18"
+    )
     with pytest.raises(ValueError, match="torchvision/NAME"):
         TrainConfig(encoder="torchvision/")
     classes = load_folder(photos, image_size=24, colour=True)

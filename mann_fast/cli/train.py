@@ -13,6 +13,7 @@ from typing import Any
 
 from .._cache import cache_folder
 from ..data.babi import load_babi
+from ..data.datasets import FEW_CLASSES
 from ..data.images import counted, expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
@@ -293,11 +294,12 @@ def train_and_report(
             )  # which may fail at once
             dataset = load_data(config)
             if backbone is not None:
-                print(
+                said = (
                     f"mann-fast: features of {len(dataset.train.images) + len(dataset.test.images):,} images by "
-                    f"{config.encoder}, computed once and kept in {cache_folder() / 'features'}",
-                    file=sys.stderr,
+                    f"{config.encoder}, computed once and kept in {cache_folder() / 'features'}"
                 )
+                if processes.rank() == 0:
+                    print(said, file=sys.stderr)
                 dataset = encode_dataset(dataset, backbone)
     elif isinstance(config, BabiConfig):
         dataset = load_babi(config.data)
@@ -347,6 +349,7 @@ def train_and_report(
     return 0, summary
 
 
+PHOTOGRAPHS = 84  # pixels: the field's size, of mini-ImageNet
 BETTER = 0.9  # of a guess's errors: learning has started
 
 
@@ -359,13 +362,37 @@ def advice(config: RunConfig, summary: dict[str, Any]) -> str:
         # Of bAbI, thousands of answers; of other tasks few sequences, whose interval says how sure that is.
         errors = [(result.get("high", result.get("error")), result["guess"]) for result in summary["results"]]
         started = any(error < BETTER * guess for error, guess in errors)
+    lacks = lacking(config, summary) if isinstance(config, TrainConfig) else ""
     if not started:
-        return f"learning did not start: {unlearned(config, summary)}; give it more --steps, or another --lr or --seed"
+        remedy = lacks or "give it more --steps, or another --lr or --seed"
+        return f"learning did not start: {unlearned(config, summary)}; {remedy}"
     best = ""
     if isinstance(config, TrainConfig):
         at = max(range(len(mean)), key=mean.__getitem__)
         best = f", {_asked(config, at + 1)} {mean[at]:.1%}"
-    return f"learning has started but is not far: {unlearned(config, summary)}{best}; give it more --steps"
+    remedy = lacks or "give it more --steps"
+    return f"learning has started but is not far: {unlearned(config, summary)}{best}; {remedy}"
+
+
+def lacking(config: TrainConfig, summary: dict[str, Any]) -> str:
+    """What more steps would not mend: too few classes, or photographs that the model sees too little of."""
+    turned = 4 if config.augment and summary["drawn"] else 1
+    classes = summary["train_classes"] // turned
+    if classes < FEW_CLASSES:
+        return (
+            f"{counted(classes, 'class', 'classes')} to train on are too few to learn how to learn: train on hundreds "
+            "(omniglot, glyphs), and show yours to that model (mann-fast predict --support)"
+        )
+    if summary["drawn"]:
+        return ""
+    if config.encoder == NO_ENCODER:
+        return (
+            f"photographs take an encoder: --encoder conv4 --colour --image-size {PHOTOGRAPHS}, or a pretrained one, "
+            "--encoder torchvision/resnet18"
+        )
+    if config.image_size < PHOTOGRAPHS:
+        return f"{config.image_size} x {config.image_size} shows little of a photograph: --image-size {PHOTOGRAPHS}"
+    return ""
 
 
 def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .encoders import is_own
+
 _BATCH = 32  # images at a time
 
 
@@ -64,7 +66,7 @@ LIBRARIES: dict[str, Callable[[str], Recipe]] = {"torchvision": _torchvision, "t
 def is_backbone(encoder: str) -> bool:
     """Whether a name is LIBRARY/NAME, such as "torchvision/resnet18" or "timm/resnet18.a1_in1k"."""
     library, _, name = encoder.partition("/")
-    return library in LIBRARIES and bool(name)
+    return library in LIBRARIES and bool(name) and not is_own(encoder)
 
 
 def recipe_of(encoder: str) -> Recipe:
