@@ -809,7 +809,8 @@ def test_advice_fits_what_was_learned():
     for found in (guessing, later):  # what more steps would not mend
         assert "20 classes to train on are too few" in advice(config, {**found, "train_classes": 80})
         photographs = {**found, "drawn": False}
-        assert advice(config, photographs).endswith("--encoder conv4 --colour --image-size 84")
+        two = "--encoder conv4 --colour --image-size 84, or a pretrained one, --encoder torchvision/resnet18"
+        assert advice(config, photographs).endswith(two)
         with_encoder = TrainConfig(ways=5, encoder="conv4", image_size=28)
         assert "28 x 28 shows little of a photograph" in advice(with_encoder, photographs)
         large = TrainConfig(ways=5, encoder="conv4", image_size=84)

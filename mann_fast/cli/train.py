@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._cache import cache_folder
+from ..data import Dataset
 from ..data.babi import load_babi
 from ..data.datasets import FEW_CLASSES
 from ..data.images import counted, expand_user
@@ -289,18 +290,7 @@ def train_and_report(
     dataset = None
     if of_images:
         with processes.one_ahead():
-            backbone = (
-                Backbone(config.encoder) if is_backbone(config.encoder) else None
-            )  # which may fail at once
-            dataset = load_data(config)
-            if backbone is not None:
-                said = (
-                    f"mann-fast: features of {len(dataset.train.images) + len(dataset.test.images):,} images by "
-                    f"{config.encoder}, computed once and kept in {cache_folder() / 'features'}"
-                )
-                if processes.rank() == 0:
-                    print(said, file=sys.stderr)
-                dataset = encode_dataset(dataset, backbone)
+            dataset = images_or_features(config)
     elif isinstance(config, BabiConfig):
         dataset = load_babi(config.data)
     trainer = (
@@ -350,6 +340,23 @@ def train_and_report(
 
 
 PHOTOGRAPHS = 84  # pixels: the field's size, of mini-ImageNet
+
+
+def images_or_features(config: TrainConfig) -> Dataset:
+    """What a run trains on: the images of its data, or what a pretrained backbone makes of them."""
+    if not is_backbone(config.encoder):
+        return load_data(config)
+    backbone = Backbone(config.encoder)  # before the data: it may fail at once
+    dataset = load_data(config)
+    if processes.rank() == 0:
+        print(
+            f"mann-fast: features of {len(dataset.train.images) + len(dataset.test.images):,} images by {config.encoder}, "
+            f"computed once and kept in {cache_folder() / 'features'}",
+            file=sys.stderr,
+        )
+    return encode_dataset(dataset, backbone)
+
+
 BETTER = 0.9  # of a guess's errors: learning has started
 
 
