@@ -20,6 +20,7 @@ from .data.images import expand_user, is_light
 from .data.pictures import as_pixels
 from .training.checkpoint import PRETRAINED, load_checkpoint, restore_model, save_weights
 from .training.config import TrainConfig
+from .training.features import encoder_of
 from .training.files import write_json
 from .training.prediction import predict_by_order, require_ways
 
@@ -172,13 +173,16 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
         if content["data"]["drawn"] and is_light(examples.mean(1) if config.colour else examples):
             queries, examples = 255 - queries, 255 - examples
+        shown, asked = torch.from_numpy(examples), torch.from_numpy(queries)
+        if self._features is not None:
+            shown, asked = self._features.features(shown), self._features.features(asked)
         place = {label: at for at, label in enumerate(self.classes_.tolist())}
         found = predict_by_order(
             self._model,
             config,
-            torch.from_numpy(examples),
+            shown,
             torch.tensor([place[label] for label in self._labels]),
-            torch.from_numpy(queries),
+            asked,
             orders=self.orders,
             seed=self.random_state,
         ).double()
@@ -260,6 +264,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                 raise ValueError(
                     f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"
                 )
+            self._features = encoder_of(content)
             self._model, self._loaded = (
                 restore_model(content, self.encoder),
                 ((self.checkpoint, self.encoder), content),
