@@ -1,0 +1,249 @@
+"""The page of mann-fast draw: what a drawing is to the model, what is shown of an answer, and the page itself (gradio)."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..learner import FewShotLearner, sorted_labels
+
+CANVAS = 340  # pixels a side
+PEN = 11
+LEAST = CANVAS // 4  # smaller drawings are not enlarged to fill the square: a dot stays a dot
+MARGIN = 0.15  # of the side of the drawing, on all sides
+COLOURS = ("#3b6ea5", "#c46a3f", "#5b8c5a", "#8a5a9e", "#b08d2e", "#3f8f8f", "#a8486b", "#6b6f76")
+
+
+class Example(NamedTuple):
+    """A drawing, uint8 [S, S] with ink 255 on 0, and the name that it was given."""
+
+    ink: np.ndarray
+    name: str
+
+
+def drawing(canvas: dict[str, Any] | None) -> np.ndarray | None:
+    """The ink of a canvas of gradio's Sketchpad, uint8 [S, S], 255 on 0: a square around what was drawn, whatever place and
+    size that has. None where there is no ink, or all of it was erased or undone.
+
+    canvas: ``layers``, PIL images or arrays [H, W, 4] whose alpha is the ink.
+    """
+    layers = [np.asarray(layer) for layer in (canvas or {}).get("layers") or [] if layer is not None]
+    if not layers:
+        return None
+    ink = np.max([layer[..., 3] for layer in layers], axis=0)
+    rows, columns = np.flatnonzero(ink.max(1) > 127), np.flatnonzero(ink.max(0) > 127)
+    if not len(rows):
+        return None
+    (top, bottom), (left, right) = (rows[[0, -1]] + [0, 1]), (columns[[0, -1]] + [0, 1])
+    side = max(bottom - top, right - left)
+    side = max(side + 2 * int(side * MARGIN), LEAST)
+    square = np.zeros((side, side), np.uint8)
+    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
+    square[y : y + bottom - top, x : x + right - left] = ink[top:bottom, left:right]
+    return square
+
+
+def colours_of(examples: Sequence[Example]) -> dict[str, str]:
+    """Of each name, in the order in which they came."""
+    names = dict.fromkeys(example.name for example in examples)
+    return {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(names)}
+
+
+def thumbnail(ink: np.ndarray, colour: str, note: str = "") -> str:
+    """A small picture of a drawing, with a line below it."""
+    small = Image.fromarray(255 - ink).resize((56, 56), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return (
+        f'<figure style="--of: {colour}"><img alt="" src="data:image/png;base64,{data}">'
+        f"<figcaption>{note}</figcaption></figure>"
+    )
+
+
+def show_examples(examples: Sequence[Example], ways: int) -> str:
+    """What the memory has been shown, by name."""
+    if not examples:
+        return (
+            f'<p class="hint">Nothing yet. Draw a symbol, name it, press <b>Remember</b>; two or three drawings of each '
+            f"symbol are better than one. This model tells up to {ways} symbols apart.</p>"
+        )
+    rows = []
+    for name, colour in colours_of(examples).items():
+        pictures = "".join(thumbnail(e.ink, colour) for e in examples if e.name == name)
+        rows.append(f'<div class="row"><b style="color: {colour}">{html.escape(name)}</b>{pictures}</div>')
+    return "".join(rows)
+
+
+def show_answer(learner: FewShotLearner, examples: Sequence[Example], ink: np.ndarray | None) -> str:
+    """The answer of a learner that has learned these examples to a drawing: how sure, from which examples, in which slots."""
+    if ink is None or len({example.name for example in examples}) < 2:
+        wanted = "Draw something, and see what it is." if ink is None else "Teach it two symbols or more."
+        return f'<p class="hint">{wanted}</p>'
+    mean, deviation = (part[0] for part in learner.predict_proba([ink], return_std=True))
+    colours, found = colours_of(examples), learner.recall([ink])
+    names = learner.classes_.tolist()
+    best = int(mean.argmax())
+    bars = "".join(
+        f'<div class="bar" style="--of: {colours[names[at]]}"><span>{html.escape(names[at])}</span>'
+        f'<i><em style="width: {mean[at]:.1%}"></em></i><span>{mean[at]:.0%} ± {deviation[at] * 100:.0f}</span></div>'
+        for at in np.argsort(-mean, kind="stable")
+    )
+    shares = found.examples[0].numpy()
+    sources = "".join(
+        thumbnail(examples[at].ink, colours[examples[at].name], f"{shares[at]:.0%}")
+        for at in np.argsort(-shares, kind="stable")[:6]
+    )
+    return (
+        f'<div class="answer" style="color: {colours[names[best]]}">{html.escape(names[best])}</div>{bars}'
+        f'<p class="hint">Probability, ± deviation over {learner.orders} orders of the examples.</p>'
+        f"<h4>Read from</h4><div class='row'>{sources}</div>"
+        f"<p class='hint'>Share of what was read that each example had written; the other {1 - shares.sum():.0%} the drawing "
+        "itself wrote, or nothing.</p>"
+        f"<h4>Slots of the memory</h4>{show_slots(found, examples, colours)}"
+        "<p class='hint'>In one of the orders: the darker a slot, the more was read there; the colour is that of the example "
+        "which wrote most of it.</p>"
+    )
+
+
+def show_slots(found: Any, examples: Sequence[Example], colours: dict[str, str]) -> str:
+    """The slots of the first order of a :class:`mann_fast.training.recall.Recall` of one image."""
+    slots, holds = found.slots[0, 0].numpy(), found.holds[0, 0].numpy()
+    cells = []
+    for at, (share, sources) in enumerate(zip(slots, holds, strict=True)):
+        source = int(sources.argmax())
+        written = sources[source] > 0.5
+        by = examples[source].name if written and source < len(examples) else None
+        colour = colours[by] if by is not None else "#6b6f76"
+        whose = by if by is not None else "this drawing" if written else "nothing"
+        title = html.escape(f"slot {at}: {share:.1%} of what was read; written by {whose}")
+        strength = share / max(slots.max(), 1e-9)
+        cells.append(f'<i title="{title}" style="--of: {colour}; --much: {strength:.2f}"></i>')
+    return f'<div class="slots">{"".join(cells)}</div>'
+
+
+def judge(learner: FewShotLearner, examples: Sequence[Example], ink: np.ndarray | None) -> str:
+    """:func:`show_answer`, by a learner that is left as it was, so that many visitors can share its model."""
+    if not examples:
+        return show_answer(learner, examples, ink)
+    own = copy.copy(learner).fit([e.ink for e in examples], [e.name for e in examples])
+    return show_answer(own, examples, ink)
+
+
+def add_example(
+    examples: tuple[Example, ...], ink: np.ndarray | None, name: str, ways: int
+) -> tuple[Example, ...]:
+    """With one more; ValueError, whose message says what to do, without ink or name or for more names than ``ways``."""
+    name = name.strip()
+    if ink is None:
+        raise ValueError("Draw a symbol first.")
+    if not name:
+        raise ValueError("Give the symbol a name.")
+    more = (*examples, Example(ink, name))
+    if len(sorted_labels([example.name for example in more])) > ways:
+        raise ValueError(f"This model tells {ways} symbols apart; forget some first.")
+    return more
+
+
+STYLE = """
+.gradio-container { max-width: 940px !important; margin: 0 auto !important; }
+.gradio-container h1 { font-weight: 500; margin-bottom: 0; }
+.hint { color: #7a7f87; font-size: 0.85rem; margin: 0.3rem 0; }
+h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
+.answer { font-size: 2.6rem; line-height: 1.2; font-weight: 500; margin-bottom: 0.4rem; overflow-wrap: anywhere; }
+.bar { display: grid; grid-template-columns: 7rem 1fr 5.5rem; gap: 0.7rem; align-items: center; margin: 0.25rem 0; }
+.bar span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
+.bar i { background: #ece9e3; border-radius: 4px; height: 0.7rem; overflow: hidden; }
+.bar em { display: block; background: var(--of); height: 100%; transition: width 0.25s; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.2rem 0; }
+.row b { min-width: 4.5rem; font-weight: 600; }
+.row figure { margin: 0; text-align: center; font-size: 0.8rem; color: #7a7f87; }
+.row img { width: 56px; height: 56px; border: 1px solid #ddd8cf; border-bottom: 3px solid var(--of); border-radius: 6px; }
+.slots { display: grid; grid-template-columns: repeat(32, 1fr); gap: 2px; }
+.slots i { aspect-ratio: 1; border-radius: 2px;
+    background: color-mix(in srgb, var(--of) calc(8% + 92% * var(--much)), #f6f3ee); }
+"""
+
+
+def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
+    """The page, a ``gradio.Blocks``, and how it looks: options of its ``launch``. All that a visitor teaches stays in the
+    visitor's own session."""
+    import gradio
+
+    ways = learner.config.ways
+
+    def answer(canvas: dict[str, Any] | None, examples: tuple[Example, ...]) -> str:
+        return judge(learner, examples, drawing(canvas))
+
+    def remember(canvas: dict[str, Any] | None, name: str, examples: tuple[Example, ...]) -> tuple[Any, ...]:
+        try:
+            examples = add_example(examples, drawing(canvas), name, ways)
+        except ValueError as error:
+            return examples, gradio.skip(), gradio.skip(), f'<p class="hint">{html.escape(str(error))}</p>'
+        return examples, None, show_examples(examples, ways), judge(learner, examples, None)
+
+    def keep(part: slice) -> Callable[[tuple[Example, ...]], tuple[Any, ...]]:
+        def forget(examples: tuple[Example, ...]) -> tuple[Any, ...]:
+            examples = examples[part]
+            return examples, None, show_examples(examples, ways), judge(learner, examples, None)
+
+        return forget
+
+    with gradio.Blocks(title="mann_fast: draw", analytics_enabled=False) as page:
+        known = gradio.State(())
+        gradio.HTML(
+            "<h1>Draw and remember</h1><p class='hint'>Teach a memory symbols of your own, then draw one again. "
+            "Nothing is trained, and nothing leaves this computer.</p>"
+        )
+        with gradio.Row():
+            with gradio.Column(scale=0, min_width=CANVAS + 40):
+                canvas = gradio.Sketchpad(
+                    type="pil",
+                    canvas_size=(CANVAS, CANVAS),
+                    fixed_canvas=True,
+                    height=CANVAS + 90,
+                    layers=False,
+                    sources=(),
+                    transforms=(),
+                    show_label=False,
+                    buttons=[],
+                    brush=gradio.Brush(default_size=PEN, colors=["#20242a"], color_mode="fixed"),
+                    elem_id="canvas",
+                )
+                with gradio.Row():
+                    name = gradio.Textbox(
+                        placeholder="its name", show_label=False, container=False, elem_id="name", scale=2
+                    )
+                    teach = gradio.Button("Remember", variant="primary", elem_id="remember", scale=1)
+                with gradio.Row():
+                    last = gradio.Button("Forget the last", size="sm")
+                    everything = gradio.Button("Forget everything", size="sm")
+            with gradio.Column():
+                said = gradio.HTML(show_answer(learner, (), None), elem_id="answer")
+        gradio.HTML("<h4>What it remembers</h4>")
+        shown = gradio.HTML(show_examples((), ways), elem_id="examples")
+
+        results = [known, canvas, shown, said]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        canvas.change(answer, [canvas, known], said, trigger_mode="always_last", **quiet)
+        for event in (teach.click, name.submit):
+            event(remember, [canvas, name, known], results, **quiet)
+        last.click(keep(slice(-1)), known, results, **quiet)
+        everything.click(keep(slice(0)), known, results, **quiet)
+
+    # Fonts of the system alone: gradio's own would come from elsewhere.
+    theme = gradio.themes.Soft(
+        primary_hue="slate",
+        neutral_hue="stone",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return page, {"theme": theme, "css": STYLE}
