@@ -6,18 +6,19 @@ import base64
 import copy
 import html
 import io
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ..learner import FewShotLearner, sorted_labels
 
-CANVAS = 340  # pixels a side
-PEN = 11
-LEAST = CANVAS // 4  # smaller drawings are not enlarged to fill the square: a dot stays a dot
-MARGIN = 0.15  # of the side of the drawing, on all sides
+# A drawing as the characters of Omniglot are: pixels a side, of the symbol and of the pen.
+SIDE, SYMBOL, PEN = 105, 66, 4
+LEAST = 0.2  # of the canvas: what is smaller is not enlarged to fill the square, so a dot stays a dot
+MOST = 200_000  # characters that a drawing may take: hours of scribbling
 COLOURS = ("#3b6ea5", "#c46a3f", "#5b8c5a", "#8a5a9e", "#b08d2e", "#3f8f8f", "#a8486b", "#6b6f76")
 
 
@@ -28,26 +29,38 @@ class Example(NamedTuple):
     name: str
 
 
-def drawing(canvas: dict[str, Any] | None) -> np.ndarray | None:
-    """The ink of a canvas of gradio's Sketchpad, uint8 [S, S], 255 on 0: a square around what was drawn, whatever place and
-    size that has. None where there is no ink, or all of it was erased or undone.
+def drawing(canvas: str | None) -> np.ndarray | None:
+    """The ink of a drawing, uint8 [S, S], 255 on 0, moved and scaled to where a symbol of Omniglot is. None without any ink.
 
-    canvas: ``layers``, PIL images or arrays [H, W, 4] whose alpha is the ink.
+    canvas: JSON of the strokes, each a list of points [x, y], from 0 to 1 on the canvas. Raises ValueError for anything else.
     """
-    layers = [np.asarray(layer) for layer in (canvas or {}).get("layers") or [] if layer is not None]
-    if not layers:
+    wrong = "a drawing must be a list of strokes, each of points [x, y] from 0 to 1"
+    if not canvas:
         return None
-    ink = np.max([layer[..., 3] for layer in layers], axis=0)
-    rows, columns = np.flatnonzero(ink.max(1) > 127), np.flatnonzero(ink.max(0) > 127)
-    if not len(rows):
+    if len(canvas) > MOST:
+        raise ValueError(f"a drawing may take {MOST:,} characters, got {len(canvas):,}")
+    try:
+        strokes = [np.array(stroke, float) for stroke in json.loads(canvas)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(wrong) from error
+    strokes = [stroke for stroke in strokes if stroke.size]
+    if not strokes:
         return None
-    (top, bottom), (left, right) = (rows[[0, -1]] + [0, 1]), (columns[[0, -1]] + [0, 1])
-    side = max(bottom - top, right - left)
-    side = max(side + 2 * int(side * MARGIN), LEAST)
-    square = np.zeros((side, side), np.uint8)
-    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
-    square[y : y + bottom - top, x : x + right - left] = ink[top:bottom, left:right]
-    return square
+    if any(s.ndim != 2 or s.shape[1] != 2 or not ((s >= 0) & (s <= 1)).all() for s in strokes):
+        raise ValueError(wrong)
+    points = np.concatenate(strokes)
+    low, high = points.min(0), points.max(0)
+    scale = SYMBOL / max(*(high - low), LEAST)
+    finer = 4  # Pillow draws without smoothing
+    image = Image.new("L", (finer * SIDE, finer * SIDE))
+    draw = ImageDraw.Draw(image)
+    for stroke in strokes:
+        placed = [tuple(xy) for xy in finer * (SIDE / 2 + (stroke - (low + high) / 2) * scale)]
+        draw.line(placed, 255, finer * PEN, joint="curve")
+        for x, y in (placed[0], placed[-1]):
+            r = finer * PEN / 2
+            draw.ellipse((x - r, y - r, x + r, y + r), 255)
+    return np.asarray(image.reduce(finer))
 
 
 def colours_of(examples: Sequence[Example]) -> dict[str, str]:
@@ -153,7 +166,7 @@ def add_example(
 
 
 STYLE = """
-.gradio-container { max-width: 940px !important; margin: 0 auto !important; }
+.gradio-container main { max-width: 1000px !important; margin: 0 auto !important; padding: 1rem !important; }
 .gradio-container h1 { font-weight: 500; margin-bottom: 0; }
 .hint { color: #7a7f87; font-size: 0.85rem; margin: 0.3rem 0; }
 h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
@@ -172,6 +185,55 @@ h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
     background: color-mix(in srgb, var(--of) calc(8% + 92% * var(--much)), #f6f3ee); }
 """
 
+# The canvas: its value is the JSON that drawing() reads. gradio's own (Sketchpad) forgets its brush whenever it is emptied.
+CANVAS = """<canvas width="720" height="720" aria-label="Draw here"></canvas>
+<div><button data-do="undo">Undo</button><button data-do="clear">Clear</button></div>"""
+CANVAS_STYLE = """
+canvas { width: 100%; aspect-ratio: 1; background: #fff; border: 1px solid #ddd8cf; border-radius: 12px; cursor: crosshair;
+    touch-action: none; display: block; }
+div { display: flex; gap: 1.2rem; justify-content: flex-end; }
+button { color: #7a7f87; font-size: 0.85rem; padding: 0.2rem; }
+button:hover { color: #20242a; }
+"""
+CANVAS_SCRIPT = """
+let strokes = [], drawing = false;
+const paint = () => {
+    const canvas = element.querySelector('canvas'), size = canvas.width, to = canvas.getContext('2d');
+    to.clearRect(0, 0, size, size);
+    Object.assign(to, {lineWidth: size / 36, lineCap: 'round', lineJoin: 'round', strokeStyle: '#20242a'});
+    for (const stroke of strokes) {
+        to.beginPath();
+        to.moveTo(stroke[0][0] * size, stroke[0][1] * size);
+        for (const [x, y] of stroke) to.lineTo(x * size, y * size);
+        to.stroke();
+    }
+};
+const add = event => {
+    const box = element.querySelector('canvas').getBoundingClientRect();
+    const place = (at, start, length) => Math.round(1e4 * Math.min(1, Math.max(0, (at - start) / length))) / 1e4;
+    strokes[strokes.length - 1].push([place(event.clientX, box.left, box.width), place(event.clientY, box.top, box.height)]);
+    paint();
+};
+const say = () => { props.value = JSON.stringify(strokes); paint(); trigger('input'); };
+element.addEventListener('pointerdown', event => {
+    if (event.target.tagName !== 'CANVAS' || event.button !== 0 || drawing) return;
+    event.target.setPointerCapture(event.pointerId);
+    drawing = true;
+    strokes.push([]);
+    add(event);
+});
+element.addEventListener('pointermove', event => { if (drawing) add(event); });
+for (const name of ['pointerup', 'pointercancel'])
+    element.addEventListener(name, () => { if (drawing) { drawing = false; say(); } });
+element.addEventListener('click', event => {
+    const what = event.target.dataset.do;
+    if (what === 'undo') strokes.pop();
+    if (what === 'clear') strokes = [];
+    if (what) say();
+});
+watch('value', () => { if (!drawing) { strokes = JSON.parse(props.value || '[]'); paint(); } });
+"""
+
 
 def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
     """The page, a ``gradio.Blocks``, and how it looks: options of its ``launch``. All that a visitor teaches stays in the
@@ -180,42 +242,36 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
 
     ways = learner.config.ways
 
-    def answer(canvas: dict[str, Any] | None, examples: tuple[Example, ...]) -> str:
+    def answer(canvas: str, examples: tuple[Example, ...]) -> str:
         return judge(learner, examples, drawing(canvas))
 
-    def remember(canvas: dict[str, Any] | None, name: str, examples: tuple[Example, ...]) -> tuple[Any, ...]:
+    def remember(canvas: str, name: str, examples: tuple[Example, ...]) -> tuple[Any, ...]:
         try:
             examples = add_example(examples, drawing(canvas), name, ways)
         except ValueError as error:
             return examples, gradio.skip(), gradio.skip(), f'<p class="hint">{html.escape(str(error))}</p>'
-        return examples, None, show_examples(examples, ways), judge(learner, examples, None)
+        return examples, "[]", show_examples(examples, ways), judge(learner, examples, None)
 
     def keep(part: slice) -> Callable[[tuple[Example, ...]], tuple[Any, ...]]:
         def forget(examples: tuple[Example, ...]) -> tuple[Any, ...]:
             examples = examples[part]
-            return examples, None, show_examples(examples, ways), judge(learner, examples, None)
+            return examples, "[]", show_examples(examples, ways), judge(learner, examples, None)
 
         return forget
 
-    with gradio.Blocks(title="mann_fast: draw", analytics_enabled=False) as page:
+    with gradio.Blocks(title="mann_fast: draw", analytics_enabled=False, fill_width=True) as page:
         known = gradio.State(())
         gradio.HTML(
             "<h1>Draw and remember</h1><p class='hint'>Teach a memory symbols of your own, then draw one again. "
             "Nothing is trained, and nothing leaves this computer.</p>"
         )
         with gradio.Row():
-            with gradio.Column(scale=0, min_width=CANVAS + 40):
-                canvas = gradio.Sketchpad(
-                    type="pil",
-                    canvas_size=(CANVAS, CANVAS),
-                    fixed_canvas=True,
-                    height=CANVAS + 90,
-                    layers=False,
-                    sources=(),
-                    transforms=(),
-                    show_label=False,
-                    buttons=[],
-                    brush=gradio.Brush(default_size=PEN, colors=["#20242a"], color_mode="fixed"),
+            with gradio.Column(scale=0, min_width=360):
+                canvas = gradio.HTML(
+                    "[]",
+                    html_template=CANVAS,
+                    css_template=CANVAS_STYLE,
+                    js_on_load=CANVAS_SCRIPT,
                     elem_id="canvas",
                 )
                 with gradio.Row():
@@ -233,7 +289,7 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
 
         results = [known, canvas, shown, said]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        canvas.change(answer, [canvas, known], said, trigger_mode="always_last", **quiet)
+        canvas.input(answer, [canvas, known], said, trigger_mode="always_last", **quiet)
         for event in (teach.click, name.submit):
             event(remember, [canvas, name, known], results, **quiet)
         last.click(keep(slice(-1)), known, results, **quiet)
