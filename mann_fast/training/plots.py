@@ -69,7 +69,7 @@ def plot_learning_curve(
         linewidth=1,
         label=f"chance ({_percent(config.chance)})",
     )
-    top.set(title=f"{title}: accuracy on held-out classes", ylabel="right answers (%)", ylim=(0, 101))
+    top.set(title=f"{title}:\naccuracy on held-out classes", ylabel="right answers (%)", ylim=(0, 101))
     draw_legend(top, "shaded: 95% interval")
     plot_loss(bottom, records, "loss (nats per image)")
     highest = max(record["loss"] for record in records)
@@ -154,7 +154,7 @@ def plot_accuracy(
         100 * chance, color="black", linestyle=":", linewidth=1, label=f"chance ({_percent(chance)})"
     )
     axes.set(
-        title=f"{title}: accuracy on held-out classes",
+        title=f"{title}:\naccuracy on held-out classes",
         xlabel="how many times the class has been shown, this image included"
         if stream
         else f"examples of each class, before {QUERIES} queries of each",
@@ -220,7 +220,7 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     steps, channels, size = images.shape[:3]
     classes = len(trace.names)
     panels: list[tuple[str, Tensor, Colours]] = [("probability", trace.probabilities, "Greens")]
-    panels += [(f"weight {name} (sum over heads)", *drawn) for name, *drawn in slot_panels(trace.slots)]
+    panels += [(f"weight {name}\n(sum over heads)", *drawn) for name, *drawn in slot_panels(trace.slots)]
     if trace.slots.usage is not None:
         panels.append(("usage", trace.slots.usage, "Purples"))
     of_slots = [2.0] * (len(panels) - 1)
