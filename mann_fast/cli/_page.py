@@ -7,13 +7,14 @@ import copy
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..learner import FewShotLearner, sorted_labels
+from ..learner import FewShotLearner
+from ..training.recall import Recall
 
 # A drawing as the characters of Omniglot are: pixels a side, of the symbol and of the pen.
 SIDE, SYMBOL, PEN = 105, 66, 4
@@ -83,21 +84,22 @@ def thumbnail(ink: np.ndarray, colour: str, note: str = "") -> str:
 
 def show_examples(examples: Sequence[Example], ways: int) -> str:
     """What the memory has been shown, by name."""
+    title = "<h4>What it remembers</h4>"
     if not examples:
         return (
-            f'<p class="hint">Nothing yet. Draw a symbol, name it, press <b>Remember</b>; two or three drawings of each '
+            f'{title}<p class="hint">Nothing yet. Draw a symbol, name it, press <b>Remember</b>; two or three drawings of each '
             f"symbol are better than one. This model tells up to {ways} symbols apart.</p>"
         )
     rows = []
     for name, colour in colours_of(examples).items():
         pictures = "".join(thumbnail(e.ink, colour) for e in examples if e.name == name)
-        rows.append(f'<div class="row"><b style="color: {colour}">{html.escape(name)}</b>{pictures}</div>')
-    return "".join(rows)
+        rows.append(f'<div class="row of"><b style="color: {colour}">{html.escape(name)}</b>{pictures}</div>')
+    return f'{title}<div class="row">{"".join(rows)}</div>'
 
 
 def show_answer(learner: FewShotLearner, examples: Sequence[Example], ink: np.ndarray | None) -> str:
     """The answer of a learner that has learned these examples to a drawing: how sure, from which examples, in which slots."""
-    if ink is None or len({example.name for example in examples}) < 2:
+    if ink is None or len(colours_of(examples)) < 2:
         wanted = "Draw something, and see what it is." if ink is None else "Teach it two symbols or more."
         return f'<p class="hint">{wanted}</p>'
     mean, deviation = (part[0] for part in learner.predict_proba([ink], return_std=True))
@@ -126,8 +128,8 @@ def show_answer(learner: FewShotLearner, examples: Sequence[Example], ink: np.nd
     )
 
 
-def show_slots(found: Any, examples: Sequence[Example], colours: dict[str, str]) -> str:
-    """The slots of the first order of a :class:`mann_fast.training.recall.Recall` of one image."""
+def show_slots(found: Recall, examples: Sequence[Example], colours: dict[str, str]) -> str:
+    """The slots of the first order of a recall of one image."""
     slots, holds = found.slots[0, 0].numpy(), found.holds[0, 0].numpy()
     cells = []
     for at, (share, sources) in enumerate(zip(slots, holds, strict=True)):
@@ -160,13 +162,14 @@ def add_example(
     if not name:
         raise ValueError("Give the symbol a name.")
     more = (*examples, Example(ink, name))
-    if len(sorted_labels([example.name for example in more])) > ways:
+    if len(colours_of(more)) > ways:
         raise ValueError(f"This model tells {ways} symbols apart; forget some first.")
     return more
 
 
 STYLE = """
 .gradio-container main { max-width: 1000px !important; margin: 0 auto !important; padding: 1rem !important; }
+.gradio-container .html-container { padding: 0 !important; }
 .gradio-container h1 { font-weight: 500; margin-bottom: 0; }
 .hint { color: #7a7f87; font-size: 0.85rem; margin: 0.3rem 0; }
 h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
@@ -177,7 +180,8 @@ h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
 .bar i { background: #ece9e3; border-radius: 4px; height: 0.7rem; overflow: hidden; }
 .bar em { display: block; background: var(--of); height: 100%; transition: width 0.25s; }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.2rem 0; }
-.row b { min-width: 4.5rem; font-weight: 600; }
+.row.of { margin-right: 1.6rem; }
+.row b { font-weight: 600; margin-right: 0.3rem; }
 .row figure { margin: 0; text-align: center; font-size: 0.8rem; color: #7a7f87; }
 .row img { width: 56px; height: 56px; border: 1px solid #ddd8cf; border-bottom: 3px solid var(--of); border-radius: 6px; }
 .slots { display: grid; grid-template-columns: repeat(32, 1fr); gap: 2px; }
@@ -192,7 +196,7 @@ CANVAS_STYLE = """
 canvas { width: 100%; aspect-ratio: 1; background: #fff; border: 1px solid #ddd8cf; border-radius: 12px; cursor: crosshair;
     touch-action: none; display: block; }
 div { display: flex; gap: 1.2rem; justify-content: flex-end; }
-button { color: #7a7f87; font-size: 0.85rem; padding: 0.2rem; }
+button { color: #7a7f87; font-size: 0.85rem; padding: 0.3rem; background: none; border: none; cursor: pointer; }
 button:hover { color: #20242a; }
 """
 CANVAS_SCRIPT = """
@@ -249,15 +253,19 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
         try:
             examples = add_example(examples, drawing(canvas), name, ways)
         except ValueError as error:
-            return examples, gradio.skip(), gradio.skip(), f'<p class="hint">{html.escape(str(error))}</p>'
-        return examples, "[]", show_examples(examples, ways), judge(learner, examples, None)
+            return (
+                examples,
+                canvas,
+                show_examples(examples, ways),
+                f'<p class="hint">{html.escape(str(error))}</p>',
+            )
+        return examples, "[]", show_examples(examples, ways), ""
 
-    def keep(part: slice) -> Callable[[tuple[Example, ...]], tuple[Any, ...]]:
-        def forget(examples: tuple[Example, ...]) -> tuple[Any, ...]:
-            examples = examples[part]
-            return examples, "[]", show_examples(examples, ways), judge(learner, examples, None)
+    def forget_last(canvas: str, examples: tuple[Example, ...]) -> tuple[Any, ...]:
+        return examples[:-1], canvas, show_examples(examples[:-1], ways), ""
 
-        return forget
+    def forget_all() -> tuple[Any, ...]:
+        return (), "[]", show_examples((), ways), ""
 
     with gradio.Blocks(title="mann_fast: draw", analytics_enabled=False, fill_width=True) as page:
         known = gradio.State(())
@@ -272,6 +280,7 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
                     html_template=CANVAS,
                     css_template=CANVAS_STYLE,
                     js_on_load=CANVAS_SCRIPT,
+                    apply_default_css=False,
                     elem_id="canvas",
                 )
                 with gradio.Row():
@@ -279,21 +288,29 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
                         placeholder="its name", show_label=False, container=False, elem_id="name", scale=2
                     )
                     teach = gradio.Button("Remember", variant="primary", elem_id="remember", scale=1)
+                note = gradio.HTML("", elem_id="note")
                 with gradio.Row():
                     last = gradio.Button("Forget the last", size="sm")
                     everything = gradio.Button("Forget everything", size="sm")
             with gradio.Column():
                 said = gradio.HTML(show_answer(learner, (), None), elem_id="answer")
-        gradio.HTML("<h4>What it remembers</h4>")
         shown = gradio.HTML(show_examples((), ways), elem_id="examples")
 
-        results = [known, canvas, shown, said]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        canvas.input(answer, [canvas, known], said, trigger_mode="always_last", **quiet)
-        for event in (teach.click, name.submit):
-            event(remember, [canvas, name, known], results, **quiet)
-        last.click(keep(slice(-1)), known, results, **quiet)
-        everything.click(keep(slice(0)), known, results, **quiet)
+        results = [known, canvas, shown, note]
+        quiet: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "trigger_mode": "multiple",
+        }
+        for event, change, inputs in (
+            (teach.click, remember, [canvas, name, known]),
+            (name.submit, remember, [canvas, name, known]),
+            (last.click, forget_last, [canvas, known]),
+            (everything.click, forget_all, []),
+        ):
+            event(change, inputs, results, **quiet).then(answer, [canvas, known], said, **quiet)
+        # gradio runs one call of a function at a time, in the order they came in: so the last answer is of the last canvas.
+        canvas.input(answer, [canvas, known], said, **quiet)
 
     # Fonts of the system alone: gradio's own would come from elsewhere.
     theme = gradio.themes.Soft(
