@@ -20,6 +20,7 @@ from mann_fast.cli._page import SIDE, Example, add_example, drawing, judge, show
 
 CROSS = [[[0.35, 0.35], [0.65, 0.62]], [[0.65, 0.35], [0.35, 0.62]]]
 TENT = [[[0.5, 0.3], [0.3, 0.65], [0.7, 0.65], [0.5, 0.3]]]
+WAVE = [[[0.25, 0.5], [0.33, 0.4], [0.42, 0.5], [0.5, 0.6], [0.58, 0.5], [0.66, 0.4], [0.75, 0.5]]]
 
 
 def ink(strokes, scale=1.0, shift=0.0):
@@ -170,7 +171,7 @@ def test_symbols_drawn_with_the_mouse_are_learned_and_known_again(tmp_path, requ
         page.locator("#remember").click()
         expect(page.locator("#note")).to_contain_text("Draw a symbol first")
         count = 0
-        for name, strokes in (("cross", CROSS), ("tent", TENT)):
+        for name, strokes in (("cross", CROSS), ("tent", TENT), ("wave", WAVE)):
             for shift, stretch in ((0, 1), (-0.1, 1.1)):
                 draw(strokes, shift, stretch)
                 page.locator("#name").locator("input, textarea").fill(name)
@@ -188,7 +189,7 @@ def test_symbols_drawn_with_the_mouse_are_learned_and_known_again(tmp_path, requ
         page.get_by_text("Clear").click()
         expect(answer).to_contain_text("Draw something")
         page.get_by_text("Forget the last").click()
-        expect(page.locator("#examples img")).to_have_count(3)
+        expect(page.locator("#examples img")).to_have_count(5)
 
         other = chromium.new_page()  # another visitor, who has taught it nothing
         other.goto(address)

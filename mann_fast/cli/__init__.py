@@ -27,6 +27,7 @@ Memory-augmented neural networks that learn new classes from a few examples.
   mann-fast show --checkpoint run              see what its memory does in one episode
   mann-fast predict --checkpoint run --support examples image.png
                                                use it on classes of your own
+  mann-fast draw                               teach it symbols that you draw, in your browser
   mann-fast bench                              measure it beside what you would use instead
 """
 

@@ -179,6 +179,7 @@ h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar i { background: #ece9e3; border-radius: 4px; height: 0.7rem; overflow: hidden; }
 .bar em { display: block; background: var(--of); height: 100%; transition: width 0.25s; }
+#answer { margin: 0 0 0 1.5rem !important; }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.2rem 0; }
 .row.of { margin-right: 1.6rem; }
 .row b { font-weight: 600; margin-right: 0.3rem; }
