@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
     port = free_port(args.host, args.port)
     say_which_model(args.checkpoint)
-    page, look = make_page(FewShotLearner.load(args.checkpoint, orders=ORDERS, encoder=args.encoder))
+    learner = FewShotLearner.load(args.checkpoint, orders=ORDERS, encoder=args.encoder)
+    if learner.config.model != "mann":
+        raise ValueError(f"{args.checkpoint} is an LSTM, which has no memory to show")
+    page, look = make_page(learner)
     with StopSignals() as stop:
         page.launch(
             server_name=args.host,
