@@ -7,7 +7,8 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ try:
 except ImportError:
     ModelHubMixin = None
 
+# Of 255, how far red, green and blue of a picture lie apart on average. Coloured ink on paper is less, for most of it is paper.
+COLOURED = 32
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"  # what save_pretrained writes; huggingface_hub's names
 
 
@@ -112,6 +115,8 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                 "labels must be given, one for each image: FewShotLearner requires y to be passed, but the target y is None"
             )
         config = self.config
+        if isinstance(images, Iterator):
+            images = list(images)
         pixels, named = as_pixels(images, config.image_size, config.colour), _as_list(labels)
         if len(named) != len(pixels):
             raise ValueError(f"labels must be one for each of {len(pixels)} images, got {len(named)}")
@@ -122,6 +127,8 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                 raise TypeError(f"labels must be hashable, got {type(label).__name__}") from None
         if not named:
             raise ValueError("images must be at least one, got none: 0 sample(s)")
+        if self._content()["data"]["drawn"] and not config.colour:
+            self._warn_of_colour(images)
         before = getattr(self, "_examples", None)
         every = [*self._labels, *named] if before is not None else named
         classes = sorted_labels(every)
@@ -266,6 +273,17 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                 ((self.checkpoint, self.encoder), content),
             )
         return self._loaded[1]
+
+    def _warn_of_colour(self, images: Any) -> None:
+        """Most of the pictures in colour are no drawn characters."""
+        channels = as_pixels(images, self.config.image_size, colour=True).astype(np.int16)
+        spread = (channels.max(1) - channels.min(1)).mean((1, 2))
+        if np.median(spread) > COLOURED:
+            warnings.warn(
+                "the images are in colour, and this model has learned to tell drawn characters apart, in grey: for photographs "
+                "train one of your own, with an encoder (mann-fast train --data FOLDER --encoder conv4 --colour)",
+                stacklevel=3,
+            )
 
     def _require_learned(self) -> None:
         if self.__sklearn_is_fitted__():

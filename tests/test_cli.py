@@ -799,11 +799,21 @@ def test_advice_fits_what_was_learned():
     from mann_fast.training import SequenceConfig
 
     config = TrainConfig(ways=5)
-    guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.45], "low": [0.15, 0.2, 0.3]}}
+    many = {"train_classes": 400, "drawn": True}
+    guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.45], "low": [0.15, 0.2, 0.3]}, **many}
     assert advice(config, guessing).startswith(
         "learning did not start: the 2nd image of a class is right 25.0%"
     )
-    later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637], "low": [0.18, 0.33, 0.61]}}
+    later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637], "low": [0.18, 0.33, 0.61]}, **many}
+    assert "--steps" in advice(config, guessing) and "--steps" in advice(config, later)
+    for found in (guessing, later):  # what more steps would not mend
+        assert "20 classes to train on are too few" in advice(config, {**found, "train_classes": 80})
+        photographs = {**found, "drawn": False}
+        assert advice(config, photographs).endswith("--encoder conv4 --colour --image-size 84")
+        with_encoder = TrainConfig(ways=5, encoder="conv4", image_size=28)
+        assert "28 x 28 shows little of a photograph" in advice(with_encoder, photographs)
+        large = TrainConfig(ways=5, encoder="conv4", image_size=84)
+        assert "--steps" in advice(large, photographs) and "photograph" not in advice(large, photographs)
     said = advice(config, later)
     assert said.startswith("learning has started but is not far: the 2nd") and "the 3rd 63.7%" in said
     assert "another --lr" not in said

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -283,3 +284,18 @@ def test_importing_mann_fast_does_not_read_images():
     assert "mann_fast.learner" in sys.modules and mann_fast.FewShotLearner is FewShotLearner
     with pytest.raises(AttributeError, match="has no attribute 'Learner'"):
         _ = mann_fast.Learner
+
+
+def test_photographs_shown_to_a_model_of_drawings_are_said():
+    colours = np.random.default_rng(0).integers(0, 256, (2, 1, 1, 3), dtype=np.uint8)
+    colours[:, ..., 0], colours[:, ..., 2] = 200, 40
+    photographs = np.broadcast_to(colours, (2, 24, 24, 3))
+    learner = FewShotLearner.load()
+    with pytest.warns(UserWarning, match="in colour.*--encoder conv4 --colour"):
+        learner.learn(photographs, ["a", "b"])
+    ink = np.full((2, 24, 24, 3), 255, np.uint8)
+    ink[:, 8:12] = (30, 30, 200)  # a blue pen
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.fit(iter(ink), ["a", "b"])  # read twice
+    assert len(learner._examples) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.babi import load_babi
+from ..data.datasets import FEW_CLASSES
 from ..data.images import counted, expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
@@ -333,6 +334,7 @@ def train_and_report(
     return 0, summary
 
 
+PHOTOGRAPHS = 84  # pixels: the field's size, of mini-ImageNet
 BETTER = 0.9  # of a guess's errors: learning has started
 
 
@@ -345,13 +347,34 @@ def advice(config: RunConfig, summary: dict[str, Any]) -> str:
         # Of bAbI, thousands of answers; of other tasks few sequences, whose interval says how sure that is.
         errors = [(result.get("high", result.get("error")), result["guess"]) for result in summary["results"]]
         started = any(error < BETTER * guess for error, guess in errors)
+    lacks = lacking(config, summary) if isinstance(config, TrainConfig) else ""
     if not started:
-        return f"learning did not start: {unlearned(config, summary)}; give it more --steps, or another --lr or --seed"
+        remedy = lacks or "give it more --steps, or another --lr or --seed"
+        return f"learning did not start: {unlearned(config, summary)}; {remedy}"
     best = ""
     if isinstance(config, TrainConfig):
         at = max(range(len(mean)), key=mean.__getitem__)
         best = f", {_asked(config, at + 1)} {mean[at]:.1%}"
-    return f"learning has started but is not far: {unlearned(config, summary)}{best}; give it more --steps"
+    remedy = lacks or "give it more --steps"
+    return f"learning has started but is not far: {unlearned(config, summary)}{best}; {remedy}"
+
+
+def lacking(config: TrainConfig, summary: dict[str, Any]) -> str:
+    """What more steps would not mend: too few classes, or photographs that the model sees too little of."""
+    turned = 4 if config.augment and summary["drawn"] else 1
+    classes = summary["train_classes"] // turned
+    if classes < FEW_CLASSES:
+        return (
+            f"{counted(classes, 'class', 'classes')} to train on are too few to learn how to learn: train on hundreds "
+            "(omniglot, glyphs), and show yours to that model (mann-fast predict --support)"
+        )
+    if summary["drawn"]:
+        return ""
+    if config.encoder == NO_ENCODER:
+        return f"photographs take an encoder: --encoder conv4 --colour --image-size {PHOTOGRAPHS}"
+    if config.image_size < PHOTOGRAPHS:
+        return f"{config.image_size} x {config.image_size} shows little of a photograph: --image-size {PHOTOGRAPHS}"
+    return ""
 
 
 def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:

@@ -216,6 +216,7 @@ def summarise(
         out,
         {
             "train_classes": trainer.num_classes,
+            "drawn": trainer.drawn,
             "heldout_classes": dataset.test.num_classes,
             "heldout_accuracy": accuracy.to_dict(),
             "chance": config.chance,
