@@ -126,7 +126,10 @@ FLAGS = (
 def address():
     """Of a page that mann-fast draw serves; it must end on Ctrl-C, without a traceback."""
     command = [sys.executable, "-m", "mann_fast", "draw", "--port", "0", "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    nowhere = {"http_proxy": "http://localhost:9", "https_proxy": "http://localhost:9"}  # must not be asked
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **nowhere}
+    ) as server:
         try:
             yield re.search(r"http\S+", server.stdout.readline())[0]
         finally:

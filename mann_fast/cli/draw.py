@@ -51,10 +51,10 @@ def free_port(host: str, port: int) -> int:
     if not 0 <= port <= 65535:
         raise ValueError(f"--port must be between 0 and 65535, got {port}")
     with socket.socket() as probe:
-        if os.name != "nt":  # there it would let two programs have the same
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # one that was in use a moment ago is free
+        if (
+            os.name != "nt"
+        ):  # where it would let two programs have one port; elsewhere it is: not in use, though a moment ago
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -70,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
     from ._page import make_page
 
     port = free_port(args.host, args.port)
+    # gradio asks its own server whether it is there, and must not ask a proxy.
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, [excepted, "localhost", args.host]))
     say_which_model(args.checkpoint)
     learner = FewShotLearner.load(args.checkpoint, orders=ORDERS, encoder=args.encoder)
     if learner.config.model != "mann":
