@@ -376,11 +376,3 @@ def test_explain_says_what_the_cuda_kernels_refuse_and_what_depends_on_the_batch
         in explain("lrua_scan", 1 << 20, 64, 4)["cuda"]
     )
     assert "multiprocessors" not in explain("lrua_scan", 128, 40, 4)["cuda"]
-
-
-@pytest.mark.skipif(not EMULATION, reason="asks the emulated CUDA kernels")
-def test_a_refused_launch_says_of_which_op():
-    slots = 1 << 24
-    empty = reference.LRUAState(torch.zeros(0, slots, 5), torch.zeros(0, 3, slots), torch.zeros(0, slots))
-    with pytest.raises(RuntimeError, match=r"CUDA cannot launch lrua_scan: .* fewer than 2\^24 slots"):
-        ops.lrua_scan(empty, *scan_inputs(4, 0, 5, 3, torch.float32))

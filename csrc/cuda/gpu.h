@@ -81,22 +81,6 @@ __device__ inline T* of_block(T* shared, int) {
 __device__ inline float inverse_root(float x) { return rsqrtf(x); }
 __device__ inline double inverse_root(double x) { return rsqrt(x); }
 
-// Null where status is success, else what it says. The runtime keeps an error too, for whoever asks next: taken from it, or torch
-// would report it of a kernel of its own.
-inline const char* failure(cudaError_t status) {
-  if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(status);
-}
-
-// Bytes of shared memory that a block may have on the current device.
-inline int most_shared() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
-
 // A launch as the runtime takes it; status tells whether the kernel may have what it asks for.
 struct Configured {
   cudaLaunchConfig_t config{};
@@ -104,10 +88,8 @@ struct Configured {
   cudaError_t status = cudaSuccess;
   template <class Kernel>
   Configured(Kernel kernel, const Launch& how) {
-    // What a kernel may have is a state of the kernel and the device, not of the launch: always the most there is, or a thread
-    // that asks for less would take it from one that is about to launch.
     if (how.shared > portable_shared)
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared());
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
     if (status == cudaSuccess && how.cluster > portable_cluster)
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -129,7 +111,7 @@ const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments..
   if (how.blocks == 0) return nullptr;
   Configured as(kernel, how);
   if (as.status == cudaSuccess) as.status = cudaLaunchKernelEx(&as.config, kernel, static_cast<Parameters>(arguments)...);
-  return failure(as.status);
+  return as.status == cudaSuccess ? nullptr : cudaGetErrorString(as.status);
 }
 
 // How many of such clusters the current device has room for at once.
@@ -138,24 +120,29 @@ int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
   Configured as(kernel, how);
   int count = 0;
   if (as.status == cudaSuccess) as.status = cudaOccupancyMaxActiveClusters(&count, kernel, &as.config);
-  return failure(as.status) ? 0 : count;
+  if (as.status == cudaSuccess) return count;
+  cudaGetLastError();  // else the next launch would report it
+  return 0;
 }
 
 // Null where the driver and the current device can run a kernel of this library, else why not.
 template <class Kernel>
 const char* usable(Kernel kernel) {
   cudaFuncAttributes attributes;
-  return failure(cudaFuncGetAttributes(&attributes, kernel));
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // else the next launch would report it
+  return cudaGetErrorString(status);
 }
 
 // Of the current device.
 inline Limits limits() {
-  int device = 0, major = 0, processors = 0;
+  int device = 0, shared = 0, major = 0, processors = 0;
   cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return {static_cast<size_t>(most_shared()), major >= 9 ? portable_cluster : 1, major >= 9 ? 2 * portable_cluster : 1,
-          processors};
+  return {static_cast<size_t>(shared), major >= 9 ? portable_cluster : 1, major >= 9 ? 2 * portable_cluster : 1, processors};
 }
 
 }  // namespace gpu

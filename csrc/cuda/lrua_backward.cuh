@@ -59,13 +59,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
   }
   __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
-  // Numbers of so many steps in [heads, span]: of many steps more than 32 bits count.
-  __device__ __forceinline__ int64_t weights_of(int step) const {
-    return static_cast<int64_t>(step) * (plan.heads * plan.span);
-  }
-  __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + weights_of(step); }
-  __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + weights_of(step); }
-  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + static_cast<int64_t>(step) * plan.span; }
+  __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * (plan.heads * plan.span); }
+  __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + step * (plan.heads * plan.span); }
+  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + step * plan.span; }
   __device__ __forceinline__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
 
   __device__ __forceinline__ void begin() {

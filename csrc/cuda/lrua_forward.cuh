@@ -38,12 +38,11 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   typename Forward<T>::Slots per_slot;
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
-  int64_t next_anchor;  // the next step that has one; every step asks, and a division would take it hundreds of cycles
 
   __device__ __forceinline__ LruaForward(const LruaScan& a, const Plan& plan, Places places, int64_t sample, int rank)
       : Base(plan, rank, a.eps, a.shared_target), a(a), sample(sample),
         small(places.of(ALONE || RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
-        tiles(places.of(plan.near_tiles), plan, 0), next_anchor(a.anchor_every) {}
+        tiles(places.of(plan.near_tiles), plan, 0) {}
 
   __device__ __forceinline__ Inputs<T> inputs(int64_t step) const {
     return small.in.of(static_cast<int>(step % 2), plan, false);
@@ -127,8 +126,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   __device__ __forceinline__ void save(int64_t t, const int* chosen) {
     if (rank == 0 && place.warp == 0)
       for (int r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
-    if (t != next_anchor) return;
-    next_anchor += a.anchor_every;
+    if (!has_anchor(t, a.anchor_every)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)

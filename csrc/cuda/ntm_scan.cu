@@ -180,16 +180,12 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     if (steps > 0) stream.put(inputs(0));
     this->sync();
     const int reads = plan.reads, heads = plan.R;
-    int64_t next_anchor = a.anchor_every;  // none at 0: a division in every step would take hundreds of cycles
     for (int64_t t = 0; t < steps; ++t) {
       const NtmInputs<T> in = inputs(t);
       const bool more = t + 1 < steps;
       if (more) stream.ask((t + 1) * a.B + sample);
       const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
-      if (t > 0 && t == next_anchor) {
-        save_memory(t);
-        next_anchor += a.anchor_every;
-      }
+      if (has_anchor(t, a.anchor_every)) save_memory(t);
       if (a.read_first) {
         address(in, 0, heads, t, more, true);
         read();
