@@ -254,16 +254,11 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
         try:
             examples = add_example(examples, drawing(canvas), name, ways)
         except ValueError as error:
-            return (
-                examples,
-                canvas,
-                show_examples(examples, ways),
-                f'<p class="hint">{html.escape(str(error))}</p>',
-            )
+            return examples, gradio.skip(), gradio.skip(), f'<p class="hint">{html.escape(str(error))}</p>'
         return examples, "[]", show_examples(examples, ways), ""
 
-    def forget_last(canvas: str, examples: tuple[Example, ...]) -> tuple[Any, ...]:
-        return examples[:-1], canvas, show_examples(examples[:-1], ways), ""
+    def forget_last(examples: tuple[Example, ...]) -> tuple[Any, ...]:
+        return examples[:-1], gradio.skip(), show_examples(examples[:-1], ways), ""
 
     def forget_all() -> tuple[Any, ...]:
         return (), "[]", show_examples((), ways), ""
@@ -306,7 +301,7 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
         for event, change, inputs in (
             (teach.click, remember, [canvas, name, known]),
             (name.submit, remember, [canvas, name, known]),
-            (last.click, forget_last, [canvas, known]),
+            (last.click, forget_last, [known]),
             (everything.click, forget_all, []),
         ):
             event(change, inputs, results, **quiet).then(answer, [canvas, known], said, **quiet)
