@@ -20,6 +20,7 @@ from .data.images import expand_user, is_light
 from .data.pictures import as_pixels
 from .training.checkpoint import PRETRAINED, load_checkpoint, restore_model, save_weights
 from .training.config import TrainConfig
+from .training.features import encoder_of
 from .training.files import write_json
 from .training.prediction import predict_by_order, require_ways
 from .training.recall import Recall, recall
@@ -258,7 +259,10 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
             queries, examples = 255 - queries, 255 - examples
         place = {label: at for at, label in enumerate(self.classes_.tolist())}
         classes = torch.tensor([place[label] for label in self._labels])
-        return self._model, config, torch.from_numpy(examples), classes, torch.from_numpy(queries)
+        shown, asked = torch.from_numpy(examples), torch.from_numpy(queries)
+        if self._features is not None:
+            shown, asked = self._features.features(shown), self._features.features(asked)
+        return self._model, config, shown, classes, asked
 
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""
@@ -268,6 +272,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                 raise ValueError(
                     f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"
                 )
+            self._features = encoder_of(content)
             self._model, self._loaded = (
                 restore_model(content, self.encoder),
                 ((self.checkpoint, self.encoder), content),

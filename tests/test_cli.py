@@ -815,7 +815,10 @@ def test_advice_fits_what_was_learned():
         large = TrainConfig(ways=5, encoder="conv4", image_size=84)
         assert "--steps" in advice(large, photographs) and "photograph" not in advice(large, photographs)
     said = advice(config, later)
-    assert said.startswith("learning has started but is not far: the 2nd") and "the 3rd image of a class 63.7%" in said
+    assert (
+        said.startswith("learning has started but is not far: the 2nd")
+        and "the 3rd image of a class 63.7%" in said
+    )
     assert "another --lr" not in said
     copy = SequenceConfig()
     assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "high": 3.95, "guess": 4.0}]})

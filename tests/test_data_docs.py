@@ -6,10 +6,11 @@ from pathlib import Path
 
 def test_examples():
     text = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, own, workers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(first, names)
     assert names["inputs"].shape == (50, 16, 405)
     assert names["targets"].shape == names["instance"].shape == (50, 16)
-    exec(second, names)
+    exec(own, dict(names))
+    exec(workers, names)
     assert next(iter(names["loader"])).inputs.shape == (50, 16, 405)

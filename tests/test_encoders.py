@@ -203,7 +203,8 @@ def test_settings_refuse_an_encoder_where_it_does_not_fit():
     assert TrainConfig.of("conv4", "stream").image_size == 28
     assert math.prod(TrainConfig.of("conv4", "stream", colour=True, image_size=32).image_shape) == 3 * 32 * 32
     with pytest.raises(
-        ValueError, match="encoder must be one of none, conv4 or MODULE:FACTORY, got 'resnet'"
+        ValueError,
+        match="encoder must be one of none, conv4, torchvision/NAME, timm/NAME or MODULE:FACTORY, got 'resnet'",
     ):
         TrainConfig(encoder="resnet")
     with pytest.raises(ValueError, match="encoder must be 'none' with model lstm"):

@@ -17,6 +17,7 @@ from ..data.images import expand_user
 from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED
+from ..training.features import encode_classes, encoder_of
 from ..training.support import images_of_class, make_episodes
 from ..training.trainer import fingerprint
 
@@ -60,12 +61,17 @@ def add_heldout_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def heldout_episodes(content: dict[str, Any], source: str | None, seed: int) -> Episodes:
+def heldout_episodes(
+    content: dict[str, Any], source: str | None, seed: int, *, encoded: bool = True
+) -> Episodes:
     """Episodes of the configured kind from classes that the model of a checkpoint was not trained on: the held-out ones of
-    its data; of another folder of images all.
+    its data; of another folder of images all. Of what the model reads, so of features where it was trained with a backbone,
+    unless ``encoded`` is False.
     """
     config = content["config"]
     classes = unseen_classes(content, source) if source else load_data(config).test
+    if encoded and (encoder := encoder_of(content)):
+        classes = encode_classes(classes, encoder)
     return make_episodes(config, classes, seed=seed)
 
 

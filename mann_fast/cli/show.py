@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..data import Episode, Episodes
 from ..data.images import expand_user
-from ..training import BabiConfig, SequenceConfig, load_checkpoint, restore_model
+from ..models.backbones import is_backbone
+from ..training import BabiConfig, SequenceConfig, TrainConfig, load_checkpoint, restore_model
 from ..training.loop import describe
 from ..training.sequences import trace_sequence
 from ..training.support import as_stream, sample_support
@@ -60,20 +62,26 @@ def run(args: argparse.Namespace) -> int:
     if args.length is not None:
         raise ValueError("--length belongs to a model of a sequence task")
     source = args.data or config.data
-    episodes = heldout_episodes(content, args.data, args.episode)
-    if config.episodes == "support":
-        drawn = sample_support(episodes, 1, ways=config.ways, shots=config.shots, queries=1)
-        episode = as_stream(drawn, config)
-    else:
-        episode = episodes.sample(1)
+    episode = one_episode(config, heldout_episodes(content, args.data, args.episode))
+    # The same seed draws the same images, of which a model may read features.
+    pictures = episode
+    if is_backbone(config.encoder):
+        pictures = one_episode(config, heldout_episodes(content, args.data, args.episode, encoded=False))
     found = trace(restore_model(content, args.encoder), episode, config.labels)
-    images = episode.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
+    images = pictures.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
     out = args.out or Path(f"episode-{args.episode}.png")
     plot_episode(
         out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"
     )
     print(f"{int(found.right.sum())} of {int(found.asked.sum())} right; picture: {out}")
     return 0
+
+
+def one_episode(config: TrainConfig, episodes: Episodes) -> Episode:
+    if config.episodes == "stream":
+        return episodes.sample(1)
+    drawn = sample_support(episodes, 1, ways=config.ways, shots=config.shots, queries=1)
+    return as_stream(drawn, config)
 
 
 def show_sequence(args: argparse.Namespace, content: dict[str, Any]) -> int:

@@ -11,11 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .._cache import cache_folder
 from ..data.babi import load_babi
 from ..data.datasets import FEW_CLASSES
 from ..data.images import counted, expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
+from ..models.backbones import Backbone, is_backbone
 from ..models.encoders import is_own
 from ..reference.cell import CONTROLLERS
 from ..training import (
@@ -45,6 +47,7 @@ from ..training.config import (
     RunConfig,
     config_kind,
 )
+from ..training.features import encode_dataset
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, read_metrics, require_no_run
 from ..training.plots import ordinal
@@ -126,7 +129,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help=f"pixels; images are resized to N x N (default: {default.image_size}; with an encoder "
-        f"conv4 {ENCODER_DEFAULTS['conv4']['image_size']})",
+        f"conv4 {ENCODER_DEFAULTS['conv4']['image_size']}, with a pretrained one its own)",
     )
     setting(
         "--colour",
@@ -136,7 +139,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--encoder",
         metavar="NAME",
-        help="what every image goes through before the memory's controller: conv4, the Conv-4 of Snell et al. 2017, or "
+        help="what every image goes through before the memory's controller: conv4, the Conv-4 of Snell et al. 2017; "
+        "torchvision/NAME or timm/NAME, a pretrained network such as torchvision/resnet18, which is not trained; or "
         "MODULE:FACTORY, your own, which without arguments gives a module that takes images [M, C, H, W] (default: "
         f"{default.encoder}: the controller sees the pixels)",
     )
@@ -285,7 +289,18 @@ def train_and_report(
     dataset = None
     if of_images:
         with processes.one_ahead():
+            backbone = (
+                Backbone(config.encoder) if is_backbone(config.encoder) else None
+            )  # which may fail at once
             dataset = load_data(config)
+            if backbone is not None:
+                said = (
+                    f"mann-fast: features of {len(dataset.train.images) + len(dataset.test.images):,} images by "
+                    f"{config.encoder}, computed once and kept in {cache_folder() / 'features'}"
+                )
+                if processes.rank() == 0:
+                    print(said, file=sys.stderr)
+                dataset = encode_dataset(dataset, backbone)
     elif isinstance(config, BabiConfig):
         dataset = load_babi(config.data)
     trainer = (
@@ -371,7 +386,10 @@ def lacking(config: TrainConfig, summary: dict[str, Any]) -> str:
     if summary["drawn"]:
         return ""
     if config.encoder == NO_ENCODER:
-        return f"photographs take an encoder: --encoder conv4 --colour --image-size {PHOTOGRAPHS}"
+        return (
+            f"photographs take an encoder: --encoder conv4 --colour --image-size {PHOTOGRAPHS}, or a pretrained one, "
+            "--encoder torchvision/resnet18"
+        )
     if config.image_size < PHOTOGRAPHS:
         return f"{config.image_size} x {config.image_size} shows little of a photograph: --image-size {PHOTOGRAPHS}"
     return ""

@@ -8,6 +8,7 @@ from .glyphs import generate_glyphs
 from .images import ClassImages, load_images, read_grey, read_image
 from .npz import load_npz
 from .omniglot import load_omniglot
+from .tables import load_csv, load_pairs
 
 __all__ = [
     "ClassImages",
@@ -20,11 +21,13 @@ __all__ = [
     "fetch_omniglot",
     "generate_glyphs",
     "image_files",
+    "load_csv",
     "load_dataset",
     "load_folder",
     "load_images",
     "load_npz",
     "load_omniglot",
+    "load_pairs",
     "num_outputs",
     "read_grey",
     "read_image",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .fetch import fetch_omniglot
-from .folder import PARTS, load_folder
+from .folder import PARTS, class_folders, load_folder
 from .glyphs import generate_glyphs
 from .images import ClassImages, counted, expand_user
 from .npz import load_npz
 from .omniglot import ALPHABETS, find_part, load_omniglot
+from .tables import load_csv, load_pairs
 
 GLYPH_CLASSES = (3000, 200)  # to train on, to test on
 FEW_CLASSES = 30
@@ -27,15 +30,18 @@ class TooFewClasses(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder"."""
+    """Classes to train on and other classes to test on; kind: "glyphs", "omniglot" or "folder". features: where they stand in
+    place of images, what made them (:meth:`mann_fast.training.features.FeatureEncoder.to_dict`).
+    """
 
     train: ClassImages
     test: ClassImages
     kind: str
+    features: dict[str, Any] | None = None
 
 
 def load_dataset(
-    source: str | Path,
+    source: Any,
     *,
     image_size: int = 20,
     colour: bool = False,
@@ -52,15 +58,21 @@ def load_dataset(
     least ``ways``, are set aside to test on: the same ones for the same ``seed``, so evaluate with the seed
     of the training. Of a folder that holds such folders as train/ and test/ (or val/, where there is no test/), which
     have no class in common, the split is theirs; where they have, the images of a class are put together and the classes split
-    as above. An .npz file of MedMNIST: ``load_npz``, split likewise. ``colour`` and ``invert`` as in ``load_folder``.
+    as above; so of a folder that holds such files as train.csv and test.csv (``load_csv``). A .csv file alone, or an .npz file
+    of MedMNIST (``load_npz``): its classes, split as above. A map-style data set of images and labels in Python
+    (``load_pairs``): likewise. ``colour`` and ``invert`` as in ``load_folder``.
 
     Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
     one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
     """
-    if source == "glyphs":
+    if not isinstance(source, (str, os.PathLike)):
+        options = {"image_size": image_size, "colour": colour}
+        parts = split_classes(load_pairs(source, **options, invert=invert), ways=ways, seed=seed)
+        kind = "folder"
+    elif source == "glyphs":
         train, test = GLYPH_CLASSES
         if colour:
-            raise ValueError("colour must be False for glyphs, which are black and white")
+            raise ValueError("colour must be False for glyphs, which are black and white (--no-colour)")
         classes = generate_glyphs(train + test, max(20, shots), image_size=image_size, seed=seed)
         parts = classes.select(range(train)), classes.select(range(train, train + test))
         kind = "glyphs"
@@ -75,11 +87,18 @@ def load_dataset(
         if not expand_user(source).exists():
             raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
         options = {"image_size": image_size, "colour": colour}
-        found = {part: expand_user(source) / part for part in PARTS if (expand_user(source) / part).is_dir()}
-        if len(found) >= 2 and "train" in found:
-            parts = _split_before(found, options, invert)
-        elif expand_user(source).suffix == ".npz":
-            parts = (load_npz(source, **options),)
+        path = expand_user(source)
+        folders = {part: path / part for part in PARTS if (path / part).is_dir()}
+        tables = {part: path / f"{part}.csv" for part in PARTS if (path / f"{part}.csv").is_file()}
+        listed = len(tables) >= 2 and "train" in tables
+        if len(folders) >= 2 and "train" in folders and not (listed and not class_folders(folders["train"])):
+            parts = _split_before(load_folder, folders, options, invert)
+        elif listed:
+            parts = _split_before(load_csv, tables, options, invert)
+        elif path.suffix == ".csv":
+            parts = (load_csv(path, **options, invert=invert),)
+        elif path.suffix == ".npz":
+            parts = (load_npz(path, **options),)
         else:
             parts = (load_folder(source, **options, min_images=shots, invert=invert),)
         if len(parts) == 1:
@@ -91,13 +110,13 @@ def load_dataset(
 
 
 def _split_before(
-    folders: dict[str, Path], options: dict[str, Any], invert: bool | None
+    load: Callable[..., ClassImages], paths: dict[str, Path], options: dict[str, Any], invert: bool | None
 ) -> tuple[ClassImages, ...]:
-    """(train, test) where no class is in two of the folders, else all classes in one."""
-    train = load_folder(folders["train"], **options, invert=invert)
+    """(train, test) where no class is in two of the parts, else all classes in one."""
+    train = load(paths["train"], **options, invert=invert)
     others = {
-        part: load_folder(folder, **options, invert=train.inverted)  # as the training images
-        for part, folder in folders.items()
+        part: load(path, **options, invert=train.inverted)  # as the training images
+        for part, path in paths.items()
         if part != "train"
     }
     every = [train, *others.values()]

@@ -68,6 +68,10 @@ class Episodes:
                 f"episodes of {ways} classes (ways) need at least {ways} classes, got {classes.num_classes}; "
                 "add classes or lower ways"
             )
+        if augment and classes.are_features:
+            raise ValueError(
+                "augment must be False for features, which were computed once: they cannot be turned"
+            )
         classes.require(shots, "add images or lower shots")
         self.classes = classes
         self.ways, self.shots, self.labels, self.augment = ways, shots, labels, augment
@@ -77,7 +81,8 @@ class Episodes:
         self._image_shape = classes.images.shape[1:]
         self._pixels = classes.images.flatten(1)
         self.input_size = self._pixels.shape[1] + self.num_outputs
-        middles = (2 * torch.arange(self.image_size) + 1) / self.image_size - 1  # of the pixels, from -1 to 1
+        side = self.image_size if augment else 0
+        middles = (2 * torch.arange(side) + 1) / max(side, 1) - 1  # of the pixels, from -1 to 1
         across, down = torch.meshgrid(middles, middles, indexing="xy")
         self._grid = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
         self._generator = torch.Generator().manual_seed(seed)
@@ -98,9 +103,9 @@ class Episodes:
     def sample_images(
         self, batch: int, part: slice = slice(None), *, ways: int | None = None, shots: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The images of a batch, [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255; which
-        of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As :meth:`sample`, or of fewer
-        ``ways`` and ``shots`` than its episodes have.
+        """The images of a batch, [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255, or
+        features [T, B, E]; which of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As
+        :meth:`sample`, or of fewer ``ways`` and ``shots`` than its episodes have.
         """
         ways, shots = self.ways if ways is None else ways, self.shots if shots is None else shots
         length = ways * shots
@@ -221,10 +226,10 @@ def num_outputs(ways: int, labels: str) -> int:
 def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = "onehot") -> Tensor:
     """What a model reads, float32 [T, B, C * S * S + L]: the pixels, then the label of the step before.
 
-    images: [T, B, S, S], or in colour [T, B, 3, S, S], uint8 or float, with values from 0 to 255. previous: the
-    label of the step before,
-        int64 [T, B] in [-1, ways), or for string labels [T, B, 5] letters in [-1, 5); -1 stands for none and
-        is encoded as zeros. L is ``ways``, or 25 for string labels.
+    images: [T, B, S, S], or in colour [T, B, 3, S, S], uint8 or float, with values from 0 to 255; or features [T, B, E] of
+        :class:`mann_fast.training.features.FeatureEncoder`. previous: the label of the step before, int64 [T, B] in
+        [-1, ways), or for string labels [T, B, 5] letters in [-1, 5); -1 stands for none and is encoded as zeros. L is
+        ``ways``, or 25 for string labels.
     """
     check_labels(ways, labels)
     size = ways if labels == "onehot" else LETTERS

@@ -56,7 +56,8 @@ class ClassImages:
     """Images sorted by class: those of class c are ``images[starts[c]:starts[c + 1]]``.
 
     images: uint8 [M, S, S]; drawn characters have ink 255 on background 0, photographs their grey values. In colour
-        [M, 3, S, S], red, green and blue.
+        [M, 3, S, S], red, green and blue. Or float32 [M, E], what a pretrained backbone has made of them
+        (:class:`mann_fast.training.features.FeatureEncoder`).
     starts: int64 [C + 1], from 0 to M, never falling.
     names: the C names of the classes, all different.
     inverted: whether the files were dark on light and have been inverted, so that further files can be read
@@ -71,10 +72,13 @@ class ClassImages:
     inverted: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8:
+        if not isinstance(self.images, Tensor) or (
+            self.images.dtype != torch.uint8 and not self.are_features
+        ):
             raise TypeError(f"images must be a uint8 tensor, got {_kind(self.images)}")
         shape = list(self.images.shape)
-        if len(shape) not in (3, 4) or shape[-1] != shape[-2] or (len(shape) == 4 and shape[1] != 3):
+        of_images = len(shape) in (3, 4) and shape[-1] == shape[-2] and (len(shape) == 3 or shape[1] == 3)
+        if not of_images and not self.are_features:
             raise ValueError(f"images must have shape [M, 3, S, S] or [M, S, S], got {shape}")
         if not isinstance(self.starts, Tensor) or self.starts.dtype != torch.int64:
             raise TypeError(f"starts must be an int64 tensor, got {_kind(self.starts)}")
@@ -118,8 +122,13 @@ class ClassImages:
         return len(self.names)
 
     @property
+    def are_features(self) -> bool:
+        """Whether there are features in place of the images."""
+        return self.images.dtype == torch.float32 and self.images.dim() == 2
+
+    @property
     def image_size(self) -> int:
-        """S, the width and height of the images in pixels."""
+        """S, the width and height of the images in pixels; of features E."""
         return self.images.shape[-1]
 
     @property

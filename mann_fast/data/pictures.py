@@ -35,11 +35,12 @@ def as_pixels(images: Any, image_size: int, colour: bool = False) -> np.ndarray:
     shape = (*((3,) if colour else ()), image_size, image_size)
     found = np.empty((len(images), *shape), np.uint8)
     for at, image in enumerate(images):
-        found[at] = _one(image, f"images[{at}]", image_size, colour)
+        found[at] = to_pixels(image, f"images[{at}]", image_size, colour)
     return found
 
 
-def _one(image: Any, name: str, image_size: int, colour: bool) -> np.ndarray:
+def to_pixels(image: Any, name: str, image_size: int, colour: bool) -> np.ndarray:
+    """One of them, called ``name`` in messages; raises as :func:`as_pixels`."""
     is_path = isinstance(image, (str, os.PathLike))
     named = str(image) if is_path else name
     try:

@@ -26,6 +26,7 @@ from torch.utils.serialization import config as serialization
 from ..data import num_outputs
 from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
+from ..models.backbones import is_backbone
 from ..models.encoders import is_own, make_own
 from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
 from .files import replacing
@@ -199,7 +200,15 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
     if isinstance(config, TrainConfig):
         _part(content, "data.drawn", bool)
         outputs = num_outputs(config.ways, config.labels)
-        needed |= {"input_size": math.prod(config.image_shape) + outputs, "num_classes": outputs}
+        needed["num_classes"] = outputs
+        width = math.prod(config.image_shape)
+        if is_backbone(config.encoder):
+            _part(content, "data.features.weights", str)
+            mean = _part(content, "data.features.mean", list)
+            if not all(isinstance(x, float) and math.isfinite(x) for x in mean):
+                raise ValueError("data.features.mean must be finite numbers")
+            width = len(mean)
+        needed["input_size"] = width + outputs
     elif isinstance(config, BabiConfig):
         words = _part(content, "vocabulary", list)
         if not all(isinstance(word, str) for word in words):
@@ -320,8 +329,8 @@ def _require_tensors(where: str, found: dict[Any, Any], expected: dict[str, Tens
 
 
 def encoder_options(config: TrainConfig) -> dict[str, Any]:
-    """Of MANN."""
-    if config.encoder == NO_ENCODER:
+    """Of MANN, which has no encoder where a backbone has made features of the images before."""
+    if config.encoder == NO_ENCODER or is_backbone(config.encoder):
         return {"encoder": None, "image_shape": None}
     return {"encoder": config.encoder, "image_shape": list(config.image_shape)}
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
+from ..models.backbones import is_backbone, recipe_of
 from ..models.encoders import ENCODERS, check_image_shape, is_own
 from ..reference.cell import CONTROLLERS
 
@@ -116,9 +117,7 @@ class TrainConfig(RunConfig):
     data: str = "glyphs"  # "glyphs", "omniglot" or the path of a folder
     image_size: int = 20  # images are resized to image_size x image_size pixels
     colour: bool = False  # three channels, else grey
-    encoder: str = (
-        NO_ENCODER  # or one of ENCODERS or MODULE:FACTORY, between the pixels and the memory's controller
-    )
+    encoder: str = NO_ENCODER  # or one of ENCODERS, LIBRARY/NAME or MODULE:FACTORY, between the pixels and the controller
 
     ways: int = 5  # classes per episode
     shots: int = 10  # images of each class per episode
@@ -132,9 +131,13 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
         known = (NO_ENCODER, *ENCODERS)
-        named = self.encoder in known or is_own(self.encoder)
-        _require(named, "encoder", f"one of {', '.join(known)} or MODULE:FACTORY", self.encoder)
-        if self.encoder != NO_ENCODER:
+        named = self.encoder in known or is_own(self.encoder) or is_backbone(self.encoder)
+        choices = f"one of {', '.join(known)}, torchvision/NAME, timm/NAME or MODULE:FACTORY"
+        _require(named, "encoder", choices, self.encoder)
+        if is_backbone(self.encoder):
+            never = "False with a backbone, which makes the features of every image once (--no-augment)"
+            _require(not self.augment, "augment", never, self.augment)
+        elif self.encoder != NO_ENCODER:
             _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
             check_image_shape(self.image_shape, self.encoder)
         _require(self.ways >= 2, "ways", "at least 2", self.ways)
@@ -155,7 +158,10 @@ class TrainConfig(RunConfig):
     @classmethod
     def of(cls, encoder: str, episodes: str, **changes: Any) -> TrainConfig:
         """With the image size that suits the encoder, and what suits the episodes, unless it is among the changes."""
-        defaults = {**ENCODER_DEFAULTS.get(encoder, {}), **EPISODES_DEFAULTS.get(episodes, {}), **changes}
+        of_encoder = ENCODER_DEFAULTS.get(encoder, {})
+        if is_backbone(encoder):
+            of_encoder = {"image_size": recipe_of(encoder).image_size, "colour": True, "augment": False}
+        defaults = {**of_encoder, **EPISODES_DEFAULTS.get(episodes, {}), **changes}
         config = cls(encoder=encoder, episodes=episodes, **defaults)
         if episodes == "support" and "slots" not in changes:  # one for every head and example
             examples = config.heads * config.ways * config.shots

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, Episodes
+from ..models.backbones import is_backbone
 from . import processes
 from .checkpoint import build_model
 from .config import TrainConfig
@@ -45,7 +46,13 @@ class Trainer(Run):
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset):
+        if (dataset.features is not None) != is_backbone(config.encoder):
+            raise ValueError(
+                f"dataset must hold {'features (encode_dataset)' if is_backbone(config.encoder) else 'images'} with encoder "
+                f"{config.encoder}, got {'images' if dataset.features is None else 'features'}"
+            )
         self.fingerprint = fingerprint(dataset)
+        self.features = dataset.features
         self.drawn = is_drawn(dataset)
         # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
         classes = dataset.train.rotated() if config.augment and self.drawn else dataset.train
@@ -136,7 +143,11 @@ class Trainer(Run):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            "data": {"drawn": self.drawn, "fingerprint": self.fingerprint},
+            "data": {
+                "drawn": self.drawn,
+                "fingerprint": self.fingerprint,
+                **({} if self.features is None else {"features": self.features}),
+            },
             "episodes": self.episodes.state_dict(),
             "interval": {
                 "loss": self._interval_loss,
@@ -153,6 +164,10 @@ class Trainer(Run):
             raise ValueError(
                 f"the images of --data {self.config.data} are not those that the checkpoint was trained on; "
                 "give the same data, or start a new run with another --out"
+            )
+        if self.features is not None and state["data"]["features"]["weights"] != self.features["weights"]:
+            raise ValueError(
+                f"the weights of {self.config.encoder} are not those that the run was started with"
             )
         super().load_state_dict(state)
         self.episodes.load_state_dict(state["episodes"])
