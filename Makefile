@@ -4,6 +4,7 @@
 # make fuzz    random cases of the ops against the reference (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
 # make site    the pages of docs/ and of the API, in build/site
+# make draw    the tests of the page and of the notebook, which need a browser and packages that the others do not
 # make clean   removes all of it, the virtual environment too
 #
 # Everything happens in a virtual environment of its own, .venv. TORCH says what pip installs there for PyTorch. PyPI's
@@ -28,7 +29,7 @@ WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check nightly fuzz build site lint abi isas triton cuda emulate sanitize wheel clean
+.PHONY: demo test check nightly fuzz draw build site lint abi isas triton cuda emulate sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile mann_fast/__init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -104,6 +105,11 @@ wheel: build cuda
 	MANN_FAST_OBJECTS="$(CURDIR)/build/objects" MANN_FAST_REQUIRE_EXTENSION=1 MANN_FAST_CUDA=$${MANN_FAST_CUDA-1} \
 	    $(BIN)/python -m build --no-isolation
 	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) $(OP_TESTS) tests/test_pretrained.py
+
+# In Chromium, as Debian's package chromium has it, or Chrome. What is tested is left in build/draw.png: docs/draw.png is that.
+draw: build
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[draw]" playwright nbclient ipykernel
+	MANN_FAST_PICTURE=build/draw.png $(BIN)/python -m pytest tests/test_draw.py tests/test_examples.py
 
 site: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"

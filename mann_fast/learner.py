@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .data.images import expand_user, is_light
 from .data.pictures import as_pixels
@@ -23,6 +23,7 @@ from .training.config import TrainConfig
 from .training.features import encoder_of
 from .training.files import write_json
 from .training.prediction import predict_by_order, require_ways
+from .training.recall import Recall, recall
 
 try:
     from huggingface_hub import ModelHubMixin
@@ -167,28 +168,20 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         Raises ValueError before anything was learned and for an image that cannot be read, which it names; TypeError for what
         is no image.
         """
-        self._require_learned()
-        content = self._content()
-        config = content["config"]
-        queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
-        if content["data"]["drawn"] and is_light(examples.mean(1) if config.colour else examples):
-            queries, examples = 255 - queries, 255 - examples
-        shown, asked = torch.from_numpy(examples), torch.from_numpy(queries)
-        if self._features is not None:
-            shown, asked = self._features.features(shown), self._features.features(asked)
-        place = {label: at for at, label in enumerate(self.classes_.tolist())}
-        found = predict_by_order(
-            self._model,
-            config,
-            shown,
-            torch.tensor([place[label] for label in self._labels]),
-            asked,
-            orders=self.orders,
-            seed=self.random_state,
-        ).double()
+        arguments = self._question(images)
+        found = predict_by_order(*arguments, orders=self.orders, seed=self.random_state).double()
         mean = found.mean(1)
         mean = (mean / mean.sum(1, keepdim=True)).numpy()
         return (mean, found.std(1, correction=0).numpy()) if return_std else mean
+
+    def recall(self, images: Any) -> Recall:
+        """Where in the memory the answer to each of M images comes from, for the orders of :meth:`predict_proba`:
+        a :class:`mann_fast.training.Recall`. Its ``examples``, [M, n], is the share of each example in the order of
+        learning.
+
+        Raises as :meth:`predict_proba`, and ValueError where the model has no memory (an LSTM).
+        """
+        return recall(*self._question(images), orders=self.orders, seed=self.random_state)
 
     def score(self, X: Any, y: Iterable[Hashable]) -> float:
         """The share of images whose prediction is the label given; raises as :meth:`predict`, ValueError for another number."""
@@ -255,6 +248,21 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
 
             file = Path(hf_hub_download(model_id, WEIGHTS, **download))
         return cls.load(file, **options)
+
+    def _question(self, images: Any) -> tuple[nn.Module, TrainConfig, Tensor, Tensor, Tensor]:
+        """The model, its settings, the examples, their classes by number and the images, as the model is to see them."""
+        self._require_learned()
+        content = self._content()
+        config = content["config"]
+        queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
+        if content["data"]["drawn"] and is_light(examples.mean(1) if config.colour else examples):
+            queries, examples = 255 - queries, 255 - examples
+        place = {label: at for at, label in enumerate(self.classes_.tolist())}
+        classes = torch.tensor([place[label] for label in self._labels])
+        shown, asked = torch.from_numpy(examples), torch.from_numpy(queries)
+        if self._features is not None:
+            shown, asked = self._features.features(shown), self._features.features(asked)
+        return self._model, config, shown, classes, asked
 
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""

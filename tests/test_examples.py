@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -96,3 +97,25 @@ def test_popgym_ppo_cores_begin_anew_alike(example):
         step, state = core.rnn(x[t : t + 1], tuple(keep * part for part in state))
         assert (step[0] - output[t]).abs().max() < 1e-12
     assert all((part - want).abs().max() < 1e-12 for part, want in zip(last, state, strict=True))
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore")  # of Jupyter about itself
+def test_the_notebook_runs_and_shows_what_it_did():
+    nbformat, nbclient = (
+        pytest.importorskip(name, reason="make draw installs it") for name in ("nbformat", "nbclient")
+    )
+    pytest.importorskip("ipykernel", reason="make draw installs it")
+    kept = nbformat.read(EXAMPLES / "few_shot.ipynb", as_version=4)
+    notebook = nbformat.from_dict(kept)
+    executed = nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(EXAMPLES.parent)}}
+    ).execute()
+
+    def printed(of):
+        cells = [cell.outputs for cell in of.cells if cell.cell_type == "code"]
+        assert all(outputs for outputs in cells)
+        return "".join(o.text for outputs in cells for o in outputs if o.get("name") == "stdout")
+
+    right = [int(re.search(r"(\d+)% right", printed(of))[1]) for of in (kept, executed)]
+    assert min(right) >= 80 and abs(right[0] - right[1]) <= 10

@@ -14,11 +14,13 @@ from PIL import Image
 import mann_fast
 import mann_fast.learner
 from mann_fast import FewShotLearner
-from mann_fast.data import generate_glyphs
+from mann_fast.data import encode_inputs, generate_glyphs
 from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, predict, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.config import SequenceConfig
+from mann_fast.training.prediction import draw_orders
+from mann_fast.training.recall import displace
 from mann_fast.training.sequences import SequenceTrainer
 
 EACH = 12
@@ -54,6 +56,60 @@ def test_it_learns_and_goes_on_learning(learner, glyphs):
     np.testing.assert_allclose(learner.predict_proba(queries[4:5]), probabilities[4:5], atol=1e-6)
     assert learner.fit(glyphs[3, :1], ["new"]).classes_.tolist() == ["new"]
     assert learner.predict(glyphs[0, :1]).tolist() == ["new"]
+
+
+def test_recall_follows_the_writes_of_every_example(learner, glyphs):
+    """Beside one order at a time, step by step, of the weights that the layer returns."""
+    learner.set_params(orders=3).learn(glyphs[:2, :2].reshape(4, 40, 40), [0, 0, 1, 1])
+    found = learner.recall(glyphs[:2, 5])
+    assert found.slots.shape == (2, 3, 128) and found.holds.shape == (2, 3, 128, 5)
+    torch.testing.assert_close(found.slots.sum(2), torch.ones(2, 3))
+    assert (found.holds >= 0).all() and found.holds.sum(3).max() < 1 + 1e-5
+    model, config, examples, classes, images = learner._question(glyphs[:2, 5])
+    order, _, shown = draw_orders(config, classes, 3, 0)
+    shares = torch.zeros(2, 4)
+    for k in range(3):
+        for q in range(2):
+            pictures = torch.cat([examples[order[:, k]], images[q : q + 1]]).unsqueeze(1)
+            late = torch.cat([torch.tensor([-1]), shown[:, k]]).unsqueeze(1)
+            x = encode_inputs(pictures, late, ways=5, labels="onehot")
+            with torch.no_grad():
+                _, _, weights = model.layer(model.encode(x), return_weights=True)
+            torch.testing.assert_close(found.slots[q, k], weights.read[-1, 0].mean(0))
+            held = torch.zeros(128, 5)
+            for step, source in enumerate([*order[:, k].tolist(), 4]):
+                w = weights.write[step, 0].sum(0).clamp(0, 1).unsqueeze(1)
+                held = held * (1 - w)
+                held[:, source] += w[:, 0]
+            torch.testing.assert_close(found.holds[q, k], held)
+            shares[q] += weights.read[-1, 0].mean(0) @ held[:, :4] / 3
+    torch.testing.assert_close(found.examples, shares)
+    alone = learner.recall(glyphs[1:2, 5])
+    torch.testing.assert_close(alone.slots, found.slots[1:])
+
+
+def test_a_write_takes_its_weight_of_a_slot():
+    none = torch.zeros(1, 3, 3)
+    once = displace(none, torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([0]))
+    assert once[0].tolist() == [[1, 0, 0], [0.5, 0, 0], [0, 0, 0]]
+    again = displace(
+        once, torch.tensor([[0.25, 2.0, 0.0]]), torch.tensor([1])
+    )  # several heads can write more than 1
+    assert again[0].tolist() == [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_recall_says_what_it_cannot(tmp_path, learner, glyphs):
+    with pytest.raises(ValueError, match="has learned nothing yet"):
+        learner.recall(glyphs[0, :1])
+    assert learner.learn(glyphs[0, :2], [0, 1]).recall(glyphs[0, :0]).examples.shape == (0, 2)
+    classes = generate_glyphs(2, 2, image_size=20)
+    config = TrainConfig(data="glyphs", model="lstm", ways=2, shots=2, batch=2, steps=1)
+    save_checkpoint(
+        tmp_path / "c.pt", Trainer(config, mann_fast.data.Dataset(classes, classes, "glyphs")).state_dict()
+    )
+    lstm = FewShotLearner.load(tmp_path / "c.pt").learn(glyphs[0, :2], [0, 1])
+    with pytest.raises(ValueError, match="with a memory is needed, this is a LSTMClassifier"):
+        lstm.recall(glyphs[0, :1])
 
 
 def test_it_answers_as_predict_does(learner, glyphs):

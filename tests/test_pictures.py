@@ -14,8 +14,8 @@ from mann_fast.cli import main
 from mann_fast.training import SequenceConfig, TrainConfig
 from mann_fast.training.loop import describe
 from mann_fast.training.plots import RIGHT, WRONG, plot_learning_curve, plot_predictions
-from mann_fast.training.sequence_plots import plot_sequence, plot_sequence_curve
-from mann_fast.training.sequences import SequenceTrace, task_of
+from mann_fast.training.sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
+from mann_fast.training.sequences import SequenceTrace, SizeResult, task_of
 from mann_fast.training.trace import Slots
 
 
@@ -112,6 +112,21 @@ def test_intervals_are_drawn_where_a_run_has_them(drawn, tmp_path):
     first, second = (band.get_paths()[0].vertices[:, 1] for band in drawn[1].axes[0].collections)
     assert (first.min(), first.max()) == (40, 60)
     assert (second.min(), second.max()) == (70, 80)
+
+
+@pytest.mark.parametrize("task, repairs", [("copy", ""), ("repeat-copy", "mds"), ("key-value", "mds")])
+def test_long_titles_are_not_cut(task, repairs, drawn, tmp_path):
+    addressing = "dnc" if repairs else "ntm"
+    config = SequenceConfig.of_task(task, addressing=addressing, controller="feedforward", repairs=repairs)
+    title = describe(config)
+    results = [SizeResult("100 vectors", 2, 1.0, 0.9, 1.1, 0.0, 4.0, [1.0, 1.0], None)]
+    plot_answers(tmp_path / "a.png", results, config, title)
+    lines = [{"step": step, "loss": 0.6, "test_error": {"100 vectors": 1.0}} for step in (1, 2)]
+    plot_sequence_curve(tmp_path / "b.png", lines, config, title)
+    for figure in drawn:
+        figure.canvas.draw()  # it was saved with other pixels than it has
+        box, whole = figure.axes[0].title.get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
 
 
 def test_answers_are_framed_by_whether_they_are_right(drawn, tmp_path):

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 from .. import __version__
 from ..ops._loading import missing
-from . import bench, demo, doctor, evaluate, predict, show, train
+from . import bench, demo, doctor, draw, evaluate, predict, show, train
 from ._stderr import ForgivingStream, discard, open_standard_files
 
-COMMANDS = (train, evaluate, predict, show, bench, demo, doctor)
+COMMANDS = (train, evaluate, predict, draw, show, bench, demo, doctor)
 
 DESCRIPTION = """\
 Memory-augmented neural networks that learn new classes from a few examples.
@@ -27,6 +27,7 @@ Memory-augmented neural networks that learn new classes from a few examples.
   mann-fast show --checkpoint run              see what its memory does in one episode
   mann-fast predict --checkpoint run --support examples image.png
                                                use it on classes of your own
+  mann-fast draw                               teach it symbols that you draw, in your browser
   mann-fast bench                              measure it beside what you would use instead
 """
 

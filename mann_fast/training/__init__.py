@@ -6,6 +6,7 @@ from .config import BabiConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .loop import has_learned, resume_run, start_run, summarise, summarise_babi, summarise_task, train
 from .prediction import predict
+from .recall import Recall
 from .run import TrainingDiverged
 from .sequences import SequenceTrainer
 from .trainer import Trainer
@@ -15,6 +16,7 @@ __all__ = [
     "BabiTrainer",
     "InstanceAccuracy",
     "Interrupted",
+    "Recall",
     "SequenceConfig",
     "SequenceTrainer",
     "TrainConfig",

@@ -20,14 +20,10 @@ def logits_apart(
     other images. Arguments as of :func:`log_probabilities_apart`. A model in training sees all images in one call, so that they
     are one batch to its encoder.
 
-    A model that was trained on streams reads every label one step late, that of the last example with the image. One that was
-    trained on support and queries reads an example with its label, and an image with none.
+    The labels come as in training (:func:`labels_beside`).
     """
     as_trained = {"ways": config.ways, "labels": config.labels}
-    none = torch.full_like(shown[:1], -1)
-    beside, asked = (
-        (shown, none) if config.episodes == "support" else (torch.cat([none, shown[:-1]]), shown[-1:])
-    )
+    beside, asked = labels_beside(config, shown)
     _, state = model(encode_inputs(examples, beside, **as_trained))
     found = []
     for part in images.split(max(1, len(images)) if model.training else 1):
@@ -38,6 +34,16 @@ def logits_apart(
         logits, _ = model(inputs, state if count == 1 else _repeated(state, count))  # one more step
         found.append(logits[0].unflatten(0, (count, -1)))
     return torch.cat(found) if found else torch.empty(0, images.shape[1], 0)
+
+
+def labels_beside(config: TrainConfig, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels that the inputs of the examples have, [n, B, ...], and that of an image after them, [1, B, ...]; -1 is none.
+
+    A model that was trained on streams reads every label one step late, that of the last example with the image. One that was
+    trained on support and queries reads an example with its label, and an image with none.
+    """
+    none = torch.full_like(shown[:1], -1)
+    return (shown, none) if config.episodes == "support" else (torch.cat([none, shown[:-1]]), shown[-1:])
 
 
 def _repeated(state: MemoryState, count: int) -> MemoryState:
@@ -95,16 +101,27 @@ def predict_by_order(
 
     Raises ValueError where there are more classes than the model has ways, or orders is below 1.
     """
+    order, labels, shown = draw_orders(config, classes, orders, seed)
+    repeated = images.unsqueeze(1).expand(-1, orders, *images.shape[1:])
+    return log_probabilities_apart(model, config, examples[order], shown, repeated, labels).exp()
+
+
+def draw_orders(
+    config: TrainConfig, classes: Tensor, orders: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random orders of examples whose classes are int64 [n]: the orders themselves, int64 [n, orders]; the labels of the
+    classes in each, [orders, C] or letters [orders, C, 5]; and those of the examples as they come, [n, orders, ...].
+
+    Raises ValueError as :func:`predict_by_order`.
+    """
     num_classes = int(classes.max()) + 1
     require_ways(num_classes, config)
     if orders < 1:
         raise ValueError(f"orders must be at least 1, got {orders}")
     generator = torch.Generator().manual_seed(seed)
-    order = _random_order(orders, len(examples), generator).T  # [n, K]
-    labels = draw_labels(config, num_classes, orders, generator)  # [K, C] or [K, C, 5]
-    shown = labels[torch.arange(orders), classes[order]]  # [n, K] or [n, K, 5]
-    repeated = images.unsqueeze(1).expand(-1, orders, *images.shape[1:])
-    return log_probabilities_apart(model, config, examples[order], shown, repeated, labels).exp()
+    order = _random_order(orders, len(classes), generator).T
+    labels = draw_labels(config, num_classes, orders, generator)
+    return order, labels, labels[torch.arange(orders), classes[order]]
 
 
 def require_ways(num_classes: int, config: TrainConfig) -> None:

@@ -55,7 +55,8 @@ def plot_sequence_curve(
             top, steps, [record.get("test_interval", {}).get(name) for record in records], line.get_color()
         )
     kind = "stories" if isinstance(config, BabiConfig) else "sequences"
-    top.set(title=f"{title}: new {kind}", ylabel=unit(config), ylim=(0, None))
+    top.set_title(f"{title}:\nnew {kind}", wrap=True)
+    top.set(ylabel=unit(config), ylim=(0, None))
     draw_legend(top, None if isinstance(config, BabiConfig) else "shaded: 95% interval")
     plot_loss(bottom, records, loss_unit(config))
     readable_log(bottom)
@@ -77,7 +78,8 @@ def plot_answers(
             best = {"color": "black", "linestyle": ":", "label": "the Gaussian process itself"}
             axes.plot(range(1, result.answers + 1), result.ideal, **best)
     axes.axhline(results[0].guess, color="#9aa5b1", linewidth=1, label="a guess")
-    axes.set(title=f"{title}: errors on new sequences", xlabel="answer", ylabel=unit(config))
+    axes.set_title(f"{title}:\nerrors on new sequences", wrap=True)
+    axes.set(xlabel="answer", ylabel=unit(config))
     if task_of(config).binary:
         axes.set(ylim=(0, None))
     else:
@@ -107,7 +109,7 @@ def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, config: Sequenc
     heights = [0.7 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, *_ in panels]
     figure = _figure(max(7.0, 0.09 * len(trace.inputs) + 3), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(f"{title}\n{trace.name}: {trace.error:.3g} {unit(config)}")
+    figure.suptitle(f"{title}\n{trace.name}: {trace.error:.3g} {unit(config)}", wrap=True)
     for axes, (label, values, colours, of_bar, marks) in zip(rows, panels, strict=True):
         draw_steps(axes, values, colours, of_bar)
         axes.set_ylabel(label)

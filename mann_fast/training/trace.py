@@ -30,15 +30,19 @@ class Slots(NamedTuple):
     read_by: Tensor | None
 
 
+def over_slots(weights: MemoryWeights, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Read and write weights over all N = ``num_slots`` slots, [T, B, R, N], of a sparse memory too."""
+    read, write = weights.read, weights.write
+    if weights.read_slots is None or weights.write_slots is None:
+        return read, write
+    none = read.new_zeros(*read.shape[:3], num_slots)
+    return none.scatter_add(3, weights.read_slots, read), none.scatter_add(3, weights.write_slots, write)
+
+
 def slots_of(weights: MemoryWeights, num_slots: int) -> Slots:
     """Those of the first sample, with N = ``num_slots``."""
-    read, write, usage, modes, allocated, read_slots, write_slots = (
-        None if part is None else part[:, 0] for part in weights
-    )
-    assert read is not None and write is not None
-    if read_slots is not None and write_slots is not None:
-        none = read.new_zeros(*read.shape[:2], num_slots)
-        read, write = none.scatter_add(2, read_slots, read), none.scatter_add(2, write_slots, write)
+    read, write = (part[:, 0] for part in over_slots(weights, num_slots))
+    usage, modes, allocated = (None if part is None else part[:, 0] for part in weights[2:5])
     written, written_by, read_by = write.sum(1), None, None
     if allocated is not None and usage is not None:
         by_allocation = allocated.unsqueeze(1) * allocation(usage, torch.sort(usage, dim=1, stable=True)[1])
