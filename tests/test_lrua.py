@@ -253,6 +253,21 @@ def test_least_used_orders_as_a_stable_sort(values, data, dtype):
     assert actual.dtype == torch.int64 and torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
+def test_least_used_of_more_slots_than_a_kernel_takes_at_a_time(order, dtype):
+    generator = torch.Generator().manual_seed(1)
+    usage = torch.randint(0, 300, (2, 1001), generator=generator).to(dtype)  # with ties
+    usage[0, ::97], usage[1, 5] = float("nan"), -0.0
+    if order == "equal":
+        usage.zero_()
+    elif order != "random":
+        usage = usage.sort(dim=1, descending=order == "descending").values
+    expected = torch.sort(usage, dim=1, stable=True).indices
+    for n in (1, 4, 33, 200, 1001):
+        assert torch.equal(ops.least_used(usage, n), expected[:, :n])
+
+
 def test_a_negative_nan_is_last_too():
     usage = torch.tensor([[1.0, -float("nan"), 0.0]])
     usage[0, 1] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # all bits set

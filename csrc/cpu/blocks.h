@@ -455,45 +455,5 @@ inline void sigmoids(T x, T* positive, T* negative) {
   *negative = x > 0 ? smaller : larger;
 }
 
-// ---- least used -------------------------------------------------------------------------------------------------
-
-// Usage as an integer of the same order: NaN after everything, -0 equal to 0; `taken` after NaN.
-template <class T>
-constexpr Int<T> taken = std::numeric_limits<Int<T>>::max();
-
-template <class T>
-inline void order_slots(const T* usage, int64_t count, int64_t valid, Int<T>* order) {
-  for (int64_t i = 0; i < count; i += width<T>) {
-    const Vec<T> u = load(usage + i) + T(0);
-    const IntVec<T> bits = as_int(u);
-    const IntVec<T> ordered = bits ^ ((bits >> (8 * sizeof(T) - 1)) & splat_int<T>(taken<T>));
-    const IntVec<T> result = u == u ? ordered : splat_int<T>(taken<T> - 1);
-    std::memcpy(order + i, &result, sizeof result);
-  }
-  for (int64_t i = valid; i < count; ++i) order[i] = taken<T>;
-}
-
-// Takes the least (order, slot) out of order: the lowest slot among equals.
-template <class T>
-inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slot) {
-  IntVec<T> smallest = splat_int<T>(taken<T>);
-  for (int64_t i = 0; i < count; i += width<T>) {
-    const IntVec<T> o = load_int(order + i);
-    smallest = o < smallest ? o : smallest;
-  }
-  const Int<T> value = least_lane<T>(smallest);
-  IntVec<T> index{}, first = splat_int<T>(taken<T>);
-  for (int lane = 0; lane < width<T>; ++lane) index[lane] = lane;
-  for (int64_t i = 0; i < count; i += width<T>) {
-    const IntVec<T> found = load_int(order + i) == value ? index : splat_int<T>(taken<T>);
-    first = found < first ? found : first;
-    index += width<T>;
-  }
-  const Int<T> position = least_lane<T>(first);
-  *least = value;
-  *slot = position;
-  order[position] = taken<T>;
-}
-
 }  // namespace
 }  // namespace mann_fast

@@ -2,6 +2,7 @@
 // backward.
 #pragma once
 #include "dnc_sizes.h"
+#include "least_used.h"
 
 namespace mann_fast {
 namespace {

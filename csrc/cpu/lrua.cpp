@@ -2,8 +2,6 @@
 //
 // A scan holds one sample's memory in cache through all T steps; lrua_step.h has the step. Where there are fewer samples than
 // threads and the memory is large, the slots of a sample are split over the threads.
-#include <cstdlib>
-
 #include "lrua_step.h"
 
 namespace mann_fast {
@@ -13,41 +11,11 @@ namespace {
 // ---- least_used -------------------------------------------------------------------------------------------------
 
 template <class T>
-struct Ranked {
-  Int<T> order, slot;
-};
-
-template <class T>
-int compare_ranked(const void* a, const void* b) {
-  const Ranked<T>&x = *static_cast<const Ranked<T>*>(a), &y = *static_cast<const Ranked<T>*>(b);
-  if (x.order != y.order) return x.order < y.order ? -1 : 1;
-  return x.slot < y.slot ? -1 : 1;
-}
-
-template <class T>
-struct LeastUsedScratch {
-  T* usage;
-  Int<T>*order, *least;
-  Ranked<T>* ranked;
-  LeastUsedScratch(Arena& arena, const LeastUsed& a, bool sorted)
-      : usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.n)),
-        ranked(arena.take<Ranked<T>>(sorted ? a.N : 0)) {}
-};
-
-template <class T>
 bool least_used(const LeastUsed& a, const Parallel& parallel) {
-  const int64_t ld = padded_slots(a.N);
-  const bool sorted = a.n > 32;  // from about here a sort beats taking one slot after the other
-  const double work = static_cast<double>(a.B) * static_cast<double>(a.N) * (sorted ? 20.0 : 1.0 + a.n);
-  const auto make = [&](Arena& arena) { return LeastUsedScratch<T>(arena, a, sorted); };
+  const double work = static_cast<double>(a.B) * (2.0 * static_cast<double>(a.N) + 20.0 * static_cast<double>(a.n));
+  const auto make = [&](Arena& arena) { return LeastUsedScratch<T>(arena, a.n); };
   return run_items(parallel, a.B, worthwhile_tasks(parallel, a.B, work), make, [&](int64_t b, LeastUsedScratch<T>& s) {
-    load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
-    order_slots(s.usage, ld, a.N, s.order);
-    int64_t* slots = a.slots + b * a.n;
-    if (!sorted) return select_slots<T>(s.order, ld, a.n, s.least, slots);
-    for (int64_t i = 0; i < a.N; ++i) s.ranked[i] = {s.order[i], static_cast<Int<T>>(i)};
-    std::qsort(s.ranked, a.N, sizeof(Ranked<T>), compare_ranked<T>);
-    for (int64_t i = 0; i < a.n; ++i) slots[i] = s.ranked[i].slot;
+    least_used_slots(static_cast<const T*>(a.usage) + b * a.N, a.N, a.n, a.slots + b * a.n, s);
   });
 }
 
@@ -61,12 +29,11 @@ void load_gates(const void* gate_logits, Dtype input, int64_t offset, int64_t R,
 
 template <class T>
 struct WriteScratch {
-  T *block, *read_weights, *write_weights, *vector, *gate, *rest, *usage;
-  Int<T>*order, *least;
+  T *block, *read_weights, *write_weights, *vector, *gate, *rest;
+  LeastUsedScratch<T> least_used;
   WriteScratch(Arena& arena, const LruaWrite& a)
       : block(arena.take<T>(a.D * tile)), read_weights(arena.take<T>(a.R * tile)), write_weights(arena.take<T>(a.R * tile)),
-        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), rest(arena.take<T>(a.R)),
-        usage(arena.take<T>(padded_slots(a.N))), order(arena.take<Int<T>>(padded_slots(a.N))), least(arena.take<Int<T>>(a.R)) {}
+        vector(arena.take<T>(a.R * a.D)), gate(arena.take<T>(a.R)), rest(arena.take<T>(a.R)), least_used(arena, a.R) {}
 };
 
 template <class T>
@@ -95,13 +62,11 @@ void write_part(const LruaWrite& a, int64_t b, Range slots, WriteScratch<T>& s) 
 
 template <class T>
 bool lrua_write(const LruaWrite& a, const Parallel& parallel) {
-  const int64_t ld = padded_slots(a.N), multiply_adds = a.D * (a.R + 4);
+  const int64_t multiply_adds = a.D * (a.R + 4);
   return run_samples_or_slots<WriteScratch<T>>(
       a, parallel, multiply_adds, multiply_adds,
       [&](int64_t b, WriteScratch<T>& s) {
-        load_rows(static_cast<const T*>(a.usage) + b * a.N, 1, a.N, 0, ld, s.usage, ld);
-        order_slots(s.usage, ld, a.N, s.order);
-        select_slots<T>(s.order, ld, a.R, s.least, a.slots + b * a.R);
+        least_used_slots(static_cast<const T*>(a.usage) + b * a.N, a.N, a.R, a.slots + b * a.R, s.least_used);
       },
       [&](int64_t b, Range slots, WriteScratch<T>& s) { write_part<T>(a, b, slots, s); },
       [](int64_t, const WriteScratch<T>*, int64_t) {});

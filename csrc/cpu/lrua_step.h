@@ -6,7 +6,7 @@
 //
 // Backward replays a few steps from an anchor into memories side by side in cache, then goes back through them.
 #pragma once
-#include "blocks.h"
+#include "least_used.h"
 
 namespace mann_fast {
 namespace {
