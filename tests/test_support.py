@@ -53,11 +53,10 @@ def test_fewer_classes_have_any_of_the_labels(episodes):
     assert drawn.shown.unique().tolist() == list(range(6))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_query_is_one_step_from_the_memory_after_examples_with_their_labels(episodes, model, training):
-    model.train(training)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_query_is_one_step_from_the_memory_after_examples_with_their_labels(episodes, model, together):
     drawn = sample_support(episodes, 3, ways=6, shots=2)
-    found = logits_apart(model, CONFIG, drawn.examples, drawn.shown, drawn.queries)
+    found = logits_apart(model, CONFIG, drawn.examples, drawn.shown, drawn.queries, together=together)
     options = {"ways": 6, "labels": "onehot"}
     _, state = model(encode_inputs(drawn.examples, drawn.shown, **options))
     for image, logits in zip(drawn.queries, found, strict=True):

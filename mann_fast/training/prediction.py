@@ -14,11 +14,17 @@ from .config import TrainConfig
 
 
 def logits_apart(
-    model: nn.Module, config: TrainConfig, examples: Tensor, shown: Tensor, images: Tensor
+    model: nn.Module,
+    config: TrainConfig,
+    examples: Tensor,
+    shown: Tensor,
+    images: Tensor,
+    *,
+    together: bool = False,
 ) -> Tensor:
     """Logits for each image, [Q, B, outputs], each judged from the memory after the n examples of its sequence, apart from the
-    other images. Arguments as of :func:`log_probabilities_apart`. A model in training sees all images in one call, so that they
-    are one batch to its encoder.
+    other images. Arguments as of :func:`log_probabilities_apart`. ``together`` shows a MANN all images in one call, so that
+    they are one batch to its encoder; else one at a time, which takes less memory.
 
     The labels come as in training (:func:`labels_beside`).
     """
@@ -26,7 +32,7 @@ def logits_apart(
     beside, asked = labels_beside(config, shown)
     _, state = model(encode_inputs(examples, beside, **as_trained))
     found = []
-    for part in images.split(max(1, len(images)) if model.training else 1):
+    for part in images.split(max(1, len(images)) if together else 1):
         count = len(part)
         inputs = encode_inputs(
             part.flatten(0, 1).unsqueeze(0), asked.repeat(1, count, *(1,) * (asked.dim() - 2)), **as_trained

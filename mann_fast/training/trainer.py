@@ -102,7 +102,9 @@ class Trainer(Run):
         config = self.config
         ways, shots, batch = size_of_step(config, self.step)
         episode = sample_support(self.episodes, batch, processes.part_of(batch), ways=ways, shots=shots)
-        logits = logits_apart(self.model, config, episode.examples, episode.shown, episode.queries)
+        logits = logits_apart(
+            self.model, config, episode.examples, episode.shown, episode.queries, together=True
+        )
         accuracy = torch.full((config.shots,), math.nan)
         accuracy[shots - 1] = is_right(logits.detach(), episode.targets, config.labels).float().mean()
         return label_loss(logits, episode.targets, config.labels), accuracy
