@@ -125,11 +125,11 @@ def train_arguments(photos, out, *more):
 
 
 @pytest.mark.filterwarnings("ignore:only .* to train on")
-@pytest.mark.parametrize("episodes", ["stream", "support"])
-def test_the_whole_way(episodes, photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("layout", ["stream", "support"])
+def test_the_whole_way(layout, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
-    more = ("--encoder", "toy/1", "--steps", "4", "--episodes", episodes)
+    more = ("--encoder", "toy/1", "--steps", "4", "--layout", layout)
     assert main(train_arguments(photos, run, *more)) == 0, capsys.readouterr().err
     said = capsys.readouterr()
     assert "features of 72 images by toy/1, computed once" in said.err and "toy/1, 24 x 24" in said.err

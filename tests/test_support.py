@@ -67,7 +67,7 @@ def test_a_query_is_one_step_from_the_memory_after_examples_with_their_labels(ep
 
 def test_examples_of_a_stream_have_their_labels_a_step_late(episodes, model):
     drawn = sample_support(episodes, 3, ways=6, shots=2)
-    stream = replace(CONFIG, episodes="stream")
+    stream = replace(CONFIG, layout="stream")
     found = logits_apart(model, stream, drawn.examples, drawn.shown, drawn.queries[:1])
     late = torch.cat([torch.full((1, 3), -1), drawn.shown])
     images = torch.cat([drawn.examples, drawn.queries[:1]])
@@ -85,13 +85,13 @@ def test_steps_start_with_few_classes_and_come_to_all():
 
 
 def test_checkpoints_from_before_are_of_a_stream():
-    old = replace(CONFIG, episodes="stream").to_dict()
-    del old["episodes"]
-    assert config_from_dict(old).episodes == "stream"
+    old = replace(CONFIG, layout="stream").to_dict()
+    del old["layout"]
+    assert config_from_dict(old).layout == "stream"
 
 
 SIZES = (
-    "--episodes support --image-size 8 --ways 3 --shots 2 --batch 1 --hidden-size 8 --slot-size 4 --heads 1 --eval-episodes 3"
+    "--layout support --image-size 8 --ways 3 --shots 2 --batch 1 --hidden-size 8 --slot-size 4 --heads 1 --eval-episodes 3"
 ).split()
 
 
@@ -110,7 +110,7 @@ def test_a_model_is_trained_resumed_measured_shown_and_used_as_support_says(tmp_
         r"examples of each class.*5 queries of each of 3 classes, each judged apart", said.out, re.DOTALL
     )
     config = load_checkpoint(whole)["config"]
-    assert (config.episodes, config.slots) == ("support", 128)
+    assert (config.layout, config.slots) == ("support", 128)
     (record,) = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert len(record["heldout_accuracy"]) == len(record["train_accuracy"]) == 2
 
@@ -152,17 +152,17 @@ def test_a_learner_shows_examples_as_the_model_was_trained(tmp_path, episodes, m
     classes = torch.tensor([learner.classes_.tolist().index(label) for label in drawn.shown[:, 0].tolist()])
     expected = predict(model.eval(), CONFIG, pixels, classes, asked, orders=2, seed=0)
     assert_close(torch.from_numpy(found).float(), expected, atol=1e-5, rtol=1e-5)
-    late = predict(model, replace(CONFIG, episodes="stream"), pixels, classes, asked, orders=2, seed=0)
+    late = predict(model, replace(CONFIG, layout="stream"), pixels, classes, asked, orders=2, seed=0)
     assert (late - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"episodes": "both"}, "episodes must be one of stream, support"),
-        ({"episodes": "support", "shots": 0}, "shots must be at least 1"),
-        ({"episodes": "support", "model": "lstm"}, "episodes must be 'stream' with model lstm"),
-        ({"episodes": "stream", "shots": 1}, "shots must be at least 2"),
+        ({"layout": "both"}, "layout must be one of stream, support"),
+        ({"layout": "support", "shots": 0}, "shots must be at least 1"),
+        ({"layout": "support", "model": "lstm"}, "layout must be 'stream' with model lstm"),
+        ({"layout": "stream", "shots": 1}, "shots must be at least 2"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message):

@@ -21,15 +21,19 @@ inline void order_slots(const T* usage, int64_t count, int64_t valid, Int<T>* or
   for (int64_t i = valid; i < count; ++i) order[i] = taken<T>;
 }
 
-// Takes the least (order, slot) out of order: the lowest slot among equals.
 template <class T>
-inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slot) {
+inline Int<T> find_least(const Int<T>* order, int64_t count) {
   IntVec<T> smallest = splat_int<T>(taken<T>);
   for (int64_t i = 0; i < count; i += width<T>) {
     const IntVec<T> o = load_int(order + i);
     smallest = o < smallest ? o : smallest;
   }
-  const Int<T> value = least_lane<T>(smallest);
+  return least_lane<T>(smallest);
+}
+
+// Takes the first slot of this value out of order.
+template <class T>
+inline int64_t take_first(Int<T>* order, int64_t count, Int<T> value) {
   IntVec<T> index{}, first = splat_int<T>(taken<T>);
   for (int lane = 0; lane < width<T>; ++lane) index[lane] = lane;
   for (int64_t i = 0; i < count; i += width<T>) {
@@ -38,9 +42,15 @@ inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slo
     index += width<T>;
   }
   const Int<T> position = least_lane<T>(first);
-  *least = value;
-  *slot = position;
   order[position] = taken<T>;
+  return position;
+}
+
+// Takes the least (order, slot) out of order: the lowest slot among equals.
+template <class T>
+inline void take_least(Int<T>* order, int64_t count, Int<T>* least, int64_t* slot) {
+  *least = find_least<T>(order, count);
+  *slot = take_first<T>(order, count, *least);
 }
 
 // The n least used of the slots offered in ascending order, in room for n of them: a heap with the last to be taken, the
@@ -52,18 +62,12 @@ class LeastUsedSlots {
     for (int64_t j = 0; j < n; ++j) order_[j] = taken<T>, slots_[j] = std::numeric_limits<int64_t>::max();
   }
 
-  // Of equals the first offered stays, since it has the lower slot.
-  void offer(const Int<T>* order, int64_t count, int64_t first_slot) {
-    IntVec<T> smallest = splat_int<T>(taken<T>);
-    for (int64_t i = 0; i < count; i += width<T>) {
-      const IntVec<T> o = load_int(order + i);
-      smallest = o < smallest ? o : smallest;
-    }
-    if (least_lane<T>(smallest) >= order_[0]) return;  // in a large memory most tiles end here
-    for (int64_t i = 0; i < count; ++i) {
-      if (order[i] >= order_[0]) continue;
-      order_[0] = order[i];
-      slots_[0] = first_slot + i;
+  // Takes out of order what goes into the n. Of equals the first offered stays, since it has the lower slot.
+  void offer(Int<T>* order, int64_t count, int64_t first_slot) {
+    // In a large memory most tiles have none.
+    for (Int<T> least; (least = find_least<T>(order, count)) < order_[0];) {
+      order_[0] = least;
+      slots_[0] = first_slot + take_first<T>(order, count, least);
       sink(0, n_);
     }
   }

@@ -106,7 +106,7 @@ def duration(seconds: float) -> str:
 
 def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) -> None:
     """Accuracy by instance, 1st to 10th, or by shots, with its confidence intervals, as a table on stdout."""
-    stream = config.episodes == "stream"
+    stream = config.layout == "stream"
     table = Table()
     table.add_column("image of a class" if stream else "examples of each class", justify="right")
     table.add_column("right", justify="right")
@@ -137,7 +137,7 @@ def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> N
         f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. "
         + (
             "The model was trained with labels one step late, and sees those of the examples so."
-            if config.episodes == "stream"
+            if config.layout == "stream"
             else "The model was trained so."
         )
     )

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def one_episode(config: TrainConfig, episodes: Episodes) -> Episode:
-    if config.episodes == "stream":
+    if config.layout == "stream":
         return episodes.sample(1)
     drawn = sample_support(episodes, 1, ways=config.ways, shots=config.shots, queries=1)
     return as_stream(drawn, config)

@@ -40,8 +40,8 @@ from ..training.checkpoint import own_encoder
 from ..training.config import (
     BABI,
     ENCODER_DEFAULTS,
-    EPISODES,
     LABELS,
+    LAYOUTS,
     MODELS,
     NO_ENCODER,
     REPAIRS,
@@ -114,10 +114,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--labels", choices=LABELS, help=f"one of N, or five letters per class (default: {default.labels})"
     )
     setting(
-        "--episodes",
-        choices=EPISODES,
-        help="stream: every image is asked about and its label follows a step late, as in the paper; support: labelled "
-        f"examples first, up to --shots of each class, then queries, each judged apart (default: {default.episodes})",
+        "--layout",
+        choices=LAYOUTS,
+        help="of an episode: stream: every image is asked about and its label follows a step late, as in the paper; support: "
+        f"labelled examples first, up to --shots of each class, then queries, each judged apart (default: {default.layout})",
     )
     setting(
         "--augment",
@@ -265,7 +265,7 @@ def configured(args: argparse.Namespace) -> RunConfig:
         return BabiConfig(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
-    return TrainConfig.of(**{"encoder": NO_ENCODER, "episodes": "stream", **given})
+    return TrainConfig.of(**{"encoder": NO_ENCODER, "layout": "stream", **given})
 
 
 def train_and_report(
@@ -339,9 +339,6 @@ def train_and_report(
     return 0, summary
 
 
-PHOTOGRAPHS = 84  # pixels: the field's size, of mini-ImageNet
-
-
 def images_or_features(config: TrainConfig) -> Dataset:
     """What a run trains on: the images of its data, or what a pretrained backbone makes of them."""
     if not is_backbone(config.encoder):
@@ -357,6 +354,7 @@ def images_or_features(config: TrainConfig) -> Dataset:
     return encode_dataset(dataset, backbone)
 
 
+PHOTOGRAPHS = 84  # pixels: the field's size, of mini-ImageNet
 BETTER = 0.9  # of a guess's errors: learning has started
 
 
@@ -415,7 +413,7 @@ def unlearned(config: RunConfig, summary: dict[str, Any]) -> str:
 
 def _asked(config: TrainConfig, k: int) -> str:
     """What the k-th of a model's accuracies is of, counted from 1."""
-    if config.episodes == "stream":
+    if config.layout == "stream":
         return f"the {ordinal(k)} image of a class"
     return f"an image after {counted(k, 'example')} of each class"
 

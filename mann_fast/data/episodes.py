@@ -95,8 +95,7 @@ class Episodes:
         Raises ValueError where batch is no integer of at least 0.
         """
         pixels, which, instance = self.sample_images(batch, part)
-        strings = self._strings(batch)[torch.arange(batch)[part], which] if self.labels == "string" else None
-        targets = which if strings is None else strings
+        targets = which if self.labels == "onehot" else self.deal(batch, which, part)
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
         return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
 
@@ -130,10 +129,7 @@ class Episodes:
         """Labels for classes that :meth:`sample_images` gave as numbers, int64 [T, B]: of as many as its episodes have ways,
         int64 [T, B], whether or not there are fewer classes; or strings of five letters, [T, B, 5].
         """
-        if self.labels == "onehot":
-            dealt = self._shuffled(batch, self.ways)
-        else:
-            dealt = self._strings(batch)
+        dealt = self._shuffled(batch, self.ways) if self.labels == "onehot" else self._strings(batch)
         return dealt[torch.arange(batch)[part], which]
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -36,12 +36,9 @@ class Conv4(nn.Sequential):
         super().__init__(*blocks)
 
     def forward(self, images: Tensor) -> Tensor:
-        first, *others = self
-        # Channels last from here on: 1.5 times as fast on a CPU. Of one channel there is no telling the two layouts apart.
-        x = first(images).contiguous(memory_format=torch.channels_last)
-        for module in others:
-            x = module(x)
-        return x
+        # Channels last, and so in all that follows: 1.4 times as fast on a CPU. A clone, for of a single channel contiguous()
+        # cannot tell the two layouts apart and leaves the strides, by which convolution chooses.
+        return super().forward(images.clone(memory_format=torch.channels_last))
 
 
 ENCODERS = {"conv4": Conv4}  # by the names that MANN and mann-fast take

@@ -360,7 +360,7 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
         options = encoder_options(config)
         if own_encoder(config):
             options["encoder"] = make_own(config.encoder)
-        options |= SUPPORT_OPTIONS if config.episodes == "support" else STREAM_OPTIONS
+        options |= SUPPORT_OPTIONS if config.layout == "support" else STREAM_OPTIONS
     return MANN(
         input_size,
         num_outputs,

@@ -16,11 +16,11 @@ from ..reference.cell import CONTROLLERS
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
 LABELS = ("onehot", "string")
-EPISODES = ("stream", "support")
+LAYOUTS = ("stream", "support")  # of an episode
 NO_ENCODER = "none"
 ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {"conv4": {"image_size": 28}}  # the field's
 # A step of few episodes with many classes tells more apart than one of many with few; measuring takes more images.
-EPISODES_DEFAULTS: dict[str, dict[str, Any]] = {
+LAYOUT_DEFAULTS: dict[str, dict[str, Any]] = {
     "support": {"shots": 5, "batch": 2, "lr": 2e-3, "log_every": 250, "eval_episodes": 200}
 }
 BABI = "babi"  # the name of its task
@@ -124,7 +124,7 @@ class TrainConfig(RunConfig):
     labels: str = "onehot"  # or "string": five letters per class, as in the paper
     # "stream": every image is asked about, and its label follows one step late, as in the paper. "support": first up to `shots`
     # examples of each class, each with its label, then queries, every one judged apart from the others.
-    episodes: str = "stream"
+    layout: str = "stream"
     augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
 
     def __post_init__(self) -> None:
@@ -141,10 +141,10 @@ class TrainConfig(RunConfig):
             _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
             check_image_shape(self.image_shape, self.encoder)
         _require(self.ways >= 2, "ways", "at least 2", self.ways)
-        _require(self.episodes in EPISODES, "episodes", f"one of {', '.join(EPISODES)}", self.episodes)
-        if self.episodes == "support":
+        _require(self.layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}", self.layout)
+        if self.layout == "support":
             _require(self.shots >= 1, "shots", "at least 1", self.shots)
-            _require(self.model == "mann", "episodes", "'stream' with model lstm", self.episodes)
+            _require(self.model == "mann", "layout", "'stream' with model lstm", self.layout)
         else:
             least = "at least 2 (the first image of a class can only be guessed)"
             _require(self.shots >= 2, "shots", least, self.shots)
@@ -156,14 +156,14 @@ class TrainConfig(RunConfig):
         return (3 if self.colour else 1, self.image_size, self.image_size)
 
     @classmethod
-    def of(cls, encoder: str, episodes: str, **changes: Any) -> TrainConfig:
-        """With the image size that suits the encoder, and what suits the episodes, unless it is among the changes."""
+    def of(cls, encoder: str, layout: str, **changes: Any) -> TrainConfig:
+        """With the image size that suits the encoder, and what suits the layout, unless it is among the changes."""
         of_encoder = ENCODER_DEFAULTS.get(encoder, {})
         if is_backbone(encoder):
             of_encoder = {"image_size": recipe_of(encoder).image_size, "colour": True, "augment": False}
-        defaults = {**of_encoder, **EPISODES_DEFAULTS.get(episodes, {}), **changes}
-        config = cls(encoder=encoder, episodes=episodes, **defaults)
-        if episodes == "support" and "slots" not in changes:  # one for every head and example
+        defaults = {**of_encoder, **LAYOUT_DEFAULTS.get(layout, {}), **changes}
+        config = cls(encoder=encoder, layout=layout, **defaults)
+        if layout == "support" and "slots" not in changes:  # one for every head and example
             examples = config.heads * config.ways * config.shots
             config = replace(config, slots=max(config.slots, examples))
         return config
@@ -171,7 +171,7 @@ class TrainConfig(RunConfig):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The same; checkpoints from before there were encoders have none, and older ones a stream."""
-        return super().from_dict({"colour": False, "encoder": NO_ENCODER, "episodes": "stream", **values})
+        return super().from_dict({"colour": False, "encoder": NO_ENCODER, "layout": "stream", **values})
 
     @property
     def chance(self) -> float:
@@ -182,7 +182,7 @@ class TrainConfig(RunConfig):
     def first_known(self) -> int:
         """Of the accuracies by instance or by shots the place of the first that more than a guess can get right: the 2nd image
         of a class, an image after one example of it."""
-        return 1 if self.episodes == "stream" else 0
+        return 1 if self.layout == "stream" else 0
 
     @property
     def learned_above(self) -> float:

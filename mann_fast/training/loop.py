@@ -187,7 +187,7 @@ def describe(config: RunConfig, source: str | None = None) -> str:
     source = source or config.data
     data = source if source in ("glyphs", "omniglot") else Path(source).resolve().name
     labels = ", string labels" if config.labels == "string" else ""
-    if config.episodes == "support":
+    if config.layout == "support":
         labels += ", support and queries"
     encoder = (
         ""

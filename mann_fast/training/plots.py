@@ -37,7 +37,7 @@ def ordinal(number: int) -> str:
 
 def name_of_answer(config: TrainConfig, k: int) -> str:
     """What the k-th of a model's accuracies is of, counted from 1, in short: "2nd image", or after 2 examples "2-shot"."""
-    return f"{k}-shot" if config.episodes == "support" else f"{ordinal(k)} image"
+    return f"{k}-shot" if config.layout == "support" else f"{ordinal(k)} image"
 
 
 def shown_instances(shots: int) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ def plot_learning_curve(
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    of_class = " of a class" if config.episodes == "stream" else ""
+    of_class = " of a class" if config.layout == "stream" else ""
     for k in shown_instances(config.shots):
         values = [100 * record["heldout_accuracy"][k - 1] for record in records]
         top.plot(
@@ -123,7 +123,7 @@ def plot_accuracy(
     path: str | os.PathLike, accuracy: InstanceAccuracy, config: TrainConfig, title: str
 ) -> None:
     """Accuracy by instance or by shots with its 95% confidence intervals."""
-    chance, stream = config.chance, config.episodes == "stream"
+    chance, stream = config.chance, config.layout == "stream"
     instances = range(1, len(accuracy.mean) + 1)
     mean = [100 * value for value in accuracy.mean]
     below = [m - 100 * low for m, low in zip(mean, accuracy.low, strict=True)]
@@ -247,7 +247,7 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     )
     for among, edge, face, mark, name in marks:
         at = among.nonzero().flatten().tolist()
-        if at or mark != ".":  # a stream has no examples
+        if at:  # the legend names what is drawn
             rows[1].scatter(
                 at, trace.classes[at], marker=mark, s=22, facecolors=face, edgecolors=edge, label=name
             )

@@ -49,7 +49,7 @@ def labels_beside(config: TrainConfig, shown: Tensor) -> tuple[Tensor, Tensor]:
     trained on support and queries reads an example with its label, and an image with none.
     """
     none = torch.full_like(shown[:1], -1)
-    return (shown, none) if config.episodes == "support" else (torch.cat([none, shown[:-1]]), shown[-1:])
+    return (shown, none) if config.layout == "support" else (torch.cat([none, shown[:-1]]), shown[-1:])
 
 
 def _repeated(state: MemoryState, count: int) -> MemoryState:

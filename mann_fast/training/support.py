@@ -60,7 +60,9 @@ def sample_support(
 
 
 def as_stream(episode: Support, config: TrainConfig) -> Episode:
-    """For a picture: the queries one after another, after the examples, of which the instance is 0."""
+    """For a picture: the queries one after another, after the examples, of which the instance is 0. So a query finds what those
+    before it have written, too, and is not judged apart.
+    """
     known = torch.cat([episode.shown, torch.full_like(episode.targets, -1)])
     inputs = encode_inputs(
         torch.cat([episode.examples, episode.queries]), known, ways=config.ways, labels=config.labels
@@ -90,7 +92,7 @@ def support_accuracy(model: nn.Module, config: TrainConfig, episode: Support) ->
 
 def images_of_class(config: TrainConfig) -> int:
     """How many different images of a class an episode takes at most."""
-    return config.shots + (QUERIES if config.episodes == "support" else 0)
+    return config.shots + (QUERIES if config.layout == "support" else 0)
 
 
 def make_episodes(config: TrainConfig, classes: ClassImages, *, augment: bool = False, seed: int) -> Episodes:
@@ -112,7 +114,7 @@ def measure_accuracy(
 
     `stop` is asked between batches; Interrupted is raised where it says yes.
     """
-    if config.episodes == "stream":
+    if config.layout == "stream":
         return evaluate(model, episodes, count, labels=config.labels, shots=config.shots, stop=stop)
     model.eval()
     by_shots = []

@@ -88,7 +88,7 @@ class Trainer(Run):
     def _ask(self) -> tuple[Tensor, Tensor]:
         """Loss and accuracy on a new batch."""
         config = self.config
-        if config.episodes == "support":
+        if config.layout == "support":
             return self._ask_queries()
         episode = self.episodes.sample(config.batch, self.part)
         logits, _ = self.model(episode.inputs)
@@ -111,7 +111,7 @@ class Trainer(Run):
 
     def _heldout_accuracy(self) -> InstanceAccuracy:
         config = self.config
-        if self.config.episodes == "support":
+        if config.layout == "support":
             found = [support_accuracy(self.model, config, episode) for episode in self._monitor]
             return InstanceAccuracy.from_episodes(torch.stack(found, 1))
         (episode,) = self._monitor
@@ -126,7 +126,7 @@ class Trainer(Run):
         self.model.eval()
         heldout = self._heldout_accuracy()
         counts: Tensor | int = self._interval_steps
-        if self.config.episodes == "support":
+        if self.config.layout == "support":
             counts = steps_of_shots(self.config, self.step - self._interval_steps, self.step)
         trained = (self._interval_accuracy / counts).tolist()
         record = {
@@ -180,8 +180,8 @@ class Trainer(Run):
 
 def _draw_monitor(config: TrainConfig, episodes: Episodes) -> list[Any]:
     """The held-out episodes behind each point of the learning curve, of support a batch for each number of shots."""
-    count = MONITOR_EPISODES[config.episodes]
-    if config.episodes == "stream":
+    count = MONITOR_EPISODES[config.layout]
+    if config.layout == "stream":
         return [episodes.sample(count)]
     each = range(1, config.shots + 1)
     return [sample_support(episodes, count, ways=config.ways, shots=shots) for shots in each]
