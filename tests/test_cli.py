@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -809,6 +810,9 @@ def test_advice_fits_what_was_learned():
     for found in (guessing, later):  # what more steps would not mend
         assert "20 classes to train on are too few" in advice(config, {**found, "train_classes": 80})
         photographs = {**found, "drawn": False}
+        assert "hundreds (of photographs, with an encoder)" in advice(
+            config, {**photographs, "train_classes": 5}
+        )
         two = "--encoder conv4 --colour --image-size 84, or a pretrained one, --encoder torchvision/resnet18"
         assert advice(config, photographs).endswith(two)
         with_encoder = TrainConfig(ways=5, encoder="conv4", image_size=28)
@@ -827,3 +831,17 @@ def test_advice_fits_what_was_learned():
         copy, {"results": [{"mean": 3.1, "high": 4.2, "guess": 4.0}]}
     )  # in doubt
     assert "has started" in advice(copy, {"results": [{"mean": 2.1, "high": 2.2, "guess": 4.0}]})
+
+
+def test_only_training_warns_of_few_classes_to_train_on(tmp_path, capsys):
+    write_pictures(tmp_path / "pictures")
+    run = str(tmp_path / "run")
+    few = "only 5 classes to train on"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        training = ["train", "--data", str(tmp_path / "pictures"), "--out", run, "--steps", "1", *SIZES]
+        assert cli.main(training) == 0
+        assert few in capsys.readouterr().err
+        assert cli.main(["show", "--checkpoint", run, "--out", str(tmp_path / "episode.png")]) == 0
+        assert cli.main(["evaluate", "--checkpoint", run, "--episodes", "2"]) == 0
+        assert few not in capsys.readouterr().err

@@ -69,20 +69,19 @@ def heldout_episodes(
     unless ``encoded`` is False.
     """
     config = content["config"]
-    classes = unseen_classes(content, source) if source else load_data(config).test
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only .* to train on")  # nothing is trained
+        classes = unseen_classes(content, source) if source else load_data(config).test
     if encoded and (encoder := encoder_of(content)):
         classes = encode_classes(classes, encoder)
     return make_episodes(config, classes, seed=seed)
 
 
 def unseen_classes(content: dict[str, Any], source: str) -> ClassImages:
-    config = content["config"]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "only .* to train on")  # nothing is trained
-        try:
-            data = load_data(config, source)
-        except TooFewClasses as error:
-            return error.classes
+    try:
+        data = load_data(content["config"], source)
+    except TooFewClasses as error:
+        return error.classes
     if data.kind != "folder" or fingerprint(data) == content["data"].get("fingerprint"):
         return data.test
     return ClassImages.merged([data.train, data.test])

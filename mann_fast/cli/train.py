@@ -384,9 +384,10 @@ def lacking(config: TrainConfig, summary: dict[str, Any]) -> str:
     turned = 4 if config.augment and summary["drawn"] else 1
     classes = summary["train_classes"] // turned
     if classes < FEW_CLASSES:
+        alike = "omniglot, glyphs" if summary["drawn"] else "of photographs, with an encoder"
         return (
             f"{counted(classes, 'class', 'classes')} to train on are too few to learn how to learn: train on hundreds "
-            "(omniglot, glyphs), and show yours to that model (mann-fast predict --support)"
+            f"({alike}), and show yours to that model (mann-fast predict --support)"
         )
     if summary["drawn"]:
         return ""
