@@ -114,6 +114,19 @@ def test_conv4_is_the_fields():
     assert torch.equal(again.eval()(x)[0], model.eval()(x)[0])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_conv4_in_every_transform(channels):
+    model, images = Conv4(channels).double().eval(), torch.rand(2, 3, channels, 20, 20, dtype=torch.float64)
+    plain = torch.stack([nn.Sequential.forward(model, x) for x in images])
+    torch.testing.assert_close(torch.func.vmap(model)(images), plain)
+    torch.testing.assert_close(torch.compile(model)(images[0]), plain[0])
+    torch.testing.assert_close(torch.export.export(model, (images[0],)).module()(images[0]), plain[0])
+    gradient = torch.func.grad(lambda x: model(x).sum())(images[0])
+    x = images[0].clone().requires_grad_()
+    nn.Sequential.forward(model, x).sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
+
+
 def test_in_evaluation_an_answer_depends_on_nothing_that_comes_after_it():
     model = MANN(257, 1, 8, encoder="conv4", image_shape=(1, 16, 16), **SMALL)
     x = torch.rand(4, 3, 257)
