@@ -49,6 +49,7 @@ from ..training.config import (
     config_kind,
 )
 from ..training.features import encode_dataset
+from ..training.heap import keep_freed_memory
 from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, read_metrics, require_no_run
 from ..training.plots import ordinal
@@ -217,6 +218,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_freed_memory()
     with processes.joined():
         if processes.rank():
             warnings.simplefilter("ignore")  # the first process prints them

@@ -29,11 +29,27 @@ class Episode(NamedTuple):
     targets: int64 [T, B], the label; with string labels [T, B, 5], a letter 0 to 4 each.
     instance: int64 [T, B], 1 where a class is seen for the first time in its episode, 2 for the second, and
         so on.
+    classes: int64 [T, B], which of all classes it is.
     """
 
     inputs: Tensor
     targets: Tensor
     instance: Tensor
+    classes: Tensor
+
+
+class Images(NamedTuple):
+    """A batch of episodes without labels, time first.
+
+    images: [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255; or features [T, B, E].
+    which: int64 [T, B], which of the episode's classes each is of, from 0 to ways - 1; instance, classes: as of
+        :class:`Episode`.
+    """
+
+    images: Tensor
+    which: Tensor
+    instance: Tensor
+    classes: Tensor
 
 
 class Episodes:
@@ -94,17 +110,17 @@ class Episodes:
 
         Raises ValueError where batch is no integer of at least 0.
         """
-        pixels, which, instance = self.sample_images(batch, part)
+        pixels, which, instance, classes = self.sample_images(batch, part)
         targets = which if self.labels == "onehot" else self.deal(batch, which, part)
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
-        return Episode(encode_inputs(pixels, previous, ways=self.ways, labels=self.labels), targets, instance)
+        inputs = encode_inputs(pixels, previous, ways=self.ways, labels=self.labels)
+        return Episode(inputs, targets, instance, classes)
 
     def sample_images(
         self, batch: int, part: slice = slice(None), *, ways: int | None = None, shots: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The images of a batch, [T, B, S, S] or in colour [T, B, 3, S, S], uint8 or with ``augment`` float32 up to 255, or
-        features [T, B, E]; which of the episode's classes each has, int64 [T, B] from 0 to ways - 1; and the instance. As
-        :meth:`sample`, or of fewer ``ways`` and ``shots`` than its episodes have.
+    ) -> Images:
+        """The images of a batch alone, without labels. As :meth:`sample`, or of fewer ``ways`` and ``shots`` than its episodes
+        have.
         """
         ways, shots = self.ways if ways is None else ways, self.shots if shots is None else shots
         length = ways * shots
@@ -119,11 +135,12 @@ class Episodes:
         label = order // shots
         images = images.flatten(1).t().gather(0, order)[:, part]
         instance = F.one_hot(label, ways).cumsum(0).gather(2, label.unsqueeze(2)).squeeze(2)[:, part]
+        classes = chosen.t().gather(0, label)[:, part]
 
         pixels = self._pixels[images.flatten()].view(*images.shape, *self._image_shape)
         if self.augment:
             pixels = self._augmented(pixels, 2 * self._uniform(length, batch, 6)[:, part] - 1)
-        return pixels, label[:, part], instance
+        return Images(pixels, label[:, part], instance, classes)
 
     def deal(self, batch: int, which: Tensor, part: slice = slice(None)) -> Tensor:
         """Labels for classes that :meth:`sample_images` gave as numbers, int64 [T, B]: of as many as its episodes have ways,

@@ -88,8 +88,7 @@ def evaluate_protocol(
         if stop():
             raise Interrupted
         size = min(BATCH, count - start)
-        images, which, instance = episodes.sample_images(size)  # which: 0 to ways - 1, [T, B]
-        images, which = examples_first(images, which, instance, protocol.shots)
+        images, which, *_ = examples_first(episodes.sample_images(size), protocol.shots)
         places = torch.arange(size)
         examples = ways * protocol.shots
         labels = draw_labels(config, ways, size, generator)  # [B, ways] or [B, ways, 5]

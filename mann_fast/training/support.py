@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ClassImages, Episode, Episodes, encode_inputs
+from ..data.episodes import Images
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .objective import is_right
@@ -24,22 +25,22 @@ FEWEST, FEW_STEPS, STEPS_PER_WAY = 5, 400, 40
 
 class Support(NamedTuple):
     """A batch of episodes. examples, queries: images [n, B, ...] and [Q, B, ...], uint8 or float up to 255; shown, targets:
-    their labels, int64 [n, B] and [Q, B] or letters [..., 5].
+    their labels, int64 [n, B] and [Q, B] or letters [..., 5]; classes: which of all classes examples and queries are of,
+    int64 [n + Q, B].
     """
 
     examples: Tensor
     shown: Tensor
     queries: Tensor
     targets: Tensor
+    classes: Tensor
 
 
-def examples_first(images: Tensor, which: Tensor, instance: Tensor, shots: int) -> tuple[Tensor, Tensor]:
-    """Images [T, B, ...] and their classes [T, B] with the first ``shots`` of every class before all others, each part in the
-    random order that it had.
-    """
-    order = (instance > shots).long().argsort(dim=0, stable=True)
-    places = torch.arange(images.shape[1])
-    return images[order, places], which[order, places]
+def examples_first(drawn: Images, shots: int) -> Images:
+    """With the first ``shots`` of every class before all others, each part in the random order that it had."""
+    order = (drawn.instance > shots).long().argsort(dim=0, stable=True)
+    places = torch.arange(order.shape[1])
+    return Images(*(field[order, places] for field in drawn))
 
 
 def sample_support(
@@ -52,11 +53,10 @@ def sample_support(
     queries: int = QUERIES,
 ) -> Support:
     """``shots`` examples and ``queries`` queries of each of ``ways`` classes, at most those of the episodes."""
-    images, which, instance = episodes.sample_images(batch, part, ways=ways, shots=shots + queries)
-    images, which = examples_first(images, which, instance, shots)
-    labels = episodes.deal(batch, which, part)
+    drawn = examples_first(episodes.sample_images(batch, part, ways=ways, shots=shots + queries), shots)
+    images, labels = drawn.images, episodes.deal(batch, drawn.which, part)
     n = ways * shots
-    return Support(images[:n], labels[:n], images[n:], labels[n:])
+    return Support(images[:n], labels[:n], images[n:], labels[n:], drawn.classes)
 
 
 def as_stream(episode: Support, config: TrainConfig) -> Episode:
@@ -69,7 +69,7 @@ def as_stream(episode: Support, config: TrainConfig) -> Episode:
     )
     targets = torch.cat([episode.shown, episode.targets])
     asked = torch.arange(len(known)).unsqueeze(1) >= len(episode.examples)
-    return Episode(inputs, targets, asked.long().expand(-1, inputs.shape[1]))
+    return Episode(inputs, targets, asked.long().expand(-1, inputs.shape[1]), episode.classes)
 
 
 def size_of_step(config: TrainConfig, step: int) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from . import processes
 from .checkpoint import build_model
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, episode_accuracy
+from .metric import encoded, pair_loss
 from .objective import is_right, label_loss, right_by_instance
 from .prediction import logits_apart
 from .run import Run
@@ -29,8 +30,8 @@ MONITOR_EPISODES = {"stream": 64, "support": 16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one training step: its number counted from 1, its loss, and its accuracy by instance [shots]; on support and queries
-    after so many shots, NaN but for those that the step had.
+    """Of one training step: its number counted from 1, the loss of the answers, and accuracy by instance [shots]; on support
+    and queries after so many shots, NaN but for those that the step had.
     """
 
     step: int
@@ -78,15 +79,21 @@ class Trainer(Run):
         """
         started = time.perf_counter()
         self.model.train()
-        loss, accuracy = self.descend(*self._ask())
-        self._interval_loss += loss
+        with encoded(getattr(self.model, "encoder", None)) as features:
+            answers, accuracy, classes = self._ask()
+        loss = answers
+        if features:
+            loss = loss + pair_loss(torch.cat(features), classes.flatten())
+        _, found = self.descend(loss, torch.cat([answers.detach().view(1), accuracy]))
+        answered, accuracy = found[0].item(), found[1:]
+        self._interval_loss += answered
         self._interval_accuracy += accuracy.nan_to_num()
         self._interval_steps += 1
         self.seconds += time.perf_counter() - started
-        return StepResult(self.step, loss, accuracy)
+        return StepResult(self.step, answered, accuracy)
 
-    def _ask(self) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy on a new batch."""
+    def _ask(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and accuracy on a new batch, and the classes of its images, in the order in which the encoder has them."""
         config = self.config
         if config.layout == "support":
             return self._ask_queries()
@@ -95,10 +102,11 @@ class Trainer(Run):
         right = right_by_instance(
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
         )
-        return label_loss(logits, episode.targets, config.labels), right.mean(0) / config.ways
+        loss = label_loss(logits, episode.targets, config.labels)
+        return loss, right.mean(0) / config.ways, episode.classes
 
-    def _ask_queries(self) -> tuple[Tensor, Tensor]:
-        """Loss, and accuracy by shots, on a new batch, which is of one number of shots."""
+    def _ask_queries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, with accuracy by shots; the batch is of one number of shots."""
         config = self.config
         ways, shots, batch = size_of_step(config, self.step)
         episode = sample_support(self.episodes, batch, processes.part_of(batch), ways=ways, shots=shots)
@@ -107,7 +115,7 @@ class Trainer(Run):
         )
         accuracy = torch.full((config.shots,), math.nan)
         accuracy[shots - 1] = is_right(logits.detach(), episode.targets, config.labels).float().mean()
-        return label_loss(logits, episode.targets, config.labels), accuracy
+        return label_loss(logits, episode.targets, config.labels), accuracy, episode.classes
 
     def _heldout_accuracy(self) -> InstanceAccuracy:
         config = self.config
