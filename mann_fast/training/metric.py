@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SHARPNESS = 12.0  # of the softmax over cosines
+SHARPNESS = 48.0  # of the softmax over cosines
 
 
 def pair_loss(features: Tensor, classes: Tensor) -> Tensor:
