@@ -10,11 +10,14 @@ namespace {
 // ---- forward: the slots as they lie, [count][ld], ld a multiple of the vector width -------------------------------
 // To transpose a memory that is gone over once would take as long as the rest.
 
-// dots[r][i] and squares[i] of slots [0, count), count a multiple of the width, for keys [R][ld].
+// dots[r][i] and squares[i] of slots [0, count), count a multiple of the width, for keys [R][ld]. The slots that come `next`,
+// [count][D] or null, are sent for meanwhile: the processor does not see by itself that one tile follows the other.
 template <class T>
-inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* keys, T* dots, T* squares) {
+inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* keys, T* dots, T* squares,
+                                const T* next, int64_t D) {
   constexpr int W = width<T>;
   for (int64_t i = 0; i < count; i += W) {
+    if (next) prefetch(next + i * D, W * D);
     const T* first = rows + i * ld;
     Vec<T> part[W];
     for (int64_t r = 0; r < R; ++r) {
@@ -104,7 +107,8 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadScratch<T>& s) 
       pad_rows(rows, valid, a.D, count, ld, s.rows);
       rows = s.rows;
     }
-    dot_and_square_rows(rows, ld, count, a.R, static_cast<const T*>(s.padded_key), s.dots, s.squares);
+    dot_and_square_rows(rows, ld, count, a.R, static_cast<const T*>(s.padded_key), s.dots, s.squares,
+                        end < slots.hi ? memory + end * a.D : nullptr, a.D);
     for (int64_t r = 0; r < a.R; ++r) {
       T* row = s.dots + r * tile;
       const T maximum = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),

@@ -85,10 +85,10 @@ inline void dot_with_rows(const T* rows, int64_t ld, int64_t count, const T* key
 // Of one part of a sample's slots.
 template <class T>
 struct SearchPart {
-  T *rows, *scores, *squares;
-  Best<T>* best;  // [R]
+  T *rows, *scores, *squares;  // [tile, D padded], [R, tile], [tile]
+  Best<T>* best;               // [R]
   SearchPart(Arena& arena, int64_t D, int64_t R, int64_t K)
-      : rows(arena.take<T>(padded<T>(D) * tile)), scores(arena.take<T>(tile)), squares(arena.take<T>(tile)),
+      : rows(arena.take<T>(padded<T>(D) * tile)), scores(arena.take<T>(R * tile)), squares(arena.take<T>(tile)),
         best(arena.take<Best<T>>(R)) {
     for (int64_t r = 0; r < R; ++r) {
       const Best<T> one(arena, K);
@@ -123,23 +123,29 @@ void search_slots(const T* memory, Range slots, const Keys<T>& keys, T* squares,
     if (known) {
       std::memcpy(s.squares, squares + lo, valid * sizeof(T));
       for (int64_t i = valid; i < count; ++i) s.squares[i] = 0;
-    } else {
-      dot_with_rows(rows, ld, count, static_cast<const T*>(nullptr), s.squares);
-      if (squares) std::memcpy(squares + lo, s.squares, valid * sizeof(T));
     }
+    // All that is asked of a vector of slots in one go, and as many of the next tile on their way meanwhile: the processor
+    // does not see by itself that one tile follows the other.
+    for (int64_t i = 0; i < count; i += W) {
+      if (end < slots.hi) prefetch(memory + (lo + tile + i) * keys.D, W * keys.D);
+      if (!known) dot_with_rows(rows + i * ld, ld, W, static_cast<const T*>(nullptr), s.squares + i);
+      for (int64_t r = 0; r < keys.R; ++r)
+        dot_with_rows(rows + i * ld, ld, W, keys.padded_keys + r * ld, s.scores + r * tile + i);
+    }
+    if (!known && squares) std::memcpy(squares + lo, s.squares, valid * sizeof(T));
     for (int64_t r = 0; r < keys.R; ++r) {
       Best<T>& best = s.best[r];
-      dot_with_rows(rows, ld, count, keys.padded_keys + r * ld, s.scores);
+      T* scores = s.scores + r * tile;
       // One comparison for a vector: most have nothing that gets in.
       const T least = best.count < best.K ? -infinity : best.score[best.K - 1];
       IntVec<T> rejected = splat_int<T>(-1);
       for (int64_t i = 0; i < count; i += W) {
-        const Vec<T> c = load(s.scores + i) * inverse_root<T>(load(s.squares + i) * keys.squares[r] + keys.eps);
-        store(s.scores + i, c);
+        const Vec<T> c = load(scores + i) * inverse_root<T>(load(s.squares + i) * keys.squares[r] + keys.eps);
+        store(scores + i, c);
         rejected &= c <= least;
       }
       if (best.count == best.K && (least != least || least_lane<T>(-rejected) == 1)) continue;
-      for (int64_t i = 0; i < valid; ++i) best.insert(s.scores[i], lo + i);
+      for (int64_t i = 0; i < valid; ++i) best.insert(scores[i], lo + i);
     }
   }
 }
