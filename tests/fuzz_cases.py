@@ -18,9 +18,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Chosen(NamedTuple):
-    """What an op chooses by usage. of(tensors): its choices, as the reference takes them to replay. place, name: the function
-    of the reference that is given both, step by step, and usage_and_choice(arguments) what they are there. ended: bool [T, B],
-    the steps after a sample's end, where nothing is chosen, or None."""
+    """What an op chooses by usage, or by another number of each slot, the least first. of(tensors): its choices, as the
+    reference takes them to replay. place, name: the function of the reference that is given both, step by step, and
+    usage_and_choice(arguments) what they are there. ended: bool [T, B], the steps after a sample's end, where nothing is
+    chosen, or None."""
 
     of: Callable[..., dict[str, torch.Tensor]]
     place: Any
@@ -36,10 +37,10 @@ class Chosen(NamedTuple):
 
         def watch(*arguments, **options):
             usage, chosen = (x.detach() for x in self.usage_and_choice(*arguments, **options))
-            taken = torch.zeros_like(usage, dtype=torch.bool).scatter(1, chosen, True)
-            ordered = usage.gather(1, chosen)
-            rest = usage.masked_fill(taken, torch.inf).amin(1, keepdim=True)
-            fall = (ordered - torch.cat([ordered[:, 1:], rest], 1)).flatten(1).amax(1)
+            taken = torch.zeros_like(usage, dtype=torch.bool).scatter(-1, chosen, True)
+            ordered = usage.gather(-1, chosen)
+            rest = usage.masked_fill(taken, torch.inf).amin(-1, keepdim=True)
+            fall = (ordered - torch.cat([ordered[..., 1:], rest], -1)).flatten(1).amax(1)
             if self.ended is not None:
                 fall = fall[~self.ended[next(steps)]]
             out_of_order.extend(fall.tolist())
@@ -124,6 +125,10 @@ class Case:
 
     def memory(self):
         return self.normal(self.B, self.N, self.D, scale=min(self.scale, 1.0), of_state=True)
+
+    def read_slots(self, num_reads):
+        order = torch.rand(self.B, self.R, self.N, generator=self.noise).argsort(2)
+        return order[:, :, :num_reads].contiguous()
 
     def usage(self):
         """Numbers far enough from each other that rounding does not change their order."""
@@ -355,6 +360,83 @@ def dnc(case):
     return Drawn(tensors, ("written",), call, orders_of_allocation(choices, case.ended(tensors)))
 
 
+def by_cosine(choices, ended):
+    def far_and_read(memory, key, sharpness, num_reads, eps, slots):
+        return -reference.sparse._cosine(memory.unsqueeze(1), key, eps), slots
+
+    return Chosen(choices, reference.sparse, "_read", far_and_read, ended)
+
+
+def sparse_read(case):
+    num_reads = case.draw.randint(1, min(case.N, 9))
+    tensors = {
+        "memory": case.normal(case.B, case.N, case.D, scale=case.scale, of_state=True),
+        "key": case.normal(case.B, case.R, case.D),
+    }
+    if case.draw.random() < 0.7:
+        tensors["sharpness"] = case.normal(case.B, case.R, scale=min(case.sharp, 10))
+
+    def call(of, x, **replayed):
+        return of.sparse_read(**x, num_reads=num_reads, **case.options, **replayed)
+
+    def choices(x):
+        given = (x["memory"], x["key"], x.get("sharpness"))
+        raw = torch.ops.mann_fast.sparse_read(*given, case.N, num_reads, case.options["eps"])
+        return {"slots": raw[1]}
+
+    return Drawn(tensors, (), call, by_cosine(choices, None))
+
+
+def sparse(case):
+    # No threshold is a sum of equal shares, which might fall on either side of it.
+    options = {**case.options, "threshold": case.draw.choice([0.005, 0.0, 0.37])}
+    num_reads = case.draw.randint(1, min(case.N, 9))
+    steps, sequences = case.steps()
+    heads = (*steps, case.R)
+    tensors = case.state(
+        ops.SparseState,
+        (case.B, case.N, case.D, case.R, num_reads),
+        memory=case.memory(),
+        read_slots=case.read_slots(num_reads),
+        read_weights=case.shares(case.B, case.R, num_reads, of_state=True),
+        last_access=torch.randint(-1, 5, (case.B, case.N), generator=case.noise),
+        clock=torch.full((case.B,), 4),
+    )
+    told = {
+        "keys": case.normal(*heads, case.D),
+        "write_vectors": case.normal(*heads, case.D),
+        "gate_logits": case.normal(*heads),
+    }
+    if case.draw.random() < 0.7:
+        told["sharpness"] = case.normal(*heads, scale=min(case.sharp, 10))
+    if case.draw.random() < 0.7:
+        told["write_gate_logits"] = case.normal(*heads)
+    tensors |= told | sequences
+    names = ("keys", "write_vectors", "gate_logits", "sharpness", "write_gate_logits")
+
+    def call(of, x, slots=None):
+        x = dict(x)
+        state = taken(x, ops.SparseState)
+        inputs = [x.pop(name, None) for name in names]
+        if slots is not None:  # those read; which are the oldest, the reference finds in the integers
+            x["slots"] = (None if case.one_step else [None] * case.T, slots)
+        reads, state = (of.sparse_step if case.one_step else of.sparse_scan)(state, *inputs, **x, **options)
+        return reads, *state
+
+    def choices(x):
+        state, told = taken(dict(x), ops.SparseState), [x.get(name) for name in names]
+        if case.one_step:
+            told = [y if y is None else y.unsqueeze(0) for y in told]
+        given = [x.get(name) for name in ("resets", "lengths", "start")]
+        raw = [*state, *told, *raw_sequences(state.memory, 1 if case.one_step else case.T, *given)]
+        slots = torch.ops.mann_fast.sparse_scan(*raw, case.N, options["threshold"], options["eps"], 1)[7]
+        ended = case.ended(x)
+        slots = slots if ended is None else slots.masked_fill(ended[:, :, None, None], 0)
+        return {"slots": slots[0] if case.one_step else slots}
+
+    return Drawn(tensors, (), call, by_cosine(choices, case.ended(tensors)))
+
+
 def lrua_of_cell(case):
     vector, sharpness = (
         case.draw.choice(["separate", "key"]),
@@ -464,6 +546,8 @@ FAMILIES = {
     "address": address,
     "ntm": ntm,
     "dnc": dnc,
+    "sparse_read": sparse_read,
+    "sparse": sparse,
     "cell": cell,
     "ntm_cell": ntm_cell,
     "dnc_cell": dnc_cell,

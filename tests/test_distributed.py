@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -313,6 +315,28 @@ def own(x, dim=1):
     return x.tensor_split(distributed.get_world_size(), dim)[distributed.get_rank()]
 
 
+def by_sizes(sizes, x, dim=1):
+    return x.split(sizes, dim)[distributed.get_rank()]
+
+
+@contextmanager
+def collectives(sent):
+    """What this rank sends while this lasts: which collective, and how many numbers."""
+    gather, reduce = distributed.all_gather, distributed.all_reduce
+    distributed.all_gather = lambda found, x, group: (
+        sent.append(("all_gather", x.numel())),
+        gather(found, x, group),
+    )
+    distributed.all_reduce = lambda x, group: (
+        sent.append(("all_reduce", x.numel())),
+        reduce(x, group=group),
+    )
+    try:
+        yield
+    finally:
+        distributed.all_gather, distributed.all_reduce = gather, reduce
+
+
 def whole(x, dim=1):
     return x
 
@@ -415,9 +439,8 @@ def check_bits(num_slots):
     torch.manual_seed(0)
     one = state = ops.LRUAState.initial(B, num_slots, D, R, dtype=torch.float32)
     state = ops.LRUAState(own(state.memory), own(state.read_weights, 2), own(state.usage))
-    sent, gather = [], distributed.all_gather
-    distributed.all_gather = lambda found, x, group: (sent.append(x.shape), gather(found, x, group))
-    try:
+    sent = []
+    with collectives(sent):
         for t in range(4):
             inputs = [torch.randn(B, R, D), torch.randn(B, R, D), torch.randn(B, R)]
             inputs = [x.bfloat16() if t % 2 else x for x in inputs]
@@ -426,9 +449,7 @@ def check_bits(num_slots):
                 read, state = sharded.lrua_step(state, *inputs, mesh=distributed.group.WORLD)
             torch.testing.assert_close(read, expected)
             torch.testing.assert_close(state.memory, own(one.memory))
-    finally:
-        distributed.all_gather = gather
-    assert sent == [(B, R, 2 * D + R + 3)] * 4
+    assert sent == [("all_gather", B * R * (2 * D + R + 3))] * 4
     return read, state
 
 
@@ -482,6 +503,190 @@ def test_sharded_ops_refuse_what_they_cannot_do(in_processes):
     in_processes(2, check_errors)
 
 
+def sparse_read_results(read, part, memory, inputs, grads, **options):
+    memory, inputs = leaf(part(memory)), [x if x is None else leaf(x) for x in inputs]
+    found, slots, weights = read(memory, *inputs, **options)
+    torch.autograd.backward([found, weights], grads)
+    return found, slots, weights, [x.grad for x in inputs if x is not None], memory.grad
+
+
+def check_sparse_read(sizes, num_reads, sharpened):
+    """Also with equal slots on several ranks, and with NaN, which is read first."""
+    torch.manual_seed(0)
+    memory = double(3, sum(sizes), D)
+    memory[0] = memory[0, :1]
+    memory[1, 1::3] = memory[1, 1]
+    memory[2, -1] = torch.nan
+    grads = double(3, R, D), double(3, R, num_reads)
+    inputs = [double(3, R, D), 5 * double(3, R) if sharpened else None]
+    mine, options = partial(by_sizes, sizes), {"num_reads": num_reads}
+    *same, grad = sparse_read_results(ops.sparse_read, whole, memory, inputs, grads, **options)
+    sent, group = [], distributed.group.WORLD
+    with collectives(sent):
+        found = sparse_read_results(sharded.sparse_read, mine, memory, inputs, grads, **options, mesh=group)
+    torch.testing.assert_close(found, (*same, mine(grad)), equal_nan=True)
+    # In float64 an integer is as long as a number. One more says how many slots there are.
+    assert sent == [("all_gather", 3 * R * num_reads * (D + 1) + 1)]
+
+
+@pytest.mark.parametrize("sharpened", [False, True])
+@pytest.mark.parametrize(("sizes", "num_reads"), [((4, 3), 3), ((3, 3, 1), 2), ((1, 1, 5), 7), ((30, 1), 4)])
+def test_sharded_sparse_read(in_processes, sizes, num_reads, sharpened):
+    in_processes(len(sizes), check_sparse_read, sizes, num_reads, sharpened)
+
+
+def sparse_results(step, part, state, inputs, grads, options):
+    """What all ranks have, and what is this rank's: reads, state, gradients."""
+    memory, weights = leaf(part(state.memory)), leaf(state.read_weights)
+    inputs = [x if x is None else leaf(x) for x in inputs]
+    state = state._replace(memory=memory, read_weights=weights, last_access=part(state.last_access))
+    reads = []
+    for t in range(T):
+        read, state = step(state, *(x if x is None else x[t] for x in inputs), **options)
+        reads.append(read)
+    reads, (of_reads, of_memory, of_weights) = torch.stack(reads), grads
+    torch.autograd.backward(
+        [reads, state.memory, state.read_weights], [of_reads, part(of_memory), of_weights]
+    )
+    given = [x.grad for x in (weights, *inputs) if x is not None]
+    shared = reads, state.read_slots, state.read_weights, state.clock, given
+    return shared, (state.memory, state.last_access, memory.grad)
+
+
+def check_sparse_step(sizes, num_reads, start, optional, options):
+    torch.manual_seed(0)
+    num_slots = sum(sizes)
+    state = ops.SparseState.initial(B, num_slots, D, R, num_reads, dtype=torch.float64)
+    if not start:
+        state = ops.SparseState(
+            double(B, num_slots, D),
+            torch.rand(B, R, num_slots).argsort(2)[:, :, :num_reads],
+            double(B, R, num_reads).softmax(2),
+            torch.randint(-1, 4, (B, num_slots)),
+            torch.full((B,), 4),
+        )
+    inputs = [double(T, B, R, D), double(T, B, R, D), double(T, B, R)]
+    inputs += [5 * double(T, B, R).abs(), double(T, B, R)] if optional else [None, None]
+    grads = double(T, B, R, D), double(B, num_slots, D), double(B, R, num_reads)
+    shared, own = sparse_results(ops.sparse_step, whole, state, inputs, grads, options)
+    rank, mine = distributed.get_rank(), partial(by_sizes, sizes)
+    options = {**options, "mesh": distributed.group.WORLD, "first_slot": sum(sizes[:rank])}
+    sent = []
+    with collectives(sent):
+        found = sparse_results(sharded.sparse_step, mine, state, inputs, grads, options)
+    torch.testing.assert_close(found, (shared, tuple(map(mine, own))), rtol=1e-9, atol=1e-11)
+    once, back = B * R * ((num_reads + 1) * (D + 1) + 1) + 2, B * R * (D + num_reads + 1 + optional)
+    assert sent == [("all_gather", once)] * T + [("all_reduce", back)] * T
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "num_reads"), [((4, 3), 3), ((3, 3, 1), 2), ((1, 1, 5), 7), ((30, 1), 4), ((1, 1), 1)]
+)
+def test_sharded_sparse_step(in_processes, sizes, num_reads, start, optional):
+    """From the start, where slots and times are equal, and from a state in use; ranks of fewer slots than heads or reads; and
+    in how many collectives, of how many numbers."""
+    options = {"threshold": 0.1, "eps": 1e-3} if optional else {}
+    in_processes(len(sizes), check_sparse_step, sizes, num_reads, start, optional, options)
+
+
+def check_sparse_step_in_half_precision(sizes):
+    """Beside half-precision keys, where integers are two numbers long; autocast changes nothing."""
+    torch.manual_seed(0)
+    one = ops.SparseState.initial(B, sum(sizes), D, R, 3, dtype=torch.float32)
+    mine = partial(by_sizes, sizes)
+    state = one._replace(memory=mine(one.memory), last_access=mine(one.last_access))
+    options = {"mesh": distributed.group.WORLD, "first_slot": sum(sizes[: distributed.get_rank()])}
+    for t in range(5):
+        inputs = [torch.randn(B, R, D), torch.randn(B, R, D), torch.randn(B, R)]
+        inputs = [x.bfloat16() if t % 2 else x for x in inputs]
+        expected, one = ops.sparse_step(one, *inputs)
+        sent = []
+        with torch.autocast("cpu", torch.bfloat16), collectives(sent):
+            read, state = sharded.sparse_step(state, *inputs, **options)
+        assert sent == [("all_gather", B * R * (4 * (D + 2) + 2) + 4)]
+        torch.testing.assert_close(read, expected)
+        whole_state = mine(one.memory), one.read_slots, one.read_weights, mine(one.last_access), one.clock
+        torch.testing.assert_close(tuple(state), whole_state)
+    return read, state.read_slots
+
+
+def test_sharded_sparse_step_in_half_precision(in_processes):
+    answers = in_processes(3, check_sparse_step_in_half_precision, (9, 2, 20))
+    for read, slots in answers[1:]:
+        assert torch.equal(read, answers[0][0]) and torch.equal(slots, answers[0][1])
+
+
+def check_a_sparse_step_with_what_is_not_finite():
+    sizes = (3, 4)
+    mine, state = partial(by_sizes, sizes), ops.SparseState.initial(3, 7, D, R, 2, dtype=torch.float64)
+    memory = double(3, 7, D)
+    memory[0, 1] = torch.nan  # erased, the oldest: cleared
+    memory[1, 6] = memory[1, 0] = torch.nan  # stay, and are read first
+    vector = double(3, R, D)
+    vector[2, 1] = torch.inf  # reaches the slots of its head alone
+    inputs = double(3, R, D), vector, double(3, R)
+    state = state._replace(memory=memory)
+    read, expected = ops.sparse_step(state, *inputs)
+    assert expected.read_slots[1].tolist() == [[0, 6]] * R
+    options = {"mesh": distributed.group.WORLD, "first_slot": (0, 3)[distributed.get_rank()]}
+    own_state = state._replace(memory=mine(memory), last_access=mine(state.last_access))
+    found, new = sharded.sparse_step(own_state, *inputs, **options)
+    torch.testing.assert_close(
+        (found, new.memory, new.read_slots, new.last_access),
+        (read, mine(expected.memory), expected.read_slots, mine(expected.last_access)),
+        equal_nan=True,
+    )
+
+
+def test_sharded_sparse_step_with_what_is_not_finite(in_processes):
+    in_processes(2, check_a_sparse_step_with_what_is_not_finite)
+
+
+def check_sparse_errors():
+    group, rank = distributed.group.WORLD, distributed.get_rank()
+    memory, key = leaf(double(1, 3, D)), double(1, R, D)
+    for num_reads, error, text in (
+        (7, ValueError, r"num_reads must be within \[1, N = 6\], got 7"),
+        (0, ValueError, "num_reads must be within .* got 0"),
+        (2.0, TypeError, "num_reads must be an int, got float"),
+    ):
+        with pytest.raises(error, match=text):
+            sharded.sparse_read(memory, key, num_reads=num_reads, mesh=group)
+    state = ops.SparseState.initial(1, 3, D, R, 2, dtype=torch.float64)
+
+    def step(state=state, first_slot=3 * rank, **options):
+        return sharded.sparse_step(
+            state, key, key, double(1, R), first_slot=first_slot, mesh=group, **options
+        )
+
+    step()
+    with pytest.raises(
+        ValueError, match=r"first_slot must be \[0, 3\] by rank, for \[3, 3\] slots, got \[0, 0\]"
+    ):
+        step(first_slot=0)
+    with pytest.raises(TypeError, match="first_slot must be an int, got float"):
+        step(first_slot=0.0)
+    with pytest.raises(ValueError, match="threshold must be within"):
+        step(threshold=1)
+    with pytest.raises(ValueError, match=r"state.read_slots must be within \[0, N = 6\), got 6"):
+        step(state._replace(read_slots=state.read_slots + 5))
+    many = ops.SparseState.initial(1, 7, D, R, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match="must have 1 <= K <= 6, the slots of all ranks, got 7"):
+        step(many._replace(memory=many.memory[:, :3], last_access=many.last_access[:, :3]))
+    read, _ = step()
+    (grad,) = torch.autograd.grad(
+        sharded.sparse_read(memory, key, num_reads=2, mesh=group)[0].square().sum(), memory, create_graph=True
+    )
+    with pytest.raises((RuntimeError, NotImplementedError), match="twice|no second derivative"):
+        grad.sum().backward()
+
+
+def test_sharded_sparse_ops_refuse_what_they_cannot_do(in_processes):
+    in_processes(2, check_sparse_errors)
+
+
 # The page about all this
 
 
@@ -503,4 +708,4 @@ def test_examples_of_the_page_run(in_processes):
     page = Path(__file__).parent.parent / "docs" / "distributed.md"
     if not page.exists():
         pytest.skip("the tests run without the source tree's docs")
-    assert in_processes(2, run_examples, page) == [7, 7]
+    assert in_processes(2, run_examples, page) == [8, 8]

@@ -22,6 +22,9 @@ CALLS = {  # by family, whether by one step
     "ntm_scan": ("ntm", False),
     "dnc_step": ("dnc", True),
     "dnc_scan": ("dnc", False),
+    "sparse_read": ("sparse_read", None),
+    "sparse_step": ("sparse", True),
+    "sparse_scan": ("sparse", False),
     "cell": ("cell", None),
     "ntm_cell": ("ntm_cell", None),
     "dnc_cell": ("dnc_cell", None),
@@ -41,7 +44,7 @@ def found(name, wrong, monkeypatch):
     monkeypatch.setattr(ops, name, wrong)
     cases = ((number, Case(number)) for number in itertools.count())
     of_op = (n for n, x in cases if x.family == family and one_step in (None, x.one_step))
-    return any(fuzz.check(number) for number in itertools.islice(of_op, 25))
+    return any(fuzz.check(number) for number in itertools.islice(of_op, 50))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -84,6 +87,9 @@ def test_a_wrong_gradient_is_found(field, monkeypatch):
         ("lrua_scan", "lengths", lambda lengths: (lengths - 1).clamp_min(0)),
         ("dnc_scan", "resets", torch.zeros_like),
         ("dnc_scan", "start", lambda start: 1.00001 * start),
+        ("sparse_read", "eps", lambda eps: 1.01 * eps),
+        ("sparse_scan", "threshold", lambda threshold: threshold + 0.1),
+        ("sparse_scan", "resets", torch.zeros_like),
         ("dnc_step", "deallocate", lambda deallocate: not deallocate),
     ],
 )
@@ -98,7 +104,7 @@ def test_a_wrong_option_is_found(name, option, change, monkeypatch):
     assert found(name, wrong, monkeypatch)
 
 
-@pytest.mark.parametrize("family", ["lrua", "dnc"])
+@pytest.mark.parametrize("family", ["lrua", "dnc", "sparse_read", "sparse"])
 def test_a_wrong_choice_of_slots_is_found(family):
     cases = (Case(number) for number in itertools.count())
     case = next(x for x in cases if x.family == family and not x.one_step and x.T and x.B and x.N > 1)

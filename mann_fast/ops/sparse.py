@@ -135,12 +135,8 @@ def sparse_read(
     """
     tensors = memory, key, sharpness
     sizes = _checks.check_tensors(SPARSE_READ.arguments, SPARSE_READ.names[:3], tensors)
-    if sizes["R"] < 1:
-        raise ValueError(f"key [B, R, D] must have at least one head, got {list(key.shape)}")
-    if isinstance(num_reads, bool) or not isinstance(num_reads, (int, torch.SymInt)):
-        raise TypeError(f"num_reads must be an int, got {type(num_reads).__name__}")
-    if not 1 <= num_reads <= sizes["N"]:
-        raise ValueError(f"num_reads must be within [1, N = {sizes['N']}], got {num_reads}")
+    check_heads("key", key)
+    check_num_reads(num_reads, sizes["N"])
     _checks.check_eps(eps)
     backend = _backend.serving(memory.device)
     if backend not in KERNELS:
@@ -149,7 +145,19 @@ def sparse_read(
     return call(SPARSE_READ, backend, *tensors, memory.shape[1], num_reads, float(eps))[:3]
 
 
-def _check_slots(slots: Tensor, num_slots: int) -> None:
+def check_heads(name: str, key: Tensor) -> None:
+    if key.shape[1] < 1:
+        raise ValueError(f"{name} [B, R, D] must have at least one head, got {list(key.shape)}")
+
+
+def check_num_reads(num_reads: Any, num_slots: int) -> None:
+    if isinstance(num_reads, bool) or not isinstance(num_reads, (int, torch.SymInt)):
+        raise TypeError(f"num_reads must be an int, got {type(num_reads).__name__}")
+    if not 1 <= num_reads <= num_slots:
+        raise ValueError(f"num_reads must be within [1, N = {num_slots}], got {num_reads}")
+
+
+def check_slots(slots: Tensor, num_slots: int) -> None:
     """Within [0, N), where the values can be asked for: kernels take others for the nearest that there is."""
     if may_look(slots) and slots.numel():
         least, most = (int(x) for x in slots.aminmax())
@@ -185,7 +193,7 @@ def _sparse(
     check_threshold(threshold)
     _checks.check_eps(eps)
     memory, keys = state[0], inputs[0]
-    _check_slots(state[1], memory.shape[1])
+    check_slots(state[1], memory.shape[1])
     if sequences:
         assert keys is not None
         sequences = raw_sequences(memory, keys.shape[0], *sequences)

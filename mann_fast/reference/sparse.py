@@ -109,18 +109,29 @@ def _read(
     if slots is None:  # a constant: nothing is kept of the slots that are not read
         every = _cosine(memory.detach().unsqueeze(1), key.detach(), eps)
         slots = torch.sort(every, dim=2, descending=True, stable=True).indices[:, :, :num_reads].contiguous()
-    rows = _rows(memory, slots)
+    read, weights = read_rows(_rows(memory, slots), key, sharpness, eps)
+    return read, slots, weights
+
+
+def read_rows(rows: Tensor, key: Tensor, sharpness: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """What each head reads of rows [B, R, K, D], and with what weights [B, R, K]."""
     cosine = _cosine(rows, key, eps)
     weights = torch.softmax(cosine if sharpness is None else sharpness.unsqueeze(2) * cosine, dim=2)
-    return (weights.unsqueeze(3) * rows).sum(2), slots, weights
+    return (weights.unsqueeze(3) * rows).sum(2), weights
 
 
 def sparse_read(
-    memory: Tensor, key: Tensor, sharpness: Tensor | None = None, *, num_reads: int, eps: float = 1e-6
+    memory: Tensor,
+    key: Tensor,
+    sharpness: Tensor | None = None,
+    *,
+    num_reads: int,
+    eps: float = 1e-6,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mann_fast.ops.sparse_read`."""
+    """See :func:`mann_fast.ops.sparse_read`. ``slots`` [B, R, K]: those to read, in place of the choice."""
     wide = [None if x is None else x.to(memory.dtype) for x in (key, sharpness)]
-    read, slots, weights = _read(memory, wide[0], wide[1], num_reads, eps, None)  # type: ignore[arg-type]
+    read, slots, weights = _read(memory, wide[0], wide[1], num_reads, eps, slots)  # type: ignore[arg-type]
     return read.to(key.dtype), slots, weights
 
 
@@ -141,6 +152,30 @@ def sparse_writes(
     return torch.cat([state.read_slots, oldest.unsqueeze(2)], 2), weights
 
 
+def written(memory: Tensor, write_slots: Tensor, write_weights: Tensor, vector: Tensor) -> Tensor:
+    """The memory after the write of :func:`sparse_writes`, each head's last slot erased before."""
+    # By scattering rows, not weights over all slots, which a vector that is not finite would reach; and not in place.
+    oldest = write_slots[:, :, -1]
+    memory = memory.scatter(1, oldest.unsqueeze(2).expand(-1, -1, memory.shape[2]), 0.0)
+    for head in range(vector.shape[1]):
+        rows = write_weights[:, head, :, None] * vector[:, head, None, :]
+        memory = memory.scatter_add(1, write_slots[:, head, :, None].expand_as(rows), rows)
+    return memory
+
+
+def accessed(
+    last_access: Tensor, write_slots: Tensor, write_weights: Tensor, read_slots: Tensor, read_weights: Tensor
+) -> Tensor:
+    """Write and read weights of every slot, summed over the heads in this order, so that every backend rounds alike. Slots are
+    those of last_access [B, N]."""
+    none = torch.zeros_like(last_access, dtype=read_weights.dtype)
+    total = none
+    for head in range(read_slots.shape[1]):
+        write = none.scatter_add(1, write_slots[:, head], write_weights[:, head].detach())
+        total = total + write.scatter_add(1, read_slots[:, head], read_weights[:, head].detach())
+    return total
+
+
 def sparse_step(
     state: SparseState,
     key: Tensor,
@@ -155,26 +190,16 @@ def sparse_step(
 ) -> tuple[Tensor, SparseState]:
     """See :func:`mann_fast.ops.sparse_step`. ``slots``: oldest [B, R] and read slots [B, R, K], in place of the choices."""
     memory, last_slots, _, last_access, clock = state
-    dtype, heads = memory.dtype, key.shape[1]
+    dtype = memory.dtype
     vector, gate = write_vector.to(dtype), gate_logit.to(dtype)
     write_gate = None if write_gate_logit is None else write_gate_logit.to(dtype)
     oldest, read_slots = slots or (None, None)
     write_slots, write_weights = sparse_writes(state, gate, write_gate, oldest)
-    oldest = write_slots[:, :, -1]
-    # By scattering rows, not weights over all slots, which a vector that is not finite would reach; and not in place.
-    memory = memory.scatter(1, oldest.unsqueeze(2).expand(-1, -1, memory.shape[2]), 0.0)
-    for head in range(heads):
-        rows = write_weights[:, head, :, None] * vector[:, head, None, :]
-        memory = memory.scatter_add(1, write_slots[:, head, :, None].expand_as(rows), rows)
-
+    memory = written(memory, write_slots, write_weights, vector)
     beta = None if sharpness is None else sharpness.to(dtype)
     read, read_slots, weights = _read(memory, key.to(dtype), beta, last_slots.shape[2], eps, read_slots)
 
-    none = torch.zeros_like(last_access, dtype=dtype)
-    total = none
-    for head in range(heads):  # heads in this order, so that every backend rounds alike
-        written = none.scatter_add(1, write_slots[:, head], write_weights[:, head].detach())
-        total = total + written.scatter_add(1, read_slots[:, head], weights[:, head].detach())
+    total = accessed(last_access, write_slots, write_weights, read_slots, weights)
     clock = clock + 1
     last_access = torch.where(total > threshold, clock.unsqueeze(1), last_access)
     return read.to(key.dtype), SparseState(memory, read_slots, weights, last_access, clock)

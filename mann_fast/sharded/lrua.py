@@ -1,73 +1,17 @@
-"""A memory whose slots are shared out over processes: the ops of :mod:`mann_fast.ops`, with one small collective each.
-
-Each rank of a group holds some slots of every sample, memory [B, n, D], read weights [B, R, n] and usage [B, n]; slots are
-numbered through the ranks, in their order. Keys, write vectors, gates and sharpness are the same on all ranks, and so is what
-is read. What a rank sends per sample does not depend on how many slots there are.
-
-Gradients are those of one process, where all ranks run the same backward: with the same gradient of what was read, and each
-with its own of what it holds. They come at the price of two more collectives as small.
-"""
+"""Least recently used access."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
 
-from . import ops
-from .ops import LRUAState, _backend, _checks
-from .ops._sequences import NO_SEQUENCES
-from .ops.content import CONTENT_READ
-from .ops.lrua import LRUA_SCAN, STEP_NAMES, raw_options
-from .reference import lrua as reference
-from .reference.content import similarity
-
-__all__ = ["content_read", "least_used", "lrua_step"]
-
-Mesh: TypeAlias = "DeviceMesh | distributed.ProcessGroup"
-
-
-def content_read(
-    memory: Tensor, key: Tensor, sharpness: Tensor | None = None, *, mesh: Mesh, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """Read a memory by content: :func:`mann_fast.ops.content_read` over the slots of all ranks.
-
-    Each rank reads its own slots with the kernel of one process, and what they read is weighed by the sums of their
-    exponentials. So equal slots of two ranks may differ in the last bit of their weights.
-
-    Args:
-        memory: [B, n, D], this rank's slots, float32 or float64; n >= 1.
-        key, sharpness, eps: as of :func:`mann_fast.ops.content_read`; the same on all ranks.
-        mesh: a DeviceMesh of one dimension, or a process group.
-
-    Returns:
-        read [B, R, D] of key's dtype, the same on all ranks, and weights [B, R, n] of this rank's slots, of memory's dtype;
-        over all ranks they sum to 1. Differentiable once.
-
-    Raises:
-        TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
-    """
-    group = _group(mesh)
-    _checks.check_tensors(CONTENT_READ.arguments, CONTENT_READ.names[:3], (memory, key, sharpness))
-    wide_sharpness = None if sharpness is None else sharpness.to(memory.dtype)
-    own_key, own_sharpness = _Shared.apply(group, key.to(memory.dtype), wide_sharpness)
-    read, weights = ops.content_read(memory, own_key, own_sharpness, eps=eps)
-    # The logarithm of the sum of this rank's exponentials, from the similarity of the slot with the largest weight.
-    largest, slot = weights.max(2)
-    nearest = memory.gather(1, slot.unsqueeze(2).expand(-1, -1, memory.shape[2]))
-    norms = (own_key * own_key).sum(2) * (nearest * nearest).sum(2)
-    cosine = (own_key * nearest).sum(2) / torch.sqrt(norms + eps)
-    log_sum = (cosine if own_sharpness is None else own_sharpness * cosine) - largest.log()
-
-    reads, log_sums = _Gathered.apply(group, torch.cat([read, log_sum.unsqueeze(2)], 2)).split(
-        [memory.shape[2], 1], 3
-    )
-    read = (torch.softmax(log_sums, 0) * reads).sum(0)
-    (log_total,) = _Shared.apply(group, torch.logsumexp(log_sums, 0).squeeze(2))
-    return read.to(key.dtype), weights * (log_sum - log_total).exp().unsqueeze(2)
+from .. import ops
+from ..ops import LRUAState, _backend, _checks
+from ..ops._sequences import NO_SEQUENCES
+from ..ops.lrua import LRUA_SCAN, STEP_NAMES, raw_options
+from ..reference import lrua as reference
+from ..reference.content import similarity
+from ._collectives import Gathered, Mesh, Shared, gather, group_of
 
 
 def least_used(usage: Tensor, n: int, *, mesh: Mesh) -> Tensor:
@@ -84,12 +28,12 @@ def least_used(usage: Tensor, n: int, *, mesh: Mesh) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or n.
     """
-    group = _group(mesh)
+    group = group_of(mesh)
     slots = ops.least_used(usage, n)
     # Bits of a float64, which holds every usage, so that one tensor has all: usage, slots, and how many slots there are.
     bits = usage.detach().gather(1, slots).double().view(torch.int64)
     sent = torch.cat([bits.flatten(), slots.flatten(), slots.new_tensor([usage.shape[1]])])
-    found = _gather(group, sent)
+    found = gather(group, sent)
     bits, slots = found[:, :-1].view(len(found), 2, *slots.shape).unbind(1)
     first = found[:, -1].cumsum(0) - found[:, -1]
     # Rank after rank, each in the order of its own: a stable sort leaves equal usage in the order of slots.
@@ -128,7 +72,7 @@ def lrua_step(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    group = _group(mesh)
+    group = group_of(mesh)
     _checks.check_tuple("state", state, LRUAState)
     tensors = (*state, key, write_vector, gate_logit, sharpness, *NO_SEQUENCES)
     _checks.check_tensors(LRUA_SCAN.arguments, STEP_NAMES, tensors, steps=False)
@@ -158,7 +102,7 @@ def _step(
     """The step itself, with everything in the memory's dtype."""
     memory, read_weights, usage = state
     batch, heads, width = key.shape
-    own_key, own_vector, own_gate, own_sharpness = _Shared.apply(group, key, vector, gate, sharpness)
+    own_key, own_vector, own_gate, own_sharpness = Shared.apply(group, key, vector, gate, sharpness)
 
     # What is not among the R least used slots of this rank is written to by the read weights alone.
     slots = ops.least_used(usage, heads)
@@ -178,7 +122,7 @@ def _step(
 
     candidates = torch.cat([rows, row_weights.mT, usage.detach().gather(1, slots).unsqueeze(2)], 2)
     sent = torch.cat([candidates, of_others], 2)  # R of each
-    found = _Gathered.apply(group, sent).split([width, heads, 1, width, 1, 1], 3)
+    found = Gathered.apply(group, sent).split([width, heads, 1, width, 1, 1], 3)
 
     # The R least used slots of all, written and read by every rank alike.
     all_rows, all_weights, all_usage = (x.transpose(0, 1).reshape(batch, -1, x.shape[3]) for x in found[:3])
@@ -199,63 +143,9 @@ def _step(
     )
     row_scores = similarity(rows if read_first else rows_written, own_key, own_sharpness, eps)
     scores = scores.scatter(2, of_weights, row_scores)
-    (own_total,) = _Shared.apply(group, total)
+    (own_total,) = Shared.apply(group, total)
     weights = (scores - maximum).exp() / own_total
     memory = written.scatter(1, of_rows, rows_written)
     touched = weights.detach() + write_weights.detach().scatter(2, of_weights, row_write_weights.detach())
     usage = usage_decay * usage.detach() + sum(touched.unbind(1)[1:], start=touched[:, 0])
     return read, LRUAState(memory, weights, usage)
-
-
-def _group(mesh: Mesh) -> distributed.ProcessGroup:
-    if isinstance(mesh, DeviceMesh):
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"mesh must have one dimension, got {mesh}; mesh['name'] is one of its dimensions"
-            )
-        return mesh.get_group()
-    if not isinstance(mesh, distributed.ProcessGroup):
-        raise TypeError(f"mesh must be a DeviceMesh or a process group, got {type(mesh).__name__}")
-    return mesh
-
-
-def _gather(group: distributed.ProcessGroup, tensor: Tensor) -> Tensor:
-    """Those of all ranks, with a leading axis of ranks."""
-    found = tensor.new_empty(group.size(), *tensor.shape)
-    distributed.all_gather(list(found), tensor.contiguous(), group)
-    return found
-
-
-class _Gathered(torch.autograd.Function):
-    """A rank's tensor to those of all ranks. What is made of them is the same on all, and so is its gradient, of which each
-    takes its own."""
-
-    @staticmethod
-    def forward(ctx: Any, group: distributed.ProcessGroup, tensor: Tensor) -> Tensor:
-        ctx.rank = group.rank()
-        return _gather(group, tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient[ctx.rank]
-
-
-class _Shared(torch.autograd.Function):
-    """What is the same on all ranks, to where each makes something else of it: its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, group: distributed.ProcessGroup, *tensors: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        ctx.group = group
-        return tuple(None if x is None else x.view_as(x) for x in tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [x for x in gradients if x is not None]
-        total = torch.cat([x.flatten() for x in given])
-        distributed.all_reduce(total, group=ctx.group)
-        parts = iter(total.split([x.numel() for x in given]))
-        return None, *(None if x is None else next(parts).view_as(x) for x in gradients)
