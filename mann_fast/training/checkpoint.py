@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def _read_archive(path: Path) -> Any:
         for entry in entries:
             copy.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))  # BadZipFile: a wrong sum
     checked.seek(0)
-    return torch.load(checked, map_location="cpu", weights_only=True, mmap=False)
+    with warnings.catch_warnings():
+        # torch 2.14 warns that it checks a sparse tensor; that none belongs here is said in our own words.
+        warnings.filterwarnings("ignore", "Validating sparse tensor", UserWarning)
+        return torch.load(checked, map_location="cpu", weights_only=True, mmap=False)
 
 
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
