@@ -55,7 +55,8 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
 
     Args:
         checkpoint: path of a ``checkpoint.pt`` or ``.safetensors`` of ``mann-fast train``, or of the folder of a run; None: the
-            model that comes with mann_fast, for 2 to 5 classes of drawn characters.
+            model that comes with mann_fast, for 2 to 20 classes of drawn characters; "omniglot-stream": the one that came with
+            version 0.1, for 2 to 5.
         orders: how many random orders of the examples (and assignments of labels to classes) an answer is the mean of, at
             least 1. One alone is noise.
         random_state: seed of the orders. The same examples and seed give the same answers.
@@ -267,7 +268,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""
         if "_loaded" not in self.__dict__ or self._loaded[0] != (self.checkpoint, self.encoder):
-            content = load_checkpoint(PRETRAINED if self.checkpoint is None else expand_user(self.checkpoint))
+            content = load_checkpoint(PRETRAINED if self.checkpoint is None else self.checkpoint)
             if not isinstance(content["config"], TrainConfig):
                 raise ValueError(
                     f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"

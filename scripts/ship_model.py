@@ -1,6 +1,6 @@
-"""Makes a training run's model the one that comes with the package.
+"""Makes a training run's model the one that the package takes where none is named.
 
-python scripts/ship_model.py runs/omniglot     (writes mann_fast/pretrained/omniglot.safetensors)
+python scripts/ship_model.py runs/support      (writes mann_fast/pretrained/omniglot.safetensors)
 """
 
 from __future__ import annotations

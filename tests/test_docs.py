@@ -47,7 +47,7 @@ def test_examples_of_few_shot_run():
     found = run_examples(DOCS / "few-shot.md", 5)
     assert found["probabilities"].shape == (1, 3) and found["logits"].shape == (20, 4, 5)
     assert found["same"].orders == 32
-    assert found["found"].examples.shape == (1, 5) and found["found"].slots.shape == (1, 32, 128)
+    assert found["found"].examples.shape == (1, 5) and found["found"].slots.shape == (1, 32, 400)
 
 
 def test_example_of_migrating_runs():

@@ -253,7 +253,7 @@ def test_an_encoder_of_ones_own_in_a_checkpoint(tmp_path):
         restore_model(content)
     with pytest.raises(ValueError, match="encoder must have the parameters .*encoder.0.bias"):
         restore_model(content, nn.Sequential(nn.Conv2d(3, 4, 5, stride=4, bias=False), nn.Flatten()))
-    with pytest.raises(ValueError, match="was trained with the encoder none: leave it out"):
+    with pytest.raises(ValueError, match="was trained with the encoder conv4: leave it out"):
         restore_model(load_checkpoint(), Own())
     raw = first.state_dict()
     broken = {name: x.clone() for name, x in raw["model"]["state"].items()}

@@ -19,7 +19,7 @@ from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, predict, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.config import SequenceConfig
-from mann_fast.training.prediction import draw_orders
+from mann_fast.training.prediction import draw_orders, labels_beside
 from mann_fast.training.recall import displace
 from mann_fast.training.sequences import SequenceTrainer
 
@@ -58,11 +58,13 @@ def test_it_learns_and_goes_on_learning(learner, glyphs):
     assert learner.predict(glyphs[0, :1]).tolist() == ["new"]
 
 
-def test_recall_follows_the_writes_of_every_example(learner, glyphs):
+@pytest.mark.parametrize("shipped", ["omniglot", "omniglot-stream"])
+def test_recall_follows_the_writes_of_every_example(shipped, glyphs):
     """Beside one order at a time, step by step, of the weights that the layer returns."""
-    learner.set_params(orders=3).learn(glyphs[:2, :2].reshape(4, 40, 40), [0, 0, 1, 1])
-    found = learner.recall(glyphs[:2, 5])
-    assert found.slots.shape == (2, 3, 128) and found.holds.shape == (2, 3, 128, 5)
+    learner = FewShotLearner.load(shipped, orders=3)
+    learner.learn(glyphs[:2, :2].reshape(4, 40, 40), [0, 0, 1, 1])
+    found, slots = learner.recall(glyphs[:2, 5]), learner.config.slots
+    assert found.slots.shape == (2, 3, slots) and found.holds.shape == (2, 3, slots, 5)
     torch.testing.assert_close(found.slots.sum(2), torch.ones(2, 3))
     assert (found.holds >= 0).all() and found.holds.sum(3).max() < 1 + 1e-5
     model, config, examples, classes, images = learner._question(glyphs[:2, 5])
@@ -71,13 +73,15 @@ def test_recall_follows_the_writes_of_every_example(learner, glyphs):
     for k in range(3):
         for q in range(2):
             pictures = torch.cat([examples[order[:, k]], images[q : q + 1]]).unsqueeze(1)
-            late = torch.cat([torch.tensor([-1]), shown[:, k]]).unsqueeze(1)
-            x = encode_inputs(pictures, late, ways=5, labels="onehot")
+            beside = torch.cat(labels_beside(config, shown[:, k : k + 1]))
+            x = encode_inputs(pictures, beside, ways=config.ways, labels="onehot")
             with torch.no_grad():
                 _, _, weights = model.layer(model.encode(x), return_weights=True)
             torch.testing.assert_close(found.slots[q, k], weights.read[-1, 0].mean(0))
-            held = torch.zeros(128, 5)
-            for step, source in enumerate([*order[:, k].tolist(), 4]):
+            held = torch.zeros(slots, 5)
+            # Of support and queries a step reads before it writes, so what the image itself writes is read by nothing.
+            sources = order[:, k].tolist() if config.layout == "support" else [*order[:, k].tolist(), 4]
+            for step, source in enumerate(sources):
                 w = weights.write[step, 0].sum(0).clamp(0, 1).unsqueeze(1)
                 held = held * (1 - w)
                 held[:, source] += w[:, 0]
@@ -188,10 +192,10 @@ def test_a_file_that_cannot_be_read_is_named(learner, tmp_path):
 def test_limits_are_said(learner, glyphs, tmp_path):
     with pytest.raises(ValueError, match="has learned nothing yet: call learn"):
         learner.predict(glyphs[0])
-    learner.learn(glyphs[:, 0], range(5))
-    with pytest.raises(ValueError, match="6 classes were given, .* to tell 5 apart.*--ways 6"):
-        learner.learn(glyphs[0, :1], [9])
-    assert learner.classes_.tolist() == [0, 1, 2, 3, 4]  # nothing of it was learned
+    learner.learn(glyphs[:2, :10].reshape(20, 40, 40), range(20))
+    with pytest.raises(ValueError, match="21 classes were given, .* to tell 20 apart.*--ways 21"):
+        learner.learn(glyphs[2, :1], [20])
+    assert learner.classes_.tolist() == list(range(20))  # nothing of it was learned
     with pytest.raises(ValueError, match="labels must be one for each of 2 images, got 1"):
         learner.learn(glyphs[0, :2], [1])
     with pytest.raises(TypeError, match="labels must be hashable, got list"):

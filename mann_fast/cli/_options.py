@@ -13,10 +13,9 @@ from torch import nn
 
 from ..data import ClassImages, Dataset, Episodes, load_dataset
 from ..data.datasets import TooFewClasses
-from ..data.images import expand_user
 from ..models.encoders import make_own
 from ..training import TrainConfig
-from ..training.checkpoint import PRETRAINED
+from ..training.checkpoint import PRETRAINED, SHIPPED, checkpoint_path
 from ..training.features import encode_classes, encoder_of
 from ..training.support import images_of_class, make_episodes
 from ..training.trainer import fingerprint
@@ -27,9 +26,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="FILE",
         default=PRETRAINED,
-        type=expand_user,
+        type=checkpoint_path,
         help="checkpoint.pt of a training run, or the folder it is in (default: the model that comes with "
-        "mann_fast, trained to tell 2 to 5 drawn characters apart)",
+        "mann_fast, trained to tell 2 to 20 drawn characters apart; omniglot-stream: the one that came with 0.1)",
     )
 
     parser.add_argument(
@@ -88,9 +87,9 @@ def unseen_classes(content: dict[str, Any], source: str) -> ClassImages:
 
 
 def say_which_model(checkpoint: Path) -> None:
-    if checkpoint == PRETRAINED:
+    if checkpoint in SHIPPED.values():
         print(
-            "mann-fast: the model that comes with mann_fast, trained on drawn characters (Omniglot) and on nothing else; "
+            "mann-fast: a model that comes with mann_fast, trained on drawn characters (Omniglot) and on nothing else; "
             "for photographs train one of your own (mann-fast train --data FOLDER) and name it with --checkpoint",
             file=sys.stderr,
         )

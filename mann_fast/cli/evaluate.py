@@ -14,7 +14,7 @@ from ..data.babi import load_babi
 from ..data.images import expand_user
 from ..training import BabiConfig, SequenceConfig, TrainConfig, load_checkpoint, restore_model
 from ..training.babi import measure_babi
-from ..training.checkpoint import PRETRAINED
+from ..training.checkpoint import SHIPPED
 from ..training.files import write_json
 from ..training.loop import describe
 from ..training.protocol import PROTOCOLS, Protocol, evaluate_protocol, obstacle
@@ -137,7 +137,7 @@ def chosen_protocols(text: str | None, config: TrainConfig, classes: ClassImages
 def out_folder(args: argparse.Namespace) -> Path:
     """Where the results go, made if it does not exist."""
     beside = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    out = args.out or (Path() if args.checkpoint == PRETRAINED else beside)
+    out = args.out or (Path() if args.checkpoint in SHIPPED.values() else beside)
     out.mkdir(parents=True, exist_ok=True)
     return out
 

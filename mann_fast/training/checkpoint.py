@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
 from ..data import num_outputs
+from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
 from ..models.backbones import is_backbone
@@ -37,6 +38,7 @@ VERSION = 1  # of what is written; all from 1 on are read: docs/cli.md
 
 # Trained on Omniglot; the file beside it says how, and under which licence it comes.
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "omniglot.safetensors"
+SHIPPED = {path.stem: path for path in sorted(PRETRAINED.parent.glob("*.safetensors"))}  # by their names
 
 OF_ENCODER = "encoder."  # begins the names of its tensors
 MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
@@ -115,17 +117,24 @@ def _read_archive(path: Path) -> Any:
         return torch.load(checked, map_location="cpu", weights_only=True, mmap=False)
 
 
+def checkpoint_path(name: str | os.PathLike) -> Path:
+    """The file of a model that comes with the package, by its name, unless there is such a file or folder; else a path."""
+    path = expand_user(name)
+    return path if path.exists() else SHIPPED.get(os.fspath(name), path)
+
+
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
     """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig, SequenceConfig or
     BabiConfig.
 
-    Without a path: the model that comes with the package, 5-way, trained on Omniglot's background set.
+    path: a file, the folder of a run, or the name of a model that comes with the package, all trained on Omniglot's background
+        set: "omniglot" (the default, 20-way, support and queries) or "omniglot-stream" (5-way, labels one step late).
 
     Raises FileNotFoundError where there is no file, and ValueError, which names the file, where it is no checkpoint, is of a
     newer format, is damaged, or holds what no run of its settings has: other names, types or shapes, or numbers that are not
     finite. A compressed archive, or a model of absurd size, is refused before it takes memory.
     """
-    path = Path(path)
+    path = checkpoint_path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
     if not path.is_file():

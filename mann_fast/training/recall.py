@@ -18,9 +18,9 @@ class Recall(NamedTuple):
     """What Q images read from a memory that holds n examples, in K orders of these, float32.
 
     slots: [Q, K, N], the read weights over the N slots, the mean of the heads; each row sums to 1 (of a memory that reads so).
-    holds: [Q, K, N, n + 1], of each slot which share came from each example, last from the image itself; the rest to 1 was
-    there before all of them. A write of weight w takes the share w of a slot from what was there; those of several heads add
-    up, to 1 at most.
+    holds: [Q, K, N, n + 1], of each slot which share came from each example when it was read, last from the image itself, where
+    a step writes before it reads; the rest to 1 was there before all of them. A write of weight w takes the share w of a slot
+    from what was there; those of several heads add up, to 1 at most.
     """
 
     slots: Tensor
@@ -66,6 +66,7 @@ def recall(
     for source, written in zip(order, over_slots(weights, num_slots)[1], strict=True):
         learned = displace(learned, written.sum(1), source)
 
+    reads_first = getattr(model.layer.memory, "order", None) == "read_first"
     slots, holds = [], []
     for image in images:
         repeated = image.expand(1, orders, *image.shape)
@@ -73,7 +74,7 @@ def recall(
         _, _, weights = model.layer(model.encode(inputs), state, return_weights=True)
         read, write = (part[0] for part in over_slots(weights, num_slots))
         slots.append(read.mean(1))
-        holds.append(displace(learned, write.sum(1), torch.full((orders,), n)))
+        holds.append(learned if reads_first else displace(learned, write.sum(1), torch.full((orders,), n)))
     return Recall(
         torch.stack(slots) if slots else learned.new_empty(0, orders, num_slots),
         torch.stack(holds) if holds else learned.new_empty(0, *learned.shape),
