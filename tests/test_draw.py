@@ -76,7 +76,7 @@ def test_it_answers_and_shows_where_from():
     said = judge(learner, known, ink(TENT))
     assert re.search(r'class="answer"[^>]*>(.*?)<', said)[1] == "tent"
     assert "<b>" not in said and html.escape("<b>") in said
-    assert said.count("<img") == 4 and said.count('<i title="slot ') == 128
+    assert said.count("<img") == 4 and said.count('<i title="slot ') == learner.config.slots
     shares = [int(share) for share in re.findall(r"figcaption>(\d+)%", said)]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 102
     assert not hasattr(learner, "classes_")  # visitors share its model, and nothing that they teach
