@@ -37,8 +37,11 @@ FORMAT = "mann_fast checkpoint"
 VERSION = 1  # of what is written; all from 1 on are read: docs/cli.md
 
 # Trained on Omniglot; the file beside it says how, and under which licence it comes.
-PRETRAINED = Path(__file__).parent.parent / "pretrained" / "omniglot.safetensors"
-SHIPPED = {path.stem: path for path in sorted(PRETRAINED.parent.glob("*.safetensors"))}  # by their names
+_FOLDER = Path(__file__).parent.parent / "pretrained"
+SHIPPED = {
+    name: _FOLDER / f"{name}.safetensors" for name in ("omniglot", "omniglot-stream")
+}  # with the package
+PRETRAINED = SHIPPED["omniglot"]  # where none is named
 
 OF_ENCODER = "encoder."  # begins the names of its tensors
 MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
