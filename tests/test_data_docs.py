@@ -9,8 +9,9 @@ def test_examples():
     first, own, workers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(first, names)
-    assert names["inputs"].shape == (50, 16, 405)
-    assert names["targets"].shape == names["instance"].shape == (50, 16)
+    episode = names["episode"]
+    assert episode.inputs.shape == (50, 16, 405)
+    assert episode.targets.shape == episode.instance.shape == episode.classes.shape == (50, 16)
     exec(own, dict(names))
     exec(workers, names)
     assert next(iter(names["loader"])).inputs.shape == (50, 16, 405)

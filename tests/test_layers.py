@@ -263,11 +263,12 @@ def test_gradcheck(options):
 @pytest.mark.parametrize("options", CONTROLLERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_state_carries_over_a_cut(dtype, options):
-    """A cut rounds a bfloat16 state, so there are enough slots for no choice among them to hang on the last bit."""
+    """A cut rounds a bfloat16 state, so there are enough slots for no choice among them to hang on the last bit. In float32 the
+    products of fewer steps may be rounded otherwise: of 150 layers the worst was off by 4.5e-6."""
     layer = make_layer(dtype=dtype, **options, **({"num_slots": 40} if dtype == torch.bfloat16 else {}))
     x = torch.randn(7, 2, 4, dtype=dtype)
     start = random_state(layer, 2, dtype)
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
     for state in (None, start):
         whole, whole_end = layer(x, state)
         for cut in (0, 1, 3, 7):
