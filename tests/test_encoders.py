@@ -48,6 +48,41 @@ def test_every_image_goes_through_the_encoder_in_one_call():
     torch.testing.assert_close(alone, logits[:, 1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_normalized_features_tell_a_direction_and_no_length(packed):
+    """The label beside them stays; an image without features stays without."""
+    options = {"image_shape": (2, 2, 2), "normalize_features": True, "dtype": torch.float64, **SMALL}
+    model = MANN(10, 2, 8, encoder=Rows(), **options)
+    images, labels = torch.rand(5, 3, 8, dtype=torch.float64), torch.rand(5, 3, 2, dtype=torch.float64)
+    images[2, 1] = 0
+    rows = 2 * images.unflatten(2, (2, 2, 2)).mean(4).flatten(2)
+    expected = torch.cat([rows / rows.square().mean(2, keepdim=True).sqrt().clamp(min=1e-300), labels], 2)
+    x = torch.cat([images, labels], 2)
+    dimmed = torch.cat([images * torch.rand(5, 3, 1, dtype=torch.float64), labels], 2)
+    for seen in (x, dimmed):
+        if packed:
+            pack = nn.utils.rnn.pack_padded_sequence(seen, torch.tensor([5, 5, 5]))
+            encoded, _ = nn.utils.rnn.pad_packed_sequence(model.encode(pack))
+        else:
+            encoded = model.encode(seen)
+        torch.testing.assert_close(encoded, expected, rtol=1e-12, atol=1e-12)
+    again = MANN(**{**model.config, "encoder": Rows()}, dtype=torch.float64)
+    assert again.config == model.config
+
+
+def test_feature_dropout_is_of_training_alone():
+    torch.manual_seed(0)
+    options = {"image_shape": (2, 2, 2), "feature_dropout": 0.25, "dtype": torch.float64, **SMALL}
+    model, x = MANN(10, 2, 8, encoder=Rows(), **options), torch.rand(50, 20, 10, dtype=torch.float64)
+    rows = 2 * x[..., :8].unflatten(2, (2, 2, 2)).mean(4).flatten(2)
+    encoded = model.encode(x)
+    kept = encoded[..., :4] != 0
+    torch.testing.assert_close(encoded[..., :4], torch.where(kept, rows / 0.75, 0))
+    assert 0.72 < kept.double().mean() < 0.78
+    assert torch.equal(encoded[..., 4:], x[..., 8:])
+    torch.testing.assert_close(model.eval().encode(x)[..., :4], rows)
+
+
 def test_packed_sequences_are_encoded_too():
     model = MANN(10, 2, 8, encoder=Rows(), image_shape=(2, 2, 2), dtype=torch.float64, **SMALL)
     x, lengths = torch.rand(5, 3, 10, dtype=torch.float64), torch.tensor([5, 3, 1])
@@ -149,6 +184,11 @@ def test_in_evaluation_an_answer_depends_on_nothing_that_comes_after_it():
         ({"encoder": "conv4", "image_shape": (1, 15, 16)}, ValueError, "sides of at least 16"),
         ({"encoder": "conv4", "image_shape": (2, 16, 16)}, ValueError, "input_size must be at least the 512"),
         ({"image_shape": (1, 16, 16)}, ValueError, "image_shape must be None without an encoder"),
+        ({"normalize_features": True}, ValueError, "normalize_features needs an encoder, got True"),
+        ({"feature_dropout": 0.3}, ValueError, "feature_dropout needs an encoder, got 0.3"),
+        ({"feature_dropout": 1}, ValueError, "feature_dropout must be from 0 to below 1, got 1"),
+        ({"feature_dropout": "0"}, TypeError, "feature_dropout must be .*got str"),
+        ({"normalize_features": 1}, TypeError, "normalize_features must be a bool, got int"),
         ({"encoder": nn.Flatten(0), "image_shape": (1, 2, 2)}, ValueError, r"encoder must make \[M, ...\]"),
     ],
 )

@@ -43,7 +43,8 @@ def test_mann_has_the_options_of_its_layer():
     options = inspect.signature(MANN).parameters
     expected = dict(inspect.signature(MemoryLayer).parameters)
     del expected["output_size"]
-    options = {name: p for name, p in options.items() if name not in ("encoder", "image_shape")}
+    of_images = ("encoder", "image_shape", "normalize_features", "feature_dropout")
+    options = {name: p for name, p in options.items() if name not in of_images}
     assert {name: p.default for name, p in options.items() if name != "num_classes"} == {
         name: p.default for name, p in expected.items()
     }

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Conv4(nn.Sequential):
@@ -26,12 +27,13 @@ class Conv4(nn.Sequential):
     ):
         blocks: list[nn.Module] = []
         for inputs in (channels, 64, 64, 64):
-            # The batch norm takes the mean away, and with it any bias.
+            # The batch norm takes the mean away, and with it any bias. The greatest of four numbers is above 0 or not whether
+            # ReLU comes before or after, and after it has a quarter to do.
             blocks += [
                 nn.Conv2d(inputs, 64, 3, padding=1, bias=False, device=device, dtype=dtype),
                 nn.BatchNorm2d(64, device=device, dtype=dtype),
-                nn.ReLU(),
                 nn.MaxPool2d(2),
+                nn.ReLU(),
             ]
         super().__init__(*blocks)
 
@@ -94,12 +96,20 @@ def count_features(encoder: nn.Module, image_shape: tuple[int, int, int]) -> int
     return found.numel()
 
 
-def encode_images(encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-    """x [..., C * H * W + L] with the image at its start replaced by its features, [..., E + L]; all images in one call."""
+def encode_images(
+    encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int], *, dropout: float, normalize: bool
+) -> Tensor:
+    """x [..., C * H * W + L] with the image at its start replaced by its features, [..., E + L]; all images in one call.
+    dropout: the share of the features that are 0, at random; normalize: with features of every image whose root mean square
+    is 1.
+    """
     pixels = prod(image_shape)
     images = x[..., :pixels].reshape(prod(x.shape[:-1]), *image_shape)
     if len(images) == 0:  # of which a batch norm has no mean
         features = x.new_empty(*x.shape[:-1], count_features(encoder, image_shape))
     else:
         features = encoder(images).reshape(*x.shape[:-1], -1)
+        features = F.dropout(features, dropout) if dropout else features
+        if normalize:
+            features = F.rms_norm(features, features.shape[-1:])
     return torch.cat([features, x[..., pixels:]], -1)

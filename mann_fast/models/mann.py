@@ -17,6 +17,7 @@ from ..layers.controllers import obstacle
 from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
 from ..layers.sequences import each, each_taken, of_padded, packed_uncompiled, steps_taken
+from ..ops._checks import check_flag, check_number
 from .encoders import ENCODERS, check_image_shape, count_features, encode_images
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
@@ -35,6 +36,11 @@ class MANN(nn.Module):
             (:class:`mann_fast.models.encoders.Conv4`), or a module of your own that takes images [M, C, H, W] and returns
             [M, ...]. All images of a call go through it at once, M = T * B. None: the controller sees the pixels.
         image_shape: (C, H, W) of the images where there is an encoder: the first C * H * W numbers of every input.
+        normalize_features: whether the features of every image are scaled to a root mean square of 1, so that the controller
+            sees in which direction they point and not how far: docs/few-shot.md.
+        feature_dropout: in training the share of the features that are 0, at random and anew for every image, and the others as
+            much larger (before the scaling); from 0 to below 1. An encoder tells the images that it was trained on apart too
+            well for the memory to learn what it needs with others.
         hidden_size, controller, addressing, memory_start, bias, batch_first, device, dtype, options: as of
             :class:`mann_fast.MemoryLayer`; the controller by its name.
 
@@ -63,12 +69,18 @@ class MANN(nn.Module):
         batch_first: bool = False,
         encoder: str | nn.Module | None = None,
         image_shape: Sequence[int] | None = None,
+        normalize_features: bool = False,
+        feature_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ):
         super().__init__()
         check_sizes(input_size=input_size, num_classes=num_classes)
+        check_flag("normalize_features", normalize_features)
+        check_number("feature_dropout", feature_dropout)
+        if not 0 <= feature_dropout < 1:
+            raise ValueError(f"feature_dropout must be from 0 to below 1, got {feature_dropout}")
         memory = make_memory(addressing, options)
         arguments: dict[str, Any] = {
             "input_size": input_size,
@@ -83,6 +95,8 @@ class MANN(nn.Module):
             **arguments,
             "encoder": type(encoder).__name__ if isinstance(encoder, nn.Module) else encoder,
             "image_shape": None if image_shape is None else list(image_shape),
+            "normalize_features": normalize_features,
+            "feature_dropout": feature_dropout,
             "addressing": name_of(memory),
             **{name: getattr(memory, name) for name in options_of(memory)},
         }
@@ -99,6 +113,9 @@ class MANN(nn.Module):
         if encoder is None:
             if image_shape is not None:
                 raise ValueError(f"image_shape must be None without an encoder, got {image_shape!r}")
+            for name in ("normalize_features", "feature_dropout"):
+                if given := self.config[name]:
+                    raise ValueError(f"{name} needs an encoder, got {given}")
             return None
         if not isinstance(encoder, nn.Module) and encoder not in ENCODERS:
             known = ", ".join(map(repr, ENCODERS))
@@ -114,6 +131,8 @@ class MANN(nn.Module):
         )
 
     def _adjust_parameters(self) -> None:
+        if self.config["normalize_features"]:  # which are as far apart as the encoder can make them
+            return
         controller = self.layer.controller
         of_input = controller.weight_ih if isinstance(controller, nn.RNNCellBase) else controller.weight
         with torch.no_grad():
@@ -147,7 +166,13 @@ class MANN(nn.Module):
                 f"x must have {width} numbers per step, an image {list(self.image_shape)} and the label of the step before, "
                 f"got {list(x.shape)}"
             )
-        encode = partial(encode_images, self.encoder, image_shape=self.image_shape)
+        encode = partial(
+            encode_images,
+            self.encoder,
+            image_shape=self.image_shape,
+            dropout=self.config["feature_dropout"] if self.training else 0.0,
+            normalize=self.config["normalize_features"],
+        )
         if lengths is None:
             return encode(x)
         batch_first = self.layer.batch_first
