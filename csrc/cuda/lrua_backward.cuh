@@ -62,11 +62,12 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
   }
   __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * tile_numbers(plan); }
-  // In 64 bits: the steps of a replay together may have more.
-  __device__ __forceinline__ int64_t weights_of_step() const { return static_cast<int64_t>(plan.heads) * plan.span; }
+  // The steps of a replay together may have more than 32 bits count, where they are not in shared memory.
+  using Offset = std::conditional_t<RESIDENT && !ALONE, int, int64_t>;
+  __device__ __forceinline__ Offset weights_of_step() const { return static_cast<Offset>(plan.heads) * plan.span; }
   __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * weights_of_step(); }
   __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + step * weights_of_step(); }
-  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + static_cast<int64_t>(step) * plan.span; }
+  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + static_cast<Offset>(step) * plan.span; }
   __device__ __forceinline__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
 
   __device__ __forceinline__ void begin() {

@@ -48,24 +48,27 @@ template <class Arguments>
 constexpr int most_vectors = std::is_same<Arguments, LruaScan>::value ? 2 : 3;
 
 // The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
-// in their places, a step later. Where they come from and go to is found once: it takes divisions.
+// in their places, a step later. Where they come from and go to takes divisions: with a plan that is known when compiled it is
+// found once; any other has no registers to keep it in.
 template <class T, class Arguments, class P>
 class Stream {
  public:
   __device__ __forceinline__ Stream(const Arguments& a, const P& plan) : a_(a), plan_(plan) {
+    if constexpr (P::fixed) {
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) ways_[j] = way(gpu::thread() + j * threads());
+      for (int j = 0; j < ahead; ++j) ways_[j] = way(gpu::thread() + j * threads());
+    }
   }
 
   __device__ __forceinline__ void ask(int64_t row) {
     row_ = row;
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) asked_[j] = get(ways_[j]);
+    for (int j = 0; j < ahead; ++j) asked_[j] = get(way_ahead(j));
   }
 
   __device__ __forceinline__ void put(const Inputs<T>& in) {
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) put(in, ways_[j], asked_[j]);
+    for (int j = 0; j < ahead; ++j) put(in, way_ahead(j), asked_[j]);
     if constexpr (!all_ahead)
       for (int i = gpu::thread() + ahead * threads(); i < count(); i += threads()) put(in, way(i), get(way(i)));
   }
@@ -80,7 +83,7 @@ class Stream {
     const void* from;
   };
 
-  __device__ __forceinline__ int threads() const { return 32 * plan_.warps; }
+  __device__ __forceinline__ int threads() const { return P::fixed ? 32 * plan_.warps : gpu::threads(); }
   // Keys, write vectors and where there are any gradients of reads; then gates, sharpness and slots.
   __device__ __forceinline__ int vectors() const { return grad_reads_of(a_) ? 3 : 2; }
   __device__ __forceinline__ int count() const { return plan_.R * (plan_.D * vectors() + 3); }
@@ -117,6 +120,11 @@ class Stream {
     return slots_of(a_) ? Way{Kind::slot, r, plan_.R, slots_of(a_) + r} : Way{Kind::none, 0, 0, nullptr};
   }
 
+  __device__ __forceinline__ Way way_ahead(int j) const {
+    if constexpr (P::fixed) return ways_[j];
+    else return way(gpu::thread() + j * threads());
+  }
+
   __device__ __forceinline__ T get(const Way& way) const {
     if (way.kind == Kind::none) return 0;
     const int64_t place = row_ * way.width;
@@ -137,7 +145,7 @@ class Stream {
   const Arguments& a_;
   const P& plan_;
   int64_t row_ = 0;
-  Way ways_[ahead];
+  Way ways_[P::fixed ? ahead : 1];
   T asked_[ahead] = {};
 };
 

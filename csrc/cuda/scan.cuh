@@ -133,7 +133,8 @@ struct Thread {
   __device__ __forceinline__ int groups() const { return RESIDENT ? 1 : plan.groups; }
   __device__ __forceinline__ int pieces() const { return RESIDENT ? 1 : plan.pieces; }
 
-  __device__ __forceinline__ int threads() const { return 32 * plan.warps; }
+  // Of a plan that is not known when compiled the machine tells: that takes no register.
+  __device__ __forceinline__ int threads() const { return P::fixed ? 32 * plan.warps : gpu::threads(); }
 
   // The first slot of the warp's group g, counted in the block.
   __device__ __forceinline__ int group(int g) const { return (g * plan.warps + place.warp) * warp_slots; }
