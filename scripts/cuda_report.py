@@ -18,7 +18,7 @@ from pathlib import Path
 from native import CannotBuild, Nvcc, cuda_architectures
 
 # 33 to 40 numbers a slot, in registers: of LRUA with more than one head, and of NTM; of a DNC, all in shared memory.
-PAPER = ("<float, 5, 4, true>", "<float, 5, true>", "<float, true>")
+PAPER = ("<float, 5, 4, true", "<float, 5, true>", "<float, true>")
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> int:
     for name, (_, architecture, stack, stores, loads, registers) in zip(
         demangle([entry[0] for entry in found]), found, strict=True
     ):
-        match = re.search(r"(\w+_kernel)(<[^>]*>)", name)
-        name = f"{match[1]}{match[2]}" if match else name
+        match = re.search(r"(\w+_kernel<.*?>)\(", name)
+        name = match[1].replace("mann_fast::cuda::", "").replace(" >", ">") if match else name
         spills = int(stores) + int(loads)
         kernels.setdefault(name, {})[architecture] = f"{registers}, {stack}, {spills}"
         if spills and any(paper in name for paper in PAPER):

@@ -376,3 +376,37 @@ def test_explain_says_what_the_cuda_kernels_refuse_and_what_depends_on_the_batch
         in explain("lrua_scan", 1 << 20, 64, 4)["cuda"]
     )
     assert "multiprocessors" not in explain("lrua_scan", 128, 40, 4)["cuda"]
+
+
+@pytest.mark.skipif(not EMULATION, reason="asks the emulated CUDA kernels")
+def test_a_refused_launch_of_a_cuda_kernel_names_its_op():
+    slots = 1 << 24
+    state = ops.LRUAState(torch.zeros(1, slots, 1), torch.zeros(1, 1, slots), torch.zeros(1, slots))
+    vector, gate = torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1)
+    refused = "the CUDA kernel of lrua_scan cannot be launched: the kernel takes fewer than 2^24 slots"
+    with mann_fast.backend("cuda"), pytest.raises(RuntimeError, match=re.escape(refused)):
+        ops.lrua_scan(state, vector, vector, gate)
+    state = ops.LRUAState.initial(1, 8, 1, 1)  # and the next one is taken
+    with mann_fast.backend("cuda"):
+        ops.lrua_scan(state, vector, vector, gate)
+
+
+@pytest.mark.skipif(not EMULATION, reason="asks the emulated CUDA kernels")
+@pytest.mark.parametrize("slots, size", [(128, 40), (113, 33), (128, 13), (120, 30), (128, 64)])
+def test_sizes_that_the_cuda_kernels_know_when_compiled(slots, size):
+    """113 to 128 slots and 4 heads, with as many columns a lane as there are kernels for."""
+    results = []
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(0)
+        memory, weights = torch.randn(2, slots, size), torch.rand(2, 4, slots).softmax(-1)
+        usage = torch.rand(2, slots).round(decimals=1)  # many equal
+        inputs = [torch.randn(9, 2, 4, size), torch.randn(9, 2, 4, size), torch.randn(9, 2, 4)]
+        inputs = [x.to(dtype).requires_grad_() for x in inputs]
+        with mann_fast.backend(backend):
+            reads, state = ops.lrua_scan(
+                ops.LRUAState(*(x.to(dtype) for x in (memory, weights, usage))), *inputs
+            )
+            (reads.sin().sum() + state.memory.cos().sum()).backward()
+        results.append([reads, *state, *(x.grad for x in inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)

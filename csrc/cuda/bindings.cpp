@@ -16,7 +16,9 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace mann_fast {
 namespace {
 
-void launched(const char* why) { STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel cannot be launched: ", why); }
+void launched(const char* op, const char* why) {
+  STD_TORCH_CHECK(why == nullptr, "mann_fast: the CUDA kernel of ", op, " cannot be launched: ", why);
+}
 
 // The device of a tensor, its current stream, and scratch memory that goes back to torch's allocator after the launch.
 class Cuda {
@@ -29,9 +31,9 @@ class Cuda {
   explicit Cuda(const Tensor& like) : like_(like) {}
 #endif
 
-  void probe() { launched(cuda::usable()); }
+  void probe() { launched("a probe", cuda::usable()); }
 #define MANN_FAST_RUN(op, Arguments) \
-  void run(const Arguments& a) { launched(cuda::op(a, queue())); }
+  void run(const Arguments& a) { launched(#op, cuda::op(a, queue())); }
   MANN_FAST_OPS(MANN_FAST_RUN)
 #undef MANN_FAST_RUN
 
@@ -80,7 +82,8 @@ using Layout = std::tuple<int64_t, int64_t, std::string, int64_t>;
 template <class Arguments>
 Layout layout(const char* (*lay_out)(const Arguments&, cuda::Layout&), const Arguments& a) {
   cuda::Layout layout{};
-  launched(lay_out(a, layout));
+  const char* why = lay_out(a, layout);
+  STD_TORCH_CHECK(why == nullptr, "mann_fast: a CUDA kernel cannot be launched: ", why);
   return {layout.blocks, layout.warps, layout.memory, static_cast<int64_t>(layout.shared)};
 }
 

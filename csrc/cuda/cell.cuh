@@ -185,7 +185,7 @@ template <class T, class Arguments>
 __device__ __forceinline__ void put_head(const Arguments& a, const Plan& memory, const Inputs<T>& in, int j, T value) {
   const int size = memory.R * memory.D, vectors = a.separate_vector ? 2 * size : size;
   if (j < vectors) {
-    const int at = memory.vector_at(j % size);
+    const int at = vector_at(memory, j % size);
     if (j < size) in.keys[at] = value;
     if (j >= size || !a.separate_vector) in.vectors[at] = value;
   } else if (j < vectors + memory.R) {

@@ -139,7 +139,7 @@ struct CellBack {
     for (int j = gpu::thread(); goes_on && j < plan.reads(); j += gpu::threads()) {
       T grad = read_by_step(t + 1, j);
       if (outside) grad += outside[place.row(t, place.rank) * plan.width() + plan.H + j];
-      in.grads[plan.memory.vector_at(j)] = grad;
+      in.grads[vector_at(plan.memory, j)] = grad;
     }
   }
 
@@ -151,7 +151,7 @@ struct CellBack {
       T grad;
       if (j < vectors) {
         const int i = j % size;
-        const T value = j < size ? in.keys[plan.memory.vector_at(i)] : in.vectors[plan.memory.vector_at(i)];
+        const T value = j < size ? in.keys[vector_at(plan.memory, i)] : in.vectors[vector_at(plan.memory, i)];
         grad = j < size ? memory.key_gradient(i) : T(0);
         if (j >= size || !a.separate_vector) grad += memory.vector_gradient(i);
         grad *= T(1) - value * value;

@@ -80,6 +80,19 @@ __device__ inline T* of_block(T* shared, int) {
 
 __device__ inline float inverse_root(float x) { return rsqrtf(x); }
 __device__ inline double inverse_root(double x) { return rsqrt(x); }
+// Of what is far from the ends of its range.
+__device__ inline float reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ inline double reciprocal(double x) { return 1.0 / x; }
+
+// Of the current device.
+inline Limits limits() {
+  int device = 0, shared = 0, major = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return {static_cast<size_t>(shared), major >= 9 ? portable_cluster : 1, major >= 9 ? 2 * portable_cluster : 1, processors};
+}
 
 // A launch as the runtime takes it; status tells whether the kernel may have what it asks for.
 struct Configured {
@@ -88,8 +101,9 @@ struct Configured {
   cudaError_t status = cudaSuccess;
   template <class Kernel>
   Configured(Kernel kernel, const Launch& how) {
+    // What a kernel may ask for is state that all threads share: each sets the same, so that none takes it from another's launch.
     if (how.shared > portable_shared)
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared));
     if (status == cudaSuccess && how.cluster > portable_cluster)
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -105,13 +119,20 @@ struct Configured {
   Configured(const Configured&) = delete;  // config points into it
 };
 
+// Null where the runtime accepted a call, else why not; then nothing stays behind, or the next launch would report it.
+inline const char* refusal(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
 // Null where the launch was accepted, else why not.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   if (how.blocks == 0) return nullptr;
   Configured as(kernel, how);
   if (as.status == cudaSuccess) as.status = cudaLaunchKernelEx(&as.config, kernel, static_cast<Parameters>(arguments)...);
-  return as.status == cudaSuccess ? nullptr : cudaGetErrorString(as.status);
+  return refusal(as.status);
 }
 
 // How many of such clusters the current device has room for at once.
@@ -120,29 +141,14 @@ int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
   Configured as(kernel, how);
   int count = 0;
   if (as.status == cudaSuccess) as.status = cudaOccupancyMaxActiveClusters(&count, kernel, &as.config);
-  if (as.status == cudaSuccess) return count;
-  cudaGetLastError();  // else the next launch would report it
-  return 0;
+  return refusal(as.status) ? 0 : count;
 }
 
 // Null where the driver and the current device can run a kernel of this library, else why not.
 template <class Kernel>
 const char* usable(Kernel kernel) {
   cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
-  if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();  // else the next launch would report it
-  return cudaGetErrorString(status);
-}
-
-// Of the current device.
-inline Limits limits() {
-  int device = 0, shared = 0, major = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return {static_cast<size_t>(shared), major >= 9 ? portable_cluster : 1, major >= 9 ? 2 * portable_cluster : 1, processors};
+  return refusal(cudaFuncGetAttributes(&attributes, kernel));
 }
 
 }  // namespace gpu

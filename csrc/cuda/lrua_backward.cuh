@@ -11,13 +11,15 @@ struct Backward {
   struct Small {
     InputTurns<Inputs<T>> in;
     Exchange<T> exchange;
-    __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, true), exchange(carver, plan, true) {}
+    template <class P>
+    __device__ __host__ Small(Carver& carver, const P& plan) : in(carver, plan, true), exchange(carver, plan, true) {}
   };
   struct Slots {
     // Of the steps of a replay: read weights before each and after the last, dot products and squares of each.
     T *read_weights, *dots, *squares;
     T *write_weights, *later, *grads, *of_squares;  // later: gradients of the read weights that come out of a step
-    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t every)
+    template <class P>
+    __device__ __host__ Slots(Carver& carver, const P& plan, int64_t every)
         : read_weights(carver.take<T>((every + 1) * plan.heads * plan.span)),
           dots(carver.take<T>(every * plan.heads * plan.span)), squares(carver.take<T>(every * plan.span)),
           write_weights(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
@@ -25,15 +27,16 @@ struct Backward {
   };
   struct Tiles {
     T *memories, *grad;  // before each step and after the last
-    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t every)
-        : memories(carver.take<T>((every + 1) * plan.tile_numbers())),
-          grad(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
+    template <class P>
+    __device__ __host__ Tiles(Carver& carver, const P& plan, int64_t every)
+        : memories(carver.take<T>((every + 1) * tile_numbers(plan))),
+          grad(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
   };
 };
 
-template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false>
-struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
-  using Base = LruaThread<T, C, HEADS, RESIDENT, ALONE>;
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false, class P = Plan>
+struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
+  using Base = LruaThread<T, C, HEADS, RESIDENT, ALONE, P>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScanBackward& a;
   const int64_t sample;
@@ -45,9 +48,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   Tile<T, C> held;  // the gradient of the memory
   int visits = 0;   // steps gone through, in either direction
 
-  __device__ __forceinline__ LruaBackward(const LruaScanBackward& a, const Plan& plan, int every, Places places, int64_t sample,
+  __device__ __forceinline__ LruaBackward(const LruaScanBackward& a, const P& plan, int every, Places places, int64_t sample,
                                           int rank, bool of_reads)
-      : Base(plan, rank, a.eps, a.shared_target), a(a), sample(sample), every(every), of_reads(of_reads),
+      : Base(plan, rank, a.eps), a(a), sample(sample), every(every), of_reads(of_reads),
         small(places.of(ALONE || RESIDENT || plan.near_small), plan),
         per_slot(places.of((RESIDENT && !ALONE) || plan.near_slots), plan, every),
         tiles(places.of(plan.near_tiles), plan, every) {}
@@ -58,10 +61,13 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   __device__ __forceinline__ void with_grad(int g, int k, F f) {
     this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
   }
-  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
-  __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * (plan.heads * plan.span); }
-  __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + step * (plan.heads * plan.span); }
-  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + step * plan.span; }
+  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * tile_numbers(plan); }
+  // The steps of a replay together may have more than 32 bits count, where they are not in shared memory.
+  using Offset = std::conditional_t<RESIDENT && !ALONE, int, int64_t>;
+  __device__ __forceinline__ Offset weights_of_step() const { return static_cast<Offset>(plan.heads) * plan.span; }
+  __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * weights_of_step(); }
+  __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + step * weights_of_step(); }
+  __device__ __forceinline__ T* squares(int step) const { return per_slot.squares + static_cast<Offset>(step) * plan.span; }
   __device__ __forceinline__ T* sums() const { return small.exchange.sums + visits % 2 * plan.warps * plan.heads; }
 
   __device__ __forceinline__ void begin() {
@@ -97,13 +103,13 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     gpu::sync_warp();
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g) {
-#pragma unroll 1
+#pragma unroll(P::fixed ? 2 : 1)
       for (int pass = 0; pass < 2; ++pass) {
-        if ((pass == 0) == a.read_first) {
-          const T* addressed = memory(a.read_first ? step : step + 1);
+        if ((pass == 0) == plan.read_first) {
+          const T* addressed = memory(plan.read_first ? step : step + 1);
           const auto open = [&](int k, auto f) {
             Tile<T, C> m;
-            load_tile(addressed, this->piece(g, k), m);
+            load_tile(addressed, this->piece(g, k), this->threads(), m);
             f(m);
           };
           this->compare(in, 0, plan.heads, g, bounded, open, read_weights(step + 1), sums() + place.warp * plan.heads,
@@ -111,9 +117,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
         } else {
           for (int k = 0; k < this->pieces(); ++k) {
             Tile<T, C> m;
-            load_tile(memory(step), this->piece(g, k), m);
+            load_tile(memory(step), this->piece(g, k), this->threads(), m);
             this->write(in, in.slots[0], per_slot.write_weights, g, k, m);
-            store_tile(memory(step + 1), this->piece(g, k), m);
+            store_tile(memory(step + 1), this->piece(g, k), this->threads(), m);
           }
         }
       }
@@ -131,7 +137,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
           T rows[HEADS][C];
           load_rows<HEADS, C>(in.grads + first * plan.columns + this->first_column(k), plan.columns, rows);
           Tile<T, C> m;
-          load_tile(memory(step + 1), this->piece(g, k), m);
+          load_tile(memory(step + 1), this->piece(g, k), this->threads(), m);
           add_dots<HEADS, C>(m, rows, sum);
         }
         if (of_reads) add_lanes<4, 1, lane_slots * HEADS>(sum, place.lane);
@@ -151,12 +157,8 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   __device__ __forceinline__ void through_softmax(const Inputs<T>& in, int step) {
     T* scalars = small.exchange.scalars + place.warp * 3 * plan.heads;
     for (int first = 0; first < plan.heads; first += HEADS) {
-      T mean[OWN], key_squares[HEADS] = {}, own_key[OWN];
-#pragma unroll
-      for (int j = 0; j < OWN; ++j) {
-        const int r = first + place.own_head + j;
-        mean[j] = r < plan.R ? this->total(sums(), r, plan.heads) : T(0);
-      }
+      const typename Base::Own mean = this->own_totals(sums(), first);
+      T key_squares[HEADS] = {}, own_key[OWN];
       for (int k = 0; k < this->pieces(); ++k) {
         T keys[HEADS][C];
         load_rows<HEADS, C>(in.keys + first * plan.columns + this->first_column(k), plan.columns, keys);
@@ -170,7 +172,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
 #pragma unroll
         for (int j = 0; j < OWN; ++j) {
           const int r = first + place.own_head + j, at = r * plan.span + own_slot;
-          const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean[j]);
+          const T of_score = read_weights(step + 1)[at] * (per_slot.grads[at] - mean.at[j]);
           const ScoreGradient<T> of = score_gradient(of_score, dots(step)[at], in.beta[r], own_key[j], square, this->eps);
           if (HEADS == 1) gpu::sync_warp();  // two lanes read what one of them writes
           if (place.owner) {
@@ -189,7 +191,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   // The gradient of the memory from reads and similarities, and those of the keys.
   __device__ __forceinline__ void through_read(const Inputs<T>& in, int step, bool through_weights, bool of_similarity) {
     T* of_keys = small.exchange.reads + place.warp * plan.heads * plan.columns;
-    const T* addressed = memory(a.read_first ? step : step + 1);
+    const T* addressed = memory(plan.read_first ? step : step + 1);
     for (int k = 0; k < this->pieces(); ++k) {
       for (int first = 0; first < plan.heads; first += HEADS) {
         const int corner = first * plan.columns + this->first_column(k);
@@ -208,7 +210,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
             load_rows<HEADS, C>(in.keys + corner, plan.columns, rows);
             add_products<HEADS, C>(weights, rows, grad);
             Tile<T, C> m;
-            load_tile(addressed, this->piece(g, k), m);
+            load_tile(addressed, this->piece(g, k), this->threads(), m);
             add_weighted<HEADS, C>(m, weights, sum);
             this->load_weights(per_slot.of_squares, first, this->slots(g), weights);
             add_by_norm<HEADS, C>(m, weights, grad);
@@ -281,18 +283,18 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     through_softmax(in, step);
     this->weigh_writes(in, in.slots, read_weights(step), per_slot.write_weights);
     gpu::sync_warp();
-    through_read(in, step, true, !a.read_first);
+    through_read(in, step, true, !plan.read_first);
     through_write(in, step);
-    if (a.read_first) through_read(in, step, false, true);
+    if (plan.read_first) through_read(in, step, false, true);
     add_key_squares(in);
   }
 
   // The gradients of what a step took, when all have told their parts: [R, D] and [R].
   __device__ __forceinline__ T key_gradient(int j) const {
-    return this->total(small.exchange.reads, plan.vector_at(j), plan.heads * plan.columns);
+    return this->total(small.exchange.reads, vector_at(plan, j), plan.heads * plan.columns);
   }
   __device__ __forceinline__ T vector_gradient(int j) const {
-    return this->total(small.exchange.of_vectors, plan.vector_at(j), plan.heads * plan.columns);
+    return this->total(small.exchange.of_vectors, vector_at(plan, j), plan.heads * plan.columns);
   }
   __device__ __forceinline__ T gate_gradient(int r) const {
     return this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads);

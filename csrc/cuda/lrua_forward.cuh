@@ -11,25 +11,28 @@ struct Forward {
   struct Small {
     InputTurns<Inputs<T>> in;
     Exchange<T> exchange;
-    __device__ __host__ Small(Carver& carver, const Plan& plan) : in(carver, plan, false), exchange(carver, plan, false) {}
+    template <class P>
+    __device__ __host__ Small(Carver& carver, const P& plan) : in(carver, plan, false), exchange(carver, plan, false) {}
   };
   struct Slots {
     T *read_weights, *write_weights, *usage;
     typename Order<T>::Bits* orders;
-    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t)
+    template <class P>
+    __device__ __host__ Slots(Carver& carver, const P& plan, int64_t)
         : read_weights(carver.take<T>(plan.heads * plan.span)), write_weights(carver.take<T>(plan.heads * plan.span)),
           usage(carver.take<T>(plan.span)), orders(carver.take<typename Order<T>::Bits>(plan.span)) {}
   };
   struct Tiles {
     T* memory;
-    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t)
-        : memory(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
+    template <class P>
+    __device__ __host__ Tiles(Carver& carver, const P& plan, int64_t)
+        : memory(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
   };
 };
 
-template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false>
-struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
-  using Base = LruaThread<T, C, HEADS, RESIDENT, ALONE>;
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false, class P = Plan>
+struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
+  using Base = LruaThread<T, C, HEADS, RESIDENT, ALONE, P>;
   using Bits = typename Order<T>::Bits;
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScan& a;
@@ -38,11 +41,12 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   typename Forward<T>::Slots per_slot;
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
+  AnchorTurns anchors;
 
-  __device__ __forceinline__ LruaForward(const LruaScan& a, const Plan& plan, Places places, int64_t sample, int rank)
-      : Base(plan, rank, a.eps, a.shared_target), a(a), sample(sample),
-        small(places.of(ALONE || RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
-        tiles(places.of(plan.near_tiles), plan, 0) {}
+  __device__ __forceinline__ LruaForward(const LruaScan& a, const P& plan, Places places, int64_t sample, int rank)
+      : Base(plan, rank, a.eps), a(a), sample(sample), small(places.of(ALONE || RESIDENT || plan.near_small), plan),
+        per_slot(places.of(RESIDENT || plan.near_slots), plan, 0), tiles(places.of(plan.near_tiles), plan, 0),
+        anchors(a.anchor_every) {}
 
   __device__ __forceinline__ Inputs<T> inputs(int64_t step) const {
     return small.in.of(static_cast<int>(step % 2), plan, false);
@@ -62,20 +66,19 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
       const int slot = this->group(g) + place.lane, of_sample = first_slot + slot;
-      if (place.lane < warp_slots)
-        per_slot.usage[slot] = of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample];
+      if (place.lane < warp_slots) set_usage(slot, of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample]);
     }
     this->take_rows(read_weights, plan.N, per_slot.read_weights);
-    find_candidates();
+    if constexpr (!P::fixed) find_candidates();
+  }
+
+  __device__ __forceinline__ void set_usage(int slot, T usage) {
+    per_slot.usage[slot] = usage;
+    per_slot.orders[slot] = first_slot + slot < plan.N ? order_of(usage) : taken<T>;
   }
 
   // The R least used slots of the warp, in order, for all to see.
   __device__ __forceinline__ void find_candidates() {
-    for (int g = 0; g < this->groups(); ++g) {
-      const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots)
-        per_slot.orders[slot] = first_slot + slot < plan.N ? order_of(per_slot.usage[slot]) : taken<T>;
-    }
     for (int r = 0; r < plan.R; ++r) {
       Bits least = taken<T>;
       int where = this->group(0) + place.lane;
@@ -93,8 +96,39 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     }
   }
 
-  // The R least used slots of all, for the warp itself: every warp finds the same.
-  __device__ __forceinline__ int* choose() {
+  // The R least used slots of all, for the warp itself: every warp finds the same. Where a plan is fixed, it goes through all
+  // slots, a few in every lane; else through the warps' candidates.
+  __device__ __forceinline__ auto choose() const {
+    if constexpr (P::fixed) return choose_of_all();
+    else return choose_of_candidates();
+  }
+  struct Chosen {
+    int slots[fixed_heads<P>];
+    __device__ __forceinline__ int operator[](int r) const { return slots[r]; }
+  };
+  __device__ __forceinline__ Chosen choose_of_all() const {
+    constexpr int count = P::span / 32;
+    Chosen chosen;
+    Bits orders[count];
+#pragma unroll
+    for (int i = 0; i < count; ++i) orders[i] = per_slot.orders[place.lane + 32 * i];
+#pragma unroll
+    for (int r = 0; r < plan.R; ++r) {
+      Bits least = orders[0];
+      int where = place.lane;
+#pragma unroll
+      for (int i = 1; i < count; ++i)
+        if (orders[i] < least) least = orders[i], where = place.lane + 32 * i;
+      const Bits order = warp_least(least);
+      const int slot = static_cast<int>(gpu::warp_min(least == order ? static_cast<unsigned>(where) : ~0u));
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+        if (slot == place.lane + 32 * i) orders[i] = taken<T>;
+      chosen.slots[r] = slot;
+    }
+    return chosen;
+  }
+  __device__ __forceinline__ const int* choose_of_candidates() const {
     const int warps = plan.warps * this->blocks(), count = warps * plan.R;
     int* chosen = small.exchange.chosen + place.warp * plan.heads;
     Bits past_order = 0;
@@ -123,10 +157,12 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     return chosen;
   }
 
-  __device__ __forceinline__ void save(int64_t t, const int* chosen) {
+  template <class ChosenSlots>
+  __device__ __forceinline__ void save(int64_t t, const ChosenSlots& chosen) {
     if (rank == 0 && place.warp == 0)
-      for (int r = place.lane; r < plan.R; r += 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
-    if (!has_anchor(t, a.anchor_every)) return;
+      for (int r = 0; r < plan.R; ++r)
+        if (place.lane == r % 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
+    if (!anchors.due(t)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
@@ -136,7 +172,8 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   }
 
   // Up to the sums that all must know.
-  __device__ __forceinline__ void write_and_compare(const Inputs<T>& in, const int* chosen, T* sums) {
+  template <class ChosenSlots>
+  __device__ __forceinline__ void write_and_compare(const Inputs<T>& in, const ChosenSlots& chosen, T* sums) {
     this->weigh_writes(in, chosen, per_slot.read_weights, per_slot.write_weights);
     gpu::sync_warp();
     const bool bounded = this->bounded(in.beta);
@@ -147,9 +184,9 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
             sums + place.warp * plan.heads, small.exchange.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
             static_cast<T*>(nullptr));
       };
-#pragma unroll 1
+#pragma unroll(P::fixed ? 2 : 1)
       for (int pass = 0; pass < 2; ++pass) {
-        if ((pass == 0) == a.read_first) {
+        if ((pass == 0) == plan.read_first) {
           compare();
         } else {
           for (int k = 0; k < this->pieces(); ++k)
@@ -177,9 +214,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
   }
 
   // A number of the reads [R, D], when all have told their parts.
-  __device__ __forceinline__ T read_at(int j) const {
-    return this->total(small.exchange.reads, plan.vector_at(j), plan.heads * plan.columns) /
-           this->total(small.exchange.sums, j / plan.D, plan.heads);
+  __device__ __forceinline__ T read_at(int j) const { return read_at(vector_at(plan, j), j / plan.D); }
+  __device__ __forceinline__ T read_at(int at, int head) const {
+    return this->total(small.exchange.reads, at, plan.heads * plan.columns) *
+           gpu::reciprocal(this->total(small.exchange.sums, head, plan.heads));
   }
 
   __device__ __forceinline__ void use() {
@@ -190,13 +228,13 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
       T total = per_slot.read_weights[slot] + per_slot.write_weights[slot];
       for (int r = 1; r < plan.R; ++r)
         total += per_slot.read_weights[r * plan.span + slot] + per_slot.write_weights[r * plan.span + slot];
-      per_slot.usage[slot] = decay * per_slot.usage[slot] + total;
+      set_usage(slot, decay * per_slot.usage[slot] + total);
     }
   }
 
   // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
-    const int* chosen = choose();
+    const auto chosen = choose();
     if (a.anchor_every > 0) save(t, chosen);
     write_and_compare(in, chosen, small.exchange.sums);
     read();
@@ -207,7 +245,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE> {
     this->normalise(small.exchange.sums, per_slot.read_weights);
     gpu::sync_warp();
     use();
-    find_candidates();  // a lane's own slots again
+    if constexpr (!P::fixed) find_candidates();  // a lane's own slots again
   }
 
   __device__ __forceinline__ void end() {

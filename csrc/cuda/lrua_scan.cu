@@ -10,22 +10,29 @@ namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T, int C, int HEADS, bool RESIDENT>
-struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
-  using Base = LruaForward<T, C, HEADS, RESIDENT>;
+template <class T, int C, int HEADS, bool RESIDENT, class P>
+struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
+  using Base = LruaForward<T, C, HEADS, RESIDENT, false, P>;
   using Base::a, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small;
+  const int first_read, read_place, read_head;
 
-  __device__ __forceinline__ ForwardScan(const LruaScan& a, const Plan& plan, Places places)
-      : Base(a, plan, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster)) {}
+  __device__ __forceinline__ ForwardScan(const LruaScan& a, const P& plan, Places places)
+      : Base(a, plan, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster)),
+        first_read(rank * 32 * plan.warps + gpu::thread()), read_place(plan.D > 0 ? vector_at(plan, first_read) : 0),
+        read_head(plan.D > 0 ? first_read / plan.D : 0) {}
 
+  // Where the thread's first number of the reads lies is found once.
   __device__ __forceinline__ void give_reads(int64_t t) {
-    const int count = plan.R * plan.D;
-    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads())
-      store_as(a.reads, a.input, (t * a.B + sample) * count + j, this->read_at(j));
+    const int count = plan.R * plan.D, threads = 32 * plan.warps;
+    const int64_t row = (t * a.B + sample) * count;
+    if (first_read < count) store_as(a.reads, a.input, row + first_read, this->read_at(read_place, read_head));
+    if constexpr (!P::fixed)
+      for (int j = first_read + plan.cluster * threads; j < count; j += plan.cluster * threads)
+        store_as(a.reads, a.input, row + j, this->read_at(j));
   }
 
   __device__ __forceinline__ void run() {
-    Stream<T, LruaScan> stream(a, plan);
+    Stream<T, LruaScan, P> stream(a, plan);
     const int64_t steps = a.sequences.length(a.T, sample);
     if (steps > 0) stream.ask(sample);
     this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
@@ -49,10 +56,11 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT> {
   }
 };
 
-template <class T, int C, int HEADS, bool RESIDENT>
+template <class T, int C, int HEADS, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     forward_kernel(const __grid_constant__ LruaScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
-  ForwardScan<T, C, HEADS, RESIDENT>(a, plan, Places(plan, scratch)).run();
+  const auto& known = P::of(plan);
+  ForwardScan<T, C, HEADS, RESIDENT, P>(a, known, Places(plan, scratch)).run();
 }
 
 template <class T>
@@ -68,10 +76,10 @@ const char* scan(const LruaScan& a, const Queue& queue) {
   if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
-  return with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
-    return gpu::launch(forward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan,
-                       static_cast<unsigned char*>(scratch));
+  return with_kernel<T>(plan, [&](auto c, auto h, auto resident, auto kind) {
+    return gpu::launch(
+        forward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value, typename decltype(kind)::Type>,
+        {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, static_cast<unsigned char*>(scratch));
   });
 }
 

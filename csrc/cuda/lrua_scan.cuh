@@ -11,7 +11,8 @@ struct Inputs {
   using Number = T;
   T *keys, *vectors, *grads, *gate, *rest, *beta;
   int* slots;
-  __device__ __host__ Inputs(Carver& carver, const Plan& plan, bool backward)
+  template <class P>
+  __device__ __host__ Inputs(Carver& carver, const P& plan, bool backward)
       : keys(carver.take<T>((backward ? 3 : 2) * plan.heads * plan.columns)), vectors(keys + plan.heads * plan.columns),
         grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), rest(carver.take<T>(plan.heads)),
         beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
@@ -26,7 +27,8 @@ struct Exchange {
   T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
   Bits* orders;           // [warps, heads]: the least used of each warp
   int *candidates, *chosen;
-  __device__ __host__ Exchange(Carver& carver, const Plan& plan, bool backward)
+  template <class P>
+  __device__ __host__ Exchange(Carver& carver, const P& plan, bool backward)
       : sums(carver.take<T>(2 * plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
         reads(carver.take<T>(plan.warps * plan.heads * plan.columns)),
         of_vectors(carver.take<T>(backward ? plan.warps * plan.heads * plan.columns : 0)),
@@ -42,82 +44,122 @@ __device__ __forceinline__ const void* grad_reads_of(const LruaScanBackward& a) 
 __device__ __forceinline__ const int64_t* slots_of(const LruaScan&) { return nullptr; }
 __device__ __forceinline__ const int64_t* slots_of(const LruaScanBackward& a) { return a.slots; }
 
+template <class Arguments>
+constexpr int most_vectors = std::is_same<Arguments, LruaScan>::value ? 2 : 3;
+
 // The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
-// in their places, a step later.
-template <class T, class Arguments>
+// in their places, a step later. Where they come from and go to takes divisions: with a plan that is known when compiled it is
+// found once; any other has no registers to keep it in.
+template <class T, class Arguments, class P>
 class Stream {
  public:
-  __device__ __forceinline__ Stream(const Arguments& a, const Plan& plan) : a_(a), plan_(plan) {}
+  __device__ __forceinline__ Stream(const Arguments& a, const P& plan) : a_(a), plan_(plan) {
+    if constexpr (P::fixed) {
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) ways_[j] = way(gpu::thread() + j * threads());
+    }
+  }
 
   __device__ __forceinline__ void ask(int64_t row) {
     row_ = row;
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) {
-      const int i = gpu::thread() + j * gpu::threads();
-      asked_[j] = i < count() ? get(i) : T(0);
-    }
+    for (int j = 0; j < ahead; ++j) asked_[j] = get(way_ahead(j));
   }
 
   __device__ __forceinline__ void put(const Inputs<T>& in) {
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) {
-      const int i = gpu::thread() + j * gpu::threads();
-      if (i < count()) put(in, i, asked_[j]);
-    }
-    for (int i = gpu::thread() + ahead * gpu::threads(); i < count(); i += gpu::threads()) put(in, i, get(i));
+    for (int j = 0; j < ahead; ++j) put(in, way_ahead(j), asked_[j]);
+    if constexpr (!all_ahead)
+      for (int i = gpu::thread() + ahead * threads(); i < count(); i += threads()) put(in, way(i), get(way(i)));
   }
 
  private:
-  static constexpr int ahead = 3;
+  enum class Kind : int { none, number, gate, slot };
+  // From where to where a number goes each step: it comes from rows of `width`, and is put at `to`, counted from the keys on
+  // but for gates and slots. A number that comes from nowhere is 1.
+  struct Way {
+    Kind kind;
+    int to, width;
+    const void* from;
+  };
 
+  __device__ __forceinline__ int threads() const { return P::fixed ? 32 * plan_.warps : gpu::threads(); }
   // Keys, write vectors and where there are any gradients of reads; then gates, sharpness and slots.
   __device__ __forceinline__ int vectors() const { return grad_reads_of(a_) ? 3 : 2; }
   __device__ __forceinline__ int count() const { return plan_.R * (plan_.D * vectors() + 3); }
 
-  __device__ __forceinline__ T get(int i) const {
-    const int size = plan_.R * plan_.D, kind = i / size;
-    if (kind < vectors()) {
-      const void* data = kind == 0 ? a_.keys : kind == 1 ? a_.write_vectors : grad_reads_of(a_);
-      return load_as<T>(data, a_.input, row_ * size + i - kind * size);
-    }
-    const int rest = i - vectors() * size, r = rest % plan_.R;
-    const int64_t place = row_ * plan_.R + r;
-    if (rest < plan_.R) return load_as<T>(a_.gate_logits, a_.input, place);
-    if (rest < 2 * plan_.R) return a_.sharpness ? load_as<T>(a_.sharpness, a_.input, place) : T(1);
-    return slots_of(a_) ? static_cast<T>(slots_of(a_)[place]) : T(0);  // exact: a plan has fewer than 2^24 slots
+  // How many of them a thread asks for ahead, and whether that is all.
+  static constexpr int needed() {
+    if constexpr (P::fixed) return (P::R * (P::columns * most_vectors<Arguments> + 3) + 32 * P::warps - 1) / (32 * P::warps);
+    else return 0;
+  }
+  static constexpr bool all_ahead = P::fixed && needed() <= 3;
+  static constexpr int ahead = all_ahead ? needed() : 3;
+
+  __device__ __forceinline__ int beta_at() const {
+    Carver carver(nullptr);
+    const Inputs<T> in(carver, plan_, most_vectors<Arguments> > 2);
+    return static_cast<int>(in.beta - in.keys);
   }
 
-  __device__ __forceinline__ void put(const Inputs<T>& in, int i, T value) const {
-    const int size = plan_.R * plan_.D, kind = i / size;
+  __device__ __forceinline__ const void* from(const void* data, int i) const {
+    return data ? number_of(data, a_.input, i) : nullptr;
+  }
+
+  __device__ __forceinline__ Way way(int i) const {
+    if (i >= count()) return {Kind::none, 0, 0, nullptr};
+    const int size = plan_.R * plan_.D, kind = size > 0 ? i / size : vectors();
     if (kind < vectors()) {
+      const void* data = kind == 0 ? a_.keys : kind == 1 ? a_.write_vectors : grad_reads_of(a_);
       const int j = i - kind * size;
-      in.keys[kind * plan_.heads * plan_.columns + plan_.vector_at(j)] = value;
-      return;
+      return {Kind::number, kind * plan_.heads * plan_.columns + vector_at(plan_, j), size, from(data, j)};
     }
     const int rest = i - vectors() * size, r = rest % plan_.R;
-    if (rest < plan_.R) gate_shares(value, in.gate[r], in.rest[r]);
-    else if (rest < 2 * plan_.R) in.beta[r] = value;
-    else in.slots[r] = static_cast<int>(value);
+    if (rest < plan_.R) return {Kind::gate, r, plan_.R, from(a_.gate_logits, r)};
+    if (rest < 2 * plan_.R) return {Kind::number, beta_at() + r, plan_.R, from(a_.sharpness, r)};
+    return slots_of(a_) ? Way{Kind::slot, r, plan_.R, slots_of(a_) + r} : Way{Kind::none, 0, 0, nullptr};
+  }
+
+  __device__ __forceinline__ Way way_ahead(int j) const {
+    if constexpr (P::fixed) return ways_[j];
+    else return way(gpu::thread() + j * threads());
+  }
+
+  __device__ __forceinline__ T get(const Way& way) const {
+    if (way.kind == Kind::none) return 0;
+    const int64_t place = row_ * way.width;
+    if (slots_of(a_) && way.kind == Kind::slot)  // exact: a plan has fewer than 2^24 slots
+      return static_cast<T>(static_cast<const int64_t*>(way.from)[place]);
+    return way.from ? load_as<T>(way.from, a_.input, place) : T(1);
+  }
+
+  __device__ __forceinline__ void put(const Inputs<T>& in, const Way& way, T value) const {
+    switch (way.kind) {
+      case Kind::none: break;
+      case Kind::number: in.keys[way.to] = value; break;
+      case Kind::gate: gate_shares(value, in.gate[way.to], in.rest[way.to]); break;
+      case Kind::slot: in.slots[way.to] = static_cast<int>(value); break;
+    }
   }
 
   const Arguments& a_;
-  const Plan& plan_;
+  const P& plan_;
   int64_t row_ = 0;
-  T asked_[ahead];
+  Way ways_[P::fixed ? ahead : 1];
+  T asked_[ahead] = {};
 };
 
 // A scan of a least-recently-used-access memory as one thread sees it.
-template <class T, int C, int HEADS, bool RESIDENT, bool ALONE>
-struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE> {
-  using Base = Thread<T, C, HEADS, RESIDENT, ALONE>;
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE, class P>
+struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
+  using Base = Thread<T, C, HEADS, RESIDENT, ALONE, P>;
   using Base::OWN, Base::place, Base::plan, Base::first_slot;
-  bool shared_target;
 
-  __device__ __forceinline__ LruaThread(const Plan& plan, int rank, double eps, bool shared_target)
-      : Base(plan, rank, eps), shared_target(shared_target) {}
+  __device__ __forceinline__ LruaThread(const P& plan, int rank, double eps) : Base(plan, rank, eps) {}
 
   // Write weights [heads, span] of the warp's slots; own lanes only.
-  __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const int* chosen, const T* read_weights,
+  template <class Chosen>
+  __device__ __forceinline__ void weigh_writes(const Inputs<T>& in, const Chosen& chosen, const T* read_weights,
                                                T* write_weights) const {
     for (int g = 0; g < this->groups(); ++g) {
       const int own_slot = this->own(g);
@@ -133,10 +175,11 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE> {
       }
     }
   }
-  __device__ __forceinline__ bool is_target(const int* chosen, int r, int slot) const {
-    if (!shared_target) return chosen[r] == slot;
-    bool any = false;
-    for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot;
+  template <class Chosen>
+  __device__ __forceinline__ bool is_target(const Chosen& chosen, int r, int slot) const {
+    if (!P::fixed && !plan.shared_target) return chosen[r] == slot;
+    bool any = false;  // and where all is in registers, only what is known when compiled can choose one
+    for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot && (plan.shared_target || i == r);
     return any;
   }
 
@@ -168,16 +211,27 @@ Plan sizes_of(const Arguments& a) {
   plan.N = static_cast<int>(a.N);
   plan.D = static_cast<int>(a.D);
   plan.R = static_cast<int>(a.R);
+  plan.read_first = a.read_first;
+  plan.shared_target = a.shared_target;
   return plan;
 }
 
-// Calls f with types and sizes of the kernel that a plan asks for.
+// Calls f with types and sizes of the kernel that a plan asks for, and the kind of plan it takes.
 template <class T, class F>
 const char* with_kernel(const Plan& plan, F f) {
   return with_tile<T>(plan, [&](auto c, auto resident) {
-    if constexpr (decltype(resident)::value)
-      if (plan.heads_at_once == 1) return f(c, std::integral_constant<int, 1>(), resident);
-    return f(c, std::integral_constant<int, 4>(), resident);
+    const PlanKind<Plan> any;
+    const std::integral_constant<int, 4> four;
+    if constexpr (decltype(resident)::value) {
+      if (plan.heads_at_once == 1) return f(c, std::integral_constant<int, 1>(), resident, any);
+      // Of 25 to 40 numbers a slot: each size more is a kernel more, in either direction, that takes a minute to compile.
+      constexpr int columns = decltype(c)::value;
+      if constexpr (columns == 4 || columns == 5) {
+        using Common = FixedPlan<4, 8, columns>;
+        if (Common::is(plan)) return f(c, four, resident, PlanKind<Common>());
+      }
+    }
+    return f(c, four, resident, any);
   });
 }
 

@@ -9,12 +9,12 @@ namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T, int C, int HEADS, bool RESIDENT>
-struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
-  using Base = LruaBackward<T, C, HEADS, RESIDENT>;
+template <class T, int C, int HEADS, bool RESIDENT, class P>
+struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT, false, P> {
+  using Base = LruaBackward<T, C, HEADS, RESIDENT, false, P>;
   using Base::a, Base::every, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small, Base::visits;
 
-  __device__ __forceinline__ BackwardScan(const LruaScanBackward& a, const Plan& plan, int every, Places places)
+  __device__ __forceinline__ BackwardScan(const LruaScanBackward& a, const P& plan, int every, Places places)
       : Base(a, plan, every, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster),
              a.grad_reads != nullptr) {}
 
@@ -36,7 +36,7 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
   }
 
   __device__ __forceinline__ void run() {
-    Stream<T, LruaScanBackward> stream(a, plan);
+    Stream<T, LruaScanBackward, P> stream(a, plan);
     const int64_t steps = a.sequences.length(a.T, sample);
     int64_t first = this->replay_before(steps);
     if (steps > 0) stream.ask(first * a.B + sample);
@@ -75,11 +75,12 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT> {
   }
 };
 
-template <class T, int C, int HEADS, bool RESIDENT>
+template <class T, int C, int HEADS, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     backward_kernel(const __grid_constant__ LruaScanBackward a, const __grid_constant__ Plan plan, int every,
                     unsigned char* scratch) {
-  BackwardScan<T, C, HEADS, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
+  const auto& known = P::of(plan);
+  BackwardScan<T, C, HEADS, RESIDENT, P>(a, known, every, Places(plan, scratch)).run();
 }
 
 template <class T>
@@ -95,10 +96,11 @@ const char* scan_backward(const LruaScanBackward& a, const Queue& queue) {
   if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
-  return with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
-    return gpu::launch(backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                       {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every_of(a),
-                       static_cast<unsigned char*>(scratch));
+  return with_kernel<T>(plan, [&](auto c, auto h, auto resident, auto kind) {
+    return gpu::launch(
+        backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value, typename decltype(kind)::Type>,
+        {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every_of(a),
+        static_cast<unsigned char*>(scratch));
   });
 }
 

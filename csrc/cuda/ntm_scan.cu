@@ -31,7 +31,7 @@ struct Forward {
   struct Tiles {
     T* memory;
     __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t)
-        : memory(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
+        : memory(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
   };
 };
 
@@ -45,12 +45,13 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   typename Forward<T>::Slots per_slot;
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
+  AnchorTurns anchors;
   NtmStream<T, NtmScan> stream;
 
   __device__ __forceinline__ ForwardScan(const NtmScan& a, const Plan& plan, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
         small(places.of(RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
-        tiles(places.of(plan.near_tiles), plan, 0), stream(a, plan) {}
+        tiles(places.of(plan.near_tiles), plan, 0), anchors(a.anchor_every), stream(a, plan) {}
 
   __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const {
     return small.in.of(static_cast<int>(step % 2), plan, false);
@@ -185,7 +186,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
       const bool more = t + 1 < steps;
       if (more) stream.ask((t + 1) * a.B + sample);
       const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
-      if (has_anchor(t, a.anchor_every)) save_memory(t);
+      if (anchors.due(t)) save_memory(t);
       if (a.read_first) {
         address(in, 0, heads, t, more, true);
         read();

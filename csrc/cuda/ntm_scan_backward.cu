@@ -50,8 +50,8 @@ struct Backward {
   struct Tiles {
     T *memories, *grad;  // before each step and after the last
     __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t every)
-        : memories(carver.take<T>((every + 1) * plan.tile_numbers())),
-          grad(carver.take<T>(plan.resident ? 0 : plan.tile_numbers())) {}
+        : memories(carver.take<T>((every + 1) * tile_numbers(plan))),
+          grad(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
   };
 };
 
@@ -79,7 +79,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         stream(a, plan) {}
 
   __device__ __forceinline__ NtmInputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
-  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * plan.tile_numbers(); }
+  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * tile_numbers(plan); }
   __device__ __forceinline__ const T* history(int64_t row) const {
     return static_cast<const T*>(a.history) + row * plan.R * a.N;
   }
@@ -121,9 +121,9 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k) {
         Tile<T, C> m;
-        load_tile(memory(step), this->piece(g, k), m);
+        load_tile(memory(step), this->piece(g, k), this->threads(), m);
         this->write(in, per_slot.now, g, k, m);
-        store_tile(memory(step + 1), this->piece(g, k), m);
+        store_tile(memory(step + 1), this->piece(g, k), this->threads(), m);
       }
   }
 
@@ -157,7 +157,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
           T rows[1][C];
           load_rows<1, C>(in.grads + r * plan.columns + this->first_column(k), plan.columns, rows);
           Tile<T, C> m;
-          load_tile(addressed, this->piece(g, k), m);
+          load_tile(addressed, this->piece(g, k), this->threads(), m);
           add_dots<1, C>(m, rows, sum);
           with_grad<true>(g, k, [&](Tile<T, C>& grad) { add_products<1, C>(weights, rows, grad); });
         }
@@ -178,7 +178,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         for (int g = 0; g < this->groups(); ++g) {
           // The gradient times what was there when this head's erase is taken out.
           Tile<T, C> erased;
-          load_tile(before, this->piece(g, k), erased);
+          load_tile(before, this->piece(g, k), this->threads(), erased);
           for (int v = 0; v < writes; ++v) {
             if (v == w) continue;
             Four<T> weight[1];
@@ -342,7 +342,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         load_rows<1, C>(in.keys + corner, plan.columns, keys);
         for (int g = 0; g < this->groups(); ++g) {
           Tile<T, C> m;
-          load_tile(addressed, this->piece(g, k), m);
+          load_tile(addressed, this->piece(g, k), this->threads(), m);
           this->load_weights(per_slot.of_dots, h, this->slots(g), weights);
           add_weighted<1, C>(m, weights, sum);
           with_grad<true>(g, k, [&](Tile<T, C>& grad) {
@@ -363,7 +363,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     const auto open = [&](int g) {
       return [this, addressed, g](int k, auto f) {
         Tile<T, C> m;
-        load_tile(addressed, this->piece(g, k), m);
+        load_tile(addressed, this->piece(g, k), this->threads(), m);
         f(m);
       };
     };

@@ -107,7 +107,8 @@ inline Layout layout_of(const Plan& plan) {
 // Where a block counts what it has, it counts with 32 bits.
 inline const char* too_large(int64_t N, int64_t D, int64_t R) {
   if (N >= 1 << 24) return "the kernel takes fewer than 2^24 slots";
-  if (R * D >= 1 << 26) return "the kernel takes fewer than 2^26 numbers in the keys of a step";
+  // Eight warps have three such parts in backward: keys, padded to four heads and 64 numbers.
+  if ((R + 3) * (D + 63) >= 1 << 26) return "the kernel takes fewer than 2^26 numbers in the padded keys of a step";
   if (R * N >= 1 << 28) return "the kernel takes fewer than 2^28 weights in a step";
   return nullptr;
 }

@@ -13,13 +13,14 @@ namespace cuda {
 
 // How a scan is laid out over a block.
 struct Plan {
-  int N, D, R;          // R: all heads
-  int reads, shifts;    // of ntm_scan only: heads that read, which come first; moves
-  bool resident;        // the memory is in registers: one group of 16 slots a warp, one piece of columns
-  int piece_columns;    // C: columns of a lane in a piece
-  int heads_at_once;    // HEADS
-  int least_warps;      // that there shall be, whether they have slots or not
-  bool slots_anywhere;  // what is kept per slot may be in device memory beside a memory in registers
+  int N, D, R;                     // R: all heads
+  int reads, shifts;               // of ntm_scan only: heads that read, which come first; moves
+  bool read_first, shared_target;  // of lrua_scan only
+  bool resident;                   // the memory is in registers: one group of 16 slots a warp, one piece of columns
+  int piece_columns;               // C: columns of a lane in a piece
+  int heads_at_once;               // HEADS
+  int least_warps;                 // that there shall be, whether they have slots or not
+  bool slots_anywhere;             // what is kept per slot may be in device memory beside a memory in registers
   int warps, cluster;
   int groups, pieces;                       // of 16 slots, a warp; of 8 C columns, a slot
   int heads, columns;                       // R and D, padded
@@ -27,10 +28,48 @@ struct Plan {
   bool near_small, near_slots, near_tiles;  // in shared memory
   size_t shared, scratch;                   // bytes of a block
 
-  // Where number j of [R, D] lies in [heads, columns].
-  __device__ __forceinline__ int vector_at(int j) const { return j / D * columns + j % D; }
-  __device__ __host__ int64_t tile_numbers() const { return static_cast<int64_t>(span) * columns; }
+  static constexpr bool fixed = false;
+  __device__ __forceinline__ static const Plan& of(const Plan& plan) { return plan; }
 };
+
+// A plan of a common size, which the compiler knows but for how many slots and columns are padding: one block with a memory in
+// registers. The kernels are the same; loops over heads and warps are unrolled, and nothing is divided.
+template <int HEADS, int WARPS, int C>
+struct FixedPlan {
+  int N, D;
+  static constexpr int R = HEADS, heads = HEADS, warps = WARPS, cluster = 1, groups = 1, pieces = 1;
+  static constexpr int piece_columns = C, columns = C * column_lanes, span = WARPS * warp_slots;
+  static_assert(R * columns <= 32 * warps, "a thread gives out one number of the reads");
+  static constexpr bool read_first = false, shared_target = false;
+  static constexpr bool resident = true, near_small = true, near_slots = true, near_tiles = true;
+
+  static constexpr bool fixed = true;
+  __device__ __forceinline__ static FixedPlan of(const Plan& plan) { return {plan.N, plan.D}; }
+  static bool is(const Plan& plan) {
+    return plan.R == R && plan.heads == heads && plan.warps == warps && plan.cluster == 1 && plan.groups == 1 &&
+           !plan.read_first && !plan.shared_target && plan.piece_columns == C && plan.resident && plan.near_small &&
+           plan.near_slots && plan.near_tiles;
+  }
+};
+template <class P>
+constexpr int fixed_heads = 1;
+template <int HEADS, int WARPS, int C>
+constexpr int fixed_heads<FixedPlan<HEADS, WARPS, C>> = HEADS;
+
+template <class P>
+struct PlanKind {
+  using Type = P;
+};
+
+// Where number j of [R, D] lies in [heads, columns].
+template <class P>
+__device__ __forceinline__ int vector_at(const P& plan, int j) {
+  return j / plan.D * plan.columns + j % plan.D;
+}
+template <class P>
+__device__ __host__ int64_t tile_numbers(const P& plan) {
+  return static_cast<int64_t>(plan.span) * plan.columns;
+}
 
 // The inputs of a step. Two take turns: one is read while the next comes.
 template <class Inputs>
@@ -38,43 +77,64 @@ struct InputTurns {
   using Number = typename Inputs::Number;
   unsigned char* first;
   size_t bytes;
-  __device__ __host__ InputTurns(Carver& carver, const Plan& plan, bool backward) : bytes(size(plan, backward)) {
+  template <class P>
+  __device__ __host__ InputTurns(Carver& carver, const P& plan, bool backward) : bytes(size(plan, backward)) {
     first = carver.take<unsigned char>(2 * static_cast<int64_t>(bytes));
   }
   // Padded heads and columns are 0 in every step; what a step brings takes its place after this.
   __device__ __forceinline__ void clear() const {
     for (size_t i = gpu::thread(); i < 2 * bytes / sizeof(Number); i += gpu::threads()) reinterpret_cast<Number*>(first)[i] = 0;
   }
-  __device__ __forceinline__ Inputs of(int visit, const Plan& plan, bool backward) const {
+  template <class P>
+  __device__ __forceinline__ Inputs of(int visit, const P& plan, bool backward) const {
     Carver carver(first + visit % 2 * bytes);
     return Inputs(carver, plan, backward);
   }
 
  private:
-  __device__ __host__ static size_t size(const Plan& plan, bool backward) {
+  template <class P>
+  __device__ __host__ static size_t size(const P& plan, bool backward) {
     Carver carver(nullptr);
     Inputs(carver, plan, backward);
     return carver.used;
   }
 };
 
+// Which steps of a scan have an anchor (`has_anchor`), asked of all in turn from 0 on, so that no step divides.
+class AnchorTurns {
+ public:
+  __device__ __forceinline__ explicit AnchorTurns(int64_t every) : every_(every), next_(every) {}
+  __device__ __forceinline__ bool due(int64_t t) {
+    if (every_ == 0 || t != next_) return false;
+    next_ += every_;
+    return true;
+  }
+
+ private:
+  const int64_t every_;
+  int64_t next_;
+};
+
 // A scan as one thread sees it. ALONE: no sample has more than one block.
-template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false>
+template <class T, int C, int HEADS, bool RESIDENT, bool ALONE = false, class P = Plan>
 struct Thread {
   static constexpr int OWN = Place<HEADS>::OWN;
-  const Plan& plan;
+  const P& plan;
   const Place<HEADS> place;
   int rank;        // of the block in its sample
   int first_slot;  // of the block
   T eps;
 
-  __device__ __forceinline__ Thread(const Plan& plan, int rank, double eps)
+  __device__ __forceinline__ Thread(const P& plan, int rank, double eps)
       : plan(plan), rank(rank), first_slot(rank * plan.span), eps(static_cast<T>(eps)) {}
 
   // Known when compiled where the memory is in registers.
   __device__ __forceinline__ int blocks() const { return ALONE ? 1 : plan.cluster; }
   __device__ __forceinline__ int groups() const { return RESIDENT ? 1 : plan.groups; }
   __device__ __forceinline__ int pieces() const { return RESIDENT ? 1 : plan.pieces; }
+
+  // Of a plan that is not known when compiled the machine tells: that takes no register.
+  __device__ __forceinline__ int threads() const { return P::fixed ? 32 * plan.warps : gpu::threads(); }
 
   // The first slot of the warp's group g, counted in the block.
   __device__ __forceinline__ int group(int g) const { return (g * plan.warps + place.warp) * warp_slots; }
@@ -145,9 +205,9 @@ struct Thread {
       f(held);
     } else {
       Tile<T, C> m;
-      load_tile(tiles, piece(g, k), m);
+      load_tile(tiles, piece(g, k), threads(), m);
       f(m);
-      if (KEEP) store_tile(tiles, piece(g, k), m);
+      if (KEEP) store_tile(tiles, piece(g, k), threads(), m);
     }
   }
 
@@ -233,7 +293,7 @@ struct Thread {
         Tile<T, C> m;
         if (anchor) take(anchor, 1, ld, g, k, m);
         else take(start, plan.D, 1, g, k, m);
-        store_tile(tiles, piece(g, k), m);
+        store_tile(tiles, piece(g, k), threads(), m);
       }
   }
 
@@ -279,15 +339,15 @@ struct Thread {
         const bool valid = there && r < plan.R;
         const T beta = in.beta[r];
         const T score = beta * (sum[j] * gpu::inverse_root(own_key[j] * own_squares[0] + eps));
-        if (bounded) result[j] = valid ? exp(score - fabs(beta)) : T(0);
-        else result[j] = valid ? score : T(-INFINITY);
+        const T exponential = exp(score - fabs(beta));
+        result[j] = bounded ? (valid ? exponential : T(0)) : valid ? score : T(-INFINITY);
         if (place.owner) {
           out[r * plan.span + own_slot] = result[j];
           if (dots) dots[r * plan.span + own_slot] = sum[j];
         }
       }
-      if (bounded) tell_sums(result, first, g > 0, sums);
-      else tell_maximum(result, first, g > 0, most);
+      tell_sums(result, first, g > 0, sums);  // which means nothing yet where they are not bounded
+      if (!bounded) tell_maximum(result, first, g > 0, most);
     }
   }
 
@@ -342,14 +402,33 @@ struct Thread {
     }
   }
 
+  // Of the lane's own heads among HEADS from `first` on: the same numbers of every warp, which lie beside each other.
+  struct Own {
+    T at[OWN];
+  };
+  __device__ __forceinline__ Own own_totals(T* of_warps, int first) const {
+    struct alignas(OWN * sizeof(T)) Beside : Own {};
+    Own sum{};
+    for (int block = 0; block < blocks(); ++block) {
+      const T* from = (blocks() > 1 ? gpu::of_block(of_warps, block) : of_warps) + first + place.own_head;
+      for (int w = 0; w < plan.warps; ++w) {
+        const Beside told = *reinterpret_cast<const Beside*>(from + w * plan.heads);
+#pragma unroll
+        for (int j = 0; j < OWN; ++j) sum.at[j] += told.at[j];
+      }
+    }
+    return sum;
+  }
+
   // Multiplies own weights [heads, span] by one over the sums of their heads.
   __device__ __forceinline__ void normalise(T* sums, T* weights) const {
     for (int first = 0; first < plan.heads; first += HEADS) {
+      const Own total = own_totals(sums, first);
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
         const int r = first + place.own_head + j;
         if (r >= plan.R || !place.owner) continue;
-        const T scale = T(1) / total(sums, r, plan.heads);
+        const T scale = gpu::reciprocal(total.at[j]);
         for (int g = 0; g < groups(); ++g) weights[r * plan.span + own(g)] *= scale;
       }
     }

@@ -54,8 +54,9 @@ __device__ inline uint64_t warp_least(uint64_t value) {
 
 template <class T>
 __device__ inline T load_as(const void* data, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::float32) return static_cast<T>(static_cast<const float*>(data)[i]);
   switch (dtype) {
-    case Dtype::float32: return static_cast<T>(static_cast<const float*>(data)[i]);
+    case Dtype::float32: break;
     case Dtype::float64: return static_cast<T>(static_cast<const double*>(data)[i]);
     case Dtype::bfloat16: return static_cast<T>(from_bfloat16(static_cast<const uint16_t*>(data)[i]));
     case Dtype::float16: return static_cast<T>(from_float16(static_cast<const uint16_t*>(data)[i]));
@@ -63,10 +64,19 @@ __device__ inline T load_as(const void* data, Dtype dtype, int64_t i) {
   return T(0);
 }
 
+// Where number i of such data lies.
+__device__ inline const void* number_of(const void* data, Dtype dtype, int64_t i) {
+  return static_cast<const unsigned char*>(data) + i * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2);
+}
+
 template <class T>
 __device__ inline void store_as(void* data, Dtype dtype, int64_t i, T value) {
+  if (dtype == Dtype::float32) {
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+    return;
+  }
   switch (dtype) {
-    case Dtype::float32: static_cast<float*>(data)[i] = static_cast<float>(value); break;
+    case Dtype::float32: break;
     case Dtype::float64: static_cast<double*>(data)[i] = static_cast<double>(value); break;
     case Dtype::bfloat16: static_cast<uint16_t*>(data)[i] = to_bfloat16(static_cast<float>(value)); break;
     case Dtype::float16: static_cast<uint16_t*>(data)[i] = to_float16(static_cast<float>(value)); break;
@@ -200,18 +210,18 @@ __device__ __forceinline__ Four<T> load_four(const T* from) {
   return *reinterpret_cast<const Four<T>*>(from);
 }
 
-// Tiles of one block, laid out so that threads side by side touch numbers side by side; a thread sees its own only.
+// Tiles of one block of so many threads, laid out so that threads side by side touch numbers side by side; a thread sees its own only.
 template <class T, int C>
-__device__ __forceinline__ void load_tile(const T* tiles, int64_t piece, Tile<T, C>& m) {
-  const T* from = tiles + piece * lane_slots * C * gpu::threads() + gpu::thread();
+__device__ __forceinline__ void load_tile(const T* tiles, int64_t piece, int threads, Tile<T, C>& m) {
+  const T* from = tiles + piece * lane_slots * C * threads + gpu::thread();
 #pragma unroll
-  for (int i = 0; i < lane_slots * C; ++i) m.at[i / C][i % C] = from[static_cast<int64_t>(i) * gpu::threads()];
+  for (int i = 0; i < lane_slots * C; ++i) m.at[i / C][i % C] = from[static_cast<int64_t>(i) * threads];
 }
 template <class T, int C>
-__device__ __forceinline__ void store_tile(T* tiles, int64_t piece, const Tile<T, C>& m) {
-  T* to = tiles + piece * lane_slots * C * gpu::threads() + gpu::thread();
+__device__ __forceinline__ void store_tile(T* tiles, int64_t piece, int threads, const Tile<T, C>& m) {
+  T* to = tiles + piece * lane_slots * C * threads + gpu::thread();
 #pragma unroll
-  for (int i = 0; i < lane_slots * C; ++i) to[static_cast<int64_t>(i) * gpu::threads()] = m.at[i / C][i % C];
+  for (int i = 0; i < lane_slots * C; ++i) to[static_cast<int64_t>(i) * threads] = m.at[i / C][i % C];
 }
 
 // dots[s HEADS + h] += columns of slot s times columns of row h, for rows [HEADS][ld] from this lane's first column on.

@@ -391,6 +391,8 @@ MANN_FAST_SCHEDULER T* of_block(T* shared, int rank) {
 
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline double reciprocal(double x) { return 1.0 / x; }
 
 inline Limits limits() { return emulation::settings().limits; }
 
