@@ -790,6 +790,14 @@ def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
     assert status == 0 and re.search(r"3-way-2-shot .* \d+\.\d% .* \d+\.\d% to \d+\.\d%", printed)
     (found,) = json.loads((tmp_path / "evaluation.json").read_text())["protocols"]
     assert found["protocol"] == "3-way-2-shot" and found["low"] <= found["mean"] <= found["high"]
+    assert found["orders"] == 1 and "orders of the examples" not in printed
+    of_glyphs = [*arguments, "--data", "glyphs", "--protocol", "3-way-2-shot"]
+    status, printed, errors = call(capsys, "evaluate", *of_glyphs, "--orders", 3)
+    assert status == 0 and "An answer is the mean over 3 orders of the examples." in printed
+    status, _, errors = call(capsys, "evaluate", *of_glyphs, "--orders", 0)
+    assert status == 2 and "--orders must be at least 1, got 0" in errors
+    status, _, errors = call(capsys, "evaluate", *arguments, "--orders", 2)
+    assert status == 2 and "--orders 2 needs --protocol" in errors
     status, printed, errors = call(capsys, "evaluate", *arguments, "--protocol", "all")
     assert status == 0 and "N-way K-shot" not in printed
     assert "5-way-1-shot is left out: the model was trained to tell 3 classes apart" in errors

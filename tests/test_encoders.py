@@ -13,6 +13,7 @@ from mann_fast.models.encoders import Conv4, make_own
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.loop import resume_run, start_run, train
+from mann_fast.training.prediction import draw_orders, log_probabilities_apart, predict_by_order
 
 SMALL = {"num_slots": 7, "slot_size": 5, "num_heads": 2}
 
@@ -201,6 +202,30 @@ def test_refuses_inputs_of_another_width():
     model = MANN(10, 2, 8, encoder=Rows(), image_shape=(2, 2, 2), dtype=torch.float64, **SMALL)
     with pytest.raises(ValueError, match=r"x must have 10 numbers per step.* got \[5, 3, 9\]"):
         model(torch.rand(5, 3, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_to_answer_an_encoder_sees_every_picture_once(colour):
+    """However many orders of the examples are read, and the answers are those of the whole model."""
+    torch.manual_seed(0)
+    shape = (3 if colour else 1, 16, 16)
+    config = TrainConfig.of("conv4", "support", image_size=16, colour=colour, ways=4, shots=2, slots=16)
+    options = {"encoder": "conv4", "image_shape": shape, "normalize_features": True, "feature_dropout": 0.5}
+    model = MANN(math.prod(shape) + 4, 4, 8, **options, **{**SMALL, "num_slots": 16})
+    pictures = torch.randint(0, 256, (11, *(shape if colour else shape[1:])), dtype=torch.uint8)
+    model(torch.rand(20, 2, math.prod(shape) + 4))  # statistics of training
+    model.eval()
+    examples, images, classes = pictures[:6], pictures[6:], torch.tensor([0, 1, 2, 0, 1, 2])
+    seen = []
+    hook = model.encoder.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    found = predict_by_order(model, config, examples, classes, images, orders=5, seed=1)
+    assert sum(seen) == 11
+    hook.remove()
+    order, labels, shown = draw_orders(config, classes, 5, 1)
+    repeated = images.unsqueeze(1).expand(-1, 5, *images.shape[1:])
+    whole = log_probabilities_apart(model, config, examples[order], shown, repeated, labels).exp()
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-4  # or the images would not matter
 
 
 def dataset():

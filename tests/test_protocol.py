@@ -36,13 +36,17 @@ class Remembers(nn.Module):
 
 
 @pytest.mark.parametrize("labels", ["onehot", "string"])
-@pytest.mark.parametrize(("ways", "shots"), [(2, 1), (3, 2), (5, 5)])
-def test_a_perfect_memory_is_always_right(labels, ways, shots):
+@pytest.mark.parametrize(
+    ("ways", "shots", "orders"), [(2, 1, 1), (3, 2, 1), (5, 5, 1), (3, 2, 4), (2, 1, 60)]
+)
+def test_a_perfect_memory_is_always_right(labels, ways, shots, orders):
     config = TrainConfig(ways=5, labels=labels, image_size=2)
     model = Remembers(5, labels)
-    found = evaluate_protocol(model, config, constant_images(8, 20), Protocol(ways, shots), 3)
+    found = evaluate_protocol(model, config, constant_images(8, 20), Protocol(ways, shots), 3, orders=orders)
     assert (found["mean"], found["episodes"], found["protocol"]) == (1.0, 3, f"{ways}-way-{shots}-shot")
-    assert model.seen == [ways * shots] * ways * QUERIES  # each from the memory after the examples
+    assert found["orders"] == orders
+    batches = 3 if orders == 60 else 1
+    assert model.seen == [ways * shots] * ways * QUERIES * batches  # each from the memory after the examples
     assert found["low"] < 1 <= found["high"] + 1e-9
 
 
@@ -54,6 +58,20 @@ def test_a_model_that_knows_nothing_is_right_once_in_ways():
     config = TrainConfig(ways=5, image_size=2)
     found = evaluate_protocol(Guess(), config, constant_images(8, 20), Protocol(4, 1), 200)
     assert found["low"] < 0.25 < found["high"] and found["high"] - found["low"] < 0.05
+
+
+def test_an_answer_is_the_mean_over_the_orders():
+    class Unsure(Remembers):
+        def forward(self, x, state=None):
+            logits, state = super().forward(x, state)
+            return logits / 9 + torch.randn(logits.shape), state
+
+    torch.manual_seed(0)
+    config, shown = TrainConfig(ways=5, image_size=2), (constant_images(8, 20), Protocol(5, 1), 30)
+    once, often = (evaluate_protocol(Unsure(5, "onehot"), config, *shown, orders=n) for n in (1, 32))
+    assert once["mean"] < 0.6 and often["mean"] > 0.95
+    with pytest.raises(ValueError, match="orders must be at least 1, got 0"):
+        evaluate_protocol(Unsure(5, "onehot"), config, *shown, orders=0)
 
 
 def test_what_cannot_be_measured_is_said():

@@ -49,6 +49,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         f"{', '.join(map(str, PROTOCOLS))}, as far as the model can",
     )
     parser.add_argument(
+        "--orders",
+        metavar="N",
+        type=int,
+        default=1,
+        help="with --protocol: random orders of the examples to average an answer over, as predict does (default: 1)",
+    )
+    parser.add_argument(
         "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the episodes (default: 0)")
@@ -70,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.episodes < 2:
         raise ValueError(f"--episodes must be at least 2 to give confidence intervals, got {args.episodes}")
+    if args.orders < 1:
+        raise ValueError(f"--orders must be at least 1, got {args.orders}")
+    if args.orders > 1 and not args.protocol:
+        raise ValueError(f"--orders {args.orders} needs --protocol, whose answers it averages")
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
@@ -85,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
     accuracy = measure_accuracy(model, config, episodes, args.episodes)
     by_protocol = [
-        evaluate_protocol(model, config, episodes.classes, protocol, args.episodes, seed=args.seed)
+        evaluate_protocol(
+            model, config, episodes.classes, protocol, args.episodes, orders=args.orders, seed=args.seed
+        )
         for protocol in protocols
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -166,19 +165,26 @@ class MANN(nn.Module):
                 f"x must have {width} numbers per step, an image {list(self.image_shape)} and the label of the step before, "
                 f"got {list(x.shape)}"
             )
-        encode = partial(
-            encode_images,
-            self.encoder,
-            image_shape=self.image_shape,
-            dropout=self.config["feature_dropout"] if self.training else 0.0,
-            normalize=self.config["normalize_features"],
-        )
         if lengths is None:
-            return encode(x)
+            return self._with_features(x)
         batch_first = self.layer.batch_first
         of_padded(x, None, lengths, batch_first)  # raises where they do not fit
         taken = steps_taken(lengths, x.shape[int(batch_first and x.dim() == 3)], batch_first)
-        return each_taken(encode, x, taken)
+        return each_taken(self._with_features, x, taken)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the memory's controller sees of images alone, whatever label comes with them: float [..., E].
+
+        images: [..., C, H, W] of ``image_shape``, with the values of the input. Without an encoder their own numbers.
+        """
+        flat = images.flatten(-3)
+        return flat if self.encoder is None else self._with_features(flat)
+
+    def _with_features(self, x: Tensor) -> Tensor:
+        assert self.encoder is not None and self.image_shape is not None
+        dropout = self.config["feature_dropout"] if self.training else 0.0
+        normalize = self.config["normalize_features"]
+        return encode_images(self.encoder, x, self.image_shape, dropout=dropout, normalize=normalize)
 
     def forward(
         self,
@@ -202,7 +208,18 @@ class MANN(nn.Module):
         """
         if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
             return packed_uncompiled(self.forward, x, state, resets=resets, lengths=lengths)
-        output, state = self.layer(self.encode(x, lengths), state, resets=resets, lengths=lengths)
+        return self.answer(self.encode(x, lengths), state, resets=resets, lengths=lengths)
+
+    def answer(
+        self,
+        encoded: Input,
+        state: MemoryState | Sequence[Any] | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Input, MemoryState]:
+        """:meth:`forward` of what :meth:`encode` gave, for images that come up again and again to be encoded once."""
+        output, state = self.layer(encoded, state, resets=resets, lengths=lengths)
         if isinstance(output, PackedSequence):
             return output._replace(data=self.classifier(output.data)), state
         if lengths is None:

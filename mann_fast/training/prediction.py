@@ -4,17 +4,45 @@ training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..data import encode_inputs
 from ..data.episodes import LETTERS
 from ..layers import MemoryState
+from ..models import MANN
 from .config import TrainConfig
+
+ENCODED_AT_ONCE = 256  # images
+
+# A model, or the part of it behind its encoder: gives logits and state of inputs and state.
+Answering = Callable[..., tuple[Tensor, Any]]
+
+
+def encoded_once(model: nn.Module, *images: Tensor) -> tuple[Answering, list[Tensor]]:
+    """What answers where every image is seen by the model's encoder once, however often it is shown: the part of the model
+    behind it, and of each tensor of images [..., S, S] or [..., 3, S, S] the features [..., E], as `encode_inputs` takes them.
+    Of a model without an encoder the model itself and the images.
+    """
+    if not isinstance(model, MANN) or model.image_shape is None:
+        return model, list(images)
+    shape = model.image_shape
+
+    def features(part: Tensor) -> Tensor:
+        lead = part.shape[: part.dim() - (2 if shape[0] == 1 else 3)]
+        each = part.reshape(-1, *shape).split(ENCODED_AT_ONCE)
+        # Multiplied by 255 like pixels, which `encode_inputs` takes away.
+        found = torch.cat([model.features(some.float() / 255) * 255 for some in each])
+        return found.unflatten(0, lead)
+
+    return model.answer, [features(part) for part in images]
 
 
 def logits_apart(
-    model: nn.Module,
+    model: Answering,
     config: TrainConfig,
     examples: Tensor,
     shown: Tensor,
@@ -59,7 +87,7 @@ def _repeated(state: MemoryState, count: int) -> MemoryState:
 
 @torch.inference_mode()
 def log_probabilities_apart(
-    model: nn.Module, config: TrainConfig, examples: Tensor, shown: Tensor, images: Tensor, labels: Tensor
+    model: Answering, config: TrainConfig, examples: Tensor, shown: Tensor, images: Tensor, labels: Tensor
 ) -> Tensor:
     """log p of each class for each image, float32 [Q, B, C], where B sequences of n examples have been read.
 
@@ -88,6 +116,7 @@ def predict(
     return predict_by_order(model, config, examples, classes, images, orders=orders, seed=seed).mean(1)
 
 
+@torch.inference_mode()
 def predict_by_order(
     model: nn.Module,
     config: TrainConfig,
@@ -108,8 +137,9 @@ def predict_by_order(
     Raises ValueError where there are more classes than the model has ways, or orders is below 1.
     """
     order, labels, shown = draw_orders(config, classes, orders, seed)
+    answering, (examples, images) = encoded_once(model, examples, images)
     repeated = images.unsqueeze(1).expand(-1, orders, *images.shape[1:])
-    return log_probabilities_apart(model, config, examples[order], shown, repeated, labels).exp()
+    return log_probabilities_apart(answering, config, examples[order], shown, repeated, labels).exp()
 
 
 def draw_orders(
@@ -125,7 +155,7 @@ def draw_orders(
     if orders < 1:
         raise ValueError(f"orders must be at least 1, got {orders}")
     generator = torch.Generator().manual_seed(seed)
-    order = _random_order(orders, len(classes), generator).T
+    order = random_order(orders, len(classes), generator).T
     labels = draw_labels(config, num_classes, orders, generator)
     return order, labels, labels[torch.arange(orders), classes[order]]
 
@@ -139,7 +169,7 @@ def require_ways(num_classes: int, config: TrainConfig) -> None:
         )
 
 
-def _random_order(rows: int, n: int, generator: torch.Generator) -> Tensor:
+def random_order(rows: int, n: int, generator: torch.Generator) -> Tensor:
     """`rows` permutations of 0 .. n - 1, int64 [rows, n]."""
     return torch.rand(rows, n, generator=generator).argsort(1)
 
@@ -147,7 +177,7 @@ def _random_order(rows: int, n: int, generator: torch.Generator) -> Tensor:
 def draw_labels(config: TrainConfig, num_classes: int, orders: int, generator: torch.Generator) -> Tensor:
     """Different labels for the classes, anew for each order: int64 [orders, C], or letters [orders, C, 5]."""
     if config.labels == "onehot":
-        return _random_order(orders, config.ways, generator)[:, :num_classes]
+        return random_order(orders, config.ways, generator)[:, :num_classes]
     number = torch.stack(
         [torch.randperm(LETTERS**LETTERS, generator=generator)[:num_classes] for _ in range(orders)]
     )

@@ -13,7 +13,7 @@ from torch import nn
 from ..data import ClassImages, Episodes
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted
-from .prediction import draw_labels, log_probabilities_apart
+from .prediction import draw_labels, encoded_once, log_probabilities_apart, random_order
 from .support import examples_first
 
 QUERIES = 15  # of each class in an episode (Snell et al. 2017, section 3)
@@ -65,6 +65,7 @@ def evaluate_protocol(
     protocol: Protocol,
     count: int,
     *,
+    orders: int = 1,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -72,11 +73,14 @@ def evaluate_protocol(
 
     The examples of an episode come in random order, with labels as the model was trained to see them. Every
     query is judged from the memory after the examples, and of the labels the model's answer is the best among those of the
-    episode's classes.
+    episode's classes. ``orders`` is how many random orders of the examples, each with labels dealt anew, the probabilities are
+    the mean of, as a :class:`mann_fast.FewShotLearner` answers.
 
     `stop` is asked between batches; Interrupted is raised where it says yes. Raises ValueError where there is an
-    :func:`obstacle`, named.
+    :func:`obstacle`, named, or orders is below 1.
     """
+    if orders < 1:
+        raise ValueError(f"orders must be at least 1, got {orders}")
     if why := obstacle(protocol, config, classes):
         raise ValueError(f"{protocol} cannot be measured: {why}")
     ways, each = protocol.ways, protocol.shots + QUERIES
@@ -84,27 +88,35 @@ def evaluate_protocol(
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     parts = []
-    for start in range(0, count, BATCH):
+    batch = max(1, BATCH // orders)
+    for start in range(0, count, batch):
         if stop():
             raise Interrupted
-        size = min(BATCH, count - start)
+        size = min(batch, count - start)
         images, which, *_ = examples_first(episodes.sample_images(size), protocol.shots)
-        places = torch.arange(size)
+        answering, (images,) = encoded_once(model, images)
         examples = ways * protocol.shots
-        labels = draw_labels(config, ways, size, generator)  # [B, ways] or [B, ways, 5]
+        # One sequence after another for each order of an episode.
+        sequence = torch.arange(size).repeat_interleave(orders)
+        labels = draw_labels(config, ways, len(sequence), generator)  # [B * orders, ways] or [..., 5]
+        place = torch.arange(examples).unsqueeze(1).expand(-1, len(sequence))
+        if orders > 1:
+            place = random_order(len(sequence), examples, generator).T
         found = log_probabilities_apart(
-            model,
+            answering,
             config,
-            images[:examples],
-            labels[places, which[:examples]],
-            images[examples:],
+            images[place, sequence],
+            labels[torch.arange(len(sequence)), which[place, sequence]],
+            images[examples:, sequence],
             labels,
         )
-        parts.append((found.argmax(2) == which[examples:]).float().mean(0))
+        answer = found.exp().unflatten(1, (size, orders)).mean(2).argmax(2)
+        parts.append((answer == which[examples:]).float().mean(0))
     accuracy = InstanceAccuracy.from_episodes(torch.cat(parts).unsqueeze(1))
     return {
         "protocol": str(protocol),
         "episodes": count,
+        "orders": orders,
         "mean": accuracy.mean[0],
         "low": accuracy.low[0],
         "high": accuracy.high[0],

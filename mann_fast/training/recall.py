@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data import encode_inputs
 from ..models import MANN
 from .config import TrainConfig
-from .prediction import draw_orders, labels_beside
+from .prediction import draw_orders, encoded_once, labels_beside
 from .trace import over_slots
 
 
@@ -58,10 +58,11 @@ def recall(
         raise ValueError(f"a model with a memory is needed, this is a {type(model).__name__}")
     n, num_slots = len(examples), model.layer.memory.num_slots
     as_trained = {"ways": config.ways, "labels": config.labels}
+    _, (examples, images) = encoded_once(model, examples, images)
     order, _, shown = draw_orders(config, classes, orders, seed)
     beside, asked = labels_beside(config, shown)
     inputs = encode_inputs(examples[order], beside, **as_trained)
-    _, state, weights = model.layer(model.encode(inputs), return_weights=True)
+    _, state, weights = model.layer(inputs, return_weights=True)
     learned = inputs.new_zeros(orders, num_slots, n + 1)
     for source, written in zip(order, over_slots(weights, num_slots)[1], strict=True):
         learned = displace(learned, written.sum(1), source)
@@ -71,7 +72,7 @@ def recall(
     for image in images:
         repeated = image.expand(1, orders, *image.shape)
         inputs = encode_inputs(repeated, asked, **as_trained)
-        _, _, weights = model.layer(model.encode(inputs), state, return_weights=True)
+        _, _, weights = model.layer(inputs, state, return_weights=True)
         read, write = (part[0] for part in over_slots(weights, num_slots))
         slots.append(read.mean(1))
         holds.append(learned if reads_first else displace(learned, write.sum(1), torch.full((orders,), n)))
