@@ -245,6 +245,9 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
     memory.least_warps = cell_threads / 32;
     memory.slots_anywhere = Side::slots_anywhere;
     plan.memory = plan_scan<typename Side::Memory, T>(memory, B, every, left);
+    // Where the memory is in registers, what is kept per slot in a replay is counted with 32 bits.
+    if (plan.memory.resident && (every + 1) * plan.memory.heads * plan.memory.span >= int64_t(1) << 31)
+      return "the kernel takes fewer than 2^31 weights between two anchors";
     plan.shared = plan.weights + plan.memory.shared;
     if (plan.memory.near_small && (plan.memory.near_slots || Side::slots_anywhere)) return nullptr;
   }

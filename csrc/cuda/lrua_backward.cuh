@@ -62,8 +62,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
   }
   __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * tile_numbers(plan); }
-  // The steps of a replay together may have more than 32 bits count, where they are not in shared memory.
-  using Offset = std::conditional_t<RESIDENT && !ALONE, int, int64_t>;
+  // The steps of a replay together may have more than 32 bits count, but not where the memory is in registers: then they are in
+  // shared memory, or were counted (plan_cell).
+  using Offset = std::conditional_t<RESIDENT, int, int64_t>;
   __device__ __forceinline__ Offset weights_of_step() const { return static_cast<Offset>(plan.heads) * plan.span; }
   __device__ __forceinline__ T* read_weights(int step) const { return per_slot.read_weights + step * weights_of_step(); }
   __device__ __forceinline__ T* dots(int step) const { return per_slot.dots + step * weights_of_step(); }
