@@ -83,6 +83,8 @@ def test_a_run_of_an_older_release_goes_on(tmp_path, name):
 def test_weights_without_a_digest_are_those_of_0_1_0(tmp_path, run):
     path = tmp_path / "model.safetensors"
     save_weights(path, load_checkpoint(run))
+    (plain := tmp_path / "plain").touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # as the umask says
     with safe_open(path, "pt") as file:
         metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     digest = metadata.pop("sha256")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
@@ -68,7 +68,9 @@ def save_weights(path: str | os.PathLike, content: dict[str, Any]) -> None:
     state, text = content["model"]["state"], json.dumps(described)
     metadata = {"format": FORMAT, "version": str(VERSION), "content": text, "sha256": _digest(text, state)}
     with replacing(path) as temporary:
-        save_file(state, temporary, metadata)
+        temporary.write_bytes(
+            save(state, metadata)
+        )  # save_file's can be read by nobody else, whatever the umask
 
 
 def _digest(text: str, state: dict[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,5 +87,5 @@ def kept_features(images: Tensor, backbone: Backbone) -> Tensor:
         features = backbone.features(images)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
-            save_file({"features": features}, temporary)
+            temporary.write_bytes(save({"features": features}))
         return features
