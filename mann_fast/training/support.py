@@ -13,7 +13,7 @@ from ..data.episodes import Images
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .objective import is_right
-from .prediction import logits_apart
+from .prediction import encoded_once, logits_apart
 
 QUERIES = 5  # of each class: in training, and to measure while training
 BATCH = 10  # episodes at a time to measure
@@ -86,7 +86,8 @@ def steps_of_shots(config: TrainConfig, first: int, last: int) -> Tensor:
 @torch.inference_mode()
 def support_accuracy(model: nn.Module, config: TrainConfig, episode: Support) -> Tensor:
     """The share of right answers of each episode, float32 [B]."""
-    logits = logits_apart(model, config, episode.examples, episode.shown, episode.queries)
+    answering, (examples, queries) = encoded_once(model, episode.examples, episode.queries)
+    logits = logits_apart(answering, config, examples, episode.shown, queries)
     return is_right(logits, episode.targets, config.labels).float().mean(0)
 
 
