@@ -116,6 +116,15 @@ def test_recall_says_what_it_cannot(tmp_path, learner, glyphs):
         lstm.recall(glyphs[0, :1])
 
 
+@pytest.mark.parametrize("name", [None, "omniglot-stream"])
+def test_of_no_images_there_are_no_answers(glyphs, name):
+    learner = FewShotLearner.load(name).learn(glyphs[:2, 0], ["ka", "ro"])
+    none = glyphs[0, :0]
+    probabilities, deviation = learner.predict_proba(none, return_std=True)
+    assert probabilities.shape == deviation.shape == (0, 2) and learner.predict(none).shape == (0,)
+    assert learner.recall(none).examples.shape == (0, 2)
+
+
 def test_it_answers_as_predict_does(learner, glyphs):
     content = load_checkpoint()
     learner.set_params(orders=5, random_state=3).learn(glyphs[:2, :3].reshape(6, 40, 40), [7, 7, 7, 4, 4, 4])

@@ -60,7 +60,7 @@ def logits_apart(
     beside, asked = labels_beside(config, shown)
     _, state = model(encode_inputs(examples, beside, **as_trained))
     found = []
-    for part in images.split(max(1, len(images)) if together else 1):
+    for part in images.split(len(images) if together else 1) if len(images) else ():
         count = len(part)
         inputs = encode_inputs(
             part.flatten(0, 1).unsqueeze(0), asked.repeat(1, count, *(1,) * (asked.dim() - 2)), **as_trained
