@@ -173,7 +173,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         found = predict_by_order(*arguments, orders=self.orders, seed=self.random_state).double()
         mean = found.mean(1)
         mean = (mean / mean.sum(1, keepdim=True)).numpy()
-        return (mean, found.std(1, correction=0).numpy()) if return_std else mean
+        return (mean, found.numpy().std(1)) if return_std else mean
 
     def recall(self, images: Any) -> Recall:
         """Where in the memory the answer to each of M images comes from, for the orders of :meth:`predict_proba`:
