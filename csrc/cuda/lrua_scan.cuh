@@ -48,13 +48,13 @@ template <class Arguments>
 constexpr int most_vectors = std::is_same<Arguments, LruaScan>::value ? 2 : 3;
 
 // The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
-// in their places, a step later. Where they come from and go to takes divisions: with a plan that is known when compiled it is
-// found once; any other has no registers to keep it in.
+// in their places, a step later. Where they come from and go to takes divisions: it is found once where there are registers to
+// keep it in, which backward has with a plan that is known when compiled.
 template <class T, class Arguments, class P>
 class Stream {
  public:
   __device__ __forceinline__ Stream(const Arguments& a, const P& plan) : a_(a), plan_(plan) {
-    if constexpr (P::fixed) {
+    if constexpr (keeps) {
 #pragma unroll
       for (int j = 0; j < ahead; ++j) ways_[j] = way(gpu::thread() + j * threads());
     }
@@ -74,6 +74,8 @@ class Stream {
   }
 
  private:
+  static constexpr bool keeps = P::fixed || std::is_same<Arguments, LruaScan>::value;
+
   enum class Kind : int { none, number, gate, slot };
   // From where to where a number goes each step: it comes from rows of `width`, and is put at `to`, counted from the keys on
   // but for gates and slots. A number that comes from nowhere is 1.
@@ -121,7 +123,7 @@ class Stream {
   }
 
   __device__ __forceinline__ Way way_ahead(int j) const {
-    if constexpr (P::fixed) return ways_[j];
+    if constexpr (keeps) return ways_[j];
     else return way(gpu::thread() + j * threads());
   }
 
@@ -145,7 +147,7 @@ class Stream {
   const Arguments& a_;
   const P& plan_;
   int64_t row_ = 0;
-  Way ways_[P::fixed ? ahead : 1];
+  Way ways_[keeps ? ahead : 1];
   T asked_[ahead] = {};
 };
 
