@@ -71,6 +71,19 @@ def test_normalized_features_tell_a_direction_and_no_length(packed):
     assert again.config == model.config
 
 
+def test_features_of_images_are_what_the_controller_sees_of_them():
+    options = {"image_shape": (2, 2, 2), "normalize_features": True, "dtype": torch.float64, **SMALL}
+    model, x = MANN(10, 2, 8, encoder=Rows(), **options), torch.rand(5, 3, 10, dtype=torch.float64)
+    images = x[..., :8].unflatten(2, (2, 2, 2))
+    encoded = model.encode(x)
+    assert torch.equal(model.features(images), encoded[..., :4])
+    state = model(x[:2])[1]
+    for found, expected in zip(model.answer(encoded[2:], state), model(x[2:], state), strict=True):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="this model has none"):
+        MANN(10, 2, 8, **SMALL).features(torch.rand(5, 3, 2, 2, 2))
+
+
 def test_feature_dropout_is_of_training_alone():
     torch.manual_seed(0)
     options = {"image_shape": (2, 2, 2), "feature_dropout": 0.25, "dtype": torch.float64, **SMALL}
@@ -241,6 +254,21 @@ TINY = {
     "data": "somewhere", "ways": 2, "shots": 2, "hidden_size": 8, "slots": 6, "slot_size": 4, "heads": 1, "steps": 2,
     "batch": 1, "image_size": 16, "colour": True, "encoder": "conv4",
 }  # fmt: skip
+
+
+def test_a_run_from_before_features_had_one_length_is_not_gone_on_with(tmp_path):
+    config, data = TrainConfig(**TINY), dataset()
+    started = start_run(config, data, tmp_path)
+    assert train(started, tmp_path, stop=lambda: started.step == 1) is False
+    content = load_checkpoint(tmp_path)
+    for name in ("normalize_features", "feature_dropout"):
+        del content["model"]["config"][name]
+    save_checkpoint(tmp_path / "checkpoint.pt", {**content, "config": config.to_dict()})
+    assert not restore_model(load_checkpoint(tmp_path)).config[
+        "normalize_features"
+    ]  # but used as it was trained
+    with pytest.raises(ValueError, match="go on with the version that wrote it"):
+        resume_run(config, data, tmp_path)
 
 
 def test_a_checkpoint_keeps_the_encoder_and_a_run_goes_on_with_it_bit_for_bit(tmp_path):

@@ -175,16 +175,26 @@ class MANN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the memory's controller sees of images alone, whatever label comes with them: float [..., E].
 
-        images: [..., C, H, W] of ``image_shape``, with the values of the input. Without an encoder their own numbers.
+        images: [..., C, H, W] of ``image_shape``, with the values of the input.
+
+        Raises ValueError where there is no encoder.
         """
-        flat = images.flatten(-3)
-        return flat if self.encoder is None else self._with_features(flat)
+        if self.encoder is None:
+            raise ValueError("features are what an encoder makes of images, and this model has none")
+        return self._with_features(images.flatten(-3))
 
     def _with_features(self, x: Tensor) -> Tensor:
         assert self.encoder is not None and self.image_shape is not None
         dropout = self.config["feature_dropout"] if self.training else 0.0
         normalize = self.config["normalize_features"]
         return encode_images(self.encoder, x, self.image_shape, dropout=dropout, normalize=normalize)
+
+    def answer(
+        self, encoded: Tensor, state: MemoryState | Sequence[Any] | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """:meth:`forward` of a tensor that :meth:`encode` gave, so that images that come up often are encoded once."""
+        output, state = self.layer(encoded, state)
+        return self.classifier(output), state
 
     def forward(
         self,
@@ -208,18 +218,7 @@ class MANN(nn.Module):
         """
         if isinstance(x, PackedSequence) and torch.compiler.is_compiling():
             return packed_uncompiled(self.forward, x, state, resets=resets, lengths=lengths)
-        return self.answer(self.encode(x, lengths), state, resets=resets, lengths=lengths)
-
-    def answer(
-        self,
-        encoded: Input,
-        state: MemoryState | Sequence[Any] | None = None,
-        *,
-        resets: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Input, MemoryState]:
-        """:meth:`forward` of what :meth:`encode` gave, for images that come up again and again to be encoded once."""
-        output, state = self.layer(encoded, state, resets=resets, lengths=lengths)
+        output, state = self.layer(self.encode(x, lengths), state, resets=resets, lengths=lengths)
         if isinstance(output, PackedSequence):
             return output._replace(data=self.classifier(output.data)), state
         if lengths is None:

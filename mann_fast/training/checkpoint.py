@@ -67,10 +67,8 @@ def save_weights(path: str | os.PathLike, content: dict[str, Any]) -> None:
     }
     state, text = content["model"]["state"], json.dumps(described)
     metadata = {"format": FORMAT, "version": str(VERSION), "content": text, "sha256": _digest(text, state)}
-    with replacing(path) as temporary:
-        temporary.write_bytes(
-            save(state, metadata)
-        )  # save_file's can be read by nobody else, whatever the umask
+    with replacing(path) as temporary:  # save_file's file could be read by nobody else, whatever the umask
+        temporary.write_bytes(save(state, metadata))
 
 
 def _digest(text: str, state: dict[str, Tensor]) -> str:
