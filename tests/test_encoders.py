@@ -80,6 +80,9 @@ def test_features_of_images_are_what_the_controller_sees_of_them():
     state = model(x[:2])[1]
     for found, expected in zip(model.answer(encoded[2:], state), model(x[2:], state), strict=True):
         torch.testing.assert_close(found, expected)
+    for shape in ((2, 2), (5, 2, 2, 3)):
+        with pytest.raises(ValueError, match=r"images must be \[..., \*\[2, 2, 2\]\], got"):
+            model.features(torch.rand(shape))
     with pytest.raises(ValueError, match="this model has none"):
         MANN(10, 2, 8, **SMALL).features(torch.rand(5, 3, 2, 2, 2))
 

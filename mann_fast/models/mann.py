@@ -177,10 +177,12 @@ class MANN(nn.Module):
 
         images: [..., C, H, W] of ``image_shape``, with the values of the input.
 
-        Raises ValueError where there is no encoder.
+        Raises ValueError where there is no encoder, and for images of another shape.
         """
-        if self.encoder is None:
+        if self.encoder is None or self.image_shape is None:
             raise ValueError("features are what an encoder makes of images, and this model has none")
+        if images.shape[-3:] != self.image_shape:
+            raise ValueError(f"images must be [..., *{list(self.image_shape)}], got {list(images.shape)}")
         return self._with_features(images.flatten(-3))
 
     def _with_features(self, x: Tensor) -> Tensor:
