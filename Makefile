@@ -1,6 +1,6 @@
 # make demo    a model trained on built-in glyphs, from nothing but Python, g++ and this folder
 # make test    the test suite                     make check   everything else that CI runs
-# make nightly make check with nothing left out (CI leaves out what changed files cannot break)
+# make nightly make check with nothing left out
 # make fuzz    random cases of the ops against the reference (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
 # make site    the pages of docs/ and of the API, in build/site
@@ -23,8 +23,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_sparse.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sequences.py
 
-# Targets that leave nothing out: those of which a file has changed since make nightly last passed.
-WHOLE = $(eval WHOLE := $(shell $(PYTHON) scripts/whole.py))$(WHOLE)
+# Targets that leave nothing out. None for CI, which has to end soon whatever has changed; scripts/whole.py says which are due.
+WHOLE ?=
 # Of the op tests: what is the same whatever kernels implement an op is shown by make test, and by make nightly everywhere.
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 

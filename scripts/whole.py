@@ -1,9 +1,9 @@
-"""Says which targets of `make check` have to run whole: those of which a file has changed since `make nightly` last passed.
+"""Says which targets of `make check` are due to run whole: those of which a file has changed since `make nightly` last passed.
 
-    python scripts/whole.py                 names, for the Makefile
+    python scripts/whole.py                 their names, for make check WHOLE="..."
     python scripts/whole.py --passed        make nightly passed on what is committed: remember that
 
-The commit is in .ci/nightly. Where the history does not reach back to it, every target runs reduced, and this says so.
+The commit is in .ci/nightly. Where the history does not reach back to it, it says so, and names none.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     changed = git("diff", "--name-only", PASSED.read_text().strip()) if PASSED.exists() else None
     if changed is None:
         print(
-            f"no history back to the commit in {PASSED.relative_to(ROOT)}: nothing runs whole",
+            f"no history back to the commit in {PASSED.relative_to(ROOT)}: nobody knows what is due",
             file=sys.stderr,
         )
         return 0
