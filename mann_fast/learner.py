@@ -59,6 +59,9 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
             version 0.1, for 2 to 5.
         orders: how many random orders of the examples (and assignments of labels to classes) an answer is the mean of, at
             least 1. One alone is noise.
+        views: how many views of every image its features are the mean over, at least 1: as it is, and turned, stretched and
+            shifted a little. There is one only where the model reads pixels or a backbone's features, or was trained without
+            such distortions (``--no-augment``).
         random_state: seed of the orders. The same examples and seed give the same answers.
         encoder: where the model was trained with an encoder of your own, a new module of that kind.
 
@@ -81,11 +84,13 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         checkpoint: str | os.PathLike | None = None,
         *,
         orders: int = 8,
+        views: int = 8,
         random_state: int = 0,
         encoder: nn.Module | None = None,
     ):
         self.checkpoint = checkpoint
         self.orders = orders
+        self.views = views
         self.random_state = random_state
         self.encoder = encoder
 
@@ -170,7 +175,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         is no image.
         """
         arguments = self._question(images)
-        found = predict_by_order(*arguments, orders=self.orders, seed=self.random_state).double()
+        found = predict_by_order(*arguments, **self._averages()).double()
         mean = found.mean(1)
         mean = (mean / mean.sum(1, keepdim=True)).numpy()
         return (mean, found.numpy().std(1)) if return_std else mean
@@ -182,7 +187,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
 
         Raises as :meth:`predict_proba`, and ValueError where the model has no memory (an LSTM).
         """
-        return recall(*self._question(images), orders=self.orders, seed=self.random_state)
+        return recall(*self._question(images), **self._averages())
 
     def score(self, X: Any, y: Iterable[Hashable]) -> float:
         """The share of images whose prediction is the label given; raises as :meth:`predict`, ValueError for another number."""
@@ -264,6 +269,11 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         if self._features is not None:
             shown, asked = self._features.features(shown), self._features.features(asked)
         return self._model, config, shown, classes, asked
+
+    def _averages(self) -> dict[str, int]:
+        """What an answer is the mean over."""
+        views = self.views if self.config.augment else 1
+        return {"orders": self.orders, "views": views, "seed": self.random_state}
 
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""

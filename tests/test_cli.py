@@ -772,6 +772,12 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     images = sorted((support / "class1").glob("*.png"))
     status, printed, _ = call(capsys, "predict", "--checkpoint", out, "--support", support, *images, "--json")
     assert status == 0 and len(json.loads(printed)["predictions"]) == len(images)
+    many = write_pictures(tmp_path / "many", classes=3, images=16, seed=9)
+    measured = ["--checkpoint", out, "--data", many, "--episodes", 2, "--protocol", "2-way-1-shot"]
+    status, printed, _ = call(capsys, "evaluate", *measured, "--views", 2)
+    assert status == 0 and "The features of an image are the mean over 2 views of it." in printed
+    (found,) = json.loads((out / "evaluation.json").read_text())["protocols"]
+    assert found["views"] == 2
     status, _, errors = call(
         capsys, "train", "--data", pictures, "--out", tmp_path / "l", "--encoder", "conv4", "--model", "lstm"
     )
@@ -798,6 +804,10 @@ def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
     assert status == 2 and "--orders must be at least 1, got 0" in errors
     status, _, errors = call(capsys, "evaluate", *arguments, "--orders", 2)
     assert status == 2 and "--orders 2 needs --protocol" in errors
+    status, _, errors = call(capsys, "evaluate", *of_glyphs, "--views", 0)
+    assert status == 2 and "--views must be at least 1, got 0" in errors
+    status, _, errors = call(capsys, "evaluate", *of_glyphs, "--views", 2)
+    assert status == 2 and "--views 2 needs a model with an encoder" in errors
     status, printed, errors = call(capsys, "evaluate", *arguments, "--protocol", "all")
     assert status == 0 and "N-way K-shot" not in printed
     assert "5-way-1-shot is left out: the model was trained to tell 3 classes apart" in errors

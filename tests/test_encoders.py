@@ -77,6 +77,13 @@ def test_features_of_images_are_what_the_controller_sees_of_them():
     images = x[..., :8].unflatten(2, (2, 2, 2))
     encoded = model.encode(x)
     assert torch.equal(model.features(images), encoded[..., :4])
+    views = [images, images.flip(-1), torch.rand_like(images)]
+    mean = torch.stack([model.features(view) for view in views]).mean(0)
+    expected = mean / mean.square().mean(2, keepdim=True).sqrt()
+    torch.testing.assert_close(model.features(*views), expected, rtol=1e-12, atol=1e-12)
+    as_they_are = MANN(10, 2, 8, encoder=Rows(), **{**options, "normalize_features": False})
+    expected = torch.stack([as_they_are.features(view) for view in views]).mean(0)
+    torch.testing.assert_close(as_they_are.features(*views), expected, rtol=1e-12, atol=1e-12)
     state = model(x[:2])[1]
     for found, expected in zip(model.answer(encoded[2:], state), model(x[2:], state), strict=True):
         torch.testing.assert_close(found, expected)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import sys
 import warnings
@@ -13,13 +14,14 @@ from PIL import Image
 
 import mann_fast
 import mann_fast.learner
-from mann_fast import FewShotLearner
+from mann_fast import MANN, FewShotLearner
 from mann_fast.data import encode_inputs, generate_glyphs
+from mann_fast.data.episodes import distorted
 from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, predict, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.config import SequenceConfig
-from mann_fast.training.prediction import draw_orders, labels_beside
+from mann_fast.training.prediction import draw_orders, encoded_once, labels_beside
 from mann_fast.training.recall import displace
 from mann_fast.training.sequences import SequenceTrainer
 
@@ -61,7 +63,7 @@ def test_it_learns_and_goes_on_learning(learner, glyphs):
 @pytest.mark.parametrize("shipped", ["omniglot", "omniglot-stream"])
 def test_recall_follows_the_writes_of_every_example(shipped, glyphs):
     """Beside one order at a time, step by step, of the weights that the layer returns."""
-    learner = FewShotLearner.load(shipped, orders=3)
+    learner = FewShotLearner.load(shipped, orders=3, views=1)
     learner.learn(glyphs[:2, :2].reshape(4, 40, 40), [0, 0, 1, 1])
     found, slots = learner.recall(glyphs[:2, 5]), learner.config.slots
     assert found.slots.shape == (2, 3, slots) and found.holds.shape == (2, 3, slots, 5)
@@ -133,10 +135,46 @@ def test_it_answers_as_predict_does(learner, glyphs):
         torch.from_numpy(as_pixels(x, size)) for x in (glyphs[:2, :3].reshape(6, 40, 40), glyphs[0, 5:])
     )
     classes = torch.tensor([1, 1, 1, 0, 0, 0])
-    wanted = predict(restore_model(content), content["config"], examples, classes, queries, orders=5, seed=3)
+    asked = restore_model(content), content["config"], examples, classes, queries
+    wanted = predict(*asked, orders=5, views=8, seed=3)
     np.testing.assert_allclose(learner.predict_proba(glyphs[0, 5:]), wanted, atol=1e-6)
     deviation = learner.set_params(orders=1).predict_proba(glyphs[0, 5:], return_std=True)[1]
     assert (deviation == 0).all()
+    learner.set_params(orders=5, views=1)
+    once = predict(*asked, orders=5, seed=3)
+    np.testing.assert_allclose(learner.predict_proba(glyphs[0, 5:]), once, atol=1e-6)
+    assert (once - wanted).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="views must be at least 1, got 0"):
+        learner.set_params(views=0).predict(glyphs[0])
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_features_are_the_mean_over_views_that_depend_on_no_other_image(colour):
+    shape = (3, 16, 16) if colour else (1, 16, 16)
+    torch.manual_seed(0)
+    model = MANN(
+        math.prod(shape) + 2, 2, 8, encoder="conv4", image_shape=shape, num_slots=8, slot_size=4
+    ).eval()
+    images = torch.randint(256, (4, 3, *(shape if colour else shape[1:])), dtype=torch.uint8)
+    with torch.no_grad():
+        _, (once,) = encoded_once(model, images)
+        _, (often,) = encoded_once(model, images, views=5)
+        _, (alone,) = encoded_once(model, images[1:2, 2:], views=5)
+        ways = 2 * torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) - 1
+        flat = images.flatten(0, 1)
+        seen = [flat.float(), *(distorted(flat, way.expand(12, 6)) for way in ways)]
+        expected = sum(model.features(view.reshape(12, *shape) / 255) for view in seen) / 5 * 255
+    torch.testing.assert_close(often.flatten(0, 1), expected)
+    torch.testing.assert_close(alone[0, 0], often[1, 2])
+    assert (once - often).abs().max() > 0.01 * once.abs().max()
+
+
+def test_a_model_that_has_seen_nothing_distorted_sees_one_view(learner, glyphs):
+    learner.learn(glyphs[:2, 0], ["a", "b"])
+    content = learner._content()
+    content["config"] = dataclasses.replace(content["config"], augment=False)
+    found = learner.predict_proba(glyphs[0, 1:4])
+    assert (learner.set_params(views=1).predict_proba(glyphs[0, 1:4]) == found).all()
 
 
 def test_dark_ink_on_light_paper_is_as_good(learner, glyphs):
@@ -257,7 +295,11 @@ def test_it_can_be_saved_and_loaded(learner, glyphs, tmp_path):
     wanted = learner.predict_proba(glyphs[0, 1:4])
     assert (pickle.loads(pickle.dumps(learner)).predict_proba(glyphs[0, 1:4]) == wanted).all()
     learner.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == {"orders": 3, "random_state": 0}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == {
+        "orders": 3,
+        "views": 8,
+        "random_state": 0,
+    }
     again = FewShotLearner.from_pretrained(tmp_path / "saved")
     assert again.orders == 3 and not hasattr(again, "classes_")
     assert (again.learn(glyphs[:3, 0], ["a", "b", "c"]).predict_proba(glyphs[0, 1:4]) == wanted).all()

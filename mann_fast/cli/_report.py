@@ -133,10 +133,11 @@ def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> N
     for result in results:
         interval = f"{result['low']:.1%} to {result['high']:.1%}"
         table.add_row(result["protocol"], f"{result['mean']:.1%}", interval)
-    orders = results[0]["orders"]
+    orders, views = results[0]["orders"], results[0]["views"]
     print(
         f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. "
         + (f"An answer is the mean over {orders} orders of the examples. " if orders > 1 else "")
+        + (f"The features of an image are the mean over {views} views of it. " if views > 1 else "")
         + (
             "The model was trained with labels one step late, and sees those of the examples so."
             if config.layout == "stream"

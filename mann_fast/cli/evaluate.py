@@ -17,6 +17,7 @@ from ..training.babi import measure_babi
 from ..training.checkpoint import SHIPPED
 from ..training.files import write_json
 from ..training.loop import describe
+from ..training.prediction import encoded_classes, has_encoder
 from ..training.protocol import PROTOCOLS, Protocol, evaluate_protocol, obstacle
 from ..training.sequences import measure
 from ..training.support import measure_accuracy
@@ -56,6 +57,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="with --protocol: random orders of the examples to average an answer over, as predict does (default: 1)",
     )
     parser.add_argument(
+        "--views",
+        metavar="N",
+        type=int,
+        default=1,
+        help="with --protocol and an encoder: views of an image, each distorted a little otherwise, to average its features "
+        "over (default: 1)",
+    )
+    parser.add_argument(
         "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the episodes (default: 0)")
@@ -77,10 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.episodes < 2:
         raise ValueError(f"--episodes must be at least 2 to give confidence intervals, got {args.episodes}")
-    if args.orders < 1:
-        raise ValueError(f"--orders must be at least 1, got {args.orders}")
-    if args.orders > 1 and not args.protocol:
-        raise ValueError(f"--orders {args.orders} needs --protocol, whose answers it averages")
+    for name in ("orders", "views"):
+        value = getattr(args, name)
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+        if value > 1 and not args.protocol:
+            raise ValueError(f"--{name} {value} needs --protocol, for which it averages")
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
@@ -94,13 +105,19 @@ def run(args: argparse.Namespace) -> int:
     episodes = heldout_episodes(content, args.data, args.seed)
     protocols = chosen_protocols(args.protocol, config, episodes.classes)
     classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
-    accuracy = measure_accuracy(model, config, episodes, args.episodes)
-    by_protocol = [
-        evaluate_protocol(
-            model, config, episodes.classes, protocol, args.episodes, orders=args.orders, seed=args.seed
+    if args.views > 1 and not (config.augment and has_encoder(model)):
+        raise ValueError(
+            f"--views {args.views} needs a model with an encoder that was trained on distorted images"
         )
-        for protocol in protocols
-    ]
+    accuracy = measure_accuracy(model, config, episodes, args.episodes)
+    by_protocol = []
+    if protocols:
+        answering, encoded = encoded_classes(model, episodes.classes, args.views)
+        for protocol in protocols:
+            found = evaluate_protocol(
+                answering, config, encoded, protocol, args.episodes, orders=args.orders, seed=args.seed
+            )
+            by_protocol.append({**found, "views": args.views})
 
     picture = out_folder(args) / "evaluation.png"
     title = describe(config, source)

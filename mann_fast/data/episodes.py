@@ -97,10 +97,6 @@ class Episodes:
         self._image_shape = classes.images.shape[1:]
         self._pixels = classes.images.flatten(1)
         self.input_size = self._pixels.shape[1] + self.num_outputs
-        side = self.image_size if augment else 0
-        middles = (2 * torch.arange(side) + 1) / max(side, 1) - 1  # of the pixels, from -1 to 1
-        across, down = torch.meshgrid(middles, middles, indexing="xy")
-        self._grid = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
         self._generator = torch.Generator().manual_seed(seed)
         self._worker = _worker_seed()  # where the generator was seeded
 
@@ -139,7 +135,8 @@ class Episodes:
 
         pixels = self._pixels[images.flatten()].view(*images.shape, *self._image_shape)
         if self.augment:
-            pixels = self._augmented(pixels, 2 * self._uniform(length, batch, 6)[:, part] - 1)
+            random = 2 * self._uniform(length, batch, 6)[:, part] - 1
+            pixels = distorted(pixels.flatten(0, 1), random.flatten(0, 1)).view(pixels.shape)
         return Images(pixels, label[:, part], instance, classes)
 
     def deal(self, batch: int, which: Tensor, part: slice = slice(None)) -> Tensor:
@@ -200,29 +197,33 @@ class Episodes:
         number = self._distinct(torch.full((batch,), LETTERS**LETTERS), self.ways)
         return number.unsqueeze(-1) // LETTERS ** torch.arange(LETTERS) % LETTERS
 
-    def _augmented(self, pixels: Tensor, random: Tensor) -> Tensor:
-        """Every image turned by up to pi/16, stretched by up to 1.2, slanted, and shifted by up to 10% of its
-        width; float32. random: [T, B, 6] within [-1, 1)."""
-        count, size = pixels.shape[0] * pixels.shape[1], self.image_size
-        random = random.reshape(count, 6).float()
-        angle, shift = (
-            random[:, 0] * _TURN,
-            random[:, 1:3] * 2 * _SHIFT,
-        )  # the picture is 2 wide in grid units
-        cos, sin = angle.cos(), angle.sin()
-        width, height = (_STRETCH * random[:, 3:5]).exp().unbind(1)
-        slant = _SLANT * random[:, 5]
-        # A turn of what has been stretched and slanted.
-        across = torch.stack([cos * width, cos * slant - sin * height, shift[:, 0]], 1)
-        down = torch.stack([sin * width, sin * slant + cos * height, shift[:, 1]], 1)
-        transform = torch.cat([across, down], 1)
-        # One product for all images: affine_grid takes seven times as long as the sampling itself. In float32 whatever autocast
-        # the caller is in, which would round the places of pixels.
-        with torch.autocast("cpu", enabled=False):
-            grid = (transform.view(-1, 3) @ self._grid).view(count, 2, size, size).permute(0, 2, 3, 1)
-        flat = pixels.reshape(count, -1, size, size).float()
-        moved = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
-        return moved.clamp_(max=255).view(pixels.shape)  # interpolation may round to a little more
+
+def distorted(images: Tensor, random: Tensor) -> Tensor:
+    """Every image turned by up to pi/16, stretched by up to 1.2, slanted, and shifted by up to 10% of its width: float32 of the
+    same shape.
+
+    images: [M, S, S] or [M, 3, S, S], values from 0 to 255; random: [M, 6], which says how, within [-1, 1).
+    """
+    count, size = len(images), images.shape[-1]
+    middles = (2 * torch.arange(size) + 1) / size - 1  # of the pixels, from -1 to 1
+    across, down = torch.meshgrid(middles, middles, indexing="xy")
+    places = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
+    random = random.float()
+    angle, shift = random[:, 0] * _TURN, random[:, 1:3] * 2 * _SHIFT  # the picture is 2 wide in grid units
+    cos, sin = angle.cos(), angle.sin()
+    width, height = (_STRETCH * random[:, 3:5]).exp().unbind(1)
+    slant = _SLANT * random[:, 5]
+    # A turn of what has been stretched and slanted.
+    across = torch.stack([cos * width, cos * slant - sin * height, shift[:, 0]], 1)
+    down = torch.stack([sin * width, sin * slant + cos * height, shift[:, 1]], 1)
+    transform = torch.cat([across, down], 1)
+    # One product for all images: affine_grid takes seven times as long as the sampling itself. In float32 whatever autocast
+    # the caller is in, which would round the places of pixels.
+    with torch.autocast("cpu", enabled=False):
+        grid = (transform.view(-1, 3) @ places).view(count, 2, size, size).permute(0, 2, 3, 1)
+    channels = images if images.dim() == 4 else images.unsqueeze(1)
+    moved = F.grid_sample(channels.float(), grid, padding_mode="border", align_corners=False)
+    return moved.clamp_(max=255).view(images.shape)  # interpolation may round to a little more
 
 
 def _worker_seed() -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..layers import Memory, MemoryLayer, MemoryState
@@ -172,10 +173,11 @@ class MANN(nn.Module):
         taken = steps_taken(lengths, x.shape[int(batch_first and x.dim() == 3)], batch_first)
         return each_taken(self._with_features, x, taken)
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, *views: Tensor) -> Tensor:
         """What the memory's controller sees of images alone, whatever label comes with them: float [..., E].
 
-        images: [..., C, H, W] of ``image_shape``, with the values of the input.
+        images: [..., C, H, W] of ``image_shape``, with the values of the input. views: the same images seen otherwise, turned a
+        little or shifted; the features are then the mean over all of them.
 
         Raises ValueError where there is no encoder, and for images of another shape.
         """
@@ -183,7 +185,11 @@ class MANN(nn.Module):
             raise ValueError("features are what an encoder makes of images, and this model has none")
         if images.shape[-3:] != self.image_shape:
             raise ValueError(f"images must be [..., *{list(self.image_shape)}], got {list(images.shape)}")
-        return self._with_features(images.flatten(-3))
+        found = self._with_features(images.flatten(-3))
+        if not views:
+            return found
+        found = torch.stack([found, *(self.features(view) for view in views)]).mean(0)
+        return F.rms_norm(found, found.shape[-1:]) if self.config["normalize_features"] else found
 
     def _with_features(self, x: Tensor) -> Tensor:
         assert self.encoder is not None and self.image_shape is not None

@@ -5,13 +5,14 @@ training.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import encode_inputs
-from ..data.episodes import LETTERS
+from ..data import ClassImages, encode_inputs
+from ..data.episodes import LETTERS, distorted
 from ..layers import MemoryState
 from ..models import MANN
 from .config import TrainConfig
@@ -22,23 +23,47 @@ ENCODED_AT_ONCE = 256  # images
 Answering = Callable[..., tuple[Tensor, Any]]
 
 
-def encoded_once(model: nn.Module, *images: Tensor) -> tuple[Answering, list[Tensor]]:
+def has_encoder(model: nn.Module) -> bool:
+    """Whether the model makes features of images itself."""
+    return isinstance(model, MANN) and model.image_shape is not None
+
+
+def encoded_once(model: nn.Module, *images: Tensor, views: int = 1) -> tuple[Answering, list[Tensor]]:
     """What answers where every image is seen by the model's encoder once, however often it is shown: the part of the model
     behind it, and of each tensor of images [..., S, S] or [..., 3, S, S] the features [..., E], as `encode_inputs` takes them.
     Of a model without an encoder the model itself and the images.
+
+    views: how many views of an image its features are the mean over: as it is, and distorted as in training, each time in one
+    of the same ways, so that the features of an image depend on no other.
+
+    Raises ValueError where views is below 1.
     """
+    if views < 1:
+        raise ValueError(f"views must be at least 1, got {views}")
     if not isinstance(model, MANN) or model.image_shape is None:
         return model, list(images)
     shape = model.image_shape
+    ways = 2 * torch.rand(views - 1, 6, generator=torch.Generator().manual_seed(0)) - 1
 
     def features(part: Tensor) -> Tensor:
         lead = part.shape[: part.dim() - (2 if shape[0] == 1 else 3)]
         each = part.reshape(-1, *shape).split(ENCODED_AT_ONCE)
-        # Multiplied by 255 like pixels, which `encode_inputs` takes away.
-        found = torch.cat([model.features(some.float() / 255) * 255 for some in each])
-        return found.unflatten(0, lead)
+        found = []
+        for some in each:
+            seen = [some.float(), *(distorted(some, way.expand(len(some), -1)) for way in ways)]
+            found.append(model.features(*(view / 255 for view in seen)))
+        return 255 * torch.cat(found).unflatten(
+            0, lead
+        )  # like pixels, of which `encode_inputs` takes it away
 
     return model.answer, [features(part) for part in images]
+
+
+def encoded_classes(model: nn.Module, classes: ClassImages, views: int = 1) -> tuple[Answering, ClassImages]:
+    """:func:`encoded_once` of all images of the classes."""
+    with torch.inference_mode():
+        answering, (images,) = encoded_once(model, classes.images, views=views)
+    return answering, replace(classes, images=images)
 
 
 def logits_apart(
@@ -110,10 +135,13 @@ def predict(
     images: Tensor,
     *,
     orders: int = 32,
+    views: int = 1,
     seed: int = 0,
 ) -> Tensor:
     """Probability of each class for each image, float32 [Q, C]; rows sum to 1: the mean of :func:`predict_by_order`."""
-    return predict_by_order(model, config, examples, classes, images, orders=orders, seed=seed).mean(1)
+    return predict_by_order(
+        model, config, examples, classes, images, orders=orders, views=views, seed=seed
+    ).mean(1)
 
 
 @torch.inference_mode()
@@ -125,6 +153,7 @@ def predict_by_order(
     images: Tensor,
     *,
     orders: int,
+    views: int = 1,
     seed: int,
 ) -> Tensor:
     """Probability of each class for each image by each order of the examples, float32 [Q, orders, C].
@@ -132,12 +161,12 @@ def predict_by_order(
     examples uint8 [n, S, S], or [n, 3, S, S] in colour, and classes int64 [n] (0 to C - 1, each at least once) are what is
     known; images uint8 [Q, ...] are to be classified. The model reads the examples in `orders` random orders, each with its own
     assignment of labels to classes, all of them one batch; each image is then judged from the memory after the examples, apart
-    from the other images. Labels that no class has are left out.
+    from the other images. Labels that no class has are left out. views: as of :func:`encoded_once`.
 
-    Raises ValueError where there are more classes than the model has ways, or orders is below 1.
+    Raises ValueError where there are more classes than the model has ways, or orders or views is below 1.
     """
     order, labels, shown = draw_orders(config, classes, orders, seed)
-    answering, (examples, images) = encoded_once(model, examples, images)
+    answering, (examples, images) = encoded_once(model, examples, images, views=views)
     repeated = images.unsqueeze(1).expand(-1, orders, *images.shape[1:])
     return log_probabilities_apart(answering, config, examples[order], shown, repeated, labels).exp()
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data import ClassImages, Episodes
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted
-from .prediction import draw_labels, encoded_once, log_probabilities_apart, random_order
+from .prediction import Answering, draw_labels, log_probabilities_apart, random_order
 from .support import examples_first
 
 QUERIES = 15  # of each class in an episode (Snell et al. 2017, section 3)
@@ -59,7 +58,7 @@ def obstacle(protocol: Protocol, config: TrainConfig, classes: ClassImages) -> s
 
 @torch.inference_mode()
 def evaluate_protocol(
-    model: nn.Module,
+    model: Answering,
     config: TrainConfig,
     classes: ClassImages,
     protocol: Protocol,
@@ -69,7 +68,8 @@ def evaluate_protocol(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Accuracy on the queries of ``count`` episodes, at least 2: mean, low and high of the 95% interval over episodes.
+    """Accuracy on the queries of ``count`` episodes, at least 2: mean, low and high of the 95% interval over episodes. Model
+    and classes are best those of :func:`mann_fast.training.prediction.encoded_classes`, for an image is in many episodes.
 
     The examples of an episode come in random order, with labels as the model was trained to see them. Every
     query is judged from the memory after the examples, and of the labels the model's answer is the best among those of the
@@ -86,7 +86,6 @@ def evaluate_protocol(
     ways, each = protocol.ways, protocol.shots + QUERIES
     episodes = Episodes(classes, ways=ways, shots=each, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    model.eval()
     parts = []
     batch = max(1, BATCH // orders)
     for start in range(0, count, batch):
@@ -94,7 +93,6 @@ def evaluate_protocol(
             raise Interrupted
         size = min(batch, count - start)
         images, which, *_ = examples_first(episodes.sample_images(size), protocol.shots)
-        answering, (images,) = encoded_once(model, images)
         examples = ways * protocol.shots
         # One sequence after another for each order of an episode.
         sequence = torch.arange(size).repeat_interleave(orders)
@@ -103,7 +101,7 @@ def evaluate_protocol(
         if orders > 1:
             place = random_order(len(sequence), examples, generator).T
         found = log_probabilities_apart(
-            answering,
+            model,
             config,
             images[place, sequence],
             labels[torch.arange(len(sequence)), which[place, sequence]],

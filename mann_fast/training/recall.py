@@ -48,9 +48,10 @@ def recall(
     images: Tensor,
     *,
     orders: int,
+    views: int = 1,
     seed: int,
 ) -> Recall:
-    """Where each image reads; arguments, orders and errors as of :func:`mann_fast.training.prediction.predict_by_order`.
+    """Where each image reads; arguments, orders, views and errors as of :func:`mann_fast.training.prediction.predict_by_order`.
 
     Raises ValueError where the model has no memory.
     """
@@ -58,7 +59,7 @@ def recall(
         raise ValueError(f"a model with a memory is needed, this is a {type(model).__name__}")
     n, num_slots = len(examples), model.layer.memory.num_slots
     as_trained = {"ways": config.ways, "labels": config.labels}
-    _, (examples, images) = encoded_once(model, examples, images)
+    _, (examples, images) = encoded_once(model, examples, images, views=views)
     order, _, shown = draw_orders(config, classes, orders, seed)
     beside, asked = labels_beside(config, shown)
     inputs = encode_inputs(examples[order], beside, **as_trained)

@@ -13,7 +13,7 @@ from ..data.episodes import Images
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted, evaluate
 from .objective import is_right
-from .prediction import encoded_once, logits_apart
+from .prediction import Answering, encoded_classes, encoded_once, logits_apart
 
 QUERIES = 5  # of each class: in training, and to measure while training
 BATCH = 10  # episodes at a time to measure
@@ -87,7 +87,11 @@ def steps_of_shots(config: TrainConfig, first: int, last: int) -> Tensor:
 def support_accuracy(model: nn.Module, config: TrainConfig, episode: Support) -> Tensor:
     """The share of right answers of each episode, float32 [B]."""
     answering, (examples, queries) = encoded_once(model, episode.examples, episode.queries)
-    logits = logits_apart(answering, config, examples, episode.shown, queries)
+    return _share_right(answering, config, episode._replace(examples=examples, queries=queries))
+
+
+def _share_right(answering: Answering, config: TrainConfig, episode: Support) -> Tensor:
+    logits = logits_apart(answering, config, episode.examples, episode.shown, episode.queries)
     return is_right(logits, episode.targets, config.labels).float().mean(0)
 
 
@@ -118,13 +122,17 @@ def measure_accuracy(
     if config.layout == "stream":
         return evaluate(model, episodes, count, labels=config.labels, shots=config.shots, stop=stop)
     model.eval()
+    answering, classes = encoded_classes(model, episodes.classes)  # an image is in many episodes
+    seen = make_episodes(config, classes, seed=0)
+    seen.load_state_dict(episodes.state_dict())
     by_shots = []
     for shots in range(1, config.shots + 1):
         parts = []
         for start in range(0, count, BATCH):
             if stop():
                 raise Interrupted
-            episode = sample_support(episodes, min(BATCH, count - start), ways=config.ways, shots=shots)
-            parts.append(support_accuracy(model, config, episode))
+            episode = sample_support(seen, min(BATCH, count - start), ways=config.ways, shots=shots)
+            with torch.inference_mode():
+                parts.append(_share_right(answering, config, episode))
         by_shots.append(torch.cat(parts))
     return InstanceAccuracy.from_episodes(torch.stack(by_shots, 1))
