@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from ..layers import MemoryState
 from ..models import MANN
 from .config import TrainConfig
 
-ENCODED_AT_ONCE = 256  # images
+ENCODED_AT_ONCE = 256  # images, views of them counted
 
 # A model, or the part of it behind its encoder: gives logits and state of inputs and state.
 Answering = Callable[..., tuple[Tensor, Any]]
 
 
-def has_encoder(model: nn.Module) -> bool:
+def has_encoder(model: nn.Module) -> TypeGuard[MANN]:
     """Whether the model makes features of images itself."""
     return isinstance(model, MANN) and model.image_shape is not None
 
@@ -40,21 +40,21 @@ def encoded_once(model: nn.Module, *images: Tensor, views: int = 1) -> tuple[Ans
     """
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}")
-    if not isinstance(model, MANN) or model.image_shape is None:
+    if not has_encoder(model):
         return model, list(images)
     shape = model.image_shape
+    assert shape is not None
     ways = 2 * torch.rand(views - 1, 6, generator=torch.Generator().manual_seed(0)) - 1
 
     def features(part: Tensor) -> Tensor:
         lead = part.shape[: part.dim() - (2 if shape[0] == 1 else 3)]
-        each = part.reshape(-1, *shape).split(ENCODED_AT_ONCE)
+        each = part.reshape(-1, *shape).split(max(1, ENCODED_AT_ONCE // views))
         found = []
         for some in each:
             seen = [some.float(), *(distorted(some, way.expand(len(some), -1)) for way in ways)]
             found.append(model.features(*(view / 255 for view in seen)))
-        return 255 * torch.cat(found).unflatten(
-            0, lead
-        )  # like pixels, of which `encode_inputs` takes it away
+        # Multiplied by 255 like pixels, which `encode_inputs` takes away.
+        return 255 * torch.cat(found).unflatten(0, lead)
 
     return model.answer, [features(part) for part in images]
 
