@@ -2,8 +2,8 @@
 
     python scripts/test_isas.py [--reduced] tests/test_lrua.py ...     (arguments for pytest)
 
---reduced: on the least of them alone, the farthest from what make test ran on; AVX2 has the code of the other two, but for a few
-lines.
+--reduced: on the least of them alone, the farthest from what make test ran on; AVX2 has the code of the other two, but for a
+few lines.
 Memory that nobody has written yet is NaN in these runs, in torch and in the kernels, so that whatever reads
 it shows.
 """
