@@ -169,6 +169,12 @@ def test_features_are_the_mean_over_views_that_depend_on_no_other_image(colour):
     assert (once - often).abs().max() > 0.01 * once.abs().max()
 
 
+def test_a_model_of_pixels_sees_one_view(glyphs):
+    learner = FewShotLearner.load("omniglot-stream").learn(glyphs[:2, 0], ["a", "b"])
+    found = learner.predict_proba(glyphs[0, 1:4])
+    assert (learner.set_params(views=1).predict_proba(glyphs[0, 1:4]) == found).all()
+
+
 def test_a_model_that_has_seen_nothing_distorted_sees_one_view(learner, glyphs):
     learner.learn(glyphs[:2, 0], ["a", "b"])
     content = learner._content()

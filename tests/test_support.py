@@ -16,8 +16,15 @@ from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, load_checkpoint, predict, resume_run, start_run, train
 from mann_fast.training.checkpoint import build_model, save_weights
 from mann_fast.training.config import config_from_dict
-from mann_fast.training.prediction import logits_apart
-from mann_fast.training.support import make_episodes, sample_support, size_of_step
+from mann_fast.training.prediction import encoded_classes, logits_apart
+from mann_fast.training.protocol import Protocol, evaluate_protocol
+from mann_fast.training.support import (
+    make_episodes,
+    measure_accuracy,
+    sample_support,
+    size_of_step,
+    support_accuracy,
+)
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:only .* classes to train on")]
 
@@ -168,3 +175,27 @@ def test_a_learner_shows_examples_as_the_model_was_trained(tmp_path, episodes, m
 def test_settings_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+def test_measuring_encodes_every_image_once_and_finds_what_one_by_one_finds():
+    config = TrainConfig.of("conv4", "support", ways=3, shots=2, image_size=16, hidden_size=8, slot_size=4)
+    classes = generate_glyphs(4, 20, image_size=16, seed=1)
+    episodes = make_episodes(config, classes, seed=5)
+    torch.manual_seed(0)
+    model = build_model(config, episodes.input_size, 3).eval()
+    seen = []
+    hook = model.encoder.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    found = measure_accuracy(model, config, episodes, 12)
+    assert sum(seen) == len(classes.images)
+    answering, encoded = encoded_classes(model, classes)
+    measured = evaluate_protocol(answering, config, encoded, Protocol(3, 2), 12, orders=2)
+    assert sum(seen) == 2 * len(classes.images)
+    hook.remove()
+    again = make_episodes(config, classes, seed=5)
+    for shots in (1, 2):
+        each = [
+            support_accuracy(model, config, sample_support(again, n, ways=3, shots=shots)) for n in (10, 2)
+        ]
+        assert found.mean[shots - 1] == pytest.approx(torch.cat(each).mean().item(), abs=1e-6)
+    assert 0.2 < found.mean[0] < 1  # of an untrained model: not by being always right or wrong
+    assert evaluate_protocol(model, config, classes, Protocol(3, 2), 12, orders=2) == measured

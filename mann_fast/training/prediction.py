@@ -23,12 +23,12 @@ ENCODED_AT_ONCE = 256  # images, views of them counted
 Answering = Callable[..., tuple[Tensor, Any]]
 
 
-def has_encoder(model: nn.Module) -> TypeGuard[MANN]:
+def has_encoder(model: Answering) -> TypeGuard[MANN]:
     """Whether the model makes features of images itself."""
     return isinstance(model, MANN) and model.image_shape is not None
 
 
-def encoded_once(model: nn.Module, *images: Tensor, views: int = 1) -> tuple[Answering, list[Tensor]]:
+def encoded_once(model: Answering, *images: Tensor, views: int = 1) -> tuple[Answering, list[Tensor]]:
     """What answers where every image is seen by the model's encoder once, however often it is shown: the part of the model
     behind it, and of each tensor of images [..., S, S] or [..., 3, S, S] the features [..., E], as `encode_inputs` takes them.
     Of a model without an encoder the model itself and the images.
@@ -59,7 +59,7 @@ def encoded_once(model: nn.Module, *images: Tensor, views: int = 1) -> tuple[Ans
     return model.answer, [features(part) for part in images]
 
 
-def encoded_classes(model: nn.Module, classes: ClassImages, views: int = 1) -> tuple[Answering, ClassImages]:
+def encoded_classes(model: Answering, classes: ClassImages, views: int = 1) -> tuple[Answering, ClassImages]:
     """:func:`encoded_once` of all images of the classes."""
     with torch.inference_mode():
         answering, (images,) = encoded_once(model, classes.images, views=views)

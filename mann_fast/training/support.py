@@ -84,14 +84,10 @@ def steps_of_shots(config: TrainConfig, first: int, last: int) -> Tensor:
 
 
 @torch.inference_mode()
-def support_accuracy(model: nn.Module, config: TrainConfig, episode: Support) -> Tensor:
+def support_accuracy(model: Answering, config: TrainConfig, episode: Support) -> Tensor:
     """The share of right answers of each episode, float32 [B]."""
     answering, (examples, queries) = encoded_once(model, episode.examples, episode.queries)
-    return _share_right(answering, config, episode._replace(examples=examples, queries=queries))
-
-
-def _share_right(answering: Answering, config: TrainConfig, episode: Support) -> Tensor:
-    logits = logits_apart(answering, config, episode.examples, episode.shown, episode.queries)
+    logits = logits_apart(answering, config, examples, episode.shown, queries)
     return is_right(logits, episode.targets, config.labels).float().mean(0)
 
 
@@ -132,7 +128,6 @@ def measure_accuracy(
             if stop():
                 raise Interrupted
             episode = sample_support(seen, min(BATCH, count - start), ways=config.ways, shots=shots)
-            with torch.inference_mode():
-                parts.append(_share_right(answering, config, episode))
+            parts.append(support_accuracy(answering, config, episode))
         by_shots.append(torch.cat(parts))
     return InstanceAccuracy.from_episodes(torch.stack(by_shots, 1))
