@@ -141,6 +141,21 @@ def test_training_shares_every_batch(in_processes, tmp_path):
     assert [record["step"] for record in kept] == [2, 4, 6]
 
 
+def train_encoder(out):
+    drawn = generate_glyphs(12, 4, image_size=16)
+    config = TrainConfig(**{**SETTINGS, "image_size": 16, "encoder": "conv4", "encoder_steps": 3})
+    trainer = start_run(config, Dataset(drawn.select(range(8)), drawn.select(range(8, 12)), "glyphs"), out)
+    assert train(trainer, out)
+    return trainer.model.state_dict()
+
+
+def test_all_processes_have_one_encoder_and_its_features(in_processes, tmp_path):
+    """Though the batch norms of each have seen other images."""
+    one, other = in_processes(2, train_encoder, tmp_path)
+    for name, value in one.items():
+        assert torch.equal(other[name], value), name
+
+
 def test_a_signal_to_one_process_stops_all(in_processes, tmp_path):
     found = in_processes(2, train_glyphs, tmp_path, 6, False, 1)
     assert [(finished, step) for finished, step, _ in found] == [(False, 3)] * 2

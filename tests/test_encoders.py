@@ -12,6 +12,7 @@ from mann_fast.data.images import ClassImages
 from mann_fast.models.encoders import Conv4, make_own
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
+from mann_fast.training.files import read_json_lines
 from mann_fast.training.loop import resume_run, start_run, train
 from mann_fast.training.prediction import draw_orders, log_probabilities_apart, predict_by_order
 
@@ -92,19 +93,6 @@ def test_features_of_images_are_what_the_controller_sees_of_them():
             model.features(torch.rand(shape))
     with pytest.raises(ValueError, match="this model has none"):
         MANN(10, 2, 8, **SMALL).features(torch.rand(5, 3, 2, 2, 2))
-
-
-def test_feature_dropout_is_of_training_alone():
-    torch.manual_seed(0)
-    options = {"image_shape": (2, 2, 2), "feature_dropout": 0.25, "dtype": torch.float64, **SMALL}
-    model, x = MANN(10, 2, 8, encoder=Rows(), **options), torch.rand(50, 20, 10, dtype=torch.float64)
-    rows = 2 * x[..., :8].unflatten(2, (2, 2, 2)).mean(4).flatten(2)
-    encoded = model.encode(x)
-    kept = encoded[..., :4] != 0
-    torch.testing.assert_close(encoded[..., :4], torch.where(kept, rows / 0.75, 0))
-    assert 0.72 < kept.double().mean() < 0.78
-    assert torch.equal(encoded[..., 4:], x[..., 8:])
-    torch.testing.assert_close(model.eval().encode(x)[..., :4], rows)
 
 
 def test_packed_sequences_are_encoded_too():
@@ -209,9 +197,6 @@ def test_in_evaluation_an_answer_depends_on_nothing_that_comes_after_it():
         ({"encoder": "conv4", "image_shape": (2, 16, 16)}, ValueError, "input_size must be at least the 512"),
         ({"image_shape": (1, 16, 16)}, ValueError, "image_shape must be None without an encoder"),
         ({"normalize_features": True}, ValueError, "normalize_features needs an encoder, got True"),
-        ({"feature_dropout": 0.3}, ValueError, "feature_dropout needs an encoder, got 0.3"),
-        ({"feature_dropout": 1}, ValueError, "feature_dropout must be from 0 to below 1, got 1"),
-        ({"feature_dropout": "0"}, TypeError, "feature_dropout must be .*got str"),
         ({"normalize_features": 1}, TypeError, "normalize_features must be a bool, got int"),
         ({"encoder": nn.Flatten(0), "image_shape": (1, 2, 2)}, ValueError, r"encoder must make \[M, ...\]"),
     ],
@@ -233,7 +218,7 @@ def test_to_answer_an_encoder_sees_every_picture_once(colour):
     torch.manual_seed(0)
     shape = (3 if colour else 1, 16, 16)
     config = TrainConfig.of("conv4", "support", image_size=16, colour=colour, ways=4, shots=2, slots=16)
-    options = {"encoder": "conv4", "image_shape": shape, "normalize_features": True, "feature_dropout": 0.5}
+    options = {"encoder": "conv4", "image_shape": shape, "normalize_features": True}
     model = MANN(math.prod(shape) + 4, 4, 8, **options, **{**SMALL, "num_slots": 16})
     pictures = torch.randint(0, 256, (11, *(shape if colour else shape[1:])), dtype=torch.uint8)
     model(torch.rand(20, 2, math.prod(shape) + 4))  # statistics of training
@@ -252,7 +237,7 @@ def test_to_answer_an_encoder_sees_every_picture_once(colour):
 
 
 def dataset():
-    classes = generate_glyphs(12, 4, image_size=16, seed=3)
+    classes = generate_glyphs(12, 8, image_size=16, seed=3)
     coloured = [
         ClassImages(part.images.unsqueeze(1).repeat(1, 3, 1, 1), part.starts, part.names)
         for part in (classes.select(range(8)), classes.select(range(8, 12)))
@@ -271,8 +256,8 @@ def test_a_run_from_before_features_had_one_length_is_not_gone_on_with(tmp_path)
     started = start_run(config, data, tmp_path)
     assert train(started, tmp_path, stop=lambda: started.step == 1) is False
     content = load_checkpoint(tmp_path)
-    for name in ("normalize_features", "feature_dropout"):
-        del content["model"]["config"][name]
+    del content["model"]["config"]["normalize_features"]
+    del content["model"]["state"]["feature_mean"]
     save_checkpoint(tmp_path / "checkpoint.pt", {**content, "config": config.to_dict()})
     assert not restore_model(load_checkpoint(tmp_path)).config[
         "normalize_features"
@@ -281,16 +266,27 @@ def test_a_run_from_before_features_had_one_length_is_not_gone_on_with(tmp_path)
         resume_run(config, data, tmp_path)
 
 
-def test_a_checkpoint_keeps_the_encoder_and_a_run_goes_on_with_it_bit_for_bit(tmp_path):
-    config, data = TrainConfig(**TINY), dataset()
-    whole = Trainer(config, data)
-    losses = [whole.train_step().loss for _ in range(2)]
+@pytest.mark.parametrize("layout", ["stream", "support"])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_checkpoint_keeps_the_encoder_and_a_run_goes_on_with_it_bit_for_bit(at, layout, tmp_path):
+    """Stopped while the encoder learns, when it has learned, and while the memory does."""
+    sizes = {**TINY, "steps": 6, "encoder_steps": 2, "layout": layout, "log_every": 3}
+    config, data = TrainConfig(**sizes), dataset()
+    whole = start_run(config, data, tmp_path / "whole")
+    losses = []
+    assert train(whole, tmp_path / "whole", on_step=lambda result: losses.append(result.loss))
     first = start_run(config, data, tmp_path)
-    assert train(first, tmp_path, stop=lambda: first.step == 1) is False
+    assert train(first, tmp_path, stop=lambda: first.step == at) is False
     content = load_checkpoint(tmp_path)
     assert (content["config"].encoder, content["config"].colour) == ("conv4", True)
     second = resume_run(config, data, tmp_path)
-    assert second.train_step().loss == losses[1]
+    again = []
+    assert train(second, tmp_path, on_step=lambda result: again.append(result.loss))
+    assert again == losses[at:]
+    records = [read_json_lines(folder / "metrics.jsonl") for folder in (tmp_path / "whole", tmp_path)]
+    for record in sum(records, []):
+        del record["seconds"]
+    assert records[0] == records[1] and [record["step"] for record in records[0]] == [3, 6]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
     save_weights(tmp_path / "weights.safetensors", content)
@@ -298,7 +294,7 @@ def test_a_checkpoint_keeps_the_encoder_and_a_run_goes_on_with_it_bit_for_bit(tm
         model = restore_model(load_checkpoint(file))
         assert isinstance(model.encoder, Conv4) and not model.training
     raw = {**second.state_dict()}
-    raw["config"] = {**raw["config"], "encoder": "none"}
+    raw["config"] = {**raw["config"], "encoder": "none", "encoder_steps": 0}
     save_checkpoint(tmp_path / "other.pt", raw)
     with pytest.raises(
         ValueError, match="model.config must have encoder = None by its settings, got 'conv4'"
@@ -312,7 +308,7 @@ def test_episodes_of_colour_hold_every_channel():
     assert episode.inputs.shape == (4, 3, 3 * 16 * 16 + 2)
     red, green, _ = episode.inputs[..., : 3 * 16 * 16].unflatten(2, (3, 256)).unbind(2)
     assert torch.equal(red, green) and red.max() > 0.5
-    assert data.train.rotated().images.shape == (4 * 32, 3, 16, 16)
+    assert data.train.rotated().images.shape == (4 * 64, 3, 16, 16)
 
 
 def test_settings_refuse_an_encoder_where_it_does_not_fit():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from mann_fast.data import ClassImages, Dataset
 from mann_fast.training import TrainConfig, trainer
-from mann_fast.training.metric import SHARPNESS, encoded, pair_loss
+from mann_fast.training.metric import SHARPNESS, pair_loss
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:only .* classes to train on")]
 
@@ -67,54 +67,52 @@ class Brightness(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, images):
-        return self.scale * images[:, 0, 0, :1]
+        return torch.cat([50 * self.scale * images[:, 0, 0, :1], torch.ones(len(images), 1)], 1)
 
 
 @pytest.mark.parametrize("layout", ["stream", "support"])
-def test_the_trainer_gives_the_features_of_each_image_with_its_class(layout, monkeypatch):
+def test_an_encoder_learns_alone_and_the_memory_from_its_features(layout, monkeypatch):
+    """Class c is as bright as c: an image's features say which it is, and with them what the memory is shown."""
     grey = torch.arange(10, dtype=torch.uint8).repeat_interleave(8)
     classes = ClassImages(
         grey.view(80, 1, 1).repeat(1, 4, 4), 8 * torch.arange(11), tuple(map(str, range(10)))
     )
     monkeypatch.setattr("mann_fast.training.checkpoint.make_own", lambda _: Brightness())
     sizes = {"ways": 3, "shots": 3, "hidden_size": 8, "image_size": 4, "augment": False, "batch": 4}
-    config = TrainConfig.of("own:Brightness", layout, data="greys", **sizes)
+    config = TrainConfig.of("own:Brightness", layout, data="greys", steps=4, encoder_steps=2, **sizes)
     training = trainer.Trainer(config, Dataset(classes, classes, "folder"))
-    seen = []
+    encoder, memory = training.model.encoder, training.model.layer
+    pairs, answers = [], []
 
     def watched(features, classes):
-        seen.append((features.detach(), classes))
-        return pair_loss(features, classes)
+        pairs.append((features.detach(), classes, pair_loss(features, classes)))
+        return pairs[-1][-1]
 
     monkeypatch.setattr(trainer, "pair_loss", watched)
-    answers = []
     monkeypatch.setattr(trainer, "label_loss", lambda *x: answers.append(label_loss(*x)) or answers[-1])
+    before = [x.clone() for x in memory.parameters()]
     for _ in range(2):
-        scale = training.model.encoder.scale.item()
+        encoder.scale.data.fill_(2.0)
         result = training.train_step()
-        features, which = seen.pop()
-        assert_close(features[:, 0] * 255 / scale, which.float())
-        assert len(which.unique()) > 3  # of all episodes of the batch together
-        assert_close(result.loss, answers.pop().item())  # of the answers alone
-    assert not training.model.encoder._forward_hooks
+        features, which, loss = pairs.pop()
+        assert_close(features.norm(dim=1), torch.full((len(which),), 2**0.5))  # of one length
+        assert len(which.unique()) > 3 and which.bincount().max() > 1
+        assert_close(result.loss, loss.item())
+        assert result.accuracy.isnan().all() and training.metrics()["pair_loss"] == result.loss
+        assert encoder.scale != 2.0
+    assert all(torch.equal(a, b) for a, b in zip(before, memory.parameters(), strict=True))
+    assert not answers
+    learned = encoder.scale.clone()
+    seen = []
+    hook = encoder.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    for _ in range(2):
+        result = training.train_step()
+        assert_close(result.loss, answers.pop().item())
+        assert result.accuracy.isfinite().any() and "heldout_accuracy" in training.metrics()
+    hook.remove()
+    assert sum(seen) == 3 * len(grey)  # for their mean, to learn from, and held out
+    assert torch.equal(encoder.scale, learned) and not pairs
+    assert not any(torch.equal(a, b) for a, b in zip(before, memory.parameters(), strict=True))
 
 
 label_loss = trainer.label_loss
-
-
-def test_an_encoder_that_is_not_trained_has_no_such_loss():
-    encoder = nn.Linear(3, 2).requires_grad_(False)
-    with encoded(encoder) as features:
-        encoder(torch.ones(4, 3))
-    assert features == []
-    with encoded(None) as features:
-        pass
-    assert features == []
-
-
-def test_the_hook_goes_where_the_step_fails():
-    encoder = nn.Linear(3, 2)
-    with pytest.raises(RuntimeError, match="diverged"), encoded(encoder) as features:
-        encoder(torch.ones(4, 3))
-        raise RuntimeError("diverged")
-    assert len(features) == 1 and not encoder._forward_hooks

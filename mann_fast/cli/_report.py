@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
 from ..training.babi import MEANS, PUBLISHED, REPEATED
-from ..training.config import MemoryConfig, RunConfig
+from ..training.config import ENCODER_SHARE, MemoryConfig, RunConfig
 from ..training.plots import name_of_answer, ordinal, shown_instances
 from ..training.protocol import QUERIES
 from ..training.sequence_plots import unit
@@ -34,12 +34,14 @@ class TrainingProgress:
     def __init__(self, config: RunConfig, step: int):
         self.config = config
         self.console = Console(stderr=True)
-        self.loss: float | None = None
+        self.loss: float | None = None  # an average over so many steps
+        self.averaged = 0
+        self._encoder_steps = config.encoder_steps if isinstance(config, TrainConfig) else 0
         self.values: Sequence[float] = ()
         self.first_step, self.started = step, time.monotonic()
         self.next_line = self.started + QUIET_SECONDS
         self.progress = Progress(
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn(f"{{task.fields[step]}}/{config.steps}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # takes what the numbers leave
             TextColumn("{task.fields[numbers]}", table_column=Column()),  # may break into lines
             TimeRemainingColumn(),
@@ -49,7 +51,9 @@ class TrainingProgress:
             refresh_per_second=4,
             expand=True,
         )
-        self.task = self.progress.add_task("train", total=config.steps, completed=step, numbers="")
+        self.task = self.progress.add_task(
+            "train", total=self._work(config.steps), completed=self._work(step), numbers="", step=step
+        )
 
     def __enter__(self) -> TrainingProgress:
         self.progress.start()
@@ -60,14 +64,16 @@ class TrainingProgress:
 
     def update(self, result: StepResult | SequenceStep) -> None:
         values = [result.error] if isinstance(result, SequenceStep) else result.accuracy.tolist()
-        if self.loss is None:
-            self.loss, self.values = result.loss, values
+        if self.loss is None or result.step == self._encoder_steps + 1:
+            self.loss, self.values, self.averaged = result.loss, values, 0
+        self.averaged += 1
         # A plain mean over the first steps, then an exponential one.
-        weight = max(1 - SMOOTHING, 1 / (result.step - self.first_step))
+        weight = max(1 - SMOOTHING, 1 / self.averaged)
         self.loss += weight * (result.loss - self.loss)
         self.values = [_smoothed(old, new, weight) for old, new in zip(self.values, values, strict=True)]
         if self.console.is_terminal:
-            self.progress.update(self.task, completed=result.step, numbers=self._numbers())
+            done = self._work(result.step)
+            self.progress.update(self.task, completed=done, numbers=self._numbers(), step=result.step)
         elif time.monotonic() >= self.next_line or result.step == self.config.steps:
             self.next_line = time.monotonic() + QUIET_SECONDS
             print(
@@ -86,8 +92,15 @@ class TrainingProgress:
         return f"loss {self.loss:.3f} {shown}"
 
     def _left(self, step: int) -> str:
-        seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.config.steps - step)
-        return f"{duration(seconds)} left"
+        done, left = (
+            self._work(step) - self._work(self.first_step),
+            self._work(self.config.steps) - self._work(step),
+        )
+        return f"{duration((time.monotonic() - self.started) / done * left)} left"
+
+    def _work(self, step: int) -> int:
+        """How long the steps up to this one take, in steps of the memory."""
+        return step + (ENCODER_SHARE - 1) * min(step, self._encoder_steps)
 
 
 def _smoothed(old: float, new: float, weight: float) -> float:

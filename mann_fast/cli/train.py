@@ -40,6 +40,7 @@ from ..training.checkpoint import own_encoder
 from ..training.config import (
     BABI,
     ENCODER_DEFAULTS,
+    ENCODER_SHARE,
     LABELS,
     LAYOUTS,
     MODELS,
@@ -145,6 +146,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "torchvision/NAME or timm/NAME, a pretrained network such as torchvision/resnet18, which is not trained; or "
         "MODULE:FACTORY, your own, which without arguments gives a module that takes images [M, C, H, W] (default: "
         f"{default.encoder}: the controller sees the pixels)",
+    )
+    setting(
+        "--encoder-steps",
+        type=int,
+        metavar="N",
+        help="how many of the steps, the first, train the encoder alone; it stays as it is in the others, 0: as it comes "
+        f"(default: 1 of {ENCODER_SHARE} with conv4 or your own)",
     )
     setting(
         "--length",

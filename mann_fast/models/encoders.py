@@ -97,11 +97,10 @@ def count_features(encoder: nn.Module, image_shape: tuple[int, int, int]) -> int
 
 
 def encode_images(
-    encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int], *, dropout: float, normalize: bool
+    encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int], mean: Tensor | None
 ) -> Tensor:
     """x [..., C * H * W + L] with the image at its start replaced by its features, [..., E + L]; all images in one call.
-    dropout: the share of the features that are 0, at random; normalize: with features of every image whose root mean square
-    is 1.
+    mean: [E], from which on the features of every image are scaled to a root mean square of 1, or None: as they are.
     """
     pixels = prod(image_shape)
     images = x[..., :pixels].reshape(prod(x.shape[:-1]), *image_shape)
@@ -109,7 +108,6 @@ def encode_images(
         features = x.new_empty(*x.shape[:-1], count_features(encoder, image_shape))
     else:
         features = encoder(images).reshape(*x.shape[:-1], -1)
-        features = F.dropout(features, dropout) if dropout else features
-        if normalize:
-            features = F.rms_norm(features, features.shape[-1:])
+        if mean is not None:
+            features = F.rms_norm(features - mean, features.shape[-1:])
     return torch.cat([features, x[..., pixels:]], -1)

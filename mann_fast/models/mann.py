@@ -17,7 +17,7 @@ from ..layers.controllers import obstacle
 from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
 from ..layers.sequences import each, each_taken, of_padded, packed_uncompiled, steps_taken
-from ..ops._checks import check_flag, check_number
+from ..ops._checks import check_flag
 from .encoders import ENCODERS, check_image_shape, count_features, encode_images
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
@@ -36,11 +36,9 @@ class MANN(nn.Module):
             (:class:`mann_fast.models.encoders.Conv4`), or a module of your own that takes images [M, C, H, W] and returns
             [M, ...]. All images of a call go through it at once, M = T * B. None: the controller sees the pixels.
         image_shape: (C, H, W) of the images where there is an encoder: the first C * H * W numbers of every input.
-        normalize_features: whether the features of every image are scaled to a root mean square of 1, so that the controller
-            sees in which direction they point and not how far: docs/few-shot.md.
-        feature_dropout: in training the share of the features that are 0, at random and anew for every image, and the others as
-            much larger (before the scaling); from 0 to below 1. An encoder tells the images that it was trained on apart too
-            well for the memory to learn what it needs with others.
+        normalize_features: whether the features of every image are scaled to a root mean square of 1, less the buffer
+            ``feature_mean`` [E] (0 in a new model), so that the controller sees in which direction they point from there, and
+            not how far: docs/few-shot.md.
         hidden_size, controller, addressing, memory_start, bias, batch_first, device, dtype, options: as of
             :class:`mann_fast.MemoryLayer`; the controller by its name.
 
@@ -48,6 +46,7 @@ class MANN(nn.Module):
         layer: the MemoryLayer.
         classifier: ``nn.Linear`` from its output to the logits.
         encoder: the module, or None.
+        feature_mean: a buffer [E] with ``normalize_features``.
         config: dict of plain values, all options of the memory among them; ``MANN(**config)`` is a new model of the same
             kind and sizes. Of a memory of your own it holds the name of the class: pass an object again,
             ``MANN(**{**config, "addressing": MyMemory()})``; so of an encoder of your own.
@@ -55,6 +54,8 @@ class MANN(nn.Module):
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
     """
+
+    feature_mean: Tensor
 
     def __init__(
         self,
@@ -70,7 +71,6 @@ class MANN(nn.Module):
         encoder: str | nn.Module | None = None,
         image_shape: Sequence[int] | None = None,
         normalize_features: bool = False,
-        feature_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -78,9 +78,6 @@ class MANN(nn.Module):
         super().__init__()
         check_sizes(input_size=input_size, num_classes=num_classes)
         check_flag("normalize_features", normalize_features)
-        check_number("feature_dropout", feature_dropout)
-        if not 0 <= feature_dropout < 1:
-            raise ValueError(f"feature_dropout must be from 0 to below 1, got {feature_dropout}")
         memory = make_memory(addressing, options)
         arguments: dict[str, Any] = {
             "input_size": input_size,
@@ -96,13 +93,15 @@ class MANN(nn.Module):
             "encoder": type(encoder).__name__ if isinstance(encoder, nn.Module) else encoder,
             "image_shape": None if image_shape is None else list(image_shape),
             "normalize_features": normalize_features,
-            "feature_dropout": feature_dropout,
             "addressing": name_of(memory),
             **{name: getattr(memory, name) for name in options_of(memory)},
         }
         made = self._make_encoder(encoder, image_shape, device=device, dtype=dtype)
         if made is not None and self.image_shape is not None:
-            arguments["input_size"] += count_features(made, self.image_shape) - prod(self.image_shape)
+            features = count_features(made, self.image_shape)
+            arguments["input_size"] += features - prod(self.image_shape)
+            if normalize_features:
+                self.register_buffer("feature_mean", torch.zeros(features, device=device, dtype=dtype))
         self.layer = MemoryLayer(**arguments, addressing=memory, device=device, dtype=dtype)
         self.classifier = nn.Linear(self.layer.output_size, num_classes, device=device, dtype=dtype)
         self.encoder = made
@@ -113,9 +112,8 @@ class MANN(nn.Module):
         if encoder is None:
             if image_shape is not None:
                 raise ValueError(f"image_shape must be None without an encoder, got {image_shape!r}")
-            for name in ("normalize_features", "feature_dropout"):
-                if given := self.config[name]:
-                    raise ValueError(f"{name} needs an encoder, got {given}")
+            if self.config["normalize_features"]:
+                raise ValueError("normalize_features needs an encoder, got True")
             return None
         if not isinstance(encoder, nn.Module) and encoder not in ENCODERS:
             known = ", ".join(map(repr, ENCODERS))
@@ -140,6 +138,8 @@ class MANN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as for a new model; the encoder's where its modules have ``reset_parameters``."""
+        if self.config["normalize_features"]:
+            self.feature_mean.zero_()
         for module in () if self.encoder is None else self.encoder.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
@@ -193,9 +193,8 @@ class MANN(nn.Module):
 
     def _with_features(self, x: Tensor) -> Tensor:
         assert self.encoder is not None and self.image_shape is not None
-        dropout = self.config["feature_dropout"] if self.training else 0.0
-        normalize = self.config["normalize_features"]
-        return encode_images(self.encoder, x, self.image_shape, dropout=dropout, normalize=normalize)
+        mean = self.feature_mean if self.config["normalize_features"] else None
+        return encode_images(self.encoder, x, self.image_shape, mean)
 
     def answer(
         self, encoded: Tensor, state: MemoryState | Sequence[Any] | None = None

@@ -355,7 +355,7 @@ def own_encoder(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and is_own(config.encoder)
 
 
-FEATURE_OPTIONS = {"normalize_features": True, "feature_dropout": 0.3}  # docs/few-shot.md has what they bring
+FEATURE_OPTIONS = {"normalize_features": True}  # docs/few-shot.md has what it brings
 STREAM_OPTIONS = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
 # What is written is the key, which holds image and label, so images that look alike find one another from the first step; the
 # controller has no past, which would only tell of the order of the examples. docs/few-shot.md has what was tried.

@@ -23,6 +23,7 @@ ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {"conv4": {"image_size": 28}}  # t
 LAYOUT_DEFAULTS: dict[str, dict[str, Any]] = {
     "support": {"shots": 5, "batch": 2, "lr": 2e-3, "log_every": 250, "eval_episodes": 200}
 }
+ENCODER_SHARE = 10  # of so many steps an encoder has one to learn in: it takes as long as ten of the memory
 BABI = "babi"  # the name of its task
 # Of the DNC, options by the letters of Csordas and Schmidhuber 2019: DNC-MD has masks and de-allocation.
 REPAIRS = {"m": "masks", "d": "deallocate", "s": "link_sharpening"}
@@ -93,9 +94,12 @@ class RunConfig:
 
         It depends on the settings and the step alone, so a resumed run has nothing to restore.
         """
+        return self._rate(step, self.steps)
+
+    def _rate(self, step: int, steps: int) -> float:
         rise = (step + 1) / (self.warmup + 1)
-        falling = self.decay * self.steps
-        fall = (self.steps - step) / falling if falling else 1.0
+        falling = self.decay * steps
+        fall = (steps - step) / falling if falling else 1.0
         return self.lr * min(1.0, rise, fall)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +122,7 @@ class TrainConfig(RunConfig):
     image_size: int = 20  # images are resized to image_size x image_size pixels
     colour: bool = False  # three channels, else grey
     encoder: str = NO_ENCODER  # or one of ENCODERS, LIBRARY/NAME or MODULE:FACTORY, between the pixels and the controller
+    encoder_steps: int = 0  # of the steps, in which the encoder learns alone; in the others it stays as it is
 
     ways: int = 5  # classes per episode
     shots: int = 10  # images of each class per episode
@@ -140,6 +145,11 @@ class TrainConfig(RunConfig):
         elif self.encoder != NO_ENCODER:
             _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
             check_image_shape(self.image_shape, self.encoder)
+        most = self.steps - 1 if trainable(self.encoder) else 0
+        why = (
+            f"from 0 to {most}, below steps" if trainable(self.encoder) else f"0 with encoder {self.encoder}"
+        )
+        _require(0 <= self.encoder_steps <= most, "encoder_steps", why, self.encoder_steps)
         _require(self.ways >= 2, "ways", "at least 2", self.ways)
         _require(self.layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}", self.layout)
         if self.layout == "support":
@@ -157,11 +167,15 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def of(cls, encoder: str, layout: str, **changes: Any) -> TrainConfig:
-        """With the image size that suits the encoder, and what suits the layout, unless it is among the changes."""
+        """With the image size that suits the encoder and steps for it to learn in, and with what suits the layout, unless they
+        are among the changes.
+        """
         of_encoder = ENCODER_DEFAULTS.get(encoder, {})
         if is_backbone(encoder):
             of_encoder = {"image_size": recipe_of(encoder).image_size, "colour": True, "augment": False}
         defaults = {**of_encoder, **LAYOUT_DEFAULTS.get(layout, {}), **changes}
+        if trainable(encoder):
+            defaults.setdefault("encoder_steps", defaults.get("steps", cls.steps) // ENCODER_SHARE)
         config = cls(encoder=encoder, layout=layout, **defaults)
         if layout == "support" and "slots" not in changes:  # one for every head and example
             examples = config.heads * config.ways * config.shots
@@ -170,8 +184,18 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The same; checkpoints from before there were encoders have none, and older ones a stream."""
-        return super().from_dict({"colour": False, "encoder": NO_ENCODER, "layout": "stream", **values})
+        """The same; checkpoints from before there were encoders have none, older ones a stream, and none in which an encoder
+        learned with the memory steps of its own.
+        """
+        before = {"colour": False, "encoder": NO_ENCODER, "encoder_steps": 0, "layout": "stream"}
+        return super().from_dict({**before, **values})
+
+    def learning_rate(self, step: int) -> float:
+        """The same, once over the steps of the encoder and once over the others."""
+        of_encoder = self.encoder_steps
+        if step < of_encoder:
+            return self._rate(step, of_encoder)
+        return self._rate(step - of_encoder, self.steps - of_encoder)
 
     @property
     def chance(self) -> float:
@@ -193,6 +217,11 @@ class TrainConfig(RunConfig):
         binding images to labels.
         """
         return 1 / self.ways + (1 - 1 / self.ways) / 4
+
+
+def trainable(encoder: str) -> bool:
+    """Whether a run can train the encoder."""
+    return encoder in ENCODERS or is_own(encoder)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ class InstanceAccuracy:
 
 
 @torch.inference_mode()
-def episode_accuracy(model: nn.Module, episode: Any, labels: str, shots: int) -> Tensor:
+def episode_accuracy(
+    model: Callable[..., tuple[Tensor, Any]], episode: Any, labels: str, shots: int
+) -> Tensor:
     """Each episode's accuracy by instance, float32 [B, shots], of a batch of episodes."""
     logits, _ = model(episode.inputs)
     right = right_by_instance(is_right(logits, episode.targets, labels), episode.instance, shots)

@@ -1,12 +1,9 @@
-"""What an encoder learns from beside the answers: images of one class should look more alike to it than those of two."""
+"""What an encoder learns from: images of one class should look more alike to it than those of two."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 SHARPNESS = 48.0  # of the softmax over cosines
@@ -28,22 +25,3 @@ def pair_loss(features: Tensor, classes: Tensor) -> Tensor:
     if same.all() or not pairs.any():
         return similarity.sum() * 0
     return F.softplus(others - similarity)[pairs].mean()
-
-
-@contextmanager
-def encoded(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Within it, a list of the features [M, E] of each call of the encoder; empty where there is none, or it is not trained."""
-    calls: list[Tensor] = []
-    if encoder is None:
-        yield calls
-        return
-
-    def keep(_: nn.Module, __: object, features: Tensor) -> None:
-        if features.requires_grad:
-            calls.append(features.flatten(1))
-
-    hook = encoder.register_forward_hook(keep)
-    try:
-        yield calls
-    finally:
-        hook.remove()

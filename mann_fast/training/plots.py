@@ -48,7 +48,11 @@ def shown_instances(shots: int) -> tuple[int, ...]:
 def plot_learning_curve(
     path: str | os.PathLike, records: Sequence[dict[str, Any]], config: TrainConfig, title: str
 ) -> None:
-    """Held-out accuracy by instance with its 95% interval, and training loss, over steps; from the lines of metrics.jsonl."""
+    """Held-out accuracy by instance with its 95% interval, and training loss, over steps; from the lines of metrics.jsonl.
+    Of the steps in which an encoder learned alone the loss of its pairs.
+    """
+    of_encoder = [record for record in records if "pair_loss" in record]
+    records = [record for record in records if "pair_loss" not in record]
     steps = [record["step"] for record in records]
     figure = _figure(8.5, 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -71,8 +75,12 @@ def plot_learning_curve(
     )
     top.set(title=f"{title}:\naccuracy on held-out classes", ylabel="right answers (%)", ylim=(0, 101))
     draw_legend(top, "shaded: 95% interval")
+    if of_encoder:
+        places = [record["step"] for record in of_encoder]
+        losses = [record["pair_loss"] for record in of_encoder]
+        bottom.plot(places, losses, color=COLOURS[2], marker=_marker(places), label="encoder, of its pairs")
     plot_loss(bottom, records, "loss (nats per image)")
-    highest = max(record["loss"] for record in records)
+    highest = max(record.get("loss", record.get("pair_loss")) for record in [*of_encoder, *records])
     bottom.set(ylim=(0, 1.08 * highest))
     for axes in (top, bottom):
         axes.grid(alpha=0.25)

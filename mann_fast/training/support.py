@@ -74,7 +74,8 @@ def as_stream(episode: Support, config: TrainConfig) -> Episode:
 
 def size_of_step(config: TrainConfig, step: int) -> tuple[int, int, int]:
     """Ways, shots and episodes of a training step, counted from 0. Few ways come in as many more episodes."""
-    ways = min(config.ways, FEWEST + max(0, step - FEW_STEPS) // STEPS_PER_WAY)
+    of_memory = step - config.encoder_steps
+    ways = min(config.ways, FEWEST + max(0, of_memory - FEW_STEPS) // STEPS_PER_WAY)
     return ways, 1 + step % config.shots, config.batch * (config.ways // ways)
 
 

@@ -6,32 +6,49 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..data import Dataset, Episodes
+from ..data import ClassImages, Dataset, Episodes
+from ..data.episodes import distorted
 from ..models.backbones import is_backbone
 from . import processes
 from .checkpoint import build_model
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, episode_accuracy
-from .metric import encoded, pair_loss
+from .metric import pair_loss
 from .objective import is_right, label_loss, right_by_instance
-from .prediction import logits_apart
+from .prediction import Answering, encoded_classes, has_encoder, logits_apart
 from .run import Run
-from .support import make_episodes, sample_support, size_of_step, steps_of_shots, support_accuracy
+from .support import (
+    images_of_class,
+    make_episodes,
+    sample_support,
+    size_of_step,
+    steps_of_shots,
+    support_accuracy,
+)
 
 # Held-out episodes behind each point of the learning curve, always the same ones; of support for each number of shots.
 MONITOR_EPISODES = {"stream": 64, "support": 16}
+# Images in a step of the encoder: of many classes, so that some are hard to tell apart, and of each so many.
+PAIR_CLASSES, PAIR_IMAGES = 64, 4
+# How many times the memory's features of every training image are made, each time of another distortion, and how many numbers
+# they are at most together (1 GiB).
+COPIES, MOST_NUMBERS = 4, 2**28
+AVERAGED = 8192  # images at most whose features have the mean that is taken from all
+NOISE = 0.8  # on the features that the memory learns from, as a share of their root mean square
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Of one training step: its number counted from 1, the loss of the answers, and accuracy by instance [shots]; on support
-    and queries after so many shots, NaN but for those that the step had.
+    and queries after so many shots, NaN but for those that the step had. Of a step of the encoder the loss of its pairs, and
+    NaN.
     """
 
     step: int
@@ -41,6 +58,9 @@ class StepResult:
 
 class Trainer(Run):
     """Trains one model on the training classes of a dataset.
+
+    An encoder learns alone in the first ``config.encoder_steps`` steps, from pairs of images. From there on it stays as it is:
+    its features of every image are made once, and the memory learns from them in the other steps.
 
     Makes its model from torch's global generator, which it seeds with ``config.seed``. Raises ValueError
     where the dataset has too few classes or images for the configured episodes.
@@ -58,9 +78,16 @@ class Trainer(Run):
         # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
         classes = dataset.train.rotated() if config.augment and self.drawn else dataset.train
         self.episodes = make_episodes(config, classes, augment=config.augment, seed=config.seed)
-        self._monitor = _draw_monitor(config, make_episodes(config, dataset.test, seed=0))
+        self._heldout = dataset.test
         torch.manual_seed(config.seed)
         super().__init__(config, build_model(config, self.episodes.input_size, self.episodes.num_outputs))
+        if config.encoder_steps and not any(x.requires_grad for x in self.model.encoder.parameters()):
+            raise ValueError(
+                f"encoder {config.encoder} has nothing to learn: give encoder_steps 0 (--encoder-steps 0)"
+            )
+        self._answering: Answering = self.model
+        self._seen: list[Episodes] = []  # of features, where the model has an encoder, once it has learned
+        self._monitor = _draw_monitor(config, make_episodes(config, dataset.test, seed=0))
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -78,59 +105,112 @@ class Trainer(Run):
         not finite.
         """
         started = time.perf_counter()
+        of_encoder = self.step < self.config.encoder_steps
+        if not of_encoder and has_encoder(self.model):
+            if self.step == self.config.encoder_steps:
+                self._start_interval()
+            self._take_features()
         self.model.train()
-        with encoded(getattr(self.model, "encoder", None)) as features:
-            answers, accuracy, classes = self._ask()
-        loss = answers
-        if features:
-            loss = loss + pair_loss(torch.cat(features), classes.flatten())
-        _, found = self.descend(loss, torch.cat([answers.detach().view(1), accuracy]))
-        answered, accuracy = found[0].item(), found[1:]
-        self._interval_loss += answered
+        loss, accuracy = self._compare() if of_encoder else self._ask()
+        value, accuracy = self.descend(loss, accuracy)
+        self._interval_loss += value
         self._interval_accuracy += accuracy.nan_to_num()
         self._interval_steps += 1
         self.seconds += time.perf_counter() - started
-        return StepResult(self.step, answered, accuracy)
+        return StepResult(self.step, value, accuracy)
 
-    def _ask(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and accuracy on a new batch, and the classes of its images, in the order in which the encoder has them."""
+    def _compare(self) -> tuple[Tensor, Tensor]:
+        """Loss of the encoder on the pairs of new images, of which nobody asks anything."""
+        assert has_encoder(self.model)
+        batch = self.config.batch
+        ways = min(max(2, PAIR_CLASSES // batch), self.num_classes)
+        shots = min(PAIR_IMAGES, images_of_class(self.config))
+        drawn = self.episodes.sample_images(batch, self.part, ways=ways, shots=shots)
+        pixels = drawn.images.reshape(-1, *self.config.image_shape) / 255
+        loss = pair_loss(self.model.features(pixels), drawn.classes.flatten())
+        return loss, torch.full((self.config.shots,), math.nan)
+
+    def _take_features(self) -> None:
+        """Go on with the features that the encoder makes of the images, in every step of images distorted another way."""
+        if not self._seen:
+            self._encode()
+        following = self._seen[self.step % len(self._seen)]
+        following.load_state_dict(self.episodes.state_dict())
+        self.episodes = following
+
+    def _encode(self) -> None:
+        self.model.eval()
+        classes, config = self.episodes.classes, self.config
+        if self.step == config.encoder_steps:
+            processes.average([x for x in self.model.buffers() if x.is_floating_point()])  # of its batch norms
+            self._centre(classes)
+        generator = torch.Generator().manual_seed(config.seed)
+        while len(self._seen) < COPIES:
+            shown = _distorted(classes, generator) if self._seen else classes
+            self._answering, features = encoded_classes(self.model, shown)
+            self._seen.append(make_episodes(config, features, seed=config.seed))
+            if not config.augment or (1 + len(self._seen)) * features.images.numel() > MOST_NUMBERS:
+                break
+        _, heldout = encoded_classes(self.model, self._heldout)
+        self._monitor = _draw_monitor(config, make_episodes(config, heldout, seed=0))
+
+    def _centre(self, classes: ClassImages) -> None:
+        """Give the model the mean of the features, of which it then sees how they differ."""
+        some = classes.images[:: 1 + len(classes.images) // AVERAGED].reshape(-1, *self.config.image_shape)
+        with torch.no_grad():
+            parts = [self.model.encoder(part / 255).flatten(1).double() for part in some.split(256)]
+        self.model.feature_mean.copy_(torch.cat(parts).mean(0))
+
+    def _ask(self) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy on a new batch."""
         config = self.config
         if config.layout == "support":
             return self._ask_queries()
         episode = self.episodes.sample(config.batch, self.part)
-        logits, _ = self.model(episode.inputs)
+        inputs = episode.inputs
+        if self._seen:
+            width = inputs.shape[2] - self.episodes.num_outputs
+            (features,) = varied(inputs[..., :width])
+            inputs = torch.cat([features, inputs[..., width:]], 2)
+        logits, _ = self._answering(inputs)
         right = right_by_instance(
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
         )
         loss = label_loss(logits, episode.targets, config.labels)
-        return loss, right.mean(0) / config.ways, episode.classes
+        return loss, right.mean(0) / config.ways
 
-    def _ask_queries(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _ask_queries(self) -> tuple[Tensor, Tensor]:
         """The same, with accuracy by shots; the batch is of one number of shots."""
         config = self.config
         ways, shots, batch = size_of_step(config, self.step)
         episode = sample_support(self.episodes, batch, processes.part_of(batch), ways=ways, shots=shots)
-        logits = logits_apart(
-            self.model, config, episode.examples, episode.shown, episode.queries, together=True
-        )
+        examples, queries = episode.examples, episode.queries
+        if self._seen:
+            examples, queries = (255 * x for x in varied(examples, queries))
+        logits = logits_apart(self._answering, config, examples, episode.shown, queries, together=True)
         accuracy = torch.full((config.shots,), math.nan)
         accuracy[shots - 1] = is_right(logits.detach(), episode.targets, config.labels).float().mean()
-        return label_loss(logits, episode.targets, config.labels), accuracy, episode.classes
+        return label_loss(logits, episode.targets, config.labels), accuracy
 
     def _heldout_accuracy(self) -> InstanceAccuracy:
         config = self.config
         if config.layout == "support":
-            found = [support_accuracy(self.model, config, episode) for episode in self._monitor]
+            found = [support_accuracy(self._answering, config, episode) for episode in self._monitor]
             return InstanceAccuracy.from_episodes(torch.stack(found, 1))
         (episode,) = self._monitor
         return InstanceAccuracy.from_episodes(
-            episode_accuracy(self.model, episode, config.labels, config.shots)
+            episode_accuracy(self._answering, episode, config.labels, config.shots)
         )
 
     def metrics(self) -> dict[str, Any]:
         """Averages over the steps since the last call, and the accuracy on held-out classes now: a line of
-        metrics.jsonl.
+        metrics.jsonl. While the encoder learns, the loss of its pairs alone.
         """
+        mean, rate = self._interval_loss / self._interval_steps, self.optimizer.param_groups[0]["lr"]
+        seconds = round(self.seconds, 3)
+        if self.step <= self.config.encoder_steps:
+            self._start_interval()
+            return {"step": self.step, "pair_loss": mean, "lr": rate, "seconds": seconds}
         self.model.eval()
         heldout = self._heldout_accuracy()
         counts: Tensor | int = self._interval_steps
@@ -139,13 +219,13 @@ class Trainer(Run):
         trained = (self._interval_accuracy / counts).tolist()
         record = {
             "step": self.step,
-            "loss": self._interval_loss / self._interval_steps,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": mean,
+            "lr": rate,
             # None where no step of the interval had so many shots.
             "train_accuracy": [None if math.isnan(value) else value for value in trained],
             "heldout_accuracy": list(heldout.mean),
             "heldout_interval": [list(heldout.low), list(heldout.high)],
-            "seconds": round(self.seconds, 3),
+            "seconds": seconds,
         }
         self._start_interval()
         return record
@@ -184,6 +264,28 @@ class Trainer(Run):
         self._interval_loss = state["interval"]["loss"]
         self._interval_accuracy = state["interval"]["accuracy"].clone()
         self._interval_steps = state["interval"]["steps"]
+
+
+def varied(*features: Tensor) -> list[Tensor]:
+    """Other features [n, B, E] for the same task: those of an episode with numbers that have changed places and signs, the same
+    for all of its images, and each with noise. What is like what stays, so that this is all that there is to learn; of which
+    classes they are, the memory cannot know. All are scaled to a root mean square of 1.
+    """
+    batch, width = features[0].shape[1:]
+    places = torch.rand(batch, width).argsort(1)
+    signs = torch.randint(0, 2, (batch, width)) * 2.0 - 1
+    found = []
+    for x in features:
+        moved = F.rms_norm(x, x.shape[-1:]).gather(2, places.expand(x.shape)) * signs
+        found.append(F.rms_norm(moved + NOISE * torch.randn_like(moved), x.shape[-1:]))
+    return found
+
+
+def _distorted(classes: ClassImages, generator: torch.Generator) -> ClassImages:
+    """The same classes with every image turned, stretched, slanted and shifted a little."""
+    how = 2 * torch.rand(len(classes.images), 6, generator=generator, dtype=torch.float64) - 1
+    parts = zip(classes.images.split(1024), how.split(1024), strict=True)
+    return replace(classes, images=torch.cat([distorted(*part).round().byte() for part in parts]))
 
 
 def _draw_monitor(config: TrainConfig, episodes: Episodes) -> list[Any]:
