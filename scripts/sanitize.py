@@ -47,8 +47,10 @@ def chosen(compiler: Compiler, sanitizers: str, reduced: bool) -> list[str]:
 def build(compiler: Compiler, sanitizers: str, isas: list[str]) -> tuple[Path, Path]:
     """The two drivers, with the CPU's kernels for these instruction sets."""
     folder = Path("build") / f"sanitize-{sanitizers.replace(',', '-')}"
-    # -g1: the functions and lines that a finding names; -g takes half as long again to compile.
-    flags = ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    # -g1: the functions and lines that a finding names; -g takes half as long again to compile, and -O1 with the
+    # undefined-behaviour sanitizer five times.
+    level = "-O0" if "undefined" in sanitizers else "-O1"
+    flags = [level, "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     parts = compiler.kernel_units(isas), [DRIVER], [CUDA_DRIVER, *emulate.kernel_units()]
     built = iter(map(str, compiler.compile([unit for part in parts for unit in part], folder, flags)))
     kernels, driver, cuda_driver = ([next(built) for _ in part] for part in parts)

@@ -124,6 +124,7 @@ def test_gradient_of_one_output_alone():
             assert worst_error(x, y) < 1e-12
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sharpness", [True, False])
 def test_gradcheck(sharpness):
     tensors = [t if t is None else t.requires_grad_() for t in inputs(2, 5, 3, 2, torch.float64, sharpness)]

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKEND, RAW_OPS, needs_kernels, worst_error
+from cases import BACKEND, RAW_OPS, needs_cpp, needs_kernels, worst_error
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -178,6 +178,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 CHECKS += ("test_aot_dispatch_dynamic",) if BACKEND == "cpp" else ()
 
 
+@pytest.mark.once
 @every_op
 def test_opcheck(op):
     """Schema, aliasing, fake rule, registration of autograd, and tracing with symbolic sizes; of the raw backward too."""
@@ -232,6 +233,7 @@ def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
     assert all(x.is_contiguous() for x in results)
 
 
+@pytest.mark.once
 @every_op
 def test_autocast_changes_nothing(op):
     values = sample(op, dtype=torch.float32)
@@ -244,6 +246,7 @@ def test_autocast_changes_nothing(op):
             assert x.dtype == y.dtype and torch.equal(x, y)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings(
     "ignore:All-NaN slice:RuntimeWarning"
 )  # of NumPy, in which Triton's interpreter computes
@@ -274,6 +277,7 @@ def test_a_nan_stays_in_its_sample(op):
                 )
 
 
+@needs_cpp  # the threads are the processor's
 @every_op
 def test_threads_change_nothing(op):
     values = sample(op, B=8)

@@ -23,8 +23,8 @@ from mann_fast import ops, reference
 pytestmark = needs_kernels
 
 
-def scan_case(name, *sizes, interpreted=None):
-    return pytest.param(*shorter(sizes, interpreted or sizes), id=name)
+def scan_case(name, *sizes, interpreted=None, marks=()):
+    return pytest.param(*shorter(sizes, interpreted or sizes), id=name, marks=marks)
 
 
 SCANS = [  # T, B, N, D, R
@@ -37,7 +37,16 @@ SCANS = [  # T, B, N, D, R
     scan_case("no-steps", 0, 2, 5, 4, 2),
     scan_case("empty-batch", 3, 0, 5, 4, 2),
     scan_case("slots-over-threads", 3, 1, 4096, 40, 4, interpreted=(2, 1, 700, 33, 2)),
-    scan_case("slots-over-threads-6-heads", 11, 1, 1500, 33, 6, interpreted=(10, 1, 160, 130, 3)),
+    scan_case(
+        "slots-over-threads-6-heads",
+        11,
+        1,
+        1500,
+        33,
+        6,
+        interpreted=(10, 1, 160, 130, 3),
+        marks=pytest.mark.thorough,
+    ),
 ]
 
 
@@ -308,6 +317,7 @@ def test_the_erased_slot_is_assigned_not_multiplied():
     assert read.isfinite().all() and after.memory.isfinite().all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("sharpness", [True, False])
 def test_gradcheck(options, sharpness):
@@ -367,6 +377,7 @@ def test_what_is_saved_for_backward_is_bounded(steps):
     assert 0 < extra / 4 <= steps * batch * (heads * slots + 3 * heads * size)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("slots, size, heads", [(9, 5, 3), shorter((1500, 33, 4), (700, 33, 2))])
 def test_autocast_changes_nothing(slots, size, heads, options):

@@ -1,4 +1,4 @@
-"""What an encoder learns from beside the answers."""
+"""What an encoder learns from, and the memory from its features."""
 
 import math
 
@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mann_fast.data import ClassImages, Dataset
+from mann_fast.data import ClassImages, Dataset, generate_glyphs
 from mann_fast.training import TrainConfig, trainer
 from mann_fast.training.metric import SHARPNESS, pair_loss
+from mann_fast.training.support import size_of_step
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:only .* classes to train on")]
 
@@ -116,3 +117,76 @@ def test_an_encoder_learns_alone_and_the_memory_from_its_features(layout, monkey
 
 
 label_loss = trainer.label_loss
+
+
+def test_varied_features_are_as_alike_as_before_but_for_noise(monkeypatch):
+    examples, queries = torch.randn(4, 3, 200), torch.randn(6, 3, 200)
+    similar = torch.cosine_similarity(examples.unsqueeze(1), queries.unsqueeze(0), dim=3)
+    noisy = trainer.varied(examples, queries)
+    monkeypatch.setattr(trainer, "NOISE", 0.0)
+    moved = trainer.varied(examples, queries)
+    for found, exact in ((moved, True), (noisy, False)):
+        for x in found:
+            assert_close(x.square().mean(2), torch.ones(x.shape[:2]))
+        a, b = found
+        again = torch.cosine_similarity(a.unsqueeze(1), b.unsqueeze(0), dim=3)
+        assert torch.allclose(again, similar, atol=1e-5) == exact
+    unit = examples / examples.square().mean(2, keepdim=True).sqrt()
+    for episode in range(3):  # the same numbers, in other places, with other signs; in each episode others
+        assert_close(moved[0][:, episode].abs().sort(1).values, unit[:, episode].abs().sort(1).values)
+        assert not torch.equal(moved[0][:, episode].abs(), unit[:, episode].abs())
+    monkeypatch.setattr(trainer, "NOISE", 0.8)
+    a, b = trainer.varied(examples.expand(4, 3, 200), examples)
+    near = torch.cosine_similarity(a, b, dim=2)  # of an image with itself, each time with other noise
+    assert_close(near.mean(), torch.tensor(1 / (1 + 0.8**2)), atol=0.05, rtol=0)
+
+
+def test_each_of_two_parts_of_training_has_a_rise_and_a_fall():
+    config = TrainConfig.of("conv4", "support", steps=60, encoder_steps=20, warmup=4, lr=1.0)
+    rates = [config.learning_rate(step) for step in range(60)]
+    alone = [TrainConfig(steps=n, warmup=4, lr=1.0) for n in (20, 40)]
+    assert rates == [part.learning_rate(step) for part in alone for step in range(part.steps)]
+    assert [size_of_step(config, step)[0] for step in (0, 19, 20)] == [5, 5, 5]
+    many = TrainConfig.of("conv4", "support", ways=20, steps=2000, encoder_steps=1000)
+    plain = TrainConfig.of("none", "support", ways=20, steps=1000)
+    assert [size_of_step(many, 1000 + step)[0] for step in range(1000)] == [
+        size_of_step(plain, step)[0] for step in range(1000)
+    ]
+    assert TrainConfig.of("conv4", "stream").encoder_steps == 2000
+    for wrong, message in ((60, "from 0 to 59, below steps, got 60"), (-1, "from 0 to 59")):
+        with pytest.raises(ValueError, match=f"encoder_steps must be {message}"):
+            TrainConfig.of("conv4", "support", steps=60, encoder_steps=wrong)
+    with pytest.raises(ValueError, match="encoder_steps must be 0 with encoder none, got 5"):
+        TrainConfig(encoder_steps=5)
+
+
+def test_an_encoder_without_parameters_is_taken_as_it_comes(monkeypatch):
+    classes = generate_glyphs(8, 8, image_size=4)
+    monkeypatch.setattr("mann_fast.training.checkpoint.make_own", lambda _: nn.Flatten())
+    sizes = {"ways": 3, "shots": 2, "hidden_size": 8, "image_size": 4, "batch": 4, "steps": 2}
+    data = Dataset(classes, classes, "glyphs")
+    with pytest.raises(ValueError, match="own:Flat has nothing to learn: give encoder_steps 0"):
+        trainer.Trainer(TrainConfig.of("own:Flat", "support", encoder_steps=1, **sizes), data)
+    training = trainer.Trainer(TrainConfig.of("own:Flat", "support", encoder_steps=0, **sizes), data)
+    assert math.isfinite(training.train_step().loss)
+    mean = classes.rotated().images.flatten(1).double().mean(0) / 255
+    assert_close(training.model.feature_mean.double(), mean, atol=1e-6, rtol=1e-5)
+    seen = [episodes.classes.images for episodes in training._seen]
+    assert len(seen) == trainer.COPIES and not any(torch.equal(seen[0], x) for x in seen[1:])
+    for x in seen[1:]:  # a little distorted
+        assert 0.2 < torch.cosine_similarity(x, seen[0], dim=1).mean() < 0.999
+    first = training.episodes
+    training.train_step()
+    assert training.episodes is not first
+
+
+def test_features_take_no_more_than_their_bound(monkeypatch):
+    classes = generate_glyphs(8, 8, image_size=4)
+    monkeypatch.setattr("mann_fast.training.checkpoint.make_own", lambda _: nn.Flatten())
+    monkeypatch.setattr(trainer, "MOST_NUMBERS", 3 * 4 * 64 * 16)
+    sizes = {"ways": 3, "shots": 2, "hidden_size": 8, "image_size": 4, "batch": 4, "steps": 2}
+    training = trainer.Trainer(
+        TrainConfig.of("own:Flat", "stream", encoder_steps=0, **sizes), Dataset(classes, classes, "glyphs")
+    )
+    training.train_step()
+    assert len(training._seen) == 3

@@ -300,6 +300,7 @@ def test_any_shape(data):
 
 
 @needs_ntm
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradcheck(order):
     inputs = [x.requires_grad_() for x in ntm_inputs(*shorter((3, 1, 5, 3, 2, 1, 1), (2, 1, 3, 2, 1, 1, 1)))]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     BACKEND,
+    INTERPRETED,
     distinct_state,
     fixed_noise,
     needs_kernels,
@@ -197,8 +198,14 @@ FAMILIES = {
 every_family = pytest.mark.parametrize(
     "family",
     [
-        # Where there is no such op, a loop over the memory's step, the same with each controller.
-        pytest.param(family, marks=[pytest.mark.thorough] if name.endswith(("gru", "feedforward")) else [])
+        # Where there is no such op, a loop over the memory's step, the same with each controller; and in Triton's interpreter,
+        # where there is none, the step is tested by itself.
+        pytest.param(
+            family,
+            marks=[pytest.mark.thorough]
+            if name.endswith(("gru", "feedforward")) or INTERPRETED and name not in ("lrua", "ntm", "dnc")
+            else [],
+        )
         for name, family in FAMILIES.items()
     ],
     ids=FAMILIES,

@@ -142,7 +142,9 @@ class Trainer(Run):
         self.model.eval()
         classes, config = self.episodes.classes, self.config
         if self.step == config.encoder_steps:
-            processes.average([x for x in self.model.buffers() if x.is_floating_point()])  # of its batch norms
+            processes.average(
+                [x for x in self.model.buffers() if x.is_floating_point()]
+            )  # of its batch norms
             self._centre(classes)
         generator = torch.Generator().manual_seed(config.seed)
         while len(self._seen) < COPIES:
