@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 from mann_fast.data import ClassImages, Episodes, encode_inputs, generate_glyphs, num_outputs
+from mann_fast.data.episodes import distorted
 
 
 def numbered(counts, size=2):
@@ -233,6 +234,17 @@ def test_autocast_around_it_changes_no_episode():
     expected = sample()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sample(), expected)
+
+
+def test_distortion_is_the_same_whatever_the_default_dtype():
+    images, random = torch.randint(0, 256, (3, 9, 9), dtype=torch.uint8), torch.rand(3, 6)
+    expected = distorted(images, random)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = distorted(images, random)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_augmentation_moves_images_a_little_and_anew_each_time():

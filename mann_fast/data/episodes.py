@@ -205,7 +205,7 @@ def distorted(images: Tensor, random: Tensor) -> Tensor:
     images: [M, S, S] or [M, 3, S, S], values from 0 to 255; random: [M, 6], which says how, within [-1, 1).
     """
     count, size = len(images), images.shape[-1]
-    middles = (2 * torch.arange(size) + 1) / size - 1  # of the pixels, from -1 to 1
+    middles = (2 * torch.arange(size, dtype=torch.float32) + 1) / size - 1  # of the pixels, from -1 to 1
     across, down = torch.meshgrid(middles, middles, indexing="xy")
     places = torch.stack([across, down, torch.ones_like(across)]).flatten(1)  # [3, S * S]
     random = random.float()
