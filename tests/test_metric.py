@@ -163,30 +163,36 @@ def test_each_of_two_parts_of_training_has_a_rise_and_a_fall():
 def test_an_encoder_without_parameters_is_taken_as_it_comes(monkeypatch):
     classes = generate_glyphs(8, 8, image_size=4)
     monkeypatch.setattr("mann_fast.training.checkpoint.make_own", lambda _: nn.Flatten())
-    sizes = {"ways": 3, "shots": 2, "hidden_size": 8, "image_size": 4, "batch": 4, "steps": 2}
+    sizes = {"ways": 3, "shots": 2, "hidden_size": 8, "image_size": 4, "batch": 4, "steps": 8}
     data = Dataset(classes, classes, "glyphs")
     with pytest.raises(ValueError, match="own:Flat has nothing to learn: give encoder_steps 0"):
         trainer.Trainer(TrainConfig.of("own:Flat", "support", encoder_steps=1, **sizes), data)
     training = trainer.Trainer(TrainConfig.of("own:Flat", "support", encoder_steps=0, **sizes), data)
+    monkeypatch.setattr(trainer, "STEPS_OF_COPY", 1)
     assert math.isfinite(training.train_step().loss)
     mean = classes.rotated().images.flatten(1).double().mean(0) / 255
     assert_close(training.model.feature_mean.double(), mean, atol=1e-6, rtol=1e-5)
-    seen = [episodes.classes.images for episodes in training._seen]
-    assert len(seen) == trainer.COPIES and not any(torch.equal(seen[0], x) for x in seen[1:])
-    for x in seen[1:]:  # a little distorted
-        assert 0.2 < torch.cosine_similarity(x, seen[0], dim=1).mean() < 0.999
     first = training.episodes
     training.train_step()
     assert training.episodes is not first
+    for step in range(2, 6):
+        training.train_step()
+        assert len(training._seen) == min(step + 1, trainer.COPIES)  # made when they are needed
+    seen = [episodes.classes.images for episodes in training._seen]
+    assert not any(torch.equal(seen[0], x) for x in seen[1:])
+    for x in seen[1:]:  # a little distorted
+        assert 0.2 < torch.cosine_similarity(x, seen[0], dim=1).mean() < 0.999
 
 
 def test_features_take_no_more_than_their_bound(monkeypatch):
     classes = generate_glyphs(8, 8, image_size=4)
     monkeypatch.setattr("mann_fast.training.checkpoint.make_own", lambda _: nn.Flatten())
     monkeypatch.setattr(trainer, "MOST_NUMBERS", 3 * 4 * 64 * 16)
-    sizes = {"ways": 3, "shots": 2, "hidden_size": 8, "image_size": 4, "batch": 4, "steps": 2}
+    monkeypatch.setattr(trainer, "STEPS_OF_COPY", 1)
+    sizes = {"ways": 3, "shots": 2, "hidden_size": 8, "image_size": 4, "batch": 4, "steps": 8}
     training = trainer.Trainer(
         TrainConfig.of("own:Flat", "stream", encoder_steps=0, **sizes), Dataset(classes, classes, "glyphs")
     )
-    training.train_step()
+    for _ in range(6):
+        training.train_step()
     assert len(training._seen) == 3

@@ -113,6 +113,16 @@ def test_intervals_are_drawn_where_a_run_has_them(drawn, tmp_path):
     assert (first.min(), first.max()) == (40, 60)
     assert (second.min(), second.max()) == (70, 80)
 
+    pairs = {"step": 1, "pair_loss": 2.0, "lr": 0.1, "seconds": 1.0}
+    for number, records in enumerate(([pairs], [pairs, {**line, "step": 2}]), start=2):
+        plot_learning_curve(tmp_path / "c.png", records, config, "a model")
+        top, bottom = drawn[number].axes
+        curves = {curve.get_label(): curve.get_xydata().tolist() for curve in bottom.lines}
+        assert curves["encoder, of its pairs"] == [[1, 2]]
+        assert curves["training loss"] == [[2, 1]] * (number - 2)
+        assert bottom.get_ylim()[1] > 2
+        assert top.lines[0].get_xydata().tolist() == [[2, 50]] * (number - 2)
+
 
 @pytest.mark.parametrize("task, repairs", [("copy", ""), ("repeat-copy", "mds"), ("key-value", "mds")])
 def test_long_titles_are_not_cut(task, repairs, drawn, tmp_path):

@@ -34,7 +34,7 @@ class TrainingProgress:
     def __init__(self, config: RunConfig, step: int):
         self.config = config
         self.console = Console(stderr=True)
-        self.loss: float | None = None  # an average over so many steps
+        self.loss: float | None = None  # an average over ``averaged`` steps
         self.averaged = 0
         self._encoder_steps = config.encoder_steps if isinstance(config, TrainConfig) else 0
         self.values: Sequence[float] = ()
@@ -79,6 +79,10 @@ class TrainingProgress:
             print(
                 f"step {result.step}/{self.config.steps}  {self._numbers()}  {self._left(result.step)}",
                 file=sys.stderr,
+            )
+        if result.step == self._encoder_steps:
+            self.console.print(
+                "the encoder has learned; now its features of every image are made", highlight=False
             )
 
     def _numbers(self) -> str:

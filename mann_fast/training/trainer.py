@@ -37,9 +37,9 @@ from .support import (
 MONITOR_EPISODES = {"stream": 64, "support": 16}
 # Images in a step of the encoder: of many classes, so that some are hard to tell apart, and of each so many.
 PAIR_CLASSES, PAIR_IMAGES = 64, 4
-# How many times the memory's features of every training image are made, each time of another distortion, and how many numbers
-# they are at most together (1 GiB).
-COPIES, MOST_NUMBERS = 4, 2**28
+# How many times the features of every training image are made, each time of another distortion, after how many steps of the
+# memory the next time, and how many numbers they are at most together (1 GiB).
+COPIES, STEPS_OF_COPY, MOST_NUMBERS = 4, 1000, 2**28
 AVERAGED = 8192  # images at most whose features have the mean that is taken from all
 NOISE = 0.8  # on the features that the memory learns from, as a share of their root mean square
 
@@ -78,7 +78,7 @@ class Trainer(Run):
         # A character turned by 90, 180 and 270 degrees is three more characters; a photograph is not.
         classes = dataset.train.rotated() if config.augment and self.drawn else dataset.train
         self.episodes = make_episodes(config, classes, augment=config.augment, seed=config.seed)
-        self._heldout = dataset.test
+        self._classes, self._heldout = classes, dataset.test
         torch.manual_seed(config.seed)
         super().__init__(config, build_model(config, self.episodes.input_size, self.episodes.num_outputs))
         if config.encoder_steps and not any(x.requires_grad for x in self.model.encoder.parameters()):
@@ -132,29 +132,34 @@ class Trainer(Run):
 
     def _take_features(self) -> None:
         """Go on with the features that the encoder makes of the images, in every step of images distorted another way."""
+        of_memory = self.step - self.config.encoder_steps
         if not self._seen:
-            self._encode()
+            self._end_encoder()
+        copies = min(COPIES, 1 + of_memory // STEPS_OF_COPY) if self.config.augment else 1
+        for copy in range(len(self._seen), copies):
+            if copy and (copy + 1) * self._seen[0].classes.images.numel() > MOST_NUMBERS:
+                break
+            self._encode(copy)
         following = self._seen[self.step % len(self._seen)]
         following.load_state_dict(self.episodes.state_dict())
         self.episodes = following
 
-    def _encode(self) -> None:
+    def _end_encoder(self) -> None:
+        """From here on it stays as it is."""
         self.model.eval()
-        classes, config = self.episodes.classes, self.config
-        if self.step == config.encoder_steps:
-            processes.average(
-                [x for x in self.model.buffers() if x.is_floating_point()]
-            )  # of its batch norms
-            self._centre(classes)
-        generator = torch.Generator().manual_seed(config.seed)
-        while len(self._seen) < COPIES:
-            shown = _distorted(classes, generator) if self._seen else classes
-            self._answering, features = encoded_classes(self.model, shown)
-            self._seen.append(make_episodes(config, features, seed=config.seed))
-            if not config.augment or (1 + len(self._seen)) * features.images.numel() > MOST_NUMBERS:
-                break
-        _, heldout = encoded_classes(self.model, self._heldout)
-        self._monitor = _draw_monitor(config, make_episodes(config, heldout, seed=0))
+        if self.step == self.config.encoder_steps:
+            statistics = [x for x in self.model.buffers() if x.is_floating_point()]  # of batch norms
+            processes.average(statistics)
+            self._centre(self._classes)
+        self._answering, heldout = encoded_classes(self.model, self._heldout)
+        self._monitor = _draw_monitor(self.config, make_episodes(self.config, heldout, seed=0))
+
+    def _encode(self, copy: int) -> None:
+        self.model.eval()
+        seed = self.config.seed
+        shown = _distorted(self._classes, seed + copy) if copy else self._classes
+        _, features = encoded_classes(self.model, shown)
+        self._seen.append(make_episodes(self.config, features, seed=seed))
 
     def _centre(self, classes: ClassImages) -> None:
         """Give the model the mean of the features, of which it then sees how they differ."""
@@ -283,8 +288,9 @@ def varied(*features: Tensor) -> list[Tensor]:
     return found
 
 
-def _distorted(classes: ClassImages, generator: torch.Generator) -> ClassImages:
+def _distorted(classes: ClassImages, seed: int) -> ClassImages:
     """The same classes with every image turned, stretched, slanted and shifted a little."""
+    generator = torch.Generator().manual_seed(seed)
     how = 2 * torch.rand(len(classes.images), 6, generator=generator, dtype=torch.float64) - 1
     parts = zip(classes.images.split(1024), how.split(1024), strict=True)
     return replace(classes, images=torch.cat([distorted(*part).round().byte() for part in parts]))
