@@ -153,6 +153,7 @@ def test_each_of_two_parts_of_training_has_a_rise_and_a_fall():
         size_of_step(plain, step)[0] for step in range(1000)
     ]
     assert TrainConfig.of("conv4", "stream").encoder_steps == 2000
+    assert [TrainConfig.of("conv4", "stream", steps=n).encoder_steps for n in (1, 2, 9, 20)] == [0, 1, 1, 2]
     for wrong, message in ((60, "from 0 to 59, below steps, got 60"), (-1, "from 0 to 59")):
         with pytest.raises(ValueError, match=f"encoder_steps must be {message}"):
             TrainConfig.of("conv4", "support", steps=60, encoder_steps=wrong)

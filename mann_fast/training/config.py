@@ -175,7 +175,8 @@ class TrainConfig(RunConfig):
             of_encoder = {"image_size": recipe_of(encoder).image_size, "colour": True, "augment": False}
         defaults = {**of_encoder, **LAYOUT_DEFAULTS.get(layout, {}), **changes}
         if trainable(encoder):
-            defaults.setdefault("encoder_steps", defaults.get("steps", cls.steps) // ENCODER_SHARE)
+            steps = defaults.get("steps", cls.steps)
+            defaults.setdefault("encoder_steps", min(max(1, steps // ENCODER_SHARE), steps - 1))
         config = cls(encoder=encoder, layout=layout, **defaults)
         if layout == "support" and "slots" not in changes:  # one for every head and example
             examples = config.heads * config.ways * config.shots
