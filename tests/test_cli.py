@@ -763,7 +763,7 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     out = tmp_path / "conv"
     sizes = {**dict(zip(SIZES[::2], SIZES[1::2], strict=True)), "--image-size": 16}
     settings = [part for pair in sizes.items() for part in pair]
-    arguments = ["--data", pictures, "--out", out, "--encoder", "conv4", "--colour", "--steps", 1, *settings]
+    arguments = ["--data", pictures, "--out", out, "--encoder", "conv4", "--colour", "--steps", 2, *settings]
     status, _, errors = call(capsys, "train", *arguments)
     assert status == 0 and "MANN (conv4, 16 x 16) on" in errors
     content = load_checkpoint(out)

@@ -252,7 +252,7 @@ TINY = {
 
 
 def test_a_run_from_before_features_had_one_length_is_not_gone_on_with(tmp_path):
-    config, data = TrainConfig(**TINY), dataset()
+    config, data = TrainConfig(**TINY, encoder_steps=1), dataset()
     started = start_run(config, data, tmp_path)
     assert train(started, tmp_path, stop=lambda: started.step == 1) is False
     content = load_checkpoint(tmp_path)
@@ -323,6 +323,11 @@ def test_settings_refuse_an_encoder_where_it_does_not_fit():
         TrainConfig(encoder="conv4", model="lstm")
     with pytest.raises(ValueError, match="sides of at least 16"):
         TrainConfig(encoder="conv4", image_size=8)
+
+
+def test_an_encoder_that_starts_from_nothing_has_to_learn():
+    with pytest.raises(ValueError, match="encoder_steps must be at least 1 with encoder conv4.*got 0"):
+        Trainer(TrainConfig(**TINY), dataset())
 
 
 class Own(nn.Sequential):

@@ -276,7 +276,8 @@ def test_labels_of_any_kind(learner, glyphs, labels):
 def test_a_model_of_colour_gets_colour_and_photographs_stay_as_they_are(tmp_path, monkeypatch):
     red, white = Image.new("RGB", (30, 30), (200, 10, 10)), Image.new("RGB", (30, 30), "white")
     config = TrainConfig(
-        data="x", ways=2, shots=2, hidden_size=8, slots=4, slot_size=4, heads=1, image_size=16, colour=True, encoder="conv4"
+        data="x", ways=2, shots=2, hidden_size=8, slots=4, slot_size=4, heads=1, image_size=16, colour=True, encoder="conv4",
+        encoder_steps=1,
     )  # fmt: skip
     images = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8)
     classes = mann_fast.data.ClassImages(images, torch.arange(5) * 4, tuple("abcd"))

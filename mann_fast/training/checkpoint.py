@@ -355,7 +355,6 @@ def own_encoder(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and is_own(config.encoder)
 
 
-FEATURE_OPTIONS = {"normalize_features": True}  # docs/few-shot.md has what it brings
 STREAM_OPTIONS = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
 # What is written is the key, which holds image and label, so images that look alike find one another from the first step; the
 # controller has no past, which would only tell of the order of the examples. docs/few-shot.md has what was tried.
@@ -376,7 +375,7 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
     else:
         options = encoder_options(config)
         if options["encoder"] is not None:
-            options |= FEATURE_OPTIONS
+            options["normalize_features"] = True  # docs/few-shot.md has what it brings
         if own_encoder(config):
             options["encoder"] = make_own(config.encoder)
         options |= SUPPORT_OPTIONS if config.layout == "support" else STREAM_OPTIONS

@@ -76,8 +76,8 @@ def logits_apart(
     together: bool = False,
 ) -> Tensor:
     """Logits for each image, [Q, B, outputs], each judged from the memory after the n examples of its sequence, apart from the
-    other images. Arguments as of :func:`log_probabilities_apart`. ``together`` shows a MANN all images in one call, so that
-    they are one batch to its encoder; else one at a time, which takes less memory.
+    other images. Arguments as of :func:`log_probabilities_apart`. ``together`` shows all images in one call; else one at a
+    time, which takes less memory.
 
     The labels come as in training (:func:`labels_beside`).
     """

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..data import ClassImages, Dataset, Episodes
 from ..data.episodes import distorted
 from ..models.backbones import is_backbone
+from ..models.encoders import ENCODERS
 from . import processes
 from .checkpoint import build_model
 from .config import TrainConfig
@@ -81,6 +82,10 @@ class Trainer(Run):
         self._classes, self._heldout = classes, dataset.test
         torch.manual_seed(config.seed)
         super().__init__(config, build_model(config, self.episodes.input_size, self.episodes.num_outputs))
+        if config.encoder in ENCODERS and not config.encoder_steps:
+            raise ValueError(
+                f"encoder_steps must be at least 1 with encoder {config.encoder}, which starts from nothing, got 0"
+            )
         if config.encoder_steps and not any(x.requires_grad for x in self.model.encoder.parameters()):
             raise ValueError(
                 f"encoder {config.encoder} has nothing to learn: give encoder_steps 0 (--encoder-steps 0)"
