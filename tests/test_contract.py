@@ -606,18 +606,19 @@ def reference_calls():
 
 @pytest.mark.parametrize("name, call", list(reference_calls()), ids=lambda x: x if isinstance(x, str) else "")
 def test_the_reference_supports_what_the_ops_refuse(name, call):
-    x = torch.randn(3, 2, 2, 3, dtype=torch.float64)
-    loss = lambda x: call(x).square().sum()  # noqa: E731
-    tangent = torch.randn_like(x)
-    leaf = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    directional = (first * tangent).sum()
-    assert_close([jvp(loss, (x,), (tangent,))[1]], [directional], 1e-9)
-    (second,) = torch.autograd.grad(directional, leaf)
-    assert_close([jvp(grad(loss), (x,), (tangent,))[1]], [second], 1e-9)
-    several = torch.stack([x, x.flip(0), -x])
-    expected = torch.stack([grad(loss)(y) for y in several])
-    assert_close([vmap(grad(loss))(several)], [expected], 1e-9)
+    with torch.device("cpu"):  # where what it is called with was made
+        x = torch.randn(3, 2, 2, 3, dtype=torch.float64)
+        loss = lambda x: call(x).square().sum()  # noqa: E731
+        tangent = torch.randn_like(x)
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        directional = (first * tangent).sum()
+        assert_close([jvp(loss, (x,), (tangent,))[1]], [directional], 1e-9)
+        (second,) = torch.autograd.grad(directional, leaf)
+        assert_close([jvp(grad(loss), (x,), (tangent,))[1]], [second], 1e-9)
+        several = torch.stack([x, x.flip(0), -x])
+        expected = torch.stack([grad(loss)(y) for y in several])
+        assert_close([vmap(grad(loss))(several)], [expected], 1e-9)
 
 
 def public_calls():
@@ -640,6 +641,7 @@ def public_calls():
     ntm_weights = (torch.randn(ntm_values, 2), torch.randn(ntm_values))
     dnc_values = sum(dnc_head_sizes(*keys.shape[2:], link=True, masks=False, link_sharpening=False))
     dnc_weights = (torch.randn(dnc_values, 2), torch.randn(dnc_values))
+    gates_of_cell = torch.randn(3, 2, 8)
     return {
         "content_read": lambda: ops.content_read(state.memory, keys[0]),
         "least_used": lambda: ops.least_used(state.usage, 2),
@@ -655,7 +657,7 @@ def public_calls():
         "sparse_step": lambda: ops.sparse_step(many, keys[0], keys[1], gates[0]),
         "sparse_scan": lambda: ops.sparse_scan(many, keys, keys, gates),
         "cell": lambda: ops.cell(
-            torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
+            gates_of_cell,
             hidden,
             state,
             keys[0],
@@ -663,7 +665,7 @@ def public_calls():
             write_vector="key",
         ),
         "ntm_cell": lambda: ops.ntm_cell(
-            torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
+            gates_of_cell,
             hidden,
             start,
             keys[0],
@@ -671,7 +673,7 @@ def public_calls():
             *ntm_weights,
         ),
         "dnc_cell": lambda: ops.dnc_cell(
-            torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)),
+            gates_of_cell,
             hidden,
             differentiable,
             keys[0],

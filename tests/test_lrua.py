@@ -265,8 +265,7 @@ def test_least_used_orders_as_a_stable_sort(values, data, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
 def test_least_used_of_more_slots_than_a_kernel_takes_at_a_time(order, dtype):
-    generator = torch.Generator().manual_seed(1)
-    usage = torch.randint(0, 300, (2, 1001), generator=generator).to(dtype)  # with ties
+    usage = torch.randint(0, 300, (2, 1001)).to(dtype)  # with ties
     usage[0, ::97], usage[1, 5] = float("nan"), -0.0
     if order == "equal":
         usage.zero_()

@@ -21,6 +21,8 @@ COLUMNS = (
     "what",
     "median ms (quartiles)",
     "times mann_fast",
+    "host ms",
+    "GPU ms",
     "of ceiling",
     "kept KiB",
     "peak KiB",
@@ -38,12 +40,21 @@ def cells(row: dict[str, Any]) -> list[str]:
     else:
         shown = "verified, not timed" if row["verified"] else "unverified"
     ratio, share, first = row.get("times_mann_fast"), row.get("share_of_ceiling"), row.get("first_call_s")
+    host, gpu = row.get("host_ms"), row.get("gpu_ms")
     kept, peak = row.get("saved_bytes"), row.get("peak_bytes")
     return [
         row["op"], row["direction"], row["what"], shown, "" if ratio is None else f"{ratio:.2f}",
+        "" if host is None else f"{host:.3g}", "" if gpu is None else f"{gpu:.3g}",
         "" if share is None else f"{share:.0%} {row['ceiling']}", "" if kept is None else f"{kept / 1024:,.0f}",
         "" if peak is None else f"{peak / 1024:,.0f}", "" if first is None else f"{first:.2f}",
     ]  # fmt: skip
+
+
+def filled(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which a row has something, and the rows in these."""
+    table = [cells(row) for row in rows]
+    at = [i for i in range(len(COLUMNS)) if any(line[i] for line in table)]
+    return [COLUMNS[i] for i in at], [[line[i] for i in at] for line in table]
 
 
 def titles(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -58,8 +69,9 @@ def titles(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any
 def markdown(report: dict[str, Any]) -> str:
     lines = ["# Benchmarks of mann_fast", "", _environment(report), ""]
     for title, rows in titles(report["rows"]):
-        lines += [f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+        columns, table = filled(rows)
+        lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+        lines += ["| " + " | ".join(line) + " |" for line in table]
         lines.append("")
     return "\n".join(lines)
 
@@ -80,10 +92,11 @@ def page(report: dict[str, Any]) -> str:
         data = base64.b64encode(picture).decode()
         parts.append(f"<p><img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>")
     for title, rows in titles(report["rows"]):
-        heads = "".join(f"<th>{name}</th>" for name in COLUMNS)
+        columns, table = filled(rows)
+        heads = "".join(f"<th>{name}</th>" for name in columns)
         parts.append(f"<h2>{html.escape(title)}</h2><table><tr>{heads}</tr>")
-        for row in rows:
-            parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>")
+        for line in table:
+            parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
         parts.append("</table>")
     return "\n".join(parts) + "\n"
 

@@ -289,16 +289,15 @@ def count_instructions(names, shape, directions: tuple[str, ...], args: argparse
 def tables(rows: list[dict[str, Any]]):
     from rich.table import Table
 
-    from ..benchmark.report import COLUMNS, cells, titles
+    from ..benchmark.report import filled, titles
 
     for title, group in titles(rows):
-        shown = [cells(row) for row in group]
-        filled = [at for at in range(len(COLUMNS)) if any(line[at] for line in shown)]
+        columns, lines = filled(group)
         table = Table(title=title)
-        for at in filled:
-            table.add_column(COLUMNS[at], no_wrap=COLUMNS[at] in ("op", "direction", "what"))
-        for line in shown:
-            table.add_row(*(line[at] for at in filled))
+        for name in columns:
+            table.add_column(name, no_wrap=name in ("op", "direction", "what"))
+        for line in lines:
+            table.add_row(*line)
         yield table
 
 
