@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 struct CellForwardSide {
-  static constexpr bool slots_anywhere = false;
+  static constexpr bool slots_anywhere = false, near = true;
   using Memory = BesideCell<Forward<T>>;
   struct Shared {
     int gates_ld, heads_ld;
@@ -30,20 +30,27 @@ struct CellForwardSide {
   };
 };
 
-template <class T, int C, bool RESIDENT>
+template <class T, int C, bool RESIDENT, class P>
 struct CellForward {
   const Cell& a;
   const CellPlan& plan;
+  const P& of_memory;
   const CellPlace place;
   const bool present;  // the block has a sample
-  LruaForward<T, C, 4, RESIDENT, true> memory;
+  LruaForward<T, C, 4, RESIDENT, true, P> memory;
   typename CellForwardSide<T>::Shared shared;
+  const Product<T, P::fixed> gates, heads;
+  const HeadPlaces<P, Cell> head_places;
+  const int read_place, read_head;  // where the thread's first number of the reads lies
 
-  __device__ __forceinline__ CellForward(const Cell& a, const LruaScan& of_memory, const CellPlan& plan, Carver carver,
-                                         unsigned char* scratch)
-      : a(a), plan(plan), place(plan, a), present(place.there(place.rank)),
-        memory(of_memory, plan.memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0),
-        shared(carver, plan) {}
+  __device__ __forceinline__ CellForward(const Cell& a, const LruaScan& scan, const CellPlan& plan, const P& of_memory,
+                                         Carver carver, unsigned char* scratch)
+      : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
+        memory(scan, of_memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0), shared(carver, plan),
+        gates(shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products),
+        heads(shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products),
+        head_places(a, of_memory, plan.heads), read_place(vector_at(of_memory, gpu::thread())),
+        read_head(gpu::thread() / of_memory.D) {}
 
   __device__ __forceinline__ void begin() {
     const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
@@ -148,18 +155,17 @@ struct CellForward {
   }
 
   __device__ __forceinline__ void take_heads(int64_t t, const Inputs<T>& in) {
-    const int vectors = (a.separate_vector ? 2 : 1) * plan.reads();
-    for (int j = gpu::thread(); j < plan.heads; j += gpu::threads()) {
+    head_places.each([&](int j, const HeadPlace& to) {
       T value = static_cast<const T*>(a.head_bias)[j] + place.total(shared.products + place.rank * shared.heads_ld + j);
-      if (j < vectors) value = tanh(value);
+      if (to.kind < HeadKind::gate) value = tanh(value);
       if (a.anchor_every > 0) static_cast<T*>(a.kept_heads)[place.row(t, place.rank) * plan.heads + j] = value;
-      put_head(a, plan.memory, in, j, value);
-    }
+      put_head(a, in, to, value);
+    });
   }
 
   __device__ __forceinline__ void tell_reads(int64_t t, bool next_anew) {
     for (int j = gpu::thread(); j < plan.reads(); j += gpu::threads()) {
-      const T value = memory.read_at(j);
+      const T value = j < gpu::threads() ? memory.read_at(read_place, read_head) : memory.read_at(j);
       static_cast<T*>(a.output)[place.row(t, place.rank) * plan.width() + plan.H + j] = value;
       place.tell(shared.round + (plan.reads_at() + j) * plan.lanes + place.rank, next_anew ? T(0) : value);
     }
@@ -186,17 +192,17 @@ struct CellForward {
     begin();
     gpu::sync();
     const Inputs<T> in = memory.inputs(0);
-    put_sharpness(a, plan.memory, in);
+    put_sharpness(a, of_memory, in);
     place.barrier();
     const int64_t steps = place.steps();
     for (int64_t t = 0; t < steps; ++t) {
       T asked[4];
       ask(t, gpu::thread(), asked);
-      multiply(plan, shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products);
+      gates.multiply(plan.lanes);
       gpu::sync();
       control(t, asked);
       gpu::sync();
-      multiply(plan, shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products);
+      heads.multiply(plan.lanes);
       place.barrier();
       tell_hidden(t);
       if (present && place.goes_on(t, place.rank)) {
@@ -214,11 +220,12 @@ struct CellForward {
   }
 };
 
-template <class T, int C, bool RESIDENT>
+template <class T, int C, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     cell_kernel(const __grid_constant__ Cell a, const __grid_constant__ LruaScan memory, const __grid_constant__ CellPlan plan,
                 unsigned char* scratch) {
-  CellForward<T, C, RESIDENT>(a, memory, plan, Carver(gpu::shared_memory()), scratch).run();
+  const auto& known = P::of(plan.memory);
+  CellForward<T, C, RESIDENT, P>(a, memory, plan, known, Carver(gpu::shared_memory()), scratch).run();
 }
 
 LruaScan memory_of(const Cell& a) {
@@ -229,7 +236,9 @@ LruaScan memory_of(const Cell& a) {
 }
 
 template <class T>
-auto kernel = [](auto c, auto resident) { return cell_kernel<T, decltype(c)::value, decltype(resident)::value>; };
+auto kernel = [](auto c, auto resident, auto kind) {
+  return cell_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type>;
+};
 
 template <class T>
 const char* cell_of(const Cell& a, const Queue& queue) {

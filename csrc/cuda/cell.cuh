@@ -61,23 +61,58 @@ struct alignas(2 * sizeof(T)) Two {
 };
 
 // out[slice][m][column] = the slice's part of the sum over k of x[k][m] weights[k][column], rows of `ld` columns. ld is even, and
-// what pads weights is 0.
-template <int M, class T>
-__device__ __forceinline__ void multiply_lanes(const T* weights, int ld, const T* x, int inner, int slices, T* out) {
-  constexpr int together = M < 4 ? M : 4;
-  struct alignas(together * sizeof(T) < 16 ? together * sizeof(T) : 16) Samples {
-    T at[together];
+// what pads weights is 0. A thread's first part, most often its only one, is the same in every step: its place takes divisions
+// and is found once, where there are registers to keep it in.
+template <class T, bool KEEPS>
+class Product {
+ public:
+  __device__ __forceinline__ Product(const T* weights, int ld, const T* x, int inner, int slices, T* out)
+      : weights_(weights), x_(x), out_(out), ld_(ld), inner_(inner), slices_(slices) {
+    if constexpr (KEEPS) own_ = part(gpu::thread());
+  }
+
+  __device__ __forceinline__ void multiply(int lanes) const {
+    switch (lanes) {
+      case 1: return multiply<1>();
+      case 2: return multiply<2>();
+      case 4: return multiply<4>();
+      default: return multiply<most_lanes>();
+    }
+  }
+
+ private:
+  struct Part {
+    int slice, column, first, last;  // of the sum
   };
-  const int pairs = ld / columns_at_once;
-  for (int i = gpu::thread(); i < pairs * slices; i += gpu::threads()) {
-    const int column = i % pairs * columns_at_once, slice = i / pairs;
+  __device__ __forceinline__ Part part(int i) const {
+    const int pairs = ld_ / columns_at_once, slice = i / pairs;
+    return {slice, (i - slice * pairs) * columns_at_once, inner_ * slice / slices_, inner_ * (slice + 1) / slices_};
+  }
+
+  template <int M>
+  __device__ __forceinline__ void multiply() const {
+    const int count = ld_ / columns_at_once * slices_;
+    int i = gpu::thread();
+    if constexpr (KEEPS) {
+      if (i < count) multiply<M>(own_);
+      i += gpu::threads();
+    }
+    for (; i < count; i += gpu::threads()) multiply<M>(part(i));
+  }
+
+  template <int M>
+  __device__ __forceinline__ void multiply(const Part& part) const {
+    constexpr int together = M < 4 ? M : 4;
+    struct alignas(together * sizeof(T) < 16 ? together * sizeof(T) : 16) Samples {
+      T at[together];
+    };
     T sum[columns_at_once][M] = {};
-#pragma unroll 4
-    for (int k = inner * slice / slices; k < inner * (slice + 1) / slices; ++k) {
-      const Two<T> w = *reinterpret_cast<const Two<T>*>(weights + k * ld + column);
+#pragma unroll(M <= 2 ? 8 : 4)
+    for (int k = part.first; k < part.last; ++k) {
+      const Two<T> w = *reinterpret_cast<const Two<T>*>(weights_ + k * ld_ + part.column);
 #pragma unroll
       for (int m = 0; m < M; m += together) {
-        const Samples s = *reinterpret_cast<const Samples*>(x + k * M + m);
+        const Samples s = *reinterpret_cast<const Samples*>(x_ + k * M + m);
 #pragma unroll
         for (int j = 0; j < together; ++j) {
           sum[0][m + j] += w.at[0] * s.at[j];
@@ -86,18 +121,15 @@ __device__ __forceinline__ void multiply_lanes(const T* weights, int ld, const T
       }
     }
 #pragma unroll
-    for (int m = 0; m < M; ++m) *reinterpret_cast<Two<T>*>(out + (slice * M + m) * ld + column) = {{sum[0][m], sum[1][m]}};
+    for (int m = 0; m < M; ++m)
+      *reinterpret_cast<Two<T>*>(out_ + (part.slice * M + m) * ld_ + part.column) = {{sum[0][m], sum[1][m]}};
   }
-}
-template <class T>
-__device__ __forceinline__ void multiply(const CellPlan& plan, const T* weights, int ld, const T* x, int inner, int slices,
-                                         T* out) {
-  switch (plan.lanes) {
-    case 2: return multiply_lanes<2>(weights, ld, x, inner, slices, out);
-    case 4: return multiply_lanes<4>(weights, ld, x, inner, slices, out);
-    default: return multiply_lanes<most_lanes>(weights, ld, x, inner, slices, out);
-  }
-}
+
+  const T *weights_, *x_;
+  T* out_;
+  const int ld_, inner_, slices_;
+  Part own_;
+};
 
 // The weight by which number k of those that go round enters a column of a hidden unit; 0 where they do not meet.
 template <class T, class Arguments>
@@ -127,11 +159,12 @@ struct CellPlace {
   const int64_t &T, &B;  // in the kernel's parameters: no registers
   const Sequences& sequences;
   const int rank, first, count;  // samples of the cluster: the first, and how many there are
+  const Item own;                // the thread's first
   template <class Arguments>
   __device__ __forceinline__ CellPlace(const CellPlan& plan, const Arguments& a)
       : plan(plan), T(a.T), B(a.B), sequences(a.sequences), rank(static_cast<int>(gpu::block() % plan.cluster)),
         first(static_cast<int>(gpu::block() / plan.cluster * plan.samples)),
-        count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)) {}
+        count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)), own(item(gpu::thread())) {}
 
   __device__ __forceinline__ bool there(int m) const { return m < count; }
   __device__ __forceinline__ int64_t sample(int m) const { return first + m; }
@@ -143,7 +176,7 @@ struct CellPlace {
     return {m, own, unit(own), own * plan.lanes + m, i < plan.items() && unit(own) < plan.H && there(m)};
   }
   __device__ __forceinline__ Item item(int64_t t, int i) const {
-    Item item = this->item(i);
+    Item item = i == gpu::thread() ? own : this->item(i);
     item.there = item.there && goes_on(t, item.m);
     return item;
   }
@@ -167,10 +200,18 @@ struct CellPlace {
     return plan.cluster > 1 ? gpu::of_block(shared, block) : shared;
   }
   // The same number of every block, added up in one order by all.
+  static constexpr int at_once = 8;
   template <class T>
   __device__ __forceinline__ T total(T* shared) const {
+    if (plan.cluster == 1) return *shared;
     T sum = 0;
-    for (int block = 0; block < plan.cluster; ++block) sum += *of_block(shared, block);
+    for (int first = 0; first < plan.cluster; first += at_once) {
+      T of[at_once];  // asked for together: each takes some hundred cycles to come
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) of[i] = first + i < plan.cluster ? *gpu::of_block(shared, first + i) : T(0);
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) sum += of[i];
+    }
     return sum;
   }
   template <class T>
@@ -179,26 +220,66 @@ struct CellPlace {
   }
 };
 
-// Puts a head's value, after its nonlinearity, where the memory's step takes it from. One row of values has keys, write vectors
-// where separate, gate logits, and sharpness where learned.
-template <class T, class Arguments>
-__device__ __forceinline__ void put_head(const Arguments& a, const Plan& memory, const Inputs<T>& in, int j, T value) {
+// Where a value of the heads goes among what the memory's step takes. One row of values has keys, write vectors where separate,
+// gate logits, and sharpness where learned.
+enum class HeadKind { key, vector, both, gate, sharpness };
+struct HeadPlace {
+  HeadKind kind;
+  int at;
+};
+template <class P, class Arguments>
+__device__ __forceinline__ HeadPlace head_place(const Arguments& a, const P& memory, int j) {
   const int size = memory.R * memory.D, vectors = a.separate_vector ? 2 * size : size;
-  if (j < vectors) {
-    const int at = vector_at(memory, j % size);
-    if (j < size) in.keys[at] = value;
-    if (j >= size || !a.separate_vector) in.vectors[at] = value;
-  } else if (j < vectors + memory.R) {
-    gate_shares(value, in.gate[j - vectors], in.rest[j - vectors]);
-  } else {
+  if (j >= vectors + memory.R) return {HeadKind::sharpness, j - vectors - memory.R};
+  if (j >= vectors) return {HeadKind::gate, j - vectors};
+  const HeadKind kind = !a.separate_vector ? HeadKind::both : j < size ? HeadKind::key : HeadKind::vector;
+  return {kind, vector_at(memory, j < size ? j : j - size)};
+}
+
+// A thread's values of the heads are the same in every step: of the first few the place is found once, since that takes divisions.
+template <class P, class Arguments>
+class HeadPlaces {
+ public:
+  __device__ __forceinline__ HeadPlaces(const Arguments& a, const P& memory, int count)
+      : a_(a), memory_(memory), count_(count) {
+#pragma unroll
+    for (int i = 0; i < known; ++i) places_[i] = head_place(a, memory, gpu::thread() + i * gpu::threads());
+  }
+  // Calls f(j, place) for the thread's values, from its number `first` on.
+  template <class F>
+  __device__ __forceinline__ void each(F f, int first = 0) const {
+#pragma unroll
+    for (int i = 0; i < known; ++i) {
+      const int j = gpu::thread() + i * gpu::threads();
+      if (i >= first && j < count_) f(j, places_[i]);
+    }
+    for (int j = gpu::thread() + known * gpu::threads(); j < count_; j += gpu::threads()) f(j, head_place(a_, memory_, j));
+  }
+  __device__ __forceinline__ const HeadPlace& first() const { return places_[0]; }
+
+ private:
+  static constexpr int known = P::fixed ? 2 : 1;  // else there are no registers left backward
+  const Arguments& a_;
+  const P& memory_;
+  const int count_;
+  HeadPlace places_[known];
+};
+
+// Puts a head's value, after its nonlinearity, in its place.
+template <class T, class Arguments>
+__device__ __forceinline__ void put_head(const Arguments& a, const Inputs<T>& in, const HeadPlace& place, T value) {
+  if (place.kind == HeadKind::key || place.kind == HeadKind::both) in.keys[place.at] = value;
+  if (place.kind == HeadKind::vector || place.kind == HeadKind::both) in.vectors[place.at] = value;
+  if (place.kind == HeadKind::gate) gate_shares(value, in.gate[place.at], in.rest[place.at]);
+  if (place.kind == HeadKind::sharpness) {
     const T softplus = (value > 0 ? value : T(0)) + log1p(exp(-fabs(value)));
-    in.beta[j - vectors - memory.R] = static_cast<T>(a.sharpness) + static_cast<T>(a.sharpness_scale) * softplus;
+    in.beta[place.at] = static_cast<T>(a.sharpness) + static_cast<T>(a.sharpness_scale) * softplus;
   }
 }
 
 // Sharpness that is not learned is the same in every step.
-template <class T, class Arguments>
-__device__ __forceinline__ void put_sharpness(const Arguments& a, const Plan& memory, const Inputs<T>& in) {
+template <class T, class P, class Arguments>
+__device__ __forceinline__ void put_sharpness(const Arguments& a, const P& memory, const Inputs<T>& in) {
   if (a.learned_sharpness) return;
   for (int r = gpu::thread(); r < memory.R; r += gpu::threads()) in.beta[r] = static_cast<T>(a.sharpness);
 }
@@ -207,13 +288,15 @@ __device__ __forceinline__ void put_sharpness(const Arguments& a, const Plan& me
 constexpr int64_t any_batch = int64_t(1) << 30;
 
 // Completes a plan with the fewest blocks in which everything fits, or says why there is none. Side tells where what lies.
+// room: clusters of so many blocks as the plan has, that the device runs at once; 0 where that was not asked yet.
 template <class Side, class T, class Arguments>
-const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits, CellPlan& plan) {
+const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits, CellPlan& plan, int room = 0) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
   if (a.N < 1 || a.D < 1 || a.R < 1 || a.H < 1) return "the kernel takes no sizes of 0";
   if (a.H >= int64_t(1) << 24) return "the kernel takes fewer than 2^24 hidden units";
   if (a.T >= int64_t(1) << 31 || a.B >= int64_t(1) << 31) return "the kernel takes fewer than 2^31 steps and samples";
   const int64_t vectors = (a.separate_vector ? 2 : 1) * a.R * a.D, heads = vectors + (a.learned_sharpness ? 2 : 1) * a.R;
+  const int asked = room > 0 ? plan.cluster : 0;
   plan = CellPlan{};
   plan.controller = a.controller;
   plan.recurrent = a.controller != Controller::feedforward;
@@ -224,11 +307,11 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {
     plan.cluster = cluster;
     // As few samples to a cluster as leave none waiting for another's end.
-    const int64_t at_once = limits.processors / cluster > 1 ? limits.processors / cluster : 1;
+    const int64_t reckoned = limits.processors / cluster, at_once = cluster == asked ? room : reckoned > 1 ? reckoned : 1;
     const int64_t samples = ceil_div(B, at_once);
     const int most = cluster < most_lanes ? cluster : most_lanes;
     plan.samples = static_cast<int>(samples < 1 ? 1 : samples < most ? samples : most);
-    plan.lanes = plan.samples <= 2 ? 2 : plan.samples <= 4 ? 4 : most_lanes;
+    plan.lanes = plan.samples <= 2 ? plan.samples : plan.samples <= 4 ? 4 : most_lanes;
     plan.units = static_cast<int>(ceil_div(a.H, cluster));
     plan.columns = plan.units * plan.per_unit();
     // Weights alone, in numbers that cannot overflow, before anything is counted with 32 bits.
@@ -254,20 +337,45 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   return "the weights do not fit into the shared memory of a cluster of blocks";
 }
 
+// Calls f with the columns of a tile, whether it stays in registers, and the kind of plan of the memory. NEAR: see FixedPlan.
+template <class T, bool NEAR, class F>
+const char* with_memory(const Plan& memory, F f) {
+  return with_tile<T>(memory, [&](auto c, auto resident) {
+    constexpr int columns = decltype(c)::value;
+    if constexpr (decltype(resident)::value && (columns == 4 || columns == 5)) {
+      using Common = FixedPlan<4, cell_threads / 32, columns, NEAR>;
+      if (Common::is(memory)) return f(c, resident, PlanKind<Common>());
+    }
+    return f(c, resident, PlanKind<Plan>());
+  });
+}
+
 inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
   return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
 }
 
-// Plans and launches; kernel(columns of a tile, whether it stays in registers) is the one that a plan asks for.
+// Plans and launches; kernel(columns of a tile, whether it stays in registers, kind of plan) is the one that a plan asks for.
 template <class Side, class T, class Arguments, class Memory, class Kernel>
 const char* launch_cell(const Arguments& a, const Memory& memory, int64_t every, const Queue& queue, Kernel kernel) {
   CellPlan plan;
-  if (const char* why = plan_cell<Side, T>(a, a.B, every, gpu::limits(), plan)) return why;
+  const gpu::Limits limits = gpu::limits();
+  if (const char* why = plan_cell<Side, T>(a, a.B, every, limits, plan)) return why;
+  if (plan.cluster > 1 && a.B > plan.samples) {
+    // A device may have room for fewer clusters than its processors would make: a cluster's have to be neighbors. Those over
+    // would wait for the others' end, and more samples to a cluster cost less.
+    int room = 0;
+    with_memory<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
+      room = gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, a.B, queue.stream));
+      return nullptr;
+    });
+    if (const char* why = room > 0 ? plan_cell<Side, T>(a, a.B, every, limits, plan, room) : nullptr) return why;
+  }
   const gpu::Launch how = launch_of(plan, a.B, queue.stream);
   const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
-  return with_tile<T>(plan.memory,
-                      [&](auto c, auto resident) { return gpu::launch(kernel(c, resident), how, a, memory, plan, scratch); });
+  return with_memory<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
+    return gpu::launch(kernel(c, resident, kind), how, a, memory, plan, scratch);
+  });
 }
 
 // Null where the device has room for any T and B, else why not.
@@ -275,8 +383,8 @@ template <class Side, class T, class Arguments, class Kernel>
 const char* no_room(const Arguments& a, Kernel kernel) {
   CellPlan plan;
   if (const char* why = plan_cell<Side, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
-  return with_tile<T>(plan.memory, [&](auto c, auto resident) -> const char* {
-    if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident), launch_of(plan, plan.samples, nullptr)) > 0)
+  return with_memory<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
+    if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, plan.samples, nullptr)) > 0)
       return nullptr;
     return "the device has no room for a cluster of blocks with so much shared memory";
   });

@@ -14,7 +14,7 @@ namespace {
 
 template <class T>
 struct CellBackwardSide {
-  static constexpr bool slots_anywhere = true;  // those of a replay seldom have room beside the weights
+  static constexpr bool slots_anywhere = true, near = false;  // those of a replay seldom have room beside the weights
   using Memory = BesideCell<Backward<T>>;
   struct Shared {
     int units_ld, round_ld;
@@ -35,53 +35,57 @@ struct CellBackwardSide {
 
 // What a step's memory takes, on its way: the head values that forward kept, and the slots. A thread asks for one number ahead;
 // for more it would need registers that the step back has none of.
-template <class T>
+template <class T, class P>
 class HeadStream {
  public:
-  __device__ __forceinline__ HeadStream(const CellBackward& a, const CellPlan& plan) : a_(a), plan_(plan) {}
+  __device__ __forceinline__ HeadStream(const CellBackward& a, const CellPlan& plan, const HeadPlaces<P, CellBackward>& places)
+      : a_(a), plan_(plan), places_(places) {}
   __device__ __forceinline__ void ask(int64_t row) {
     row_ = row;
     asked_ = get(gpu::thread());
   }
   __device__ __forceinline__ void put(const Inputs<T>& in) const {
-    put(in, gpu::thread(), asked_);
-    for (int i = gpu::thread() + gpu::threads(); i < count(); i += gpu::threads()) put(in, i, get(i));
+    if (gpu::thread() < plan_.heads) put_head(a_, in, places_.first(), asked_);
+    places_.each([&](int j, const HeadPlace& to) { put_head(a_, in, to, get(j)); }, 1);
+    for (int r = last() - gpu::thread(); r < plan_.memory.R; r += gpu::threads())
+      in.slots[r] = static_cast<int>(a_.slots[row_ * plan_.memory.R + r]);
   }
 
  private:
-  __device__ __forceinline__ int count() const { return plan_.heads + plan_.memory.R; }
-  __device__ __forceinline__ T get(int i) const {
-    if (i >= count()) return 0;
-    if (i < plan_.heads) return static_cast<const T*>(a_.kept_heads)[row_ * plan_.heads + i];
-    return static_cast<T>(a_.slots[row_ * plan_.memory.R + i - plan_.heads]);  // exact: a plan has fewer than 2^24 slots
-  }
-  __device__ __forceinline__ void put(const Inputs<T>& in, int i, T value) const {
-    if (i >= count()) return;
-    if (i < plan_.heads) put_head(a_, plan_.memory, in, i, value);
-    else in.slots[i - plan_.heads] = static_cast<int>(value);
+  // The last threads have the fewest values of the heads, and take the slots.
+  __device__ __forceinline__ int last() const { return gpu::threads() - 1; }
+  __device__ __forceinline__ T get(int j) const {
+    return j < plan_.heads ? static_cast<const T*>(a_.kept_heads)[row_ * plan_.heads + j] : T(0);
   }
 
   const CellBackward& a_;
   const CellPlan& plan_;
+  const HeadPlaces<P, CellBackward>& places_;
   int64_t row_ = 0;
   T asked_;
 };
 
-template <class T, int C, bool RESIDENT>
+template <class T, int C, bool RESIDENT, class P>
 struct CellBack {
   const CellBackward& a;
   const CellPlan& plan;
+  const P& of_memory;
   const CellPlace place;
   const bool present;  // the block has a sample
-  LruaBackward<T, C, 4, RESIDENT, true> memory;
+  LruaBackward<T, C, 4, RESIDENT, true, P> memory;
   typename CellBackwardSide<T>::Shared shared;
+  const Product<T, P::fixed> heads, gates;
+  const HeadPlaces<P, CellBackward> head_places;
+  const int read_place;  // where the thread's first number of the reads lies
 
-  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& of_memory, const CellPlan& plan,
-                                      Carver carver, unsigned char* scratch)
-      : a(a), plan(plan), place(plan, a), present(place.there(place.rank)),
-        memory(of_memory, plan.memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0,
-               true),
-        shared(carver, plan) {}
+  __device__ __forceinline__ CellBack(const CellBackward& a, const LruaScanBackward& scan, const CellPlan& plan,
+                                      const P& of_memory, Carver carver, unsigned char* scratch)
+      : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
+        memory(scan, of_memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
+        shared(carver, plan),
+        heads(shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products),
+        gates(shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products),
+        head_places(a, of_memory, plan.heads), read_place(vector_at(of_memory, gpu::thread())) {}
 
   __device__ __forceinline__ void begin() {
     const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
@@ -139,31 +143,29 @@ struct CellBack {
     for (int j = gpu::thread(); goes_on && j < plan.reads(); j += gpu::threads()) {
       T grad = read_by_step(t + 1, j);
       if (outside) grad += outside[place.row(t, place.rank) * plan.width() + plan.H + j];
-      in.grads[vector_at(plan.memory, j)] = grad;
+      in.grads[j < gpu::threads() ? read_place : vector_at(of_memory, j)] = grad;
     }
   }
 
   // The gradients of the own sample's heads before their nonlinearities, to where they belong and to all blocks.
   __device__ __forceinline__ void tell_heads(int64_t t, const Inputs<T>& in) {
-    const int size = plan.reads(), R = plan.memory.R, vectors = a.separate_vector ? 2 * size : size;
     const int64_t start = place.row(t, place.rank) * plan.heads;
-    for (int j = gpu::thread(); j < plan.heads; j += gpu::threads()) {
-      T grad;
-      if (j < vectors) {
-        const int i = j % size;
-        const T value = j < size ? in.keys[vector_at(plan.memory, i)] : in.vectors[vector_at(plan.memory, i)];
-        grad = j < size ? memory.key_gradient(i) : T(0);
-        if (j >= size || !a.separate_vector) grad += memory.vector_gradient(i);
-        grad *= T(1) - value * value;
-      } else if (j < vectors + R) {
-        grad = memory.gate_gradient(j - vectors);
-      } else {
+    head_places.each([&](int j, const HeadPlace& from) {
+      T grad = 0;
+      if (from.kind == HeadKind::gate) {
+        grad = memory.gate_gradient(from.at);
+      } else if (from.kind == HeadKind::sharpness) {
         const T slope = sigmoid(static_cast<const T*>(a.kept_heads)[start + j]);
-        grad = memory.sharpness_gradient(j - vectors - R) * static_cast<T>(a.sharpness_scale) * slope;
+        grad = memory.sharpness_gradient(from.at) * static_cast<T>(a.sharpness_scale) * slope;
+      } else {
+        const T value = from.kind == HeadKind::vector ? in.vectors[from.at] : in.keys[from.at];
+        if (from.kind != HeadKind::vector) grad = memory.key_gradient(from.at);
+        if (from.kind != HeadKind::key) grad += memory.vector_gradient(from.at);
+        grad *= T(1) - value * value;
       }
       static_cast<T*>(a.grad_heads)[start + j] = grad;
       place.tell(shared.heads + j * plan.lanes + place.rank, grad);
-    }
+    });
   }
 
   // What forward kept of an item, an own unit of a sample: its gates, its state and the one before.
@@ -250,12 +252,12 @@ struct CellBack {
   }
 
   __device__ __forceinline__ void run() {
-    HeadStream<T> stream(a, plan);
+    HeadStream<T, P> stream(a, plan, head_places);
     const int steps = static_cast<int>(place.steps()), length = present ? static_cast<int>(place.length(place.rank)) : 0;
     int first = length;  // the step at which the replay in hand begins
     begin();
     gpu::sync();
-    for (int visit = 0; visit < 2; ++visit) put_sharpness(a, plan.memory, memory.inputs(visit));
+    for (int visit = 0; visit < 2; ++visit) put_sharpness(a, of_memory, memory.inputs(visit));
     if (length > 0) {
       stream.ask(place.row(memory.replay_before(length), place.rank));
       stream.put(memory.inputs(0));
@@ -282,13 +284,13 @@ struct CellBack {
       Kept kept;
       ask(t, gpu::thread(), kept);
       place.barrier();
-      multiply(plan, shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products);
+      heads.multiply(plan.lanes);
       gpu::sync();
       control(t, kept);
       gpu::sync();
       const bool more = goes_on && t > 0;
       if (more) stream.ask(place.row(t > first ? t - 1 : memory.replay_before(t), place.rank));
-      multiply(plan, shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products);
+      gates.multiply(plan.lanes);
       if (more) stream.put(memory.inputs(memory.visits));
       place.barrier();
     }
@@ -297,11 +299,12 @@ struct CellBack {
   }
 };
 
-template <class T, int C, bool RESIDENT>
+template <class T, int C, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     cell_backward_kernel(const __grid_constant__ CellBackward a, const __grid_constant__ LruaScanBackward memory,
                          const __grid_constant__ CellPlan plan, unsigned char* scratch) {
-  CellBack<T, C, RESIDENT>(a, memory, plan, Carver(gpu::shared_memory()), scratch).run();
+  const auto& known = P::of(plan.memory);
+  CellBack<T, C, RESIDENT, P>(a, memory, plan, known, Carver(gpu::shared_memory()), scratch).run();
 }
 
 LruaScanBackward memory_of(const CellBackward& a) {
@@ -313,7 +316,9 @@ LruaScanBackward memory_of(const CellBackward& a) {
 }
 
 template <class T>
-auto kernel = [](auto c, auto resident) { return cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value>; };
+auto kernel = [](auto c, auto resident, auto kind) {
+  return cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type>;
+};
 
 template <class T>
 const char* cell_backward_of(const CellBackward& a, const Queue& queue) {

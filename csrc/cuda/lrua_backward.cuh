@@ -290,12 +290,13 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     add_key_squares(in);
   }
 
-  // The gradients of what a step took, when all have told their parts: [R, D] and [R].
-  __device__ __forceinline__ T key_gradient(int j) const {
-    return this->total(small.exchange.reads, vector_at(plan, j), plan.heads * plan.columns);
+  // The gradients of what a step took, when all have told their parts: of numbers that lie `at` a place of [heads, columns],
+  // and [R].
+  __device__ __forceinline__ T key_gradient(int at) const {
+    return this->total(small.exchange.reads, at, plan.heads * plan.columns);
   }
-  __device__ __forceinline__ T vector_gradient(int j) const {
-    return this->total(small.exchange.of_vectors, vector_at(plan, j), plan.heads * plan.columns);
+  __device__ __forceinline__ T vector_gradient(int at) const {
+    return this->total(small.exchange.of_vectors, at, plan.heads * plan.columns);
   }
   __device__ __forceinline__ T gate_gradient(int r) const {
     return this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads);
@@ -327,8 +328,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   __device__ __forceinline__ void end() {
     T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
     this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N);
   }
 };

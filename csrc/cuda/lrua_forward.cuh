@@ -63,8 +63,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     const T* read_weights = anew ? nullptr : static_cast<const T*>(a.read_weights) + sample * a.R * a.N;
     const T* usage = static_cast<const T*>(a.usage) + sample * a.N;
     for (int g = 0; g < this->groups(); ++g) {
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
+      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
       const int slot = this->group(g) + place.lane, of_sample = first_slot + slot;
       if (place.lane < warp_slots) set_usage(slot, of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample]);
     }
@@ -167,7 +166,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
-        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
+        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
     this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
   }
 
@@ -252,8 +251,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
     T* usage = static_cast<T*>(a.out_usage) + sample * a.N;
     for (int g = 0; g < this->groups(); ++g) {
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
       const int slot = this->group(g) + place.lane;
       if (place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
     }

@@ -52,6 +52,8 @@ constexpr int most_vectors = std::is_same<Arguments, LruaScan>::value ? 2 : 3;
 // keep it in, which backward has with a plan that is known when compiled.
 template <class T, class Arguments, class P>
 class Stream {
+  using Bits = typename Order<T>::Bits;
+
  public:
   __device__ __forceinline__ Stream(const Arguments& a, const P& plan) : a_(a), plan_(plan) {
     if constexpr (keeps) {
@@ -127,20 +129,20 @@ class Stream {
     else return way(gpu::thread() + j * threads());
   }
 
-  __device__ __forceinline__ T get(const Way& way) const {
-    if (way.kind == Kind::none) return 0;
+  __device__ __forceinline__ Bits get(const Way& way) const {
+    if (way.kind == Kind::none || !way.from) return 0;
     const int64_t place = row_ * way.width;
-    if (slots_of(a_) && way.kind == Kind::slot)  // exact: a plan has fewer than 2^24 slots
-      return static_cast<T>(static_cast<const int64_t*>(way.from)[place]);
-    return way.from ? load_as<T>(way.from, a_.input, place) : T(1);
+    if (slots_of(a_) && way.kind == Kind::slot) return static_cast<Bits>(static_cast<const int64_t*>(way.from)[place]);
+    return load_bits<T>(way.from, a_.input, place);
   }
 
-  __device__ __forceinline__ void put(const Inputs<T>& in, const Way& way, T value) const {
+  __device__ __forceinline__ void put(const Inputs<T>& in, const Way& way, Bits bits) const {
+    const T value = way.from ? value_of<T>(bits, a_.input) : T(1);
     switch (way.kind) {
       case Kind::none: break;
       case Kind::number: in.keys[way.to] = value; break;
       case Kind::gate: gate_shares(value, in.gate[way.to], in.rest[way.to]); break;
-      case Kind::slot: in.slots[way.to] = static_cast<int>(value); break;
+      case Kind::slot: in.slots[way.to] = static_cast<int>(bits); break;
     }
   }
 
@@ -148,7 +150,7 @@ class Stream {
   const P& plan_;
   int64_t row_ = 0;
   Way ways_[keeps ? ahead : 1];
-  T asked_[ahead] = {};
+  Bits asked_[ahead] = {};
 };
 
 // A scan of a least-recently-used-access memory as one thread sees it.

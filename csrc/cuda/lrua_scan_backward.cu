@@ -24,9 +24,9 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT, false, P> {
     const int64_t row = t * a.B + sample;
     for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
       if (j < size) {
-        store_as(a.grad_keys, a.input, row * size + j, this->key_gradient(j));
+        store_as(a.grad_keys, a.input, row * size + j, this->key_gradient(vector_at(plan, j)));
       } else if (j < 2 * size) {
-        store_as(a.grad_write_vectors, a.input, row * size + j - size, this->vector_gradient(j - size));
+        store_as(a.grad_write_vectors, a.input, row * size + j - size, this->vector_gradient(vector_at(plan, j - size)));
       } else {
         const int i = j - 2 * size, r = i % plan.R;
         if (i < plan.R) store_as(a.grad_gate_logits, a.input, row * plan.R + r, this->gate_gradient(r));

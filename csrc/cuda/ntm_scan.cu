@@ -66,8 +66,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void begin(bool anew) {
     const T* memory = this->first_memory(a, sample, anew);
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, a.D, 1, g, k, m); });
+      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
     this->take_rows(anew ? nullptr : static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
   }
 
@@ -76,7 +75,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
-        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, ld, 1, ld, g, k, anchor); });
+        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
   }
 
   // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's
@@ -167,8 +166,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   __device__ __forceinline__ void end() {
     T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, a.N, a.D, 1, g, k, memory); });
+      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
     this->give_rows(small.weights, plan.N, static_cast<T*>(a.out_weights) + sample * plan.R * a.N);
   }
 

@@ -33,28 +33,29 @@ struct Plan {
 };
 
 // A plan of a common size, which the compiler knows but for how many slots and columns are padding: one block with a memory in
-// registers. The kernels are the same; loops over heads and warps are unrolled, and nothing is divided.
-template <int HEADS, int WARPS, int C>
+// registers, and what a replay keeps in shared memory (NEAR) or not. The kernels are the same; loops over heads and warps are
+// unrolled, and nothing is divided.
+template <int HEADS, int WARPS, int C, bool NEAR = true>
 struct FixedPlan {
   int N, D;
   static constexpr int R = HEADS, heads = HEADS, warps = WARPS, cluster = 1, groups = 1, pieces = 1;
   static constexpr int piece_columns = C, columns = C * column_lanes, span = WARPS * warp_slots;
   static_assert(R * columns <= 32 * warps, "a thread gives out one number of the reads");
   static constexpr bool read_first = false, shared_target = false;
-  static constexpr bool resident = true, near_small = true, near_slots = true, near_tiles = true;
+  static constexpr bool resident = true, near_small = true, near_slots = NEAR, near_tiles = NEAR;
 
   static constexpr bool fixed = true;
   __device__ __forceinline__ static FixedPlan of(const Plan& plan) { return {plan.N, plan.D}; }
   static bool is(const Plan& plan) {
     return plan.R == R && plan.heads == heads && plan.warps == warps && plan.cluster == 1 && plan.groups == 1 &&
            !plan.read_first && !plan.shared_target && plan.piece_columns == C && plan.resident && plan.near_small &&
-           plan.near_slots && plan.near_tiles;
+           plan.near_slots == NEAR && plan.near_tiles == NEAR;
   }
 };
 template <class P>
 constexpr int fixed_heads = 1;
-template <int HEADS, int WARPS, int C>
-constexpr int fixed_heads<FixedPlan<HEADS, WARPS, C>> = HEADS;
+template <int HEADS, int WARPS, int C, bool NEAR>
+constexpr int fixed_heads<FixedPlan<HEADS, WARPS, C, NEAR>> = HEADS;
 
 template <class P>
 struct PlanKind {
@@ -170,31 +171,49 @@ struct Thread {
     return most;
   }
 
-  // A piece of a memory that starts at `memory`, with so many numbers from a slot to the next and from a column to the next:
-  // [N, D] has D and 1, an anchor [D, ld] has 1 and ld. 0 beyond it.
-  __device__ __forceinline__ void take(const T* memory, int64_t slot_step, int64_t column_step, int g, int k,
-                                       Tile<T, C>& m) const {
+  // A piece of a memory [N, D]; 0 beyond it.
+  __device__ __forceinline__ void take(const T* memory, int g, int k, Tile<T, C>& m) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
       const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const int column = first_column(k) + c * column_lanes;
-        m.at[s][c] = slot < plan.N && column < plan.D ? memory[slot * slot_step + column * column_step] : T(0);
+        m.at[s][c] = slot < plan.N && column < plan.D ? memory[static_cast<int64_t>(slot) * plan.D + column] : T(0);
       }
     }
   }
-  // The same way back, for so many slots.
-  __device__ __forceinline__ void give(const Tile<T, C>& m, int64_t count, int64_t slot_step, int64_t column_step, int g, int k,
-                                       T* memory) const {
+  __device__ __forceinline__ void give(const Tile<T, C>& m, int g, int k, T* memory) const {
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s) {
       const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const int column = first_column(k) + c * column_lanes;
-        if (slot < count && column < plan.D) memory[slot * slot_step + column * column_step] = m.at[s][c];
+        if (slot < plan.N && column < plan.D) memory[static_cast<int64_t>(slot) * plan.D + column] = m.at[s][c];
       }
+    }
+  }
+
+  // The same from and to an anchor [columns, ld]: a lane's four slots lie beside each other, padding too.
+  __device__ __forceinline__ void take_anchor(const T* anchor, int64_t ld, int g, int k, Tile<T, C>& m) const {
+    const int slot = first_slot + slots(g);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int column = first_column(k) + c * column_lanes;
+      Four<T> four{};
+      if (slot < ld && column < plan.D) four = load_four(anchor + column * ld + slot);
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s) m.at[s][c] = slot + s < plan.N ? four.at[s] : T(0);
+    }
+  }
+  __device__ __forceinline__ void give_anchor(const Tile<T, C>& m, int64_t ld, int g, int k, T* anchor) const {
+    const int slot = first_slot + slots(g);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int column = first_column(k) + c * column_lanes;
+      if (slot < ld && column < plan.D)
+        *reinterpret_cast<Four<T>*>(anchor + column * ld + slot) = {m.at[0][c], m.at[1][c], m.at[2][c], m.at[3][c]};
     }
   }
 
@@ -235,7 +254,7 @@ struct Thread {
     for (int g = 0; g < groups(); ++g)
       for (int k = 0; k < pieces(); ++k)
         with_tile_of<true>(held, tiles, g, k, [&](Tile<T, C>& m) {
-          if (of_memory) take(of_memory, plan.D, 1, g, k, m);
+          if (of_memory) take(of_memory, g, k, m);
           else m = Tile<T, C>{};
         });
     if (of_weights) take_rows(of_weights, plan.N, weights);
@@ -250,7 +269,7 @@ struct Thread {
   // The sum over the resets of a sample, [N, D], of what comes to the start; a thread only touches its own numbers.
   __device__ __forceinline__ void begin_start(T* of_start) const {
     for (int g = 0; g < groups(); ++g)
-      for (int k = 0; k < pieces(); ++k) give(Tile<T, C>{}, plan.N, plan.D, 1, g, k, of_start);
+      for (int k = 0; k < pieces(); ++k) give(Tile<T, C>{}, g, k, of_start);
   }
   // Having gone back through a step at which the sample began anew: the gradient of the memory before it is one of the start,
   // and nothing goes on to the steps before, whatever it is.
@@ -259,12 +278,12 @@ struct Thread {
       for (int k = 0; k < pieces(); ++k)
         with_tile_of<true>(held, tiles, g, k, [&](Tile<T, C>& m) {
           Tile<T, C> sum;
-          take(of_start, plan.D, 1, g, k, sum);
+          take(of_start, g, k, sum);
 #pragma unroll
           for (int s = 0; s < lane_slots; ++s)
 #pragma unroll
             for (int c = 0; c < C; ++c) sum.at[s][c] += m.at[s][c];
-          give(sum, plan.N, plan.D, 1, g, k, of_start);
+          give(sum, g, k, of_start);
           m = Tile<T, C>{};
         });
     clear_rows(weights);
@@ -291,8 +310,8 @@ struct Thread {
     for (int g = 0; g < groups(); ++g)
       for (int k = 0; k < pieces(); ++k) {
         Tile<T, C> m;
-        if (anchor) take(anchor, 1, ld, g, k, m);
-        else take(start, plan.D, 1, g, k, m);
+        if (anchor) take_anchor(anchor, ld, g, k, m);
+        else take(start, g, k, m);
         store_tile(tiles, piece(g, k), threads(), m);
       }
   }

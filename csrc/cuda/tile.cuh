@@ -52,16 +52,25 @@ __device__ inline uint64_t warp_least(uint64_t value) {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// A number as it lies in memory, and its value: whoever asks for it ahead waits only for the value. Inputs of a float64 state
+// are float64, of a float32 state no wider than that.
+template <class T>
+__device__ inline typename Order<T>::Bits load_bits(const void* data, Dtype dtype, int64_t i) {
+  using Bits = typename Order<T>::Bits;
+  if constexpr (sizeof(T) == 8) return static_cast<const Bits*>(data)[i];
+  else return dtype == Dtype::float32 ? static_cast<const Bits*>(data)[i] : static_cast<const uint16_t*>(data)[i];
+}
+template <class T>
+__device__ inline T value_of(typename Order<T>::Bits bits, Dtype dtype) {
+  if (dtype == Dtype::bfloat16) return static_cast<T>(from_bfloat16(static_cast<uint16_t>(bits)));
+  if (dtype == Dtype::float16) return static_cast<T>(from_float16(static_cast<uint16_t>(bits)));
+  T value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 template <class T>
 __device__ inline T load_as(const void* data, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::float32) return static_cast<T>(static_cast<const float*>(data)[i]);
-  switch (dtype) {
-    case Dtype::float32: break;
-    case Dtype::float64: return static_cast<T>(static_cast<const double*>(data)[i]);
-    case Dtype::bfloat16: return static_cast<T>(from_bfloat16(static_cast<const uint16_t*>(data)[i]));
-    case Dtype::float16: return static_cast<T>(from_float16(static_cast<const uint16_t*>(data)[i]));
-  }
-  return T(0);
+  return value_of<T>(load_bits<T>(data, dtype, i), dtype);
 }
 
 // Where number i of such data lies.
