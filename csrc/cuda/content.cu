@@ -49,7 +49,7 @@ struct Slots : Thread<T, C, HEADS, RESIDENT> {
   Tile<T, C> held;
   __device__ __forceinline__ Slots(const Plan& plan, int part, double eps, const T* memory)
       : Thread<T, C, HEADS, RESIDENT>(plan, part, eps), memory(memory) {
-    if (RESIDENT) this->take(memory, 0, 0, held);
+    if (RESIDENT) this->take(memory, this->plan.D, 1, 0, 0, held);
   }
   template <class F>
   __device__ __forceinline__ void with_piece(int k, F f) {
@@ -57,7 +57,7 @@ struct Slots : Thread<T, C, HEADS, RESIDENT> {
       f(held);
     } else {
       Tile<T, C> m;
-      this->take(memory, 0, k, m);
+      this->take(memory, this->plan.D, 1, 0, k, m);
       f(m);
     }
   }
