@@ -44,6 +44,58 @@ def test_matches_reference(batch, slots, size, heads, dtype, tolerance, sharpnes
         assert worst_error(actual, expected) < tolerance
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    "batch, slots, size, heads",
+    [
+        pytest.param(*shorter((90, 700, 8, 4), (2, 300, 8, 4)), id="several-parts"),
+        pytest.param(*shorter((90, 513, 5, 1), (2, 300, 5, 1)), id="one-head"),
+        pytest.param(*shorter((270, 260, 4, 5), (2, 260, 4, 5)), id="one-part"),
+        pytest.param(*shorter((130, 385, 68, 2), (1, 300, 68, 2)), id="wide-slots"),
+        pytest.param(1, 129, 44, 4, id="one-slot-beyond"),
+    ],
+)
+def test_where_a_block_goes_through_many_slots(batch, slots, size, heads, dtype, tolerance):
+    """The CUDA kernel has no more blocks than run at once, 264 of the emulated GPU: each takes 128 slots several times."""
+    tensors = inputs(batch, slots, size, heads, dtype, True)
+    oracle = run(reference.content_read, tensors, torch.float64)
+    actual = run(ops.content_read, tensors)
+    for x, expected in zip(actual, oracle, strict=True):
+        assert worst_error(x, expected) < tolerance
+    for x, y in zip(run(ops.content_read, tensors), actual, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("size", [8, 40, 64, 72])
+def test_a_memory_that_begins_anywhere(size):
+    """Four columns at a time can be loaded only from addresses that are multiples of 16."""
+    memory, key, sharpness = inputs(2, 21, size, 2, torch.float32, True)
+    moved = torch.zeros(memory.numel() + 1)[1:].view_as(memory).copy_(memory)
+    for x, y in zip(
+        run(ops.content_read, (memory, key, sharpness)),
+        ops.content_read(moved, key, sharpness),
+        strict=False,
+    ):
+        assert worst_error(x, y) < 1e-5
+
+
+def test_equal_slots_get_equal_weights_whichever_block_takes_them():
+    memory = torch.randn(1, 1, 40).expand(90, 700, 40).contiguous()
+    memory[:, 1::2] = torch.randn(40)
+    weights = ops.content_read(memory, torch.randn(90, 4, 40), 30 * torch.randn(90, 4))[1]
+    assert (weights[..., ::2] == weights[..., :1]).all() and (weights[..., 1::2] == weights[..., 1:2]).all()
+
+
+def test_one_block_alone_may_have_all_the_weight():
+    memory, key, _ = inputs(90, 700, 4, 1, torch.float64, False)
+    memory[:, :, 0], key[:, :, 0] = -memory[:, :, 0].abs() - 1, 1
+    key[:, :, 1:] = 0
+    memory[:, 650, 0] = 3
+    read, weights = ops.content_read(memory, key, torch.full((90, 1), 1e300, dtype=torch.float64))
+    assert (weights[:, 0, 650] == 1).all() and (weights.sum(-1) == 1).all()
+    assert torch.equal(read[:, 0], memory[:, 650])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch, slots, size, heads", [(2, 128, 40, 4), (1, 7, 5, 3), (1, 2048, 64, 2)])
 def test_half_precision_loses_no_more_than_plain_pytorch(batch, slots, size, heads, dtype):

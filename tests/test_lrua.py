@@ -276,6 +276,30 @@ def test_least_used_of_more_slots_than_a_kernel_takes_at_a_time(order, dtype):
         assert torch.equal(ops.least_used(usage, n), expected[:, :n])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "batch, slots", [(2, 256), (3, 257), (2, 1025), (1, 2048), (3, 2049), (2, 4097), (1, 9000)]
+)
+def test_least_used_on_both_sides_of_every_size_that_a_kernel_changes_its_way_at(batch, slots, dtype):
+    """The CUDA kernel counts up to 256 slots, takes chunks of 2,048, and merges four of them at a time for more than 512."""
+    usage = torch.randint(-20, 200, (batch, slots)).to(dtype) * 0.1  # with ties
+    usage[0, ::97], usage[-1, 3], usage[-1, 4] = float("nan"), float("inf"), -float("inf")
+    usage[0, 5], usage[0, 8] = -0.0, 0.0
+    expected = torch.sort(usage, dim=1, stable=True).indices
+    for n in (1, 4, 5, 512, 513, 2048, 2500, slots - 1, slots):
+        if n <= slots:
+            assert torch.equal(ops.least_used(usage, n), expected[:, :n]), n
+
+
+def test_a_write_to_more_slots_than_a_kernel_takes_at_a_time():
+    state = distinct_state(1, shorter(4200, 300), 5, 3)
+    _, vector, gate, _ = scan_inputs(None, 1, 5, 3)
+    for actual, expected in zip(
+        ops.lrua_write(*state, vector, gate), reference.lrua_write(*state, vector, gate), strict=True
+    ):
+        assert worst_error(actual, expected) < 1e-12
+
+
 def test_a_negative_nan_is_last_too():
     usage = torch.tensor([[1.0, -float("nan"), 0.0]])
     usage[0, 1] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # all bits set

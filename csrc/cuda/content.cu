@@ -1,10 +1,12 @@
-// content_read: similarity, softmax and weighted read in one pass over the memory, and its backward in one more.
+// content_read: similarity, softmax and weighted read in one pass over the memory. Its backward takes one more where a block has
+// all slots of a sample, else two.
 //
-// A block takes 128 slots of a sample and holds them in registers (a slot wider than 64 numbers: it goes over them twice, the
-// second time through the cache). Where a sample has more, the parts of its blocks come together in a second, small kernel. Weights are
-// exponentials relative to the maximum similarity of all, so that equal slots have equal bits whichever block took them.
+// A block takes 128 slots of a sample at a time and holds them in registers (a slot wider than 64 numbers: it goes over them twice,
+// the second time through the cache). Where a sample has more, it is shared out among no more blocks than run at once, so that what
+// has to be added up over them in the end does not grow with the sample, and a warp goes through its slots without waiting for
+// another. Weights are exponentials relative to the maximum similarity of all, so that equal slots have equal bits whichever block
+// took them.
 #include "kernels.h"
-#include "parts.cuh"
 #include "scan.cuh"
 
 namespace mann_fast {
@@ -13,43 +15,120 @@ namespace {
 
 template <class T>
 struct Shared {
-  T *keys, *grads, *beta, *mean;  // [heads, columns] twice, [heads] twice; grads and mean in backward
-  T *weights, *of_squares;        // [heads, span]: scores and weights, or gradients
-  T *most, *sums, *read;          // of warps: [heads] twice, [heads, columns]
+  T *keys, *grads, *beta, *mean;           // [heads, columns] twice, [heads] twice; grads and mean in backward
+  T *weights, *of_squares, *given;         // [heads, span]: scores and weights, or gradients; in backward the weights are given
+  T *most, *sums, *read, *known, *factor;  // of warps: [heads] twice, [heads, columns], [heads] twice in forward
   __device__ __host__ Shared(Carver& carver, const Plan& plan, bool backward)
       : keys(carver.take<T>(plan.heads * plan.columns)), grads(carver.take<T>(backward ? plan.heads * plan.columns : 0)),
-        beta(carver.take<T>(plan.heads)), mean(carver.take<T>(plan.heads)), weights(carver.take<T>(plan.heads * plan.span)),
-        of_squares(carver.take<T>(backward ? plan.heads * plan.span : 0)), most(carver.take<T>(plan.warps * plan.heads)),
-        sums(carver.take<T>(plan.warps * plan.heads)), read(carver.take<T>(plan.warps * plan.heads * plan.columns)) {}
+        beta(carver.take<T>(plan.heads)), mean(carver.take<T>(backward ? plan.heads : 0)),
+        weights(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(backward ? plan.heads * plan.span : 0)),
+        given(carver.take<T>(backward ? plan.heads * plan.span : 0)), most(carver.take<T>(plan.warps * plan.heads)),
+        sums(carver.take<T>(plan.warps * plan.heads)), read(carver.take<T>(plan.warps * plan.heads * plan.columns)),
+        known(carver.take<T>(backward ? 0 : plan.warps * plan.heads)),
+        factor(carver.take<T>(backward ? 0 : plan.warps * plan.heads)) {}
 };
 
-template <class T>
-__device__ void load_keys(const void* data, Dtype dtype, int64_t sample, const Plan& plan, T* rows) {
-  for (int i = gpu::thread(); i < plan.heads * plan.columns; i += gpu::threads()) {
-    const int r = i / plan.columns, d = i % plan.columns;
-    rows[i] = data && r < plan.R && d < plan.D ? load_as<T>(data, dtype, (sample * plan.R + r) * plan.D + d) : T(0);
-  }
-}
-template <class T>
-__device__ void load_sharpness(const void* data, Dtype dtype, int64_t sample, const Plan& plan, T* beta) {
-  for (int r = gpu::thread(); r < plan.heads; r += gpu::threads())
-    beta[r] = r >= plan.R ? T(0) : data ? load_as<T>(data, dtype, sample * plan.R + r) : T(1);
-}
+// Blocks that shall have room on a multiprocessor at once, so that one loads while another computes.
+template <class T, int C, int HEADS, bool RESIDENT>
+constexpr int read_blocks = sizeof(T) == 4 ? 2 : 1;
+template <class T, int C, int HEADS, bool RESIDENT>
+constexpr int backward_blocks = sizeof(T) == 4 ? 2 : 1;
 
-// What a block leaves for the second kernel: [B, parts, R] twice and [B, parts, R, D].
+// How a sample is shared out: among `parts` blocks, of which each takes the plan's slots so many times. Alone, a block has all
+// slots at once.
+struct Share {
+  int64_t parts;
+  int turns;
+  bool alone;
+  bool wide;  // four columns beside each other can be loaded by one instruction
+};
+
+// What the blocks of a sample leave for the second kernel: [B, R, parts] twice and [B, parts, R, D].
 template <class T>
 struct Parts {
   T *most, *sums, *reads;
 };
 
-// The memory's pieces: held in registers, or fetched again each time.
+// The slots of a turn: held in registers, or fetched again each time. Where that can be done, a lane has four columns beside each
+// other, eight lanes 32; in shared memory, a lane's columns are eight apart all the same, and `place_of` tells where a column went.
 template <class T, int C, int HEADS, bool RESIDENT>
 struct Slots : Thread<T, C, HEADS, RESIDENT> {
+  static constexpr int wide_columns = C / 4 * 4;
   const T* memory;
+  bool wide;
   Tile<T, C> held;
-  __device__ __forceinline__ Slots(const Plan& plan, int part, double eps, const T* memory)
-      : Thread<T, C, HEADS, RESIDENT>(plan, part, eps), memory(memory) {
-    if (RESIDENT) this->take(memory, this->plan.D, 1, 0, 0, held);
+
+  __device__ __forceinline__ Slots(const Plan& plan, const Share& share, int part, double eps, const T* memory)
+      : Thread<T, C, HEADS, RESIDENT>(plan, 0, eps), memory(memory), wide(share.wide) {
+    go_to(part * share.turns);
+  }
+  __device__ __forceinline__ void go_to(int turn) {
+    this->first_slot = turn * this->plan.span;
+    if (RESIDENT) fetch(0, held);
+  }
+  // Whether the warp has a slot in such a turn.
+  __device__ __forceinline__ bool any(int turn) const { return turn * this->plan.span + this->group(0) < this->plan.N; }
+
+  __device__ __forceinline__ int place_of(int d) const {
+    const int in_piece = d % (C * column_lanes);
+    if (!wide || in_piece >= wide_columns * column_lanes) return d;
+    return d - in_piece % 32 + in_piece % 4 * column_lanes + in_piece % 32 / 4;
+  }
+
+  // Calls f(s, c, column) for all four columns from the lane's cth on, then g for each of the rest.
+  template <class F, class G>
+  __device__ __forceinline__ void each(int k, F f, G g) const {
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s) {
+#pragma unroll
+      for (int c = 0; c < wide_columns; c += 4) f(s, c, k * C * column_lanes + c * column_lanes + 4 * this->place.column);
+#pragma unroll
+      for (int c = wide_columns; c < C; ++c) g(s, c, this->first_column(k) + c * column_lanes);
+    }
+  }
+  __device__ __forceinline__ void fetch(int k, Tile<T, C>& m) const {
+    const int D = this->plan.D, first = this->first_slot + this->slots(0);
+    if (!wide) return this->take(memory, D, 1, 0, k, m);
+    const T* from = memory + static_cast<int64_t>(first) * D;
+    each(
+        k,
+        [&](int s, int c, int column) {
+          const Four<T> four = first + s < this->plan.N && column < D ? load_four(from + s * D + column) : Four<T>{};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) m.at[s][c + i] = four.at[i];
+        },
+        [&](int s, int c, int column) { m.at[s][c] = first + s < this->plan.N && column < D ? from[s * D + column] : T(0); });
+  }
+  // So many columns of the lane, from its cth on.
+  template <int COUNT>
+  __device__ __forceinline__ void give_back(const Tile<T, COUNT>& m, int k, int c, T* to) const {
+    const int D = this->plan.D, first = this->first_slot + this->slots(0);
+    to += static_cast<int64_t>(first) * D;
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s) {
+      if (COUNT == 4 && wide) {
+        const int column = (k * C + c) * column_lanes + 4 * this->place.column;
+        Four<T> four;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four.at[i] = m.at[s][i % COUNT];
+        if (first + s < this->plan.N && column < D) *reinterpret_cast<Four<T>*>(to + s * D + column) = four;
+      } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+          const int column = this->first_column(k) + (c + i) * column_lanes;
+          if (first + s < this->plan.N && column < D) to[s * D + column] = m.at[s][i];
+        }
+      }
+    }
+  }
+  // Calls f(from, count) for at most four of the lane's columns at a time, both known when compiled: so fewer sums need registers
+  // at once.
+  template <int FROM = 0, class F>
+  __device__ __forceinline__ void by_four(F f) const {
+    if constexpr (FROM < C) {
+      f(std::integral_constant<int, FROM>(), std::integral_constant<int, (C - FROM < 4 ? C - FROM : 4)>());
+      by_four<FROM + 4>(f);
+    }
   }
   template <class F>
   __device__ __forceinline__ void with_piece(int k, F f) {
@@ -57,220 +136,393 @@ struct Slots : Thread<T, C, HEADS, RESIDENT> {
       f(held);
     } else {
       Tile<T, C> m;
-      this->take(memory, this->plan.D, 1, 0, k, m);
+      fetch(k, m);
       f(m);
+    }
+  }
+
+  // Keys, in backward gradients of reads, and sharpness, each requested before any is waited for.
+  template <bool BACKWARD>
+  __device__ __forceinline__ void load_inputs(const void* key, const void* grad, const void* sharpness, Dtype dtype,
+                                              int64_t sample, const Shared<T>& shared) const {
+    const Plan& plan = this->plan;
+    const auto beta_of = [&](int r) {
+      return r >= plan.R ? T(0) : sharpness ? load_as<T>(sharpness, dtype, sample * plan.R + r) : T(1);
+    };
+    const T beta = beta_of(gpu::thread());
+    for (int i = gpu::thread(); i < plan.heads * plan.columns; i += gpu::threads()) {
+      const int r = i / plan.columns, d = i % plan.columns, at = r * plan.columns + place_of(d);
+      const bool there = r < plan.R && d < plan.D;
+      const int64_t from = (sample * plan.R + r) * plan.D + d;
+      const T of_key = there ? load_as<T>(key, dtype, from) : T(0);
+      const T of_grad = BACKWARD && there && grad ? load_as<T>(grad, dtype, from) : T(0);
+      shared.keys[at] = of_key;
+      if (BACKWARD) shared.grads[at] = of_grad;
+    }
+    if (gpu::thread() < plan.heads) shared.beta[gpu::thread()] = beta;
+    for (int r = gpu::thread() + gpu::threads(); r < plan.heads; r += gpu::threads()) shared.beta[r] = beta_of(r);
+  }
+
+  // Adds weighted sums over the slots of the warp, from what its lanes have, to `factor` (or null: one) times those of the turns
+  // before, if any.
+  template <int COUNT>
+  __device__ __forceinline__ void add_sums(T* sums, int first, int column, bool add, const T* factor, T* of_warp) const {
+    add_lanes<16, 8, HEADS * COUNT>(sums, this->place.lane);
+    if (!has_sums<16, 8, HEADS * COUNT>(this->place.lane)) return;
+    const int from = first_sum<16, 8, HEADS * COUNT>(this->place.lane);
+#pragma unroll
+    for (int i = 0; i < sums_kept<16, 8, HEADS * COUNT>(); ++i) {
+      const int r = first + (from + i) / COUNT;
+      T& sum = of_warp[r * this->plan.columns + column + (from + i) % COUNT * column_lanes];
+      sum = add ? sum * (factor ? factor[r] : T(1)) + sums[i] : sums[i];
     }
   }
 };
 
+// So many columns of a tile.
+template <int FROM, int COUNT, int C, class T>
+__device__ __forceinline__ Tile<T, COUNT> columns_of(const Tile<T, C>& m) {
+  Tile<T, COUNT> part;
+#pragma unroll
+  for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) part.at[s][c] = m.at[s][FROM + c];
+  return part;
+}
+
+// The greater; NaN if one is.
+template <class T>
+__device__ __forceinline__ T greater(T x, T y) {
+  return x > y || x != x ? x : y;
+}
+// By how much the exponentials of numbers change that were relative to one maximum, and shall be to a greater one. Where all
+// were -inf, and relative to 0, they are 0.
+template <class T>
+__device__ __forceinline__ T rescale(T from, T to) {
+  return from == -INFINITY ? T(0) : exp(from - to);
+}
+
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1)
-    read_kernel(const __grid_constant__ ContentRead a, const __grid_constant__ Plan plan, int64_t parts, Parts<T> out) {
-  const int64_t sample = gpu::block() / parts;
-  const int part = static_cast<int>(gpu::block() % parts);
+__global__ void __launch_bounds__(most_threads, read_blocks<T, C, HEADS, RESIDENT>)
+    read_kernel(const __grid_constant__ ContentRead a, const __grid_constant__ Plan plan, const __grid_constant__ Share share,
+                Parts<T> out) {
+  const int64_t sample = gpu::block() / share.parts, part = gpu::block() % share.parts;
   Carver carver(gpu::shared_memory());
   const Shared<T> shared(carver, plan, false);
-  load_keys(a.key, a.input, sample, plan, shared.keys);
-  load_sharpness(a.sharpness, a.input, sample, plan, shared.beta);
-  Slots<T, C, HEADS, RESIDENT> slots(plan, part, a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  Slots<T, C, HEADS, RESIDENT> slots(plan, share, static_cast<int>(part), a.eps,
+                                     static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  slots.template load_inputs<false>(a.key, nullptr, a.sharpness, a.input, sample, shared);
   const auto& place = slots.place;
   T* most = shared.most + place.warp * plan.heads;
   T* sums = shared.sums + place.warp * plan.heads;
+  T* known = shared.known + place.warp * plan.heads;
+  T* factor = shared.factor + place.warp * plan.heads;
+  T* of_warp = shared.read + place.warp * plan.heads * plan.columns;
   T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N;
+  const int own_slot = slots.own(0), first_turn = static_cast<int>(part) * share.turns;
+  for (int r = place.lane; r < plan.heads; r += 32) known[r] = -INFINITY, sums[r] = 0;
+  if (!slots.any(first_turn))
+    for (int i = place.lane; i < plan.heads * plan.columns; i += 32) of_warp[i] = 0;
   gpu::sync();
-  slots.compare(
-      shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, sums, most,
-      static_cast<T*>(nullptr), static_cast<T*>(nullptr));
-  gpu::sync_warp();
-  if (parts > 1) slots.give_rows(shared.weights, a.N, weights);
-  slots.soften(0, plan.heads, shared.most, shared.weights, sums);
-  gpu::sync_warp();
-  for (int k = 0; k < slots.pieces(); ++k)
-    for (int first = 0; first < plan.heads; first += HEADS) {
-      T sum[HEADS * C] = {};
-      Four<T> own[HEADS];
-      slots.load_weights(shared.weights, first, slots.slots(0), own);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<HEADS, C>(m, own, sum); });
-      store_warp_sums<HEADS, C>(sum, place.lane,
-                                shared.read + (place.warp * plan.heads + first) * plan.columns + slots.first_column(k),
-                                plan.columns);
+
+  for (int turn = 0; turn < share.turns; ++turn) {
+    if (!share.alone && !slots.any(first_turn + turn)) break;
+    if (turn > 0) slots.go_to(first_turn + turn);
+    slots.compare(
+        shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, factor, most,
+        static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+    if (share.alone) gpu::sync();
+    else gpu::sync_warp();
+    // Exponentials are relative to the maximum of the block, if it has all slots, else of what the warp has seen.
+    for (int r = place.lane; r < plan.heads; r += 32) {
+      const T before = known[r], now = share.alone ? slots.maximum(shared.most, r) : greater(before, most[r]);
+      known[r] = now;
+      factor[r] = rescale(before, now);
+      sums[r] *= factor[r];
     }
+    if (!share.alone) slots.give_rows(shared.weights, a.N, weights);
+    gpu::sync_warp();
+    const bool there = slots.first_slot + own_slot < plan.N;
+    for (int first = 0; first < plan.heads; first += HEADS) {
+      T result[Place<HEADS>::OWN];
+#pragma unroll
+      for (int j = 0; j < Place<HEADS>::OWN; ++j) {
+        const int r = first + place.own_head + j;
+        const T relative_to = known[r] == -INFINITY ? T(0) : known[r];
+        result[j] = there && r < plan.R ? exp(shared.weights[r * plan.span + own_slot] - relative_to) : T(0);
+      }
+      if (HEADS == 1) gpu::sync_warp();  // two lanes read what one of them writes
+#pragma unroll
+      for (int j = 0; j < Place<HEADS>::OWN; ++j)
+        if (place.owner) shared.weights[(first + place.own_head + j) * plan.span + own_slot] = result[j];
+      slots.tell_sums(result, first, true, sums);
+    }
+    gpu::sync_warp();
+    for (int k = 0; k < slots.pieces(); ++k)
+      for (int first = 0; first < plan.heads; first += HEADS) {
+        Four<T> own[HEADS];
+        slots.load_weights(shared.weights, first, slots.slots(0), own);
+        slots.by_four([&](auto from, auto count) {
+          constexpr int FROM = decltype(from)::value, COUNT = decltype(count)::value;
+          T sum[HEADS * COUNT] = {};
+          slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<HEADS, COUNT>(columns_of<FROM, COUNT>(m), own, sum); });
+          slots.template add_sums<COUNT>(sum, first, slots.first_column(k) + FROM * column_lanes, turn > 0, factor, of_warp);
+        });
+      }
+    gpu::sync_warp();
+  }
+
+  if (!share.alone) {  // of every warp's sums, how much they are relative to the block's maximum
+    gpu::sync();
+    for (int r = place.lane; r < plan.heads; r += 32) {
+      factor[r] = rescale(known[r], slots.maximum(shared.known, r));
+      sums[r] *= factor[r];
+    }
+  }
   gpu::sync();
   for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
-    const int r = i / plan.D;
-    const T read = slots.total(shared.read, r * plan.columns + i % plan.D, plan.heads * plan.columns);
-    if (parts > 1) out.reads[gpu::block() * a.R * a.D + i] = read;
-    else store_as(a.read, a.input, sample * a.R * a.D + i, read / slots.total(shared.sums, r, plan.heads));
+    const int r = i / plan.D, at = r * plan.columns + slots.place_of(i % plan.D);
+    T read = 0;
+    for (int w = 0; w < plan.warps; ++w)
+      read += shared.read[w * plan.heads * plan.columns + at] * (share.alone ? T(1) : shared.factor[w * plan.heads + r]);
+    if (share.alone) store_as(a.read, a.input, sample * a.R * a.D + i, read / slots.total(shared.sums, r, plan.heads));
+    else out.reads[gpu::block() * a.R * a.D + i] = read;
   }
-  if (parts > 1) {
-    for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) {
-      out.most[gpu::block() * a.R + r] = slots.maximum(shared.most, r);
-      out.sums[gpu::block() * a.R + r] = slots.total(shared.sums, r, plan.heads);
-    }
-  } else {
+  if (share.alone) {
     slots.normalise(shared.sums, shared.weights);
     gpu::sync_warp();
     slots.give_rows(shared.weights, a.N, weights);
-  }
-}
-
-// A block for each part again: turns its scores into weights, and takes its share of the reads.
-template <class T>
-__global__ void __launch_bounds__(most_threads, 1) combine_kernel(ContentRead a, int64_t span, int64_t parts, Parts<T> in) {
-  const int64_t sample = gpu::block() / parts, part = gpu::block() % parts, first = part * span;
-  const int64_t count = a.N - first < span ? a.N - first : span;
-  const T* most = in.most + sample * parts * a.R;
-  const auto maximum = [&](int64_t r) {
-    T all = -INFINITY;
-    for (int64_t p = 0; p < parts; ++p) {
-      const T value = most[p * a.R + r];
-      all = value > all || value != value ? value : all;
+  } else {
+    for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) {
+      out.most[(sample * a.R + r) * share.parts + part] = slots.maximum(shared.known, r);
+      out.sums[(sample * a.R + r) * share.parts + part] = slots.total(shared.sums, r, plan.heads);
     }
-    return all;
-  };
-  const auto total = [&](int64_t r, T all) {
-    T sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += in.sums[(sample * parts + p) * a.R + r] * exp(most[p * a.R + r] - all);
-    return sum;
-  };
-  T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N + first;
-  for (int64_t r = 0; r < a.R; ++r) {
-    const T all = maximum(r), scale = T(1) / total(r, all);
-    for (int64_t n = gpu::thread(); n < count; n += gpu::threads())
-      weights[r * a.N + n] = exp(weights[r * a.N + n] - all) * scale;
-  }
-  for (int64_t i = part * gpu::threads() + gpu::thread(); i < a.R * a.D; i += parts * gpu::threads()) {
-    const int64_t r = i / a.D;
-    const T all = maximum(r);
-    T read = 0;
-    for (int64_t p = 0; p < parts; ++p) read += in.reads[(sample * parts + p) * a.R * a.D + i] * exp(most[p * a.R + r] - all);
-    store_as(a.read, a.input, sample * a.R * a.D + i, read / total(r, all));
   }
 }
 
-// Launched twice. First with `finds_means`, the block's share of the mean, under the weights, of the gradient that reaches them:
-// means [parts, B, R]. Then for the gradients, which need the mean of all parts, from the very same bits: a product of the
-// read's gradient and the read would do but for its rounding, which a great sharpness would magnify. Gradients of keys and
-// sharpness are this block's part, [parts, B, R, D] and [parts, B, R].
+// Of `parts` rows of numbers the sums of 32 columns, a lane's own one: a warp adds up every eighth row, then warp 0 their sums.
+template <class T, class F>
+__device__ __forceinline__ T add_rows(int64_t parts, T* of_warps, F number) {
+  const int lane = gpu::thread() % 32, warp = gpu::thread() / 32, warps = gpu::threads() / 32;
+  T sum = 0;
+#pragma unroll 4
+  for (int64_t part = warp; part < parts; part += warps) sum += number(part);
+  gpu::sync();
+  of_warps[gpu::thread()] = sum;
+  gpu::sync();
+  if (warp > 0) return T(0);
+  for (int w = 1; w < warps; ++w) sum += of_warps[w * 32 + lane];
+  return sum;
+}
+
+// Turns scores into weights, and takes the reads of the parts together. A block has a share of the slots and of the reads' numbers;
+// what both are relative to, each finds itself.
+template <class T>
+__global__ void __launch_bounds__(most_threads, 3) combine_kernel(ContentRead a, int64_t parts, int64_t shares, Parts<T> in) {
+  Carver carver(gpu::shared_memory());
+  T *of_warps = carver.take<T>(most_threads), *most = carver.take<T>(a.R), *scale = carver.take<T>(a.R);
+  const int64_t sample = gpu::block() / shares, share = gpu::block() % shares;
+  const int lane = gpu::thread() % 32, warp = gpu::thread() / 32, warps = gpu::threads() / 32;
+  const T *mosts = in.most + sample * a.R * parts, *sums = in.sums + sample * a.R * parts;
+  for (int64_t r = warp; r < a.R; r += warps) {
+    T all = -INFINITY, sum = 0;
+    for (int64_t p = lane; p < parts; p += 32) all = greater(mosts[r * parts + p], all);
+    for (int mask = 16; mask > 0; mask /= 2) all = greater(gpu::shuffle_xor(all, mask), all);
+    for (int64_t p = lane; p < parts; p += 32) sum += sums[r * parts + p] * rescale(mosts[r * parts + p], all);
+    sum = add_warp<1>(sum);
+    if (lane == 0) most[r] = all, scale[r] = T(1) / sum;
+  }
+  gpu::sync();
+  const int64_t width = (a.N + shares - 1) / shares, first = share * width, last = first + width < a.N ? first + width : a.N;
+  T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N;
+  for (int64_t r = 0; r < a.R; ++r)
+    for (int64_t n = first + gpu::thread(); n < last; n += gpu::threads())
+      weights[r * a.N + n] = exp(weights[r * a.N + n] - most[r]) * scale[r];
+  const int64_t numbers = a.R * a.D;
+  const T* reads = in.reads + sample * parts * numbers;
+  for (int64_t column = share * 32; column < numbers; column += shares * 32) {
+    const int64_t i = column + lane, r = i < numbers ? i / a.D : 0;
+    const T read = add_rows(parts, of_warps, [&](int64_t p) {
+      return i < numbers ? reads[p * numbers + i] * rescale(mosts[r * parts + p], most[r]) : T(0);
+    });
+    if (warp == 0 && i < numbers) store_as(a.read, a.input, sample * numbers + i, read * scale[r]);
+  }
+}
+
+// Gradients need the mean, under the weights, of the gradient that reaches them. Alone, a block finds it on its way. Else it takes
+// two launches: first each block's share of the mean, [B, R, parts], then the gradients, which add these up and take everything
+// from the very same bits: a product of the read's gradient and the read would do but for its rounding, which a great sharpness
+// would magnify. Gradients of keys and sharpness are this block's part then, [parts, B R D + B R].
+enum class Stage { alone, means, gradients };
+
 template <class T, int C, int HEADS, bool RESIDENT>
-__global__ void __launch_bounds__(most_threads, 1)
-    read_backward_kernel(const __grid_constant__ ContentReadBackward a, const __grid_constant__ Plan plan, int64_t parts,
-                         bool finds_means, T* means, T* of_keys, T* of_sharpness) {
+__global__ void __launch_bounds__(most_threads, backward_blocks<T, C, HEADS, RESIDENT>)
+    read_backward_kernel(const __grid_constant__ ContentReadBackward a, const __grid_constant__ Plan plan,
+                         const __grid_constant__ Share share, Stage stage, T* means, T* of_parts) {
   constexpr int OWN = Place<HEADS>::OWN;
-  const int64_t sample = gpu::block() / parts, part = gpu::block() % parts;
+  const int64_t sample = gpu::block() / share.parts, part = gpu::block() % share.parts;
   Carver carver(gpu::shared_memory());
   const Shared<T> shared(carver, plan, true);
-  load_keys(a.key, a.input, sample, plan, shared.keys);
-  load_keys(a.grad_read, a.input, sample, plan, shared.grads);
-  load_sharpness(a.sharpness, a.input, sample, plan, shared.beta);
-  Slots<T, C, HEADS, RESIDENT> slots(plan, static_cast<int>(part), a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  Slots<T, C, HEADS, RESIDENT> slots(plan, share, static_cast<int>(part), a.eps,
+                                     static_cast<const T*>(a.memory) + sample * a.N * a.D);
   const auto& place = slots.place;
   const T* weights = static_cast<const T*>(a.weights) + sample * a.R * a.N;
   const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + sample * a.R * a.N : nullptr;
-  for (int r = gpu::thread(); !finds_means && r < plan.R; r += gpu::threads()) {
-    T mean = 0;
-    for (int64_t p = 0; p < parts; ++p) mean += means[(p * a.B + sample) * a.R + r];
-    shared.mean[r] = mean;
-  }
+  T* grad_memory = static_cast<T*>(a.grad_memory) + sample * a.N * a.D;
+  T* sums = shared.sums + place.warp * plan.heads;
+  T* of_squares_of_keys = shared.most + place.warp * plan.heads;
+  T* of_warp = shared.read + place.warp * plan.heads * plan.columns;
+  const int own_slot = slots.own(0), first_turn = static_cast<int>(part) * share.turns;
+  slots.take_rows(weights, a.N, shared.given);
+  slots.template load_inputs<true>(a.key, a.grad_read, a.sharpness, a.input, sample, shared);
+  for (int r = place.lane; r < plan.heads; r += 32) sums[r] = of_squares_of_keys[r] = 0;
+  if (!slots.any(first_turn))
+    for (int i = place.lane; i < plan.heads * plan.columns; i += 32) of_warp[i] = 0;
+  if (stage == Stage::gradients)
+    for (int r = place.warp; r < plan.R; r += plan.warps) {
+      T mean = 0;
+      for (int64_t p = place.lane; p < share.parts; p += 32) mean += means[(sample * a.R + r) * share.parts + p];
+      mean = add_warp<1>(mean);
+      if (place.lane == 0) shared.mean[r] = mean;
+    }
+  for (int r = plan.R + gpu::thread(); r < plan.heads; r += gpu::threads()) shared.mean[r] = 0;
   gpu::sync();
 
-  const int own_slot = slots.own(0), slot = slots.first_slot + own_slot;
   // Of a number of heads from `first` on: products of the slots and the rows, of which this thread's are the first ones.
-  const auto dots_of = [&](const T* vectors, int first, T(&sums)[lane_slots* HEADS], auto also) {
+  const auto dots_of = [&](const T* vectors, int first, T(&dots)[lane_slots* HEADS], auto also) {
     for (int k = 0; k < slots.pieces(); ++k) {
       T rows[HEADS][C];
       load_rows<HEADS, C>(vectors + first * plan.columns + slots.first_column(k), plan.columns, rows);
       also(rows);
-      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, sums); });
+      slots.with_piece(k, [&](const Tile<T, C>& m) { add_dots<HEADS, C>(m, rows, dots); });
     }
-    add_lanes<4, 1, lane_slots * HEADS>(sums, place.lane);
+    add_lanes<4, 1, lane_slots * HEADS>(dots, place.lane);
   };
-  const auto gradient_of_weight = [&](T by_read, int r, bool valid) {
-    return by_read + (valid && grad_weights ? grad_weights[r * a.N + slot] : T(0));
-  };
-  if (finds_means) {
-    for (int first = 0; first < plan.heads; first += HEADS) {
+  for (int turn = 0; turn < share.turns; ++turn) {
+    if (stage != Stage::alone && !slots.any(first_turn + turn)) break;
+    if (turn > 0) {
+      slots.go_to(first_turn + turn);
+      slots.take_rows(weights, a.N, shared.given);
+      gpu::sync_warp();
+    }
+    const int slot = slots.first_slot + own_slot;
+    for (int first = 0; first < plan.heads; first += HEADS) {  // the gradients that reach the weights
       T grads[lane_slots * HEADS] = {}, of_mean[OWN];
-      dots_of(shared.grads, first, grads, [](const auto&) {});
 #pragma unroll
       for (int j = 0; j < OWN; ++j) {
         const int r = first + place.own_head + j;
-        const bool valid = r < a.R && slot < a.N;
-        of_mean[j] = valid ? weights[r * a.N + slot] * gradient_of_weight(grads[j], r, valid) : T(0);
+        of_mean[j] = grad_weights && r < a.R && slot < a.N ? grad_weights[r * a.N + slot] : T(0);
       }
-      slots.tell_sums(of_mean, first, false, shared.sums + place.warp * plan.heads);
-    }
-    gpu::sync();
-    for (int r = gpu::thread(); r < plan.R; r += gpu::threads())
-      means[(part * a.B + sample) * a.R + r] = slots.total(shared.sums, r, plan.heads);
-    return;
-  }
-  T* of_squares_of_keys = shared.most + place.warp * plan.heads;
-  T squares[lane_slots] = {};
-  for (int k = 0; k < slots.pieces(); ++k) slots.with_piece(k, [&](const Tile<T, C>& m) { add_squares<C>(m, squares); });
-  add_lanes<4, 1, lane_slots>(squares, place.lane);
-  for (int first = 0; first < plan.heads; first += HEADS) {
-    T dots[lane_slots * HEADS] = {}, grads[lane_slots * HEADS] = {}, key_squares[HEADS] = {}, own_key[OWN];
-    dots_of(shared.keys, first, dots, [&](const T(&rows)[HEADS][C]) { add_row_squares<HEADS, C>(rows, key_squares); });
-    dots_of(shared.grads, first, grads, [](const auto&) {});
-    own_key_squares<HEADS>(place, key_squares, own_key);
-    T of_beta[OWN], of_key[OWN];
+      dots_of(shared.grads, first, grads, [](const auto&) {});
 #pragma unroll
-    for (int j = 0; j < OWN; ++j) {
-      const int r = first + place.own_head + j, at = r * plan.span + own_slot;
-      const bool valid = r < a.R && slot < a.N;
-      const T grad = gradient_of_weight(grads[j], r, valid);
-      const T of_score = valid ? weights[r * a.N + slot] * (grad - shared.mean[r]) : T(0);
-      const ScoreGradient<T> of = score_gradient(of_score, dots[j], shared.beta[r], own_key[j], squares[0], slots.eps);
-      of_beta[j] = of.beta;
-      of_key[j] = of.key_square;
-      if (place.owner) {
-        shared.weights[at] = of.dot;
-        shared.of_squares[at] = of.slot_square;
+      for (int j = 0; j < OWN; ++j) {
+        const int at = (first + place.own_head + j) * plan.span + own_slot;
+        const T grad = grads[j] + of_mean[j];
+        if (place.owner) shared.of_squares[at] = grad;
+        of_mean[j] = first + place.own_head + j < a.R && slot < a.N ? shared.given[at] * grad : T(0);
       }
+      if (stage != Stage::gradients) slots.tell_sums(of_mean, first, true, sums);
     }
-    slots.tell_sums(of_beta, first, false, shared.sums + place.warp * plan.heads);
-    slots.tell_sums(of_key, first, false, of_squares_of_keys);
-  }
-  gpu::sync_warp();
+    gpu::sync_warp();
+    if (stage == Stage::means) continue;
+    if (stage == Stage::alone) {
+      gpu::sync();
+      for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) shared.mean[r] = slots.total(shared.sums, r, plan.heads);
+      gpu::sync();
+    }
 
-  T* grad_memory = static_cast<T*>(a.grad_memory) + sample * a.N * a.D;
-  for (int k = 0; k < slots.pieces(); ++k) {
-    Tile<T, C> grad = {};
+    T squares[lane_slots] = {};
+    for (int k = 0; k < slots.pieces(); ++k) slots.with_piece(k, [&](const Tile<T, C>& m) { add_squares<C>(m, squares); });
+    add_lanes<4, 1, lane_slots>(squares, place.lane);
     for (int first = 0; first < plan.heads; first += HEADS) {
-      const int corner = first * plan.columns + slots.first_column(k);
-      Four<T> own[HEADS];
-      T rows[HEADS][C], sum[HEADS * C] = {};
+      T dots[lane_slots * HEADS] = {}, key_squares[HEADS] = {}, own_key[OWN], of_beta[OWN], of_key[OWN], of_score[OWN];
+      dots_of(shared.keys, first, dots, [&](const T(&rows)[HEADS][C]) { add_row_squares<HEADS, C>(rows, key_squares); });
+      own_key_squares<HEADS>(place, key_squares, own_key);
 #pragma unroll
-      for (int h = 0; h < HEADS; ++h)
+      for (int j = 0; j < OWN; ++j) {
+        const int r = first + place.own_head + j, at = r * plan.span + own_slot;
+        const bool valid = r < a.R && slot < a.N;
+        of_score[j] = valid ? shared.given[at] * (shared.of_squares[at] - shared.mean[r]) : T(0);
+      }
+      if (HEADS == 1) gpu::sync_warp();  // two lanes read what one of them writes
 #pragma unroll
-        for (int s = 0; s < lane_slots; ++s) {
-          const int n = slots.first_slot + slots.slots(0) + s;
-          own[h].at[s] = a.grad_read && first + h < a.R && n < a.N ? weights[(first + h) * a.N + n] : T(0);
+      for (int j = 0; j < OWN; ++j) {
+        const int r = first + place.own_head + j, at = r * plan.span + own_slot;
+        const ScoreGradient<T> of = score_gradient(of_score[j], dots[j], shared.beta[r], own_key[j], squares[0], slots.eps);
+        of_beta[j] = of.beta;
+        of_key[j] = of.key_square;
+        if (place.owner) {
+          shared.weights[at] = of.dot;
+          shared.of_squares[at] = of.slot_square;
         }
-      load_rows<HEADS, C>(shared.grads + corner, plan.columns, rows);
-      add_products<HEADS, C>(own, rows, grad);
-      slots.load_weights(shared.weights, first, slots.slots(0), own);
-      load_rows<HEADS, C>(shared.keys + corner, plan.columns, rows);
-      add_products<HEADS, C>(own, rows, grad);
-      slots.with_piece(k, [&](const Tile<T, C>& m) {
-        add_weighted<HEADS, C>(m, own, sum);
-        slots.load_weights(shared.of_squares, first, slots.slots(0), own);
-        add_by_norm<HEADS, C>(m, own, grad);
-      });
-      store_warp_sums<HEADS, C>(sum, place.lane, shared.read + place.warp * plan.heads * plan.columns + corner, plan.columns);
+      }
+      slots.tell_sums(of_beta, first, turn > 0, sums);
+      slots.tell_sums(of_key, first, turn > 0, of_squares_of_keys);
     }
-    slots.give(grad, a.N, a.D, 1, 0, k, grad_memory);
+    gpu::sync_warp();
+
+    for (int k = 0; k < slots.pieces(); ++k)
+      slots.by_four([&](auto from, auto count) {
+        constexpr int FROM = decltype(from)::value, COUNT = decltype(count)::value;
+        const int column = slots.first_column(k) + FROM * column_lanes;
+        Tile<T, COUNT> grad = {};
+        for (int first = 0; first < plan.heads; first += HEADS) {
+          const int corner = first * plan.columns + column;
+          Four<T> own[HEADS];
+          T rows[HEADS][COUNT], sum[HEADS * COUNT] = {};
+          if (a.grad_read) {
+            slots.load_weights(shared.given, first, slots.slots(0), own);
+            load_rows<HEADS, COUNT>(shared.grads + corner, plan.columns, rows);
+            add_products<HEADS, COUNT>(own, rows, grad);
+          }
+          slots.load_weights(shared.weights, first, slots.slots(0), own);
+          load_rows<HEADS, COUNT>(shared.keys + corner, plan.columns, rows);
+          add_products<HEADS, COUNT>(own, rows, grad);
+          slots.with_piece(k, [&](const Tile<T, C>& all) {
+            const Tile<T, COUNT> m = columns_of<FROM, COUNT>(all);
+            add_weighted<HEADS, COUNT>(m, own, sum);
+            slots.load_weights(shared.of_squares, first, slots.slots(0), own);
+            add_by_norm<HEADS, COUNT>(m, own, grad);
+          });
+          slots.template add_sums<COUNT>(sum, first, column, turn > 0, nullptr, of_warp);
+        }
+        slots.give_back(grad, k, FROM, grad_memory);
+      });
+    gpu::sync_warp();
   }
   gpu::sync();
+  if (stage == Stage::means) {
+    for (int r = gpu::thread(); r < plan.R; r += gpu::threads())
+      means[(sample * a.R + r) * share.parts + part] = slots.total(shared.sums, r, plan.heads);
+    return;
+  }
+  const int64_t rows = a.B * a.R;
+  T* of_part = of_parts + part * rows * (a.D + 1);
   for (int i = gpu::thread(); i < plan.R * plan.D; i += gpu::threads()) {
-    const int r = i / plan.D, at = r * plan.columns + i % plan.D;
+    const int r = i / plan.D, at = r * plan.columns + slots.place_of(i % plan.D);
+    const int64_t to = sample * a.R * a.D + i;
     const T of_key =
         slots.total(shared.read, at, plan.heads * plan.columns) + 2 * slots.total(shared.most, r, plan.heads) * shared.keys[at];
-    of_keys[(part * a.B + sample) * a.R * a.D + i] = of_key;
+    if (share.parts == 1) store_as(a.grad_key, a.input, to, of_key);
+    else of_part[to] = of_key;
   }
-  for (int r = gpu::thread(); a.grad_sharpness && r < plan.R; r += gpu::threads())
-    of_sharpness[(part * a.B + sample) * a.R + r] = slots.total(shared.sums, r, plan.heads);
+  for (int r = gpu::thread(); a.grad_sharpness && r < plan.R; r += gpu::threads()) {
+    const T of_sharpness = slots.total(shared.sums, r, plan.heads);
+    if (share.parts == 1) store_as(a.grad_sharpness, a.input, sample * a.R + r, of_sharpness);
+    else of_part[rows * a.D + sample * a.R + r] = of_sharpness;
+  }
+}
+
+// Adds up what the blocks of each sample have of the gradients of keys and sharpness.
+template <class T>
+__global__ void __launch_bounds__(most_threads, 4)
+    add_gradients_kernel(ContentReadBackward a, int64_t parts, const T* of_parts) {
+  T* of_warps = reinterpret_cast<T*>(gpu::shared_memory());
+  const int64_t i = gpu::block() * 32 + gpu::thread() % 32, of_keys = a.B * a.R * a.D, count = of_keys + a.B * a.R;
+  const T sum = add_rows(parts, of_warps, [&](int64_t part) { return i < count ? of_parts[part * count + i] : T(0); });
+  if (gpu::thread() >= 32) return;
+  if (i < of_keys) store_as(a.grad_key, a.input, i, sum);
+  else if (i < count && a.grad_sharpness) store_as(a.grad_sharpness, a.input, i - of_keys, sum);
 }
 
 // ---- which kernel -----------------------------------------------------------------------------------------------------
@@ -314,41 +566,66 @@ const char* with_kernel(const Plan& plan, F f) {
 }
 
 template <class T>
+Share share_out(const Plan& plan, int64_t B, int64_t blocks_at_once, const void* memory, const void* grad_memory) {
+  const auto aligned = [](const void* numbers) { return reinterpret_cast<uintptr_t>(numbers) % alignof(Four<T>) == 0; };
+  const int64_t turns = (plan.N + plan.span - 1) / plan.span;  // of a block that has the whole sample
+  const int64_t wanted = B < blocks_at_once ? blocks_at_once / B : 1;
+  Share share{};
+  share.turns = static_cast<int>((turns + wanted - 1) / wanted);
+  share.parts = (turns + share.turns - 1) / share.turns;
+  share.alone = turns == 1;
+  share.wide = plan.D % 4 == 0 && aligned(memory) && aligned(grad_memory);
+  return share;
+}
+
+template <class T>
 const char* read(const ContentRead& a, const Queue& queue) {
+  if (a.B == 0) return nullptr;
   const Plan plan = plan_read<T>(a.N, a.D, a.R, false);
-  const int64_t parts = (a.N + plan.span - 1) / plan.span, rows = a.B * parts * a.R;
+  const int64_t processors = gpu::limits().processors;
+  const Share share = share_out<T>(plan, a.B, 2 * processors, a.memory, nullptr);
+  const int64_t rows = a.B * share.parts * a.R;
   Parts<T> between{};
-  if (parts > 1) {
+  if (!share.alone) {
     between.most = static_cast<T*>(queue.scratch(queue.owner, rows * (a.D + 2) * sizeof(T)));
     between.sums = between.most + rows;
     between.reads = between.sums + rows;
   }
   const char* why = with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
     return gpu::launch(read_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
-                       {a.B * parts, 32 * plan.warps, 1, plan.shared, queue.stream}, a, plan, parts, between);
+                       {a.B * share.parts, 32 * plan.warps, 1, plan.shared, queue.stream}, a, plan, share, between);
   });
-  if (why || parts == 1) return why;
-  return gpu::launch(combine_kernel<T>, {a.B * parts, most_threads / 2, 1, 0, queue.stream}, a, plan.span, parts, between);
+  if (why || share.alone) return why;
+  const int64_t most_shares = a.B < 2 * processors ? 2 * processors / a.B : 1, useful = (a.N + 511) / 512;
+  const int64_t shares = useful < most_shares ? useful : most_shares;
+  const size_t shared = (most_threads + 2 * (a.R + 4)) * sizeof(T);
+  return gpu::launch(combine_kernel<T>, {a.B * shares, most_threads, 1, shared, queue.stream}, a, share.parts, shares, between);
 }
 
 template <class T>
 const char* read_backward(const ContentReadBackward& a, const Queue& queue) {
+  if (a.B == 0) return nullptr;
   const Plan plan = plan_read<T>(a.N, a.D, a.R, true);
-  const int64_t parts = (a.N + plan.span - 1) / plan.span, rows = a.B * a.R;
-  T* of_keys = static_cast<T*>(queue.scratch(queue.owner, parts * rows * (a.D + 2) * sizeof(T)));
-  T *of_sharpness = of_keys + parts * rows * a.D, *means = of_sharpness + parts * rows;
+  const Share share = share_out<T>(plan, a.B, 2 * gpu::limits().processors, a.memory, a.grad_memory);
+  const int64_t rows = a.B * a.R, count = rows * (a.D + 1);
+  T *of_parts = nullptr, *means = nullptr;
+  if (!share.alone) {
+    of_parts = static_cast<T*>(queue.scratch(queue.owner, share.parts * (count + rows) * sizeof(T)));
+    means = of_parts + share.parts * count;
+  }
   const char* why = with_kernel<T>(plan, [&](auto c, auto h, auto resident) {
-    const auto kernel = read_backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>;
-    const char* why = nullptr;
-    for (const bool finds_means : {true, false})
-      if (why == nullptr)
-        why = gpu::launch(kernel, {a.B * parts, 32 * plan.warps, 1, plan.shared, queue.stream}, a, plan, parts, finds_means,
-                          means, of_keys, of_sharpness);
-    return why;
+    const auto stage = [&](Stage stage) {
+      return gpu::launch(read_backward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value>,
+                         {a.B * share.parts, 32 * plan.warps, 1, plan.shared, queue.stream}, a, plan, share, stage, means,
+                         of_parts);
+    };
+    if (share.alone) return stage(Stage::alone);
+    const char* why = stage(Stage::means);
+    return why ? why : stage(Stage::gradients);
   });
-  if (why) return why;
-  if ((why = add_parts(of_keys, parts, rows * a.D, a.grad_key, a.input, queue.stream))) return why;
-  return a.grad_sharpness ? add_parts(of_sharpness, parts, rows, a.grad_sharpness, a.input, queue.stream) : nullptr;
+  if (why || share.parts == 1) return why;
+  return gpu::launch(add_gradients_kernel<T>, {(count + 31) / 32, most_threads, 1, most_threads * sizeof(T), queue.stream}, a,
+                     share.parts, of_parts);
 }
 
 }  // namespace

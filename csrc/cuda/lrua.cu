@@ -8,32 +8,176 @@ namespace {
 
 // ---- least_used -----------------------------------------------------------------------------------------------------
 
-// A slot's place in the order is the number of slots before it: no thread waits for another, whatever n is. A block takes
-// as many slots of a sample as it has threads, and goes through all of the sample's.
+// Of few slots: a slot's place in the order is the number of slots before it, so that no thread waits for another, whatever n
+// is. A block takes a sample, a thread a slot.
 template <class T>
-__global__ void __launch_bounds__(most_threads, 1) least_used_kernel(LeastUsed a, int64_t parts) {
+__global__ void __launch_bounds__(most_threads, 1) least_used_kernel(LeastUsed a) {
   using Bits = typename Order<T>::Bits;
   Bits* orders = reinterpret_cast<Bits*>(gpu::shared_memory());
-  const int64_t sample = gpu::block() / parts, mine = gpu::block() % parts * gpu::threads() + gpu::thread();
-  const T* usage = static_cast<const T*>(a.usage) + sample * a.N;
-  const Bits own = mine < a.N ? order_of(usage[mine]) : taken<T>;
+  const int64_t sample = gpu::block(), mine = gpu::thread();
+  const Bits own = mine < a.N ? order_of(static_cast<const T*>(a.usage)[sample * a.N + mine]) : taken<T>;
+  orders[mine] = own;
+  gpu::sync();
   int64_t before = 0;
-  for (int64_t first = 0; first < a.N; first += gpu::threads()) {
-    const int64_t slot = first + gpu::thread();
-    if (first > 0) gpu::sync();
-    orders[gpu::thread()] = slot < a.N ? order_of(usage[slot]) : taken<T>;
-    gpu::sync();
-    for (int i = 0; i < gpu::threads(); ++i) before += orders[i] < own || (orders[i] == own && first + i < mine);
-  }
+  for (int i = 0; i < gpu::threads(); ++i) before += orders[i] < own || (orders[i] == own && i < mine);
   if (mine < a.N && before < a.n) a.slots[sample * a.n + before] = mine;
+}
+
+// Of more: a slot and its usage as one number. No two are equal, so their order is the stable one however they are moved about.
+template <class T>
+struct Ranked;
+template <>
+struct Ranked<float> {
+  uint64_t bits;
+  __device__ static Ranked of(uint32_t order, uint32_t slot) { return {static_cast<uint64_t>(order) << 32 | slot}; }
+  __device__ uint32_t slot() const { return static_cast<uint32_t>(bits); }
+  __device__ bool operator<(const Ranked& other) const { return bits < other.bits; }
+};
+template <>
+struct alignas(16) Ranked<double> {
+  uint64_t order, number;
+  __device__ static Ranked of(uint64_t order, uint32_t slot) { return {order, slot}; }
+  __device__ uint32_t slot() const { return static_cast<uint32_t>(number); }
+  __device__ bool operator<(const Ranked& other) const {
+    return order < other.order || (order == other.order && number < other.number);
+  }
+};
+
+constexpr int chunk = 2048;  // slots that a block puts in order, in shared memory
+constexpr int ways = 4;      // runs in order of which one is made at a time
+
+// The logarithm of the least power of two that is not below x.
+__device__ inline int logarithm(int64_t x) {
+  int power = 0;
+  while (int64_t(1) << power < x) ++power;
+  return power;
+}
+
+// Puts bitonic runs of 2^size in order, every other one descending. Run j begins at j 2^gap.
+template <class T>
+__device__ __forceinline__ void merge_bitonic(Ranked<T>* all, int runs, int size, int gap) {
+  for (int step = 1 << size >> 1; step > 0; step /= 2) {
+    for (int i = gpu::thread(); i < runs << size >> 1; i += gpu::threads()) {
+      const int run = i >> (size - 1), at = i - (run << (size - 1));
+      Ranked<T>* front = all + (run << gap) + 2 * at - (at & (step - 1));
+      const Ranked<T> x = front[0], y = front[step];
+      if (run % 2 == 0 ? y < x : x < y) front[0] = y, front[step] = x;
+    }
+    gpu::sync();
+  }
+}
+
+// The `kept` least of each chunk of a sample, in order. What there is to choose from, the usages or what an earlier call has left
+// of them, is [B, count]; it comes out as [B, chunks, kept], where a chunk had fewer with numbers of no slot at the end, or, if
+// `to` is null, as slots. Runs of as many as are kept are put in order. Then every two runs become one, of the lesser of one's
+// first and the other's last, of its second and the other's last but one, and so on: these are the least of both.
+template <class T>
+__global__ void __launch_bounds__(most_threads, 2)
+    least_of_chunks_kernel(LeastUsed a, const Ranked<T>* from, int64_t count, int64_t chunks, int64_t kept, Ranked<T>* to) {
+  Ranked<T>* all = reinterpret_cast<Ranked<T>*>(gpu::shared_memory());
+  const int64_t sample = gpu::block() / chunks, first = gpu::block() % chunks * chunk;
+  const int own = static_cast<int>(count - first < chunk ? count - first : chunk);
+  const int size = logarithm(kept), held = logarithm(own > kept ? own : kept);
+  for (int i = gpu::thread(); i < 1 << held; i += gpu::threads()) {
+    const int64_t at = sample * count + first + i;
+    all[i] = i >= own ? Ranked<T>::of(taken<T>, ~0u)
+             : from   ? from[at]
+                      : Ranked<T>::of(order_of(static_cast<const T*>(a.usage)[at]), static_cast<uint32_t>(first + i));
+  }
+  gpu::sync();
+  for (int run = 1; run <= size; ++run) merge_bitonic(all, 1 << (held - run), run, run);
+  for (int gap = size; gap < held; ++gap) {
+    const int runs = 1 << (held - gap - 1);
+    for (int i = gpu::thread(); i < runs << size; i += gpu::threads()) {
+      Ranked<T>* one = all + (i >> size << (gap + 1)) + (i & ((1 << size) - 1));
+      if (one[1 << gap] < one[0]) one[0] = one[1 << gap];
+    }
+    gpu::sync();
+    merge_bitonic(all, runs, size, gap + 1);
+  }
+  for (int i = gpu::thread(); i < kept; i += gpu::threads()) {
+    if (to) to[gpu::block() * kept + i] = all[i];
+    else a.slots[sample * a.n + i] = all[i].slot();
+  }
+}
+
+// Of runs in order, one for every `span` numbers of [B, ld] with what is left of them at its beginning, every `ways` become one,
+// of which again no more than the n least are left. Where a number goes tells how many of the other runs are before it, found by
+// halving. The last of these calls, for which `to` is null, gives out slots.
+template <class T>
+__global__ void __launch_bounds__(most_threads, 4)
+    merge_runs_kernel(LeastUsed a, const Ranked<T>* from, int64_t ld, int64_t span, int64_t parts, Ranked<T>* to) {
+  const int64_t kept = span < a.n ? span : a.n, sample = gpu::block() / parts;
+  const int64_t i = gpu::block() % parts * gpu::threads() + gpu::thread(), run = i / kept, at = i % kept;
+  const auto length = [&](int64_t run) {
+    const int64_t left = a.N - run * span;
+    return left <= 0 ? 0 : left < kept ? left : kept;
+  };
+  if (at >= length(run)) return;
+  const Ranked<T>* all = from + sample * ld;
+  const Ranked<T> own = all[run * span + at];
+  const int64_t first = run / ways * ways;
+  int64_t before[ways] = {}, lengths[ways];
+#pragma unroll
+  for (int w = 0; w < ways; ++w) lengths[w] = first + w == run ? 0 : length(first + w);
+  for (int64_t step = int64_t(1) << logarithm(kept); step > 0; step /= 2)
+#pragma unroll
+    for (int w = 0; w < ways; ++w)  // whose loads wait for none of the others
+      if (before[w] + step <= lengths[w] && all[(first + w) * span + before[w] + step - 1] < own) before[w] += step;
+  int64_t place = at;
+#pragma unroll
+  for (int w = 0; w < ways; ++w) place += before[w];
+  if (place >= a.n) return;
+  if (to) to[sample * ld + first * span + place] = own;
+  else a.slots[sample * a.n + place] = own.slot();
 }
 
 template <class T>
 const char* choose(const LeastUsed& a, const Queue& queue) {
   if (a.n == 0) return nullptr;
-  const int threads = static_cast<int>(a.N < most_threads ? (a.N + 31) / 32 * 32 : most_threads);
-  const int64_t parts = (a.N + threads - 1) / threads;
-  return gpu::launch(least_used_kernel<T>, {a.B * parts, threads, 1, threads * sizeof(T), queue.stream}, a, parts);
+  if (a.N <= most_threads) {
+    const int threads = static_cast<int>((a.N + 31) / 32 * 32);
+    return gpu::launch(least_used_kernel<T>, {a.B, threads, 1, threads * sizeof(T), queue.stream}, a);
+  }
+  if (a.N >= int64_t(1) << 32) return "the kernel takes no more slots than 32 bits can number";
+  const auto chunks_of = [](int64_t count) { return (count + chunk - 1) / chunk; };
+  const auto keep = [&](const Ranked<T>* from, int64_t count, int64_t kept, Ranked<T>* to) {
+    const int64_t chunks = chunks_of(count);
+    const size_t shared = sizeof(Ranked<T>) * (chunks > 1 || count > chunk / 2 ? chunk : chunk / 2);
+    return gpu::launch(least_of_chunks_kernel<T>, {a.B * chunks, most_threads, 1, shared, queue.stream}, a, from, count, chunks,
+                       kept, to);
+  };
+  const auto scratch = [&](int64_t count) {
+    return static_cast<Ranked<T>*>(queue.scratch(queue.owner, a.B * count * sizeof(Ranked<T>)));
+  };
+  Ranked<T>* between[2] = {};
+  if (a.N <= chunk || a.n <= chunk / 4) {  // every call leaves a quarter or less
+    const Ranked<T>* from = nullptr;
+    int64_t count = a.N;
+    for (int call = 0; chunks_of(count) > 1; ++call) {
+      const int64_t left = chunks_of(count) * a.n;
+      Ranked<T>*& to = between[call % 2];
+      if (to == nullptr) to = scratch(left);
+      if (const char* why = keep(from, count, a.n, to)) return why;
+      from = to, count = left;
+    }
+    return keep(from, count, a.n, nullptr);
+  }
+  const int64_t ld = chunks_of(a.N) * chunk;
+  between[0] = scratch(ld);
+  if (const char* why = keep(nullptr, a.N, chunk, between[0])) return why;
+  int64_t span = chunk;
+  for (int call = 0; span < a.N; ++call, span *= ways) {
+    const bool last = span * ways >= a.N;
+    Ranked<T>*& to = between[(call + 1) % 2];
+    if (to == nullptr && !last) to = scratch(ld);
+    const int64_t runs = (a.N + span - 1) / span, left = runs * (span < a.n ? span : a.n);
+    const int64_t parts = (left + most_threads - 1) / most_threads;
+    if (const char* why = gpu::launch(merge_runs_kernel<T>, {a.B * parts, most_threads, 1, 0, queue.stream}, a,
+                                      between[call % 2], ld, span, parts, last ? nullptr : to))
+      return why;
+  }
+  return nullptr;
 }
 
 // ---- lrua_write -----------------------------------------------------------------------------------------------------
