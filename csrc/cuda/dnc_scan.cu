@@ -448,14 +448,19 @@ struct HeldForwardScan : HeldThread<C> {
   // A slot's place is the number of those before it: four lanes count them.
   __device__ __forceinline__ void sort() {
     const uint32_t own = my.ranks[own_slot];
+    const int own_part =
+        warp / 2;  // of 16 slots: among those of the parts before it the equals count, which makes own + 1 of own
     int before = 0;
 #pragma unroll
     for (int k = 0; k < held_slots / 16; ++k) {
-      const int first = 16 * k + 4 * own_share;
-      const Four<uint32_t> others = load_four(my.ranks + first);
+      const Four<uint32_t> others = load_four(my.ranks + 16 * k + 4 * own_share);
+      const uint32_t least = k < own_part ? own + 1 : own;  // no rank that counts is the largest
 #pragma unroll
-      for (int j = 0; j < 4; ++j) before += others.at[j] < own + (first + j < own_slot);  // no rank that counts is the largest
+      for (int j = 0; j < 4; ++j) before += others.at[j] < least;
     }
+    const Four<uint32_t> others = load_four(my.ranks + 16 * own_part + 4 * own_share);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) before += others.at[j] == own && 16 * own_part + 4 * own_share + j < own_slot;
     before += gpu::shuffle_xor(before, 1);
     before += gpu::shuffle_xor(before, 2);
     if (own_share != 0 || own_slot >= plan.N) return;
@@ -610,9 +615,12 @@ struct HeldForwardScan : HeldThread<C> {
           float* kept = static_cast<float*>(a.directions) + row * 2 * N;
           kept[i] = back, kept[N + i] = ahead;
         }
-        this->sharpen(my.backward + h * held_row, in[In::exponents + 2 * h], weights);
+        float direction[lane_links];
+        this->load_every(my.backward + h * held_row, direction);
+        this->sharpen(direction, in[In::exponents + 2 * h], weights);
         back = this->own_of(weights);
-        this->sharpen(my.forward + h * held_row, in[In::exponents + 2 * h + 1], weights);
+        this->load_every(my.forward + h * held_row, direction);
+        this->sharpen(direction, in[In::exponents + 2 * h + 1], weights);
         ahead = this->own_of(weights);
       }
       const float* modes = in + In::modes + 3 * h;

@@ -536,14 +536,15 @@ struct HeldThread {
 #pragma unroll
     for (int k = 0; k < lane_links; ++k) weights[k] = lane + 32 * k < plan.N ? weights[k] * scale : 0;
   }
-  // A direction to a power, in shares; the logarithm of its maximum.
-  __device__ __forceinline__ float sharpen(const float* direction, float exponent, float (&out)[lane_links]) const {
+  // A direction to a power, in shares; returns the logarithm of its maximum.
+  __device__ __forceinline__ float sharpen(const float (&direction)[lane_links], float exponent,
+                                           float (&out)[lane_links]) const {
     constexpr float floor = DncThread<float>::link_floor;
     float most = -INFINITY, sum = 0;
 #pragma unroll
     for (int k = 0; k < lane_links; ++k) {
       const int i = lane + 32 * k;
-      out[k] = direction[i] + floor;
+      out[k] = direction[k] + floor;
       if (i < plan.N) most = larger(most, out[k]);
     }
     most = log(warp_maximum(most));
@@ -556,6 +557,10 @@ struct HeldThread {
 #pragma unroll
     for (int k = 0; k < lane_links; ++k) out[k] = lane + 32 * k < plan.N ? out[k] * scale : 0;
     return most;
+  }
+  __device__ __forceinline__ void load_every(const float* from, float (&values)[lane_links]) const {
+#pragma unroll
+    for (int k = 0; k < lane_links; ++k) values[k] = from[lane + 32 * k];
   }
   // Of what a lane has of every 32nd slot, that of the slot which is the thread's among the head's four warps.
   __device__ __forceinline__ float own_of(const float (&values)[lane_links]) const {
