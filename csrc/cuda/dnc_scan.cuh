@@ -425,42 +425,46 @@ struct HeldInputs {
   }
 };
 
-// As DncStream, for these: where a number comes from and goes to is found once.
+// As DncStream, for these: where a number comes from and goes to is found once, and kept in one register.
 template <int C, bool BACKWARD>
 class HeldStream {
  public:
-  __device__ __forceinline__ HeldStream(const DncPlan& plan, Dtype input) : input_(input) {
+  __device__ __forceinline__ HeldStream(const DncPlan& plan, Dtype input) : plan_(plan), input_(input) {
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
       const int i = gpu::thread() + j * held_threads;
-      ways_[j] = {nullptr, -1, 0};
+      ways_[j] = none;
       if (i >= plan.inputs()) continue;
       int kind = 0;
       while (i >= plan.first[kind + 1]) ++kind;
-      const int of_kind = i - plan.first[kind];
-      const void* data = plan.told[kind];
-      ways_[j] = {data ? number_of(data, input, of_kind) : nullptr, HeldInputs<C>::place(kind, of_kind, plan.D),
-                  plan.count(kind)};
+      const int number = i - plan.first[kind];
+      ways_[j] = static_cast<unsigned>(kind) << 28 | static_cast<unsigned>(HeldInputs<C>::place(kind, number, plan.D)) << 16 |
+                 static_cast<unsigned>(number);
     }
   }
   __device__ __forceinline__ void ask(int64_t row) {
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) asked_[j] = ways_[j].from ? load_as<float>(ways_[j].from, input_, row * ways_[j].width) : 0;
+    for (int j = 0; j < ahead; ++j) {
+      asked_[j] = 0;
+      if (ways_[j] == none) continue;
+      const int kind = static_cast<int>(ways_[j] >> 28), number = static_cast<int>(ways_[j] & 0xffff);
+      const void* data = plan_.told[kind];
+      if (data) asked_[j] = load_as<float>(data, input_, row * plan_.count(kind) + number);
+    }
   }
   __device__ __forceinline__ void put(float* in) const {
 #pragma unroll
     for (int j = 0; j < ahead; ++j)
-      if (ways_[j].to >= 0) in[ways_[j].to] = asked_[j];
+      if (ways_[j] != none) in[ways_[j] >> 16 & 0xfff] = asked_[j];
   }
 
  private:
   static constexpr int ahead = HeldInputs<C>::ahead(BACKWARD);
-  struct Way {
-    const void* from;
-    int to, width;
-  };
+  static constexpr unsigned none = ~0u;
+  static_assert(HeldInputs<C>::numbers <= 0xfff && Told::kinds < 15, "a way fits a register");
+  const DncPlan& plan_;
   Dtype input_;
-  Way ways_[ahead];
+  unsigned ways_[ahead];
   float asked_[ahead];
 };
 
