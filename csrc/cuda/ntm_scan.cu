@@ -18,7 +18,8 @@ struct Forward {
     T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights, old then new
     T *sums, *maximum, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and powers
     T* reads;                           // [warps, reading heads, columns]
-    __device__ __host__ Small(Carver& carver, const Plan& plan)
+    template <class P>
+    __device__ __host__ Small(Carver& carver, const P& plan)
         : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)),
           weights(carver.take<T>(plan.heads * plan.span)), sums(carver.take<T>(plan.warps * plan.heads)),
           maximum(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
@@ -26,18 +27,20 @@ struct Forward {
   };
   struct Slots {
     T* shifted;  // [heads, span]: shifted weights, then their powers
-    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t) : shifted(carver.take<T>(plan.heads * plan.span)) {}
+    template <class P>
+    __device__ __host__ Slots(Carver& carver, const P& plan, int64_t) : shifted(carver.take<T>(plan.heads * plan.span)) {}
   };
   struct Tiles {
     T* memory;
-    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t)
+    template <class P>
+    __device__ __host__ Tiles(Carver& carver, const P& plan, int64_t)
         : memory(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
   };
 };
 
-template <class T, int C, bool RESIDENT>
-struct ForwardScan : NtmThread<T, C, RESIDENT> {
-  using Base = NtmThread<T, C, RESIDENT>;
+template <class T, int C, bool RESIDENT, class P>
+struct ForwardScan : NtmThread<T, C, RESIDENT, P> {
+  using Base = NtmThread<T, C, RESIDENT, P>;
   using Base::place, Base::plan, Base::first_slot, Base::rank;
   const NtmScan& a;
   const int64_t sample;
@@ -46,12 +49,14 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
   AnchorTurns anchors;
-  NtmStream<T, NtmScan> stream;
+  NtmStream<T, NtmScan, P> stream;
+  const int first_read, read_place;
 
-  __device__ __forceinline__ ForwardScan(const NtmScan& a, const Plan& plan, Places places)
+  __device__ __forceinline__ ForwardScan(const NtmScan& a, const P& plan, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
         small(places.of(RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
-        tiles(places.of(plan.near_tiles), plan, 0), anchors(a.anchor_every), stream(a, plan) {}
+        tiles(places.of(plan.near_tiles), plan, 0), anchors(a.anchor_every), stream(a, plan),
+        first_read(rank * 32 * plan.warps + gpu::thread()), read_place(plan.D > 0 ? vector_at(plan, first_read) : 0) {}
 
   __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const {
     return small.in.of(static_cast<int>(step % 2), plan, false);
@@ -89,13 +94,58 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
           static_cast<T*>(nullptr));
     if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
     this->sync();
-    this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
-                [&](int h, bool there, bool speaks, T most) { raise(in, h, there, speaks, most); });
-    if (puts && t > 0) give_reads(t - 1);
-    if (puts && more) stream.put(inputs(t + 1));
+    const auto between = [&] {
+      if (puts && t > 0) give_reads(t - 1);
+      if (puts && more) stream.put(inputs(t + 1));
+      this->sync();
+    };
+    if constexpr (P::fixed) {
+      sharpen(in, first, last, between);
+    } else {
+      this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
+                  [&](int h, bool there, bool speaks, T most) { raise(in, h, there, speaks, most); });
+      between();
+      weigh(in, first, last);
+    }
+    gpu::sync_warp();
+  }
+
+  // With a fixed plan, whose lanes have one slot each: powers are relative to one number that all know, so that no maximum must
+  // be found. If their sum tells that it was too far from the greatest, all warps see so, and it is done the long way.
+  template <class F>
+  __device__ __forceinline__ void sharpen(const NtmInputs<T>& in, int first, int last, F between) {
+    constexpr T low = T(1) / (int64_t(1) << 60), high = T(int64_t(1) << 62), middle = T(middle_of(P::span));
+    T shifted[Base::pairs], raised[Base::pairs];
+    const int slot = this->half_slot(0);
+    const bool has_slot = slot < plan.N;
+    this->with_heads(first, last, [&](int i, int h, bool, bool speaks) {
+      const T gate = in.gate[h], by_content = gate * this->content_scale(small.sums, h), rest = T(1) - gate;
+      T sum = 0;
+      this->with_origins(slot, [&](int j, int from) {
+        sum += in.shift[h * plan.shifts + j] *
+               (by_content * this->at(small.content, h, from) + rest * this->at(small.weights, h, from));
+      });
+      shifted[i] = has_slot ? sum : T(0);
+      raised[i] = has_slot ? power(sum * middle, in.gamma[h]) : T(0);
+      const T of_warp = add_half(raised[i]);
+      if (speaks) this->tell(small.powers, h, of_warp);
+    });
+    between();
+    bool fine = true;
+    this->with_heads(first, last, [&](int i, int h, bool there, bool) {
+      const T total = this->total(small.powers, h, plan.heads);
+      fine &= total >= low && total <= high;
+      if (there) small.weights[h * plan.span + slot] = raised[i] * gpu::reciprocal(total);
+    });
+    if (gpu::warp_min(fine) != 0) return;
+    this->sync();  // all have seen the sums
+    this->with_heads(first, last, [&](int i, int h, bool there, bool speaks) {
+      if (there) per_slot.shifted[h * plan.span + slot] = shifted[i];
+      const T most = shifted[i] > T(0) || shifted[i] != shifted[i] ? shifted[i] : T(0);
+      raise(in, h, there, speaks, maximum_half(most));
+    });
     this->sync();
     weigh(in, first, last);
-    gpu::sync_warp();
   }
 
   // Powers of a head's shifted weights, relative to the maximum of the warp, so that none underflows that counts.
@@ -120,7 +170,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
 
   // Weights from the powers, now that the maximum of all warps is known.
   __device__ __forceinline__ void weigh(const NtmInputs<T>& in, int first, int last) {
-    this->with_heads(first, last, [&](int h, bool there, bool) {
+    this->with_heads(first, last, [&](int, int h, bool there, bool) {
       const T maximum = this->maximum_told(small.most, h), gamma = in.gamma[h];
       T total = 0;
       for (int w = place.lane % warp_slots; w < plan.warps * plan.cluster; w += warp_slots)
@@ -155,12 +205,14 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
         with_piece<true>(g, k, [&](Tile<T, C>& m) { Base::write(in, small.weights, g, k, m); });
   }
 
+  // Where the thread's first number lies is found once.
   __device__ __forceinline__ void give_reads(int64_t t) {
-    const int count = plan.reads * plan.D;
-    for (int j = rank * gpu::threads() + gpu::thread(); j < count; j += plan.cluster * gpu::threads()) {
-      const T read = this->total(small.reads, j / plan.D * plan.columns + j % plan.D, plan.reads * plan.columns);
-      store_as(a.reads, a.input, (t * a.B + sample) * count + j, read);
-    }
+    const int count = plan.reads * plan.D, ld = plan.reads * plan.columns, stride = plan.cluster * 32 * plan.warps;
+    const int64_t row = (t * a.B + sample) * count;
+    if (first_read < count) store_as(a.reads, a.input, row + first_read, this->total(small.reads, read_place, ld));
+    if constexpr (!P::fixed)
+      for (int j = first_read + stride; j < count; j += stride)
+        store_as(a.reads, a.input, row + j, this->total(small.reads, vector_at(plan, j), ld));
   }
 
   __device__ __forceinline__ void end() {
@@ -185,7 +237,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
       if (more) stream.ask((t + 1) * a.B + sample);
       const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
       if (anchors.due(t)) save_memory(t);
-      if (a.read_first) {
+      if (plan.read_first) {
         address(in, 0, heads, t, more, true);
         read();
         write(in);
@@ -210,10 +262,11 @@ struct ForwardScan : NtmThread<T, C, RESIDENT> {
   }
 };
 
-template <class T, int C, bool RESIDENT>
+template <class T, int C, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     ntm_forward_kernel(const __grid_constant__ NtmScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
-  ForwardScan<T, C, RESIDENT>(a, plan, Places(plan, scratch)).run();
+  const auto& known = P::of(plan);
+  ForwardScan<T, C, RESIDENT, P>(a, known, Places(plan, scratch)).run();
 }
 
 template <class T>
@@ -229,8 +282,8 @@ const char* scan(const NtmScan& a, const Queue& queue) {
   if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
-  return with_tile<T>(plan, [&](auto c, auto resident) {
-    return gpu::launch(ntm_forward_kernel<T, decltype(c)::value, decltype(resident)::value>,
+  return with_ntm_kernel<T>(plan, [&](auto c, auto resident, auto kind) {
+    return gpu::launch(ntm_forward_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type>,
                        {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan,
                        static_cast<unsigned char*>(scratch));
   });

@@ -26,7 +26,8 @@ struct Backward {
     T *sums, *maximum, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the maximum weight
     T *of_keys, *of_erase, *of_add;            // [warps, heads or writing heads, columns]
     T* scalars;                                // [warps, heads, of_shift + shifts]
-    __device__ __host__ Small(Carver& carver, const Plan& plan)
+    template <class P>
+    __device__ __host__ Small(Carver& carver, const P& plan)
         : in(carver, plan, true), content(carver.take<T>(plan.heads * plan.span)),
           previous(carver.take<T>(plan.heads * plan.span)), of_shifted(carver.take<T>(plan.heads * plan.span)),
           sums(carver.take<T>(plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
@@ -41,7 +42,8 @@ struct Backward {
     // [heads, span], the last [span]. of_dots: content weights, for the sums of their exponentials may be the next step's by
     // the time that they are needed; then gradients of the dot products.
     T *dots, *shifted, *of_dots, *of_squares, *squares;
-    __device__ __host__ Slots(Carver& carver, const Plan& plan, int64_t)
+    template <class P>
+    __device__ __host__ Slots(Carver& carver, const P& plan, int64_t)
         : now(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
           dots(carver.take<T>(plan.heads * plan.span)), shifted(carver.take<T>(plan.heads * plan.span)),
           of_dots(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(plan.heads * plan.span)),
@@ -49,16 +51,17 @@ struct Backward {
   };
   struct Tiles {
     T *memories, *grad;  // before each step and after the last
-    __device__ __host__ Tiles(Carver& carver, const Plan& plan, int64_t every)
+    template <class P>
+    __device__ __host__ Tiles(Carver& carver, const P& plan, int64_t every)
         : memories(carver.take<T>((every + 1) * tile_numbers(plan))),
           grad(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
   };
 };
 
-template <class T, int C, bool RESIDENT>
-struct BackwardScan : NtmThread<T, C, RESIDENT> {
-  using Base = NtmThread<T, C, RESIDENT>;
-  using Base::place, Base::plan, Base::first_slot, Base::rank;
+template <class T, int C, bool RESIDENT, class P>
+struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
+  using Base = NtmThread<T, C, RESIDENT, P>;
+  using Base::place, Base::plan, Base::first_slot, Base::rank, Base::pairs;
   const NtmScanBackward& a;
   const int64_t sample;
   const int every;
@@ -66,33 +69,76 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   typename Backward<T>::Slots per_slot;
   typename Backward<T>::Tiles tiles;
   Tile<T, C> held;  // the gradient of the memory
-  NtmStream<T, NtmScanBackward> stream;
+  NtmStream<T, NtmScanBackward, P> stream;
   int visits = 0;  // steps gone through, in either direction
   // What the warps have told of a step's writes, and of some of its heads, and nobody has given yet; -1: nothing.
   int64_t written_row = -1, addressed_row = -1;
   int first_told = 0, last_told = 0;
 
-  __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const Plan& plan, int every, Places places)
+  // What only a thread of a fixed plan keeps, which has one slot of each pair of heads: the tile of the memory that is gone back
+  // through; weights of its slot, of the step to come, the one after that and in a replay the next, each asked for before it is needed;
+  // its content weights; squares of keys; and where what all have told is added up and goes to.
+  Tile<T, C> known;
+  T before[pairs], next[pairs], replayed[pairs], content[pairs], squares[pairs];
+  struct Giving {
+    const T* from;
+    void* to;  // null: nowhere
+    int ld, width, head;
+    bool scalar;
+  };
+  Giving of_write{}, of_head{};
+  int turn = 0;
+
+  __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const P& plan, int every, Places places)
       : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
         every(every), small(places.of(RESIDENT || plan.near_small), plan),
         per_slot(places.of(RESIDENT || plan.near_slots), plan, every), tiles(places.of(plan.near_tiles), plan, every),
-        stream(a, plan) {}
+        stream(a, plan) {
+    if constexpr (P::fixed) find_givings();
+  }
 
   __device__ __forceinline__ NtmInputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
   __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * tile_numbers(plan); }
   __device__ __forceinline__ const T* history(int64_t row) const {
     return static_cast<const T*>(a.history) + row * plan.R * a.N;
   }
+  // With a fixed plan two of them take turns, for one is given while the next is told; the second is where shifted weights are
+  // else.
+  __device__ __forceinline__ T* scalars_of_all() const { return P::fixed && turn ? per_slot.shifted : small.scalars; }
   __device__ __forceinline__ T* scalars(int h) const {
-    return small.scalars + (place.warp * plan.heads + h) * (of_shift + plan.shifts);
+    return scalars_of_all() + (place.warp * plan.heads + h) * (of_shift + plan.shifts);
   }
   __device__ __forceinline__ T total_scalar(int h, int which) const {
-    return this->total(small.scalars, h * (of_shift + plan.shifts) + which, plan.heads * (of_shift + plan.shifts));
+    return this->total(scalars_of_all(), h * (of_shift + plan.shifts) + which, plan.heads * (of_shift + plan.shifts));
   }
 
   template <bool KEEP, class F>
   __device__ __forceinline__ void with_grad(int g, int k, F f) {
     this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
+  }
+
+  // Calls f with a piece of a memory; with a fixed plan the one that is known.
+  template <class F>
+  __device__ __forceinline__ void with_memory(const T* tiles, int g, int k, F f) const {
+    if constexpr (P::fixed) {
+      f(known);
+    } else {
+      Tile<T, C> m;
+      load_tile(tiles, this->piece(g, k), this->threads(), m);
+      f(m);
+    }
+  }
+  __device__ __forceinline__ void know(const T* tiles) {
+    if constexpr (P::fixed) load_tile(tiles, 0, this->threads(), known);
+  }
+
+  // The lane's weights of a step, or where t is -1 those that came in, of the first heads to the last.
+  __device__ __forceinline__ void ask_weights(int64_t t, T (&weights)[pairs]) const {
+    const T* rows = t < 0 ? static_cast<const T*>(a.weights) + sample * plan.R * a.N : history(t * a.B + sample);
+    const int slot = this->half_slot(0);
+    this->with_heads(0, plan.R, [&](int i, int h, bool there, bool) {
+      weights[i] = there && slot < plan.N && t >= -1 ? rows[h * plan.N + slot] : T(0);
+    });
   }
 
   __device__ __forceinline__ void begin() {
@@ -112,11 +158,24 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     const bool anew = begins(first);
     const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D, a.N);
     this->begin_memory(first > 0 && !anew ? anchor : nullptr, this->first_memory(a, sample, anew), memory(0));
+    know(memory(0));
+    if constexpr (P::fixed) ask_weights(first, replayed);
   }
 
   // A step's write again, from the memory before it to the one after it.
-  __device__ __forceinline__ void replay(const NtmInputs<T>& in, int64_t row, int step) {
-    this->take_rows(history(row), plan.N, per_slot.now);
+  __device__ __forceinline__ void replay(const NtmInputs<T>& in, int64_t t, int64_t last, int step) {
+    if constexpr (P::fixed) {
+      const int slot = this->half_slot(0);
+      this->with_heads(0, plan.R, [&](int i, int h, bool there, bool) {
+        if (there) per_slot.now[h * plan.span + slot] = replayed[i];
+      });
+      ask_weights(t < last ? t + 1 : t, replayed);
+      gpu::sync_warp();
+      this->write(in, per_slot.now, 0, 0, known);
+      store_tile(memory(step + 1), 0, this->threads(), known);
+      return;
+    }
+    this->take_rows(history(t * a.B + sample), plan.N, per_slot.now);
     gpu::sync_warp();
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k) {
@@ -129,6 +188,20 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
 
   // Weights of the step and of the one before; both are asked for before either is waited for.
   __device__ __forceinline__ void take_weights(int64_t t) {
+    if constexpr (P::fixed) {
+      const int slot = this->half_slot(0);
+      const bool anew = begins(t);
+      this->with_heads(0, plan.R, [&](int i, int h, bool there, bool) {
+        if (there) {
+          per_slot.now[h * plan.span + slot] = before[i];
+          small.previous[h * plan.span + slot] = anew ? T(slot == 0) : next[i];
+        }
+        before[i] = next[i];
+      });
+      ask_weights(t - 2, next);
+      gpu::sync_warp();
+      return;
+    }
     const int64_t row = t * a.B + sample;
     const T* now = history(row);
     const bool anew = begins(t);
@@ -148,6 +221,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   // What reaches a memory, and the weights it was read by, from the reads.
   __device__ __forceinline__ void through_read(const NtmInputs<T>& in, const T* addressed) {
     if (a.grad_reads == nullptr) return;
+#pragma unroll(P::fixed ? 8 : 1)
     for (int r = 0; r < plan.reads; ++r)
       for (int g = 0; g < this->groups(); ++g) {
         T sum[lane_slots] = {};
@@ -156,9 +230,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         for (int k = 0; k < this->pieces(); ++k) {
           T rows[1][C];
           load_rows<1, C>(in.grads + r * plan.columns + this->first_column(k), plan.columns, rows);
-          Tile<T, C> m;
-          load_tile(addressed, this->piece(g, k), this->threads(), m);
-          add_dots<1, C>(m, rows, sum);
+          with_memory(addressed, g, k, [&](const Tile<T, C>& m) { add_dots<1, C>(m, rows, sum); });
           with_grad<true>(g, k, [&](Tile<T, C>& grad) { add_products<1, C>(weights, rows, grad); });
         }
         add_lanes<4, 1, lane_slots>(sum, place.lane);
@@ -167,8 +239,9 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   }
 
   // Back through the write: from the gradient of the memory after it to that of the memory before it.
-  __device__ __forceinline__ void through_write(const NtmInputs<T>& in, const T* before, int64_t row) {
+  __device__ __forceinline__ void through_write(const NtmInputs<T>& in, const T* memory_before, int64_t row) {
     const int writes = plan.R - plan.reads;
+#pragma unroll(P::fixed ? 8 : 1)
     for (int w = 0; w < writes; ++w)
       for (int k = 0; k < this->pieces(); ++k) {
         const int corner = w * plan.columns + this->first_column(k);
@@ -178,7 +251,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         for (int g = 0; g < this->groups(); ++g) {
           // The gradient times what was there when this head's erase is taken out.
           Tile<T, C> erased;
-          load_tile(before, this->piece(g, k), this->threads(), erased);
+          with_memory(memory_before, g, k, [&](const Tile<T, C>& m) { erased = m; });
           for (int v = 0; v < writes; ++v) {
             if (v == w) continue;
             Four<T> weight[1];
@@ -207,6 +280,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         store_warp_sums<1, C>(of_erase, place.lane, small.of_erase + of_warp, plan.columns);
         store_warp_sums<1, C>(of_add, place.lane, small.of_add + of_warp, plan.columns);
       }
+#pragma unroll(P::fixed ? 8 : 1)
     for (int w = 0; w < writes; ++w)
       for (int g = 0; g < this->groups(); ++g)
         for (int k = 0; k < this->pieces(); ++k) {
@@ -222,7 +296,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   // The warp's part of each head's mean gradient under its weights, and its maximum weight.
   __device__ __forceinline__ void tell_means(int first, int last) {
     gpu::sync_warp();
-    this->with_heads(first, last, [&](int h, bool, bool speaks) {
+    this->with_heads(first, last, [&](int, int h, bool, bool speaks) {
       T mean = 0, peak = 0;
       for (int g = 0; g < this->groups(); ++g) {
         const int at = h * plan.span + this->half_slot(g);
@@ -230,17 +304,75 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
         peak = per_slot.now[at] > peak ? per_slot.now[at] : peak;
       }
       mean = add_half(mean);
+      if (speaks) this->tell(small.means, h, mean);
+      if constexpr (P::fixed) return;
       peak = maximum_half(peak);
-      if (!speaks) return;
-      this->tell(small.means, h, mean);
-      this->tell(small.peaks, h, peak);
+      if (speaks) this->tell(small.peaks, h, peak);
     });
+  }
+
+  // With a fixed plan, whose lanes have one slot of a head each: from the shifted weights, which nobody else needs, back to them.
+  // The gradient of one is sharpening times its weight over itself; needing no maximum, it needs no barrier more.
+  __device__ __forceinline__ void through_sharpening_alone(const NtmInputs<T>& in, int first, int last) {
+    constexpr T faint = T(1) / (int64_t(1) << 62) / (int64_t(1) << 38);
+    const int slot = this->half_slot(0);
+    const bool has_slot = slot < plan.N;
+    this->with_heads(first, last, [&](int i, int h, bool there, bool) {
+      squares[i] = key_square_of_pair(in, h, i, first, last);
+      const T gate = in.gate[h], rest = T(1) - gate, gamma = in.gamma[h], scale = this->content_scale(small.sums, h);
+      T contents[Base::moves], previous[Base::moves], gated[Base::moves], shares[Base::moves], x = 0;
+      this->with_origins(slot, [&](int j, int from) {
+        shares[j] = in.shift[h * plan.shifts + j];
+        contents[j] = scale * small.content[h * plan.span + from];
+        previous[j] = small.previous[h * plan.span + from];
+        gated[j] = gate * contents[j] + rest * previous[j];
+        x += shares[j] * gated[j];
+      });
+      const int at = h * plan.span + slot;
+      content[i] = scale * small.content[at];
+      const T weight = per_slot.now[at], centred = per_slot.later[at] - this->total(small.means, h, plan.heads);
+      T slope = x == T(0) ? T(0) : gamma * (weight * gpu::reciprocal(x));
+      if (has_slot && x < faint && (x != T(0) || gamma == T(1))) slope = slope_of_faint(in, h, x, gamma, gate, scale);
+      const T of = has_slot ? slope * centred : T(0);
+      if (there) small.of_shifted[at] = of;
+      // In the order of the scalars from that of the gate on, but for the square of the key, which is the warp's own.
+      T sums[8] = {};
+      sums[1] = has_slot ? weight * centred * log(x > T(0) ? x : T(1)) : T(0);
+#pragma unroll
+      for (int j = 0; j < Base::moves; ++j) {
+        sums[0] += shares[j] * of * (contents[j] - previous[j]);
+        sums[2] += gate * (shares[j] * of * contents[j]);
+        sums[3 + j] = of * gated[j];
+      }
+      add_lanes<8, 1, 8>(sums, place.lane);
+      const int which = first_sum<8, 1, 8>(place.lane);
+      if (there && has_sums<8, 1, 8>(place.lane) && which < 3 + Base::moves)
+        scalars(h)[which < 3 ? of_gate + which : of_shift - 3 + which] = sums[0];
+    });
+  }
+  // What a weight changes by with a shifted weight too small for one to be divided by the other: from the greatest of all, of
+  // which the same power tells their ratio.
+  __device__ __forceinline__ T slope_of_faint(const NtmInputs<T>& in, int h, T x, T gamma, T gate, T scale) const {
+    const T *weights = per_slot.now + h * plan.span, *contents = small.content + h * plan.span,
+            *previous = small.previous + h * plan.span;
+    int peak = 0;
+#pragma unroll 1
+    for (int slot = 1; slot < plan.N; ++slot)
+      if (weights[slot] > weights[peak]) peak = slot;
+    T greatest = 0;
+    int by = this->first_origin();
+#pragma unroll 1
+    for (int j = 0; j < plan.shifts; ++j, by = this->next_origin(by)) {
+      const int from = this->round(peak, by);
+      greatest += in.shift[h * plan.shifts + j] * (gate * (scale * contents[from]) + (T(1) - gate) * previous[from]);
+    }
+    return gamma * weights[peak] / greatest * power(x / greatest, gamma - T(1));
   }
 
   // weight = u^gamma over its sum, with u the shifted weights in their maximum. A weight over its u^gamma is the same for all
   // slots, the maximum weight, for there u is 1.
   __device__ __forceinline__ void through_sharpening(const NtmInputs<T>& in, int first, int last) {
-    this->with_heads(first, last, [&](int h, bool there, bool speaks) {
+    this->with_heads(first, last, [&](int, int h, bool there, bool speaks) {
       const T maximum = this->maximum_told(small.most, h), peak = this->maximum_told(small.peaks, h);
       const T mean = this->total(small.means, h, plan.heads), gamma = in.gamma[h], scale = gamma * peak / maximum;
       const T gate = in.gate[h], rest = T(1) - gate, content_scale = this->content_scale(small.sums, h);
@@ -298,9 +430,43 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     return square[0];
   }
 
+  // Of the head that each half of the warp has.
+  __device__ __forceinline__ T key_square_of_pair(const NtmInputs<T>& in, int h, int i, int first, int last) const {
+    const int one = first + 2 * i, other = one + 1 < last ? one + 1 : one;
+    const T of_one = key_square(in, one), of_other = other == one ? of_one : key_square(in, other);
+    return h == one ? of_one : of_other;
+  }
+
+  __device__ __forceinline__ void through_shift_alone(const NtmInputs<T>& in, int first, int last) {
+    const int slot = this->half_slot(0);
+    const bool has_slot = slot < plan.N;
+    this->with_heads(first, last, [&](int i, int h, bool there, bool) {
+      const int at = h * plan.span + slot;
+      const T gate = in.gate[h], mean = total_scalar(h, mean_of_content);
+      T of_gated = 0;
+      this->with_targets(
+          slot, [&](int j, int to) { of_gated += in.shift[h * plan.shifts + j] * small.of_shifted[h * plan.span + to]; });
+      if (!has_slot) of_gated = 0;
+      const T of_score = content[i] * (of_gated * gate - mean);
+      ScoreGradient<T> of =
+          score_gradient(of_score, per_slot.dots[at], in.beta[h], squares[i], per_slot.squares[slot], this->eps);
+      if (!has_slot) of = {};
+      if (there) {
+        per_slot.later[at] = of_gated * (T(1) - gate);
+        per_slot.of_dots[at] = of.dot;
+        per_slot.of_squares[at] = of.slot_square;
+      }
+      T sums[2] = {of.beta, of.key_square};
+      add_lanes<8, 1, 2>(sums, place.lane);
+      if (there && has_sums<8, 1, 2>(place.lane))
+        scalars(h)[first_sum<8, 1, 2>(place.lane) ? of_key_square : of_beta] = sums[0];
+    });
+    gpu::sync_warp();
+  }
+
   // To the weights of the step before, and through softmax and score to the dot products and squares.
   __device__ __forceinline__ void through_shift(const NtmInputs<T>& in, int first, int last) {
-    this->with_heads(first, last, [&](int h, bool there, bool speaks) {
+    this->with_heads(first, last, [&](int, int h, bool there, bool speaks) {
       const T gate = in.gate[h], mean = total_scalar(h, mean_of_content);
       const T other = key_square(in, gpu::shuffle(h, 16)), mine = key_square(in, gpu::shuffle(h, 0));
       const T square = place.lane < warp_slots ? mine : other;
@@ -335,20 +501,21 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   // The memory's gradient from similarities, and the warp's part of those of the keys.
   __device__ __forceinline__ void through_similarity(const NtmInputs<T>& in, int first, int last, const T* addressed) {
     Four<T> weights[1];
+#pragma unroll(P::fixed ? 8 : 1)
     for (int h = first; h < last; ++h)
       for (int k = 0; k < this->pieces(); ++k) {
         const int corner = h * plan.columns + this->first_column(k);
         T keys[1][C], sum[C] = {};
         load_rows<1, C>(in.keys + corner, plan.columns, keys);
         for (int g = 0; g < this->groups(); ++g) {
-          Tile<T, C> m;
-          load_tile(addressed, this->piece(g, k), this->threads(), m);
-          this->load_weights(per_slot.of_dots, h, this->slots(g), weights);
-          add_weighted<1, C>(m, weights, sum);
-          with_grad<true>(g, k, [&](Tile<T, C>& grad) {
-            add_products<1, C>(weights, keys, grad);
-            this->load_weights(per_slot.of_squares, h, this->slots(g), weights);
-            add_by_norm<1, C>(m, weights, grad);
+          with_memory(addressed, g, k, [&](const Tile<T, C>& m) {
+            this->load_weights(per_slot.of_dots, h, this->slots(g), weights);
+            add_weighted<1, C>(m, weights, sum);
+            with_grad<true>(g, k, [&](Tile<T, C>& grad) {
+              add_products<1, C>(weights, keys, grad);
+              this->load_weights(per_slot.of_squares, h, this->slots(g), weights);
+              add_by_norm<1, C>(m, weights, grad);
+            });
           });
         }
 #pragma unroll  // what comes by the key's own square, to one of the lanes that are added up
@@ -360,13 +527,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   // Back through the addressing of heads [first, last) on a memory; later becomes the gradient of the weights of the step before.
   __device__ __forceinline__ void through_address(const NtmInputs<T>& in, int first, int last, const T* addressed, int64_t row,
                                                   bool puts) {
-    const auto open = [&](int g) {
-      return [this, addressed, g](int k, auto f) {
-        Tile<T, C> m;
-        load_tile(addressed, this->piece(g, k), this->threads(), m);
-        f(m);
-      };
-    };
+    const auto open = [&](int g) { return [this, addressed, g](int k, auto f) { with_memory(addressed, g, k, f); }; };
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
       this->compare(in, first, last, g, bounded, open(g), small.content, small.sums + place.warp * plan.heads,
@@ -375,23 +536,91 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
     this->sync();
     give_told();
-    this->shift(in, first, last, small.content, small.previous, small.sums, per_slot.shifted,
-                [&](int h, bool, bool speaks, T most) {
-                  if (speaks) this->tell(small.most, h, most);
-                });
-    this->sync();
-    through_sharpening(in, first, last);
+    if constexpr (P::fixed) {
+      turn ^= 1;
+      through_sharpening_alone(in, first, last);
+    } else {
+      this->shift(in, first, last, small.content, small.previous, small.sums, per_slot.shifted,
+                  [&](int h, bool, bool speaks, T most) {
+                    if (speaks) this->tell(small.most, h, most);
+                  });
+      this->sync();
+      through_sharpening(in, first, last);
+    }
     if (puts) stream.put(inputs(visits + 1));
     this->sync();
-    through_shift(in, first, last);
+    if constexpr (P::fixed) through_shift_alone(in, first, last);
+    else through_shift(in, first, last);
     through_similarity(in, first, last, addressed);
     addressed_row = row;
     first_told = first;
     last_told = last;
   }
 
+  // Where a thread of a fixed plan finds what it gives, and where it goes: one number of what is written and one of the heads.
+  __device__ __forceinline__ void find_givings() {
+    static_assert(P::warps * (of_shift + P::shifts) <= P::span, "room for the scalars of two turns");
+    const int writes = plan.R - plan.reads, written = writes * plan.D, j = gpu::thread(), i = j < written ? j : j - written;
+    if (j < 2 * written) {
+      void* to = j < written ? a.grad_erase : a.grad_add;
+      of_write = {(j < written ? small.of_erase : small.of_add) + vector_at(plan, i),
+                  place_of(to, i),
+                  writes * plan.columns,
+                  written,
+                  0,
+                  false};
+    }
+    // The last threads, for the first may have had one already.
+    const int each = plan.D + 3 + plan.shifts, k = this->threads() - 1 - gpu::thread(), h = k / each, which = k % each - plan.D;
+    if (h >= plan.R) return;
+    const int of_head_scalars = h * (of_shift + plan.shifts), scalars_ld = plan.heads * (of_shift + plan.shifts);
+    if (which < 0)
+      of_head = {small.of_keys + h * plan.columns + k % each,
+                 place_of(a.grad_keys, h * plan.D + k % each),
+                 plan.heads * plan.columns,
+                 plan.R * plan.D,
+                 h,
+                 false};
+    else if (which < 3)
+      of_head = {small.scalars + of_head_scalars +
+                     (which == 0   ? of_beta
+                      : which == 1 ? of_gate
+                                   : of_gamma),
+                 place_of(which == 0   ? a.grad_sharpness
+                          : which == 1 ? a.grad_gates
+                                       : a.grad_sharpening,
+                          h),
+                 scalars_ld,
+                 plan.R,
+                 h,
+                 true};
+    else
+      of_head = {small.scalars + of_head_scalars + of_shift + which - 3,
+                 place_of(a.grad_shift, h * plan.shifts + which - 3),
+                 scalars_ld,
+                 plan.R * plan.shifts,
+                 h,
+                 true};
+  }
+  __device__ __forceinline__ void* place_of(void* data, int i) const { return const_cast<void*>(number_of(data, a.input, i)); }
+
+  __device__ __forceinline__ void give_sum(const Giving& giving, int64_t row) const {
+    const T* from = giving.from + (giving.scalar ? scalars_of_all() - small.scalars : 0);
+    T sum = 0;
+#pragma unroll
+    for (int w = 0; w < plan.warps; ++w) sum += from[w * giving.ld];
+    store_as(giving.to, a.input, row * giving.width, sum);
+  }
+
   // Adds up what all warps had told before they met.
   __device__ __forceinline__ void give_told() {
+    if constexpr (P::fixed) {
+      if (written_row >= 0 && of_write.to) give_sum(of_write, written_row);
+      if (addressed_row >= 0 && of_head.to && of_head.head >= first_told && of_head.head < last_told)
+        give_sum(of_head, addressed_row);
+      written_row = addressed_row = -1;
+      return;
+    }
     const int writes = plan.R - plan.reads, start = rank * gpu::threads() + gpu::thread(),
               stride = plan.cluster * gpu::threads();
     if (written_row >= 0)
@@ -421,15 +650,18 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     const int64_t row = t * a.B + sample;
     const int reads = plan.reads, heads = plan.R;
     take_weights(t);
-    if (a.read_first) {
+    if (plan.read_first) {
+      know(memory(step));
       through_write(in, memory(step), row);
       through_read(in, memory(step));
       through_address(in, 0, heads, memory(step), row, true);
     } else {
       if (reads > 0) {
+        know(memory(step + 1));
         through_read(in, memory(step + 1));
         through_address(in, 0, reads, memory(step + 1), row, reads == heads);
       }
+      know(memory(step));
       through_write(in, memory(step), row);
       if (reads < heads) through_address(in, reads, heads, memory(step), row, true);
     }
@@ -460,14 +692,18 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
     small.in.clear();
     gpu::sync();
     if (steps > 0) stream.put(inputs(0));
+    if constexpr (P::fixed) {
+      ask_weights(steps - 1, before);
+      ask_weights(steps - 2, next);
+    }
     for (int64_t left = steps; left > 0;) {
       const int count = static_cast<int>(left - first);
       const int64_t earlier = replay_before(first);
       begin_replay(first);
       gpu::sync();  // the inputs of the step before are not needed any more, and those of the first are there
-      for (int step = 0; step < (a.read_first ? count - 1 : count); ++step) {
+      for (int step = 0; step < (plan.read_first ? count - 1 : count); ++step) {
         stream.ask((first + (step + 1 < count ? step + 1 : step)) * a.B + sample);
-        replay(inputs(visits), (first + step) * a.B + sample, step);
+        replay(inputs(visits), first + step, left - 1, step);
         stream.put(inputs(visits + 1));
         gpu::sync();
         ++visits;
@@ -491,11 +727,12 @@ struct BackwardScan : NtmThread<T, C, RESIDENT> {
   }
 };
 
-template <class T, int C, bool RESIDENT>
+template <class T, int C, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     ntm_backward_kernel(const __grid_constant__ NtmScanBackward a, const __grid_constant__ Plan plan, int every,
                         unsigned char* scratch) {
-  BackwardScan<T, C, RESIDENT>(a, plan, every, Places(plan, scratch)).run();
+  const auto& known = P::of(plan);
+  BackwardScan<T, C, RESIDENT, P>(a, known, every, Places(plan, scratch)).run();
 }
 
 template <class T>
@@ -511,8 +748,8 @@ const char* scan_backward(const NtmScanBackward& a, const Queue& queue) {
   if (const char* why = plan_of<T>(a, plan)) return why;
   const int64_t blocks = a.B * plan.cluster;
   void* scratch = plan.scratch && blocks ? queue.scratch(queue.owner, plan.scratch * static_cast<size_t>(blocks)) : nullptr;
-  return with_tile<T>(plan, [&](auto c, auto resident) {
-    return gpu::launch(ntm_backward_kernel<T, decltype(c)::value, decltype(resident)::value>,
+  return with_ntm_kernel<T>(plan, [&](auto c, auto resident, auto kind) {
+    return gpu::launch(ntm_backward_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type>,
                        {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, every_of(a),
                        static_cast<unsigned char*>(scratch));
   });
