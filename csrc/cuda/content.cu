@@ -88,7 +88,7 @@ struct Slots : Thread<T, C, HEADS, RESIDENT> {
   }
   __device__ __forceinline__ void fetch(int k, Tile<T, C>& m) const {
     const int D = this->plan.D, first = this->first_slot + this->slots(0);
-    if (!wide) return this->take(memory, D, 1, 0, k, m);
+    if (!wide) return this->take(memory, 0, k, m);
     const T* from = memory + static_cast<int64_t>(first) * D;
     each(
         k,
