@@ -87,12 +87,12 @@ triton: build
 cuda: build
 	$(BIN)/python scripts/cuda_report.py
 
-# The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread, and what compute-sanitizer
-# is to run on a GPU.
+# The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread, and all of what is to run on a
+# GPU that can run without one.
 emulate: build
 	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
 	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(MARKS) $(OP_TESTS)
-	MANN_FAST_EMULATION=build/emulated/cuda.so $(BIN)/python benchmarks/gpu_check --sanitizer-target cuda
+	MANN_FAST_EMULATION=build/emulated/cuda.so $(BIN)/python benchmarks/gpu_check --dry-run --out build/gpu_check
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/installed

@@ -168,7 +168,9 @@ def test_matches_reference_in_float32(shape, options, controller):
     actual = results_and_gradients(ops.cell, inputs, torch.float32, **options)
     tolerance = 5e-5 if BACKEND == "cpp" else 1e-4  # plain PyTorch in float32: up to 4.5e-5 here
     if os.environ.get("MANN_FAST_TEST_DEVICE") == "cuda":
-        tolerance = 2e-4  # whose own root and exponential round less well: 1.5e-4 on an H200
+        tolerance = (
+            5e-4  # whose own root and exponential round less well: up to 3.2e-4 on an H200, over 20 steps
+        )
     compare(actual, results_and_gradients(reference.cell, inputs, torch.float64, **options), tolerance)
 
 

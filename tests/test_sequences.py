@@ -314,6 +314,14 @@ def test_each_sample_is_as_if_cut(family, what, name):
     assert_same(*(with_gradients(f, family, state, inputs, shared, start) for f in (run, oracle)))
 
 
+def assert_same_bits(x, y, family, name):
+    """Bit for bit, but for the reference on a GPU: where PyTorch adds to the same row twice there, it adds in any order."""
+    if x.is_cuda and (name == "reference" or isinstance(family, Sparse)):
+        torch.testing.assert_close(x, y)
+    else:
+        assert torch.equal(x, y)
+
+
 @on_backends
 @every_family
 def test_the_constant_start(family, name):
@@ -364,7 +372,7 @@ def test_padding_reaches_nothing(family, name):
 
     clean, dirty = (with_gradients(run, family, state, x, shared, start) for x in (inputs, filled))
     for x, y in zip((*clean[0], *clean[1]), (*dirty[0], *dirty[1]), strict=True):
-        assert torch.equal(x, y)
+        assert_same_bits(x, y, family, name)
     assert not clean[0][0][padding].any()
     of_inputs = dirty[1][len(state) - len(family.constants) :][: sum(x is not None for x in inputs)]
     for x in of_inputs:
@@ -384,7 +392,7 @@ def test_a_reset_at_the_first_step_discards_the_state(family, name):
 
     whole, discarded = (with_gradients(run, family, x, inputs, shared, start) for x in (state, broken))
     for x, y in zip((*whole[0], *whole[1]), (*discarded[0], *discarded[1]), strict=True):
-        assert torch.equal(x, y)
+        assert_same_bits(x, y, family, name)
     for x in discarded[1][: len(state) - len(family.constants)]:
         assert not x.any()
 
