@@ -19,6 +19,7 @@ OURS = "mann_fast"
 EAGER = "eager reference"
 AUTOCAST = "mann_fast, autocast to bfloat16"
 BY_STEPS = "mann_fast, a step at a time"
+LSTM = "nn.LSTM alone"
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -381,7 +382,7 @@ def _mann_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], jax: bo
     def training_step(function, make):
         torch.manual_seed(0)  # the same parameters for all
         model = make()
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=x.is_cuda)  # by a CUDA graph
 
         def run():
             optimizer.zero_grad()
@@ -408,7 +409,7 @@ def _mann_step(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], jax: bo
 
         torch.manual_seed(0)
         calls["JAX jit of lax.scan"] = jax_training_step(mann(), x, targets)
-    calls["nn.LSTM alone"] = training_step(
+    calls[LSTM] = training_step(
         lambda model, x: model(x)[0], lambda: LSTMClassifier(INPUTS, CLASSES, shape.H)
     )
     flop = cost.mann_step_flop(shape.T, shape.B, INPUTS, shape.H, CLASSES, shape.N, shape.D, shape.R)

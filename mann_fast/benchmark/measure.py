@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import __version__
 from . import ceilings
-from .cases import AUTOCAST, BY_STEPS, EAGER, OURS, Call, Case
+from .cases import AUTOCAST, BY_STEPS, EAGER, LSTM, OURS, Call, Case
 from .memory import peak_bytes, saved_bytes
 from .timer import Timing, interleave
 
@@ -113,7 +113,7 @@ def verify(case: Case) -> dict[str, dict[str, Any]]:
             # The loss alone: rounding may decide which of two slots is the less used, and gradients follow the slots.
             found[name]["verified"] = agrees(actual[:1], eager[:1], TOLERANCE[torch.bfloat16])
         else:
-            found[name]["verified"] = name == "nn.LSTM alone" or agrees(actual, eager, tolerance, axis)
+            found[name]["verified"] = name == LSTM or agrees(actual, eager, tolerance, axis)
     return found
 
 
@@ -169,13 +169,15 @@ def gpu_seconds(replay: Callable[[], object], least: float = 0.05) -> float:
 
 
 def _time(
-    case: Case, contestants: dict[str, Callable[[], object]], seconds: float
+    case: Case, contestants: dict[str, Callable[[], object]], seconds: float, rounds: int
 ) -> tuple[dict[str, Timing], str, float]:
     """Timings, with those of the ceilings; which ceiling binds; and the seconds that it allows."""
     sgemm, sgemm_flop = ceilings.sgemm(case.device)
     copy, copy_bytes = ceilings.copy(case.device)
     finish = torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
-    timings = interleave({**contestants, "sgemm": sgemm, "copy": copy}, seconds=seconds, finish=finish)
+    timings = interleave(
+        {**contestants, "sgemm": sgemm, "copy": copy}, seconds=seconds, rounds=rounds, finish=finish
+    )
     least = {
         "sgemm": case.flop * timings["sgemm"].median / sgemm_flop,
         "copy": case.transferred * timings["copy"].median / copy_bytes,
@@ -185,10 +187,11 @@ def _time(
 
 
 def measure(
-    case: Case, *, seconds: float = 3.0, timed: bool = True, smaller: Case | None = None
+    case: Case, *, seconds: float = 3.0, rounds: int = 15, timed: bool = True, smaller: Case | None = None
 ) -> list[dict[str, Any]]:
     """A row for each contestant. One whose result is wrong is "unverified" and not timed; with ``timed`` False none is.
 
+    seconds, rounds: of the timing, at least.
     smaller: the same with fewer samples, checked in its place where the reference of the whole would not fit.
     """
     found = verify(smaller or case)
@@ -202,14 +205,14 @@ def measure(
                     found[name]["saved_bytes"] = saved_bytes(call)
                 found[name]["peak_bytes"] = peak_bytes(call, case.device)
             contestants[name] = call
-            if case.device.type == "cuda" and name in (OURS, BY_STEPS, EAGER):
+            if case.device.type == "cuda" and name in (OURS, BY_STEPS, EAGER, LSTM):
                 graph = f"{name}, CUDA graph"
                 found[graph] = {"verified": True}
                 contestants[graph] = captured(call)
         except RuntimeError as error:
             found[graph if name in contestants else name]["note"] = _first_line(error)
     if timed and contestants:
-        timings, ceiling, limit = _time(case, contestants, seconds)
+        timings, ceiling, limit = _time(case, contestants, seconds, rounds)
         for name in contestants:
             t = timings[name]
             if case.device.type == "cuda":
@@ -224,7 +227,7 @@ def measure(
                 "sgemm_ms": 1e3 * timings["sgemm"].median,
                 "times_mann_fast": t.median / timings[OURS].median if OURS in timings else None,
                 "ceiling": ceiling,
-                "share_of_ceiling": None if name == "nn.LSTM alone" else limit / t.median,
+                "share_of_ceiling": None if name.startswith(LSTM) else limit / t.median,
             }
     identity = {
         "op": case.op,
