@@ -126,7 +126,7 @@ struct ForwardScan : NtmThread<T, C, RESIDENT, P> {
                (by_content * this->at(small.content, h, from) + rest * this->at(small.weights, h, from));
       });
       shifted[i] = has_slot ? sum : T(0);
-      raised[i] = has_slot ? power(sum * middle, in.gamma[h]) : T(0);
+      raised[i] = has_slot ? far_power(sum * middle, in.gamma[h]) : T(0);
       const T of_warp = add_half(raised[i]);
       if (speaks) this->tell(small.powers, h, of_warp);
     });

@@ -167,6 +167,20 @@ __device__ __forceinline__ double power(double x, double exponent) {
   return exp(exponent * log(x));
 }
 
+// The same where it is far from 1, to the last bits: of x = m 2^k, exponent k has an error of its own only after the whole powers
+// of 2 are taken off. NaN where x is infinite, and perhaps where the exponent is.
+__device__ __forceinline__ float far_power(float x, float exponent) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const int32_t whole = static_cast<int32_t>(bits - 0x3f400000u) >> 23;  // m is from 3/4 to 3/2
+  bits -= static_cast<uint32_t>(whole) << 23;
+  float m;
+  memcpy(&m, &bits, sizeof m);
+  const float k = static_cast<float>(whole), of_m = exponent * log2(m), power = rint(fma(exponent, k, of_m));
+  const float raised = exp2(fma(exponent, k, -power) + of_m) * exp2(power);
+  return x > 0.0f && x < INFINITY ? raised : x != 0.0f ? NAN : exponent == 0.0f ? 1.0f : 0.0f;
+}
+
 // A power of 2 about as far from 1 as from the number of slots.
 constexpr int middle_of(int slots) { return slots >= 4 ? 2 * middle_of(slots / 4) : 1; }
 
@@ -341,19 +355,27 @@ const char* ntm_too_large(const Arguments& a) {
   return too_large(a.N, a.D, a.R + a.W);
 }
 
-// Calls f with sizes of the kernel that a plan asks for, and the kind of plan it takes.
+// Calls f with sizes of the kernel that a plan asks for, and the kind of plan it takes. Known when compiled are 113 to 128 slots:
+// of 17 to 40 numbers with a head of each kind, in both orders, and of 33 to 40 with four that read. Each is a kernel more, in
+// either direction.
 template <class T, class F>
 const char* with_ntm_kernel(const Plan& plan, F f) {
   return with_tile<T>(plan, [&](auto c, auto resident) {
-    // 113 to 128 slots of 17 to 40 numbers: each size more is a kernel more, in either direction.
+    const auto with = [&](auto kind) { return f(c, resident, kind); };
     if constexpr (decltype(resident)::value) {
       constexpr int columns = decltype(c)::value;
       if constexpr (columns == 4 || columns == 5) {
         using ReadFirst = NtmFixedPlan<1, 1, 8, columns, true>;
-        if (ReadFirst::is(plan)) return f(c, resident, PlanKind<ReadFirst>());
+        using WriteFirst = NtmFixedPlan<1, 1, 8, columns, false>;
+        if (ReadFirst::is(plan)) return with(PlanKind<ReadFirst>());
+        if (WriteFirst::is(plan)) return with(PlanKind<WriteFirst>());
+      }
+      if constexpr (columns == 5) {
+        using FourReads = NtmFixedPlan<4, 1, 8, columns, true>;
+        if (FourReads::is(plan)) return with(PlanKind<FourReads>());
       }
     }
-    return f(c, resident, PlanKind<Plan>());
+    return with(PlanKind<Plan>());
   });
 }
 
