@@ -680,10 +680,14 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 // ---- the same in registers -------------------------------------------------------------------------------------------------
 
-// What a step has of the weights that were kept. Two take turns.
+// What a step has of the weights that were kept, and the order of allocation. Two take turns.
 struct HeldRows {
   float *read, *read_before, *written, *written_before;  // [H, held_row] twice, [held_slots] twice
   int* order;                                            // [held_slots]
+  static constexpr int numbers = 2 * held_heads * held_row + 3 * held_slots;
+  __device__ __forceinline__ explicit HeldRows(float* first)
+      : read(first), read_before(read + held_heads * held_row), written(read_before + held_heads * held_row),
+        written_before(written + held_slots), order(reinterpret_cast<int*>(written_before + held_slots)) {}
 };
 
 template <int C>
@@ -701,7 +705,7 @@ struct HeldBackward {
 
   float *in, *of_singles;               // [2, numbers], [2, all_singles]
   float *of_gates, *of_modes, *totals;  // [warps, H], [warps, 2]; of the write weights, of the gradient that their total has
-  HeldRows rows[2];
+  float* rows;                          // [2, HeldRows::numbers]
   float *usage, *products, *content, *precedence, *of_usage, *of_precedence, *of_retained, *of_written, *of_rows;
   float *of_read, *of_back, *of_forward, *by_rows;       // [H, held_row] each
   float *dots, *squares, *of_square;                     // [H + 1, held_row] each; the first then has its gradient
@@ -712,12 +716,7 @@ struct HeldBackward {
   __device__ __host__ explicit HeldBackward(Carver& carver)
       : in(carver.take<float>(2 * HeldInputs<C>::numbers)), of_singles(carver.take<float>(2 * all_singles)),
         of_gates(carver.take<float>(held_warps * H)), of_modes(carver.take<float>(held_warps * 2)),
-        totals(carver.take<float>(2)) {
-    for (HeldRows& one : rows) {
-      one.read = carver.take<float>(H * held_row), one.read_before = carver.take<float>(H * held_row);
-      one.written = carver.take<float>(held_slots), one.written_before = carver.take<float>(held_slots);
-      one.order = carver.take<int>(held_slots);
-    }
+        totals(carver.take<float>(2)), rows(carver.take<float>(2 * HeldRows::numbers)) {
     for (float** one :
          {&usage, &products, &content, &precedence, &of_usage, &of_precedence, &of_retained, &of_written, &of_rows})
       *one = carver.take<float>(held_slots);
@@ -774,7 +773,7 @@ struct HeldBackwardScan : HeldThread<C> {
 
   __device__ __forceinline__ float* inputs(int visit) const { return my.in + visit % 2 * In::numbers; }
   __device__ __forceinline__ float* singles(int visit) const { return my.of_singles + visit % 2 * My::all_singles; }
-  __device__ __forceinline__ HeldRows rows(int visit) const { return visit % 2 ? my.rows[1] : my.rows[0]; }
+  __device__ __forceinline__ HeldRows rows(int visit) const { return HeldRows(my.rows + visit % 2 * HeldRows::numbers); }
 
   __device__ __forceinline__ void ask(int64_t t) {
     stream.ask(t * a.B + sample);
@@ -1135,76 +1134,66 @@ struct HeldBackwardScan : HeldThread<C> {
     return plan.sharpened ? 1 : in[In::modes + 3 * h + of_direction];
   }
 
-  // Back through directions and links, two heads at a time so that all is in registers but the gradient of the links.
+  // Back through directions and links, two rows of the warp at a time.
   __device__ __forceinline__ void through_links(const float* in, const HeldRows& rows, const float* before) const {
+    constexpr int at_once = 2;
     const int first_row = warp * warp_rows;
     const float *of_back = plan.sharpened ? my.of_back : my.of_read, *of_forward = plan.sharpened ? my.of_forward : my.of_read;
-    float links[warp_rows][lane_links];
-#pragma unroll
-    for (int r = 0; r < warp_rows; ++r) load_own(before + My::state_links, r, links[r]);
     const Four<float> written = load_four(rows.written + 4 * lane), precedence = load_four(my.precedence + 4 * lane);
-    Four<float> of_weight = {}, of_precedence = {};
+    Four<float> of_weight = {}, of_precedence = {}, read[H], back[H], sums[H] = {};
 #pragma unroll
-    for (int first = 0; first < H; first += 2) {
-      const bool last = first + 2 == H;
-      Four<float> read[2], back[2], sums[2] = {};
-      float modes[2][2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        read[h] = load_four(rows.read_before + (first + h) * held_row + 4 * lane);
-        back[h] = load_four(of_back + (first + h) * held_row + 4 * lane);
-        modes[0][h] = mode(in, first + h, 0), modes[1][h] = mode(in, first + h, 2);
-      }
-#pragma unroll
-      for (int part = 0; part < warp_rows; part += 4) {
-        Four<float> ahead[2], own_read[2];
-        float by_rows[4 * 2] = {}, of_rows[4] = {};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          ahead[h] = load_four(of_forward + (first + h) * held_row + first_row + part);
-          own_read[h] = load_four(rows.read_before + (first + h) * held_row + first_row + part);
-        }
-        const Four<float> owns = load_four(rows.written + first_row + part);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          float gradients[lane_links];
-          load_own(my.links, part + r, gradients);
-#pragma unroll
-          for (int k = 0; k < lane_links; ++k) {
-            const float own = owns.at[r], link = links[part + r][k];
-            const bool diagonal = this->diagonal(part + r, k);
-            const float next = next_link(link, own, written.at[k], precedence.at[k], diagonal);
-            float gradient = gradients[k];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              gradient += modes[1][h] * ahead[h].at[r] * read[h].at[k] + modes[0][h] * own_read[h].at[r] * back[h].at[k];
-              by_rows[r * 2 + h] += next * back[h].at[k];
-              sums[h].at[k] += next * ahead[h].at[r];
-            }
-            if (last) {
-              if (diagonal) gradient = 0;
-              of_rows[r] += gradient * (precedence.at[k] - link);
-              of_weight.at[k] -= gradient * link;
-              of_precedence.at[k] += gradient * own;
-              gradient *= 1 - own - written.at[k];
-              if (diagonal) gradient = 0;
-            }
-            gradients[k] = gradient;
-          }
-          store_own(my.links, part + r, gradients);
-        }
-        add_lanes<16, 1, 8>(by_rows, lane);
-        const int which = first_sum<16, 1, 8>(lane);
-        if (has_sums<16, 1, 8>(lane)) my.by_rows[(first + which % 2) * held_row + first_row + part + which / 2] = by_rows[0];
-        if (last) {
-          add_lanes<16, 1, 4>(of_rows, lane);
-          if (has_sums<16, 1, 4>(lane)) my.of_rows[first_row + part + first_sum<16, 1, 4>(lane)] = of_rows[0];
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<Four<float>*>(my.by_columns + (warp * H + first + h) * held_slots + 4 * lane) = sums[h];
+    for (int h = 0; h < H; ++h) {
+      read[h] = load_four(rows.read_before + h * held_row + 4 * lane);
+      back[h] = load_four(of_back + h * held_row + 4 * lane);
     }
+#pragma unroll
+    for (int part = 0; part < warp_rows; part += at_once) {
+      float links[at_once][lane_links], gradients[at_once][lane_links], by_rows[at_once * H] = {}, of_rows[at_once] = {};
+#pragma unroll
+      for (int r = 0; r < at_once; ++r) {
+        load_own(before + My::state_links, part + r, links[r]);
+        load_own(my.links, part + r, gradients[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < at_once; ++r) {
+        const float own = rows.written[first_row + part + r];
+        float ahead[H], own_ahead[H], own_read[H];
+#pragma unroll
+        for (int h = 0; h < H; ++h) {
+          const int at = h * held_row + first_row + part + r;
+          ahead[h] = of_forward[at];
+          own_ahead[h] = mode(in, h, 2) * ahead[h];
+          own_read[h] = mode(in, h, 0) * rows.read_before[at];
+        }
+#pragma unroll
+        for (int k = 0; k < lane_links; ++k) {
+          const float link = links[r][k], remains = 1 - own - written.at[k];
+          const bool diagonal = this->diagonal(part + r, k);
+          const float next = diagonal ? 0 : remains * link + own * precedence.at[k];
+          float gradient = gradients[r][k];
+#pragma unroll
+          for (int h = 0; h < H; ++h) {
+            gradient += own_ahead[h] * read[h].at[k] + own_read[h] * back[h].at[k];
+            by_rows[r * H + h] += next * back[h].at[k];
+            sums[h].at[k] += next * ahead[h];
+          }
+          if (diagonal) gradient = 0;
+          of_rows[r] += gradient * (precedence.at[k] - link);
+          of_weight.at[k] -= gradient * link;
+          of_precedence.at[k] += gradient * own;
+          gradients[r][k] = diagonal ? 0 : gradient * remains;
+        }
+        store_own(my.links, part + r, gradients[r]);
+      }
+      add_lanes<16, 1, at_once * H>(by_rows, lane);
+      const int which = first_sum<16, 1, at_once * H>(lane);
+      if (has_sums<16, 1, at_once * H>(lane)) my.by_rows[which % H * held_row + first_row + part + which / H] = by_rows[0];
+      add_lanes<16, 1, at_once>(of_rows, lane);
+      if (has_sums<16, 1, at_once>(lane)) my.of_rows[first_row + part + first_sum<16, 1, at_once>(lane)] = of_rows[0];
+    }
+#pragma unroll
+    for (int h = 0; h < H; ++h)
+      *reinterpret_cast<Four<float>*>(my.by_columns + (warp * H + h) * held_slots + 4 * lane) = sums[h];
     *reinterpret_cast<Four<float>*>(my.columns_written + warp * held_row + 4 * lane) = of_weight;
     *reinterpret_cast<Four<float>*>(my.columns_before + warp * held_row + 4 * lane) = of_precedence;
   }
@@ -1430,7 +1419,6 @@ struct HeldBackwardScan : HeldThread<C> {
 
   // gives: the gradients of the step after it are still to be given. next: the step after this one, where there is one.
   __device__ __forceinline__ void back(int64_t t, const float* before, bool gives, bool more, int64_t next, bool ends) {
-    if (more) ask(next);
     const float* in = inputs(visits);
     const HeldRows rows = this->rows(visits);
     float kept[2], retained, filled, m[2][C], now[2][C];
@@ -1456,6 +1444,7 @@ struct HeldBackwardScan : HeldThread<C> {
     if (plan.links) through_links(in, rows, before);
     gpu::sync();
     load_memory(before, m);  // again, which takes no registers meanwhile
+    if (more) ask(next);
     gather(in, rows, ends);
     gpu::sync();
     if (warp == 0) through_write(in);
