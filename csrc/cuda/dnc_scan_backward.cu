@@ -680,10 +680,14 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 // ---- the same in registers -------------------------------------------------------------------------------------------------
 
-// What a step has of the weights that were kept. Two take turns.
+// What a step has of the weights that were kept, and the order of allocation. Two take turns.
 struct HeldRows {
   float *read, *read_before, *written, *written_before;  // [H, held_row] twice, [held_slots] twice
   int* order;                                            // [held_slots]
+  static constexpr int numbers = 2 * held_heads * held_row + 3 * held_slots;
+  __device__ __forceinline__ explicit HeldRows(float* first)
+      : read(first), read_before(read + held_heads * held_row), written(read_before + held_heads * held_row),
+        written_before(written + held_slots), order(reinterpret_cast<int*>(written_before + held_slots)) {}
 };
 
 template <int C>
@@ -701,23 +705,18 @@ struct HeldBackward {
 
   float *in, *of_singles;               // [2, numbers], [2, all_singles]
   float *of_gates, *of_modes, *totals;  // [warps, H], [warps, 2]; of the write weights, of the gradient that their total has
-  HeldRows rows[2];
+  float* rows;                          // [2, HeldRows::numbers]
   float *usage, *products, *content, *precedence, *of_usage, *of_precedence, *of_retained, *of_written, *of_rows;
   float *of_read, *of_back, *of_forward, *by_rows;       // [H, held_row] each
   float *dots, *squares, *of_square;                     // [H + 1, held_row] each; the first then has its gradient
   float *by_columns, *columns_written, *columns_before;  // [warps, H, held_slots], [warps, held_row] twice
-  float* of_columns;                                     // [warps, sums, columns]
-  float* links;                                          // their gradient, each thread its own
+  float* of_columns;                                     // [warps, sums, columns], where the last three were
+  float *memory, *links;                                 // their gradients, each thread its own
 
   __device__ __host__ explicit HeldBackward(Carver& carver)
       : in(carver.take<float>(2 * HeldInputs<C>::numbers)), of_singles(carver.take<float>(2 * all_singles)),
         of_gates(carver.take<float>(held_warps * H)), of_modes(carver.take<float>(held_warps * 2)),
-        totals(carver.take<float>(2)) {
-    for (HeldRows& one : rows) {
-      one.read = carver.take<float>(H * held_row), one.read_before = carver.take<float>(H * held_row);
-      one.written = carver.take<float>(held_slots), one.written_before = carver.take<float>(held_slots);
-      one.order = carver.take<int>(held_slots);
-    }
+        totals(carver.take<float>(2)), rows(carver.take<float>(2 * HeldRows::numbers)) {
     for (float** one :
          {&usage, &products, &content, &precedence, &of_usage, &of_precedence, &of_retained, &of_written, &of_rows})
       *one = carver.take<float>(held_slots);
@@ -725,7 +724,9 @@ struct HeldBackward {
     for (float** one : {&dots, &squares, &of_square}) *one = carver.take<float>((H + 1) * held_row);
     by_columns = carver.take<float>(held_warps * H * held_slots);
     columns_written = carver.take<float>(held_warps * held_row), columns_before = carver.take<float>(held_warps * held_row);
-    of_columns = carver.take<float>(held_warps * sums * columns);
+    of_columns = by_columns;
+    static_assert(sums * columns <= H * held_slots + 2 * held_row, "there is room for them");
+    memory = carver.take<float>(held_slots * columns);
     links = carver.take<float>(held_slots * held_slots);
   }
 };
@@ -747,7 +748,6 @@ struct HeldBackwardScan : HeldThread<C> {
   int visits = 0;
   // Asked for, of a step's weights: what a head read and had read, and one of what was written, written before, or the order.
   float asked_read = 0, asked_before = 0, asked_row = 0;
-  float grad[2][C];  // of the memory
 
   // A state on its way through a replay: all warps have the precedence, four lanes a slot's usage.
   struct State {
@@ -766,7 +766,7 @@ struct HeldBackwardScan : HeldThread<C> {
   }
   __device__ __forceinline__ bool begins(int64_t t) const { return a.sequences.begins(t, a.B, sample); }
   // Of step `step` of a segment: the first of each is kept, the others are those of the segment gone through.
-  __device__ __forceinline__ float* state(int64_t segment, int64_t step) const {
+  __device__ __forceinline__ float* state(int segment, int step) const {
     return states + (step == 0 ? segment : plan.segments + step - 1) * My::state_numbers;
   }
 
@@ -774,7 +774,7 @@ struct HeldBackwardScan : HeldThread<C> {
 
   __device__ __forceinline__ float* inputs(int visit) const { return my.in + visit % 2 * In::numbers; }
   __device__ __forceinline__ float* singles(int visit) const { return my.of_singles + visit % 2 * My::all_singles; }
-  __device__ __forceinline__ HeldRows rows(int visit) const { return visit % 2 ? my.rows[1] : my.rows[0]; }
+  __device__ __forceinline__ HeldRows rows(int visit) const { return HeldRows(my.rows + visit % 2 * HeldRows::numbers); }
 
   __device__ __forceinline__ void ask(int64_t t) {
     stream.ask(t * a.B + sample);
@@ -828,14 +828,14 @@ struct HeldBackwardScan : HeldThread<C> {
     if (plan.links)
 #pragma unroll
       for (int r = 0; r < warp_rows; ++r) store_own(to + My::state_links, r, s.links[r]);
-    store_memory(s.m, to);
+    store_memory(s.m, to + My::state_memory);
     if (own_share == 0) to[My::state_usage + own_slot] = s.usage;
     if (warp == 0) *reinterpret_cast<Four<float>*>(to + My::state_precedence + 4 * lane) = s.precedence;
   }
   __device__ __forceinline__ void load(const float* from, State& s) const {
 #pragma unroll
     for (int r = 0; r < warp_rows; ++r) load_own(from + My::state_links, r, s.links[r]);
-    load_memory(from, s.m);
+    load_memory(from + My::state_memory, s.m);
     s.usage = from[My::state_usage + own_slot];
     s.precedence = load_four(from + My::state_precedence + 4 * lane);
   }
@@ -851,13 +851,14 @@ struct HeldBackwardScan : HeldThread<C> {
     for (int k = 0; k < lane_links; ++k) four.at[k] = row[k];
     *reinterpret_cast<Four<float>*>(links + (r * held_threads + gpu::thread()) * 4) = four;
   }
-  __device__ __forceinline__ void load_memory(const float* state, float (&m)[2][C]) const {
+  // The thread's own numbers of a memory, or of its gradient.
+  __device__ __forceinline__ void load_memory(const float* memory, float (&m)[2][C]) const {
 #pragma unroll
-    for (int i = 0; i < 2 * C; ++i) m[i / C][i % C] = state[My::state_memory + i * held_threads + gpu::thread()];
+    for (int i = 0; i < 2 * C; ++i) m[i / C][i % C] = memory[i * held_threads + gpu::thread()];
   }
-  __device__ __forceinline__ void store_memory(const float (&m)[2][C], float* state) const {
+  __device__ __forceinline__ void store_memory(const float (&m)[2][C], float* memory) const {
 #pragma unroll
-    for (int i = 0; i < 2 * C; ++i) state[My::state_memory + i * held_threads + gpu::thread()] = m[i / C][i % C];
+    for (int i = 0; i < 2 * C; ++i) memory[i * held_threads + gpu::thread()] = m[i / C][i % C];
   }
 
   // What the thread's slot retains; and where that is taken from the memory, what its two slots do.
@@ -1088,7 +1089,8 @@ struct HeldBackwardScan : HeldThread<C> {
   // The gradient of the memory after the write, and what of it comes to the slot's write weight and to what was retained.
   __device__ __forceinline__ void through_memory(const float* in, const HeldRows& rows, const float (&kept)[2],
                                                  const float (&m)[2][C], const float (&now)[2][C]) {
-    float by_square[2] = {};
+    float by_square[2] = {}, grad[2][C];
+    load_memory(my.memory, grad);
 #pragma unroll
     for (int h = 0; h < H; ++h) {
       float key[C], of_reads[C], mask[C];
@@ -1123,6 +1125,7 @@ struct HeldBackwardScan : HeldThread<C> {
         sums[2 + s] += grad[s][c] * m[s][c] * (1 - weight * erase[c]);
       }
     }
+    store_memory(grad, my.memory);
     add_lanes<4, 1, 4>(sums, lane);
     const int which = first_sum<4, 1, 4>(lane);
     if (!has_sums<4, 1, 4>(lane)) return;
@@ -1135,76 +1138,70 @@ struct HeldBackwardScan : HeldThread<C> {
     return plan.sharpened ? 1 : in[In::modes + 3 * h + of_direction];
   }
 
-  // Back through directions and links, two heads at a time so that all is in registers but the gradient of the links.
+  // Back through directions and links, two rows of the warp at a time.
   __device__ __forceinline__ void through_links(const float* in, const HeldRows& rows, const float* before) const {
+    constexpr int at_once = 2;
     const int first_row = warp * warp_rows;
     const float *of_back = plan.sharpened ? my.of_back : my.of_read, *of_forward = plan.sharpened ? my.of_forward : my.of_read;
-    float links[warp_rows][lane_links];
-#pragma unroll
-    for (int r = 0; r < warp_rows; ++r) load_own(before + My::state_links, r, links[r]);
     const Four<float> written = load_four(rows.written + 4 * lane), precedence = load_four(my.precedence + 4 * lane);
-    Four<float> of_weight = {}, of_precedence = {};
+    Four<float> of_weight = {}, of_precedence = {}, read[H], back[H], sums[H] = {};
 #pragma unroll
-    for (int first = 0; first < H; first += 2) {
-      const bool last = first + 2 == H;
-      Four<float> read[2], back[2], sums[2] = {};
-      float modes[2][2];
+    for (int h = 0; h < H; ++h) {
+      read[h] = load_four(rows.read_before + h * held_row + 4 * lane);
+      back[h] = load_four(of_back + h * held_row + 4 * lane);
+    }
+#pragma unroll 1
+    for (int half = 0; half < warp_rows;
+         half += lane_links)  // not unrolled: loads of all rows at once would take too many registers
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        read[h] = load_four(rows.read_before + (first + h) * held_row + 4 * lane);
-        back[h] = load_four(of_back + (first + h) * held_row + 4 * lane);
-        modes[0][h] = mode(in, first + h, 0), modes[1][h] = mode(in, first + h, 2);
-      }
+      for (int part_ = 0; part_ < lane_links; part_ += at_once) {
+        const int part = half + part_;
+        float links[at_once][lane_links], gradients[at_once][lane_links], by_rows[at_once * H] = {}, of_rows[at_once] = {};
 #pragma unroll
-      for (int part = 0; part < warp_rows; part += 4) {
-        Four<float> ahead[2], own_read[2];
-        float by_rows[4 * 2] = {}, of_rows[4] = {};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          ahead[h] = load_four(of_forward + (first + h) * held_row + first_row + part);
-          own_read[h] = load_four(rows.read_before + (first + h) * held_row + first_row + part);
+        for (int r = 0; r < at_once; ++r) {
+          load_own(before + My::state_links, part + r, links[r]);
+          load_own(my.links, part + r, gradients[r]);
         }
-        const Four<float> owns = load_four(rows.written + first_row + part);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          float gradients[lane_links];
-          load_own(my.links, part + r, gradients);
+        for (int r = 0; r < at_once; ++r) {
+          const float own = rows.written[first_row + part + r];
+          float ahead[H], own_ahead[H], own_read[H];
+#pragma unroll
+          for (int h = 0; h < H; ++h) {
+            const int at = h * held_row + first_row + part + r;
+            ahead[h] = of_forward[at];
+            own_ahead[h] = mode(in, h, 2) * ahead[h];
+            own_read[h] = mode(in, h, 0) * rows.read_before[at];
+          }
 #pragma unroll
           for (int k = 0; k < lane_links; ++k) {
-            const float own = owns.at[r], link = links[part + r][k];
-            const bool diagonal = this->diagonal(part + r, k);
-            const float next = next_link(link, own, written.at[k], precedence.at[k], diagonal);
-            float gradient = gradients[k];
+            const float link = links[r][k], remains = 1 - own - written.at[k];
+            const bool diagonal = part_ + r == k && lane == (first_row + half) / lane_links;
+            const float next = diagonal ? 0 : remains * link + own * precedence.at[k];
+            float gradient = gradients[r][k];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              gradient += modes[1][h] * ahead[h].at[r] * read[h].at[k] + modes[0][h] * own_read[h].at[r] * back[h].at[k];
-              by_rows[r * 2 + h] += next * back[h].at[k];
-              sums[h].at[k] += next * ahead[h].at[r];
+            for (int h = 0; h < H; ++h) {
+              gradient += own_ahead[h] * read[h].at[k] + own_read[h] * back[h].at[k];
+              by_rows[r * H + h] += next * back[h].at[k];
+              sums[h].at[k] += next * ahead[h];
             }
-            if (last) {
-              if (diagonal) gradient = 0;
-              of_rows[r] += gradient * (precedence.at[k] - link);
-              of_weight.at[k] -= gradient * link;
-              of_precedence.at[k] += gradient * own;
-              gradient *= 1 - own - written.at[k];
-              if (diagonal) gradient = 0;
-            }
-            gradients[k] = gradient;
+            if (diagonal) gradient = 0;
+            of_rows[r] += gradient * (precedence.at[k] - link);
+            of_weight.at[k] -= gradient * link;
+            of_precedence.at[k] += gradient * own;
+            gradients[r][k] = diagonal ? 0 : gradient * remains;
           }
-          store_own(my.links, part + r, gradients);
+          store_own(my.links, part + r, gradients[r]);
         }
-        add_lanes<16, 1, 8>(by_rows, lane);
-        const int which = first_sum<16, 1, 8>(lane);
-        if (has_sums<16, 1, 8>(lane)) my.by_rows[(first + which % 2) * held_row + first_row + part + which / 2] = by_rows[0];
-        if (last) {
-          add_lanes<16, 1, 4>(of_rows, lane);
-          if (has_sums<16, 1, 4>(lane)) my.of_rows[first_row + part + first_sum<16, 1, 4>(lane)] = of_rows[0];
-        }
+        add_lanes<16, 1, at_once * H>(by_rows, lane);
+        const int which = first_sum<16, 1, at_once * H>(lane);
+        if (has_sums<16, 1, at_once * H>(lane)) my.by_rows[which % H * held_row + first_row + part + which / H] = by_rows[0];
+        add_lanes<16, 1, at_once>(of_rows, lane);
+        if (has_sums<16, 1, at_once>(lane)) my.of_rows[first_row + part + first_sum<16, 1, at_once>(lane)] = of_rows[0];
       }
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<Four<float>*>(my.by_columns + (warp * H + first + h) * held_slots + 4 * lane) = sums[h];
-    }
+    for (int h = 0; h < H; ++h)
+      *reinterpret_cast<Four<float>*>(my.by_columns + (warp * H + h) * held_slots + 4 * lane) = sums[h];
     *reinterpret_cast<Four<float>*>(my.columns_written + warp * held_row + 4 * lane) = of_weight;
     *reinterpret_cast<Four<float>*>(my.columns_before + warp * held_row + 4 * lane) = of_precedence;
   }
@@ -1318,7 +1315,8 @@ struct HeldBackwardScan : HeldThread<C> {
       store_warp_sums<H, C>(sums, lane, to + My::of_squares * columns, columns);
     }
     const float first = rows.written[first_slot], second = rows.written[first_slot + 1];
-    float pair[2 * C];
+    float pair[2 * C], grad[2][C];
+    load_memory(my.memory, grad);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       pair[c] = -(grad[0][c] * m[0][c] * first * kept[0] + grad[1][c] * m[1][c] * second * kept[1]);
@@ -1327,12 +1325,13 @@ struct HeldBackwardScan : HeldThread<C> {
     store_warp_sums<2, C>(pair, lane, to + My::of_erase * columns, columns);
   }
 
-  // Those of the head that writes, and the gradient of the memory before the write.
+  // Those of the head that writes, and the gradient of the memory before the write, in grad.
   __device__ __forceinline__ void add_columns_write(const float* in, const HeldRows& rows, const float (&kept)[2],
-                                                    const float (&m)[2][C]) {
+                                                    const float (&m)[2][C], float (&grad)[2][C]) const {
     float* to = my.of_columns + warp * My::sums * columns + column;
     const int at = H * held_row + first_slot;
     const float of_dots[2] = {my.dots[at], my.dots[at + 1]}, of_square[2] = {my.of_square[at], my.of_square[at + 1]};
+    load_memory(my.memory, grad);
     float sums[C], key[C], mask[C], erase[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) sums[c] = of_dots[0] * m[0][c] + of_dots[1] * m[1][c];
@@ -1375,7 +1374,7 @@ struct HeldBackwardScan : HeldThread<C> {
   }
 
   // Before a step at which the sample began anew nothing has a gradient, but the start.
-  __device__ __forceinline__ void through_start() {
+  __device__ __forceinline__ void through_start(float (&grad)[2][C]) const {
     float sum[2][C];
     float* of_start = out(a.grad_start, static_cast<int64_t>(plan.N) * plan.D);
     this->take_memory(of_start, sum);
@@ -1428,13 +1427,12 @@ struct HeldBackwardScan : HeldThread<C> {
     }
   }
 
-  // gives: the gradients of the step after it are still to be given. next: the step after this one, where there is one.
-  __device__ __forceinline__ void back(int64_t t, const float* before, bool gives, bool more, int64_t next, bool ends) {
-    if (more) ask(next);
+  // gives: the gradients of the step after it are still to be given. next: the step after this one.
+  __device__ __forceinline__ void back(int t, const float* before, bool gives, int next, bool ends) {
     const float* in = inputs(visits);
     const HeldRows rows = this->rows(visits);
     float kept[2], retained, filled, m[2][C], now[2][C];
-    load_memory(before, m);
+    load_memory(before + My::state_memory, m);
     retained = retain(in, rows, kept);
     {
       const float usage = before[My::state_usage + own_slot];
@@ -1455,7 +1453,8 @@ struct HeldBackwardScan : HeldThread<C> {
     through_memory(in, rows, kept, m, now);
     if (plan.links) through_links(in, rows, before);
     gpu::sync();
-    load_memory(before, m);  // again, which takes no registers meanwhile
+    load_memory(before + My::state_memory, m);  // again, which takes no registers meanwhile
+    ask(next);
     gather(in, rows, ends);
     gpu::sync();
     if (warp == 0) through_write(in);
@@ -1463,17 +1462,19 @@ struct HeldBackwardScan : HeldThread<C> {
     after(in, rows, kept, m, now);
     add_columns_read(rows, kept, m, now);
     gpu::sync();
-    add_columns_write(in, rows, kept, m);
+    add_columns_write(in, rows, kept, m, now);
     const bool anew = begins(t);
     through_retained(in, rows, retained, filled, anew);
-    if (anew) through_start();
-    if (more) turn();
-    else gpu::sync();
+    if (anew) through_start(now);
+    store_memory(now, my.memory);
+    turn();
   }
 
   __device__ __forceinline__ void begin_gradients() {
     const int64_t N = plan.N;
+    float grad[2][C];
     this->take_memory(a.grad_after.memory ? came(a.grad_after.memory, N * plan.D) : nullptr, grad);
+    store_memory(grad, my.memory);
     this->with_slots([&](int i, bool there) {
       my.of_usage[i] = there && a.grad_after.usage ? came(a.grad_after.usage, N)[i] : 0;
       my.of_precedence[i] = there && a.grad_after.precedence ? came(a.grad_after.precedence, N)[i] : 0;
@@ -1494,6 +1495,8 @@ struct HeldBackwardScan : HeldThread<C> {
 
   __device__ __forceinline__ void end() {
     const int64_t N = plan.N;
+    float grad[2][C];
+    load_memory(my.memory, grad);
     this->give_memory(grad, out(a.grad_before.memory, N * plan.D));
     this->with_slots([&](int i, bool there) {
       if (!there) return;
@@ -1512,44 +1515,48 @@ struct HeldBackwardScan : HeldThread<C> {
 
   // The first replay keeps the state of every segment; then each is replayed, all its states kept, and gone back through.
   __device__ __forceinline__ void run() {
-    const int64_t steps = a.sequences.length(a.T, sample), every = plan.segment, segments = (steps + every - 1) / every;
+    // A scan of so many steps that an int does not count them has no room in any memory.
+    const int steps = static_cast<int>(a.sequences.length(a.T, sample)), every = plan.segment;
+    const int last = (steps - 1) / every;  // segment
     for (int i = gpu::thread(); i < 2 * In::numbers; i += held_threads) my.in[i] = 0;
     begin_gradients();
     gpu::sync();
     if (steps > 0) {
       ask(0);
       turn();
-    }
-    {
       State s;
-      if (steps > 0) begin(begins(0), s);
-      for (int64_t t = 0; t < (segments - 1) * every; ++t) {
-        ask(t + 1);
-        if (t % every == 0) store(s, state(t / every, 0));
-        replay(s);
-        if (begins(t + 1)) begin(true, s);
-        turn();
-      }
-      if (steps > 0) store(s, state(segments - 1, 0));
-    }
-    for (int64_t segment = segments - 1; segment >= 0; --segment) {
-      const int64_t first = segment * every, count = first + every < steps ? every : steps - first;
-      {
-        State s;
-        gpu::sync();  // the state's usage and precedence are of other threads
-        load(state(segment, 0), s);
-        for (int64_t step = 0; step + 1 < count; ++step) {
-          ask(first + step + 1);
+      begin(begins(0), s);
+      for (int segment = 0; segment < last; ++segment) {
+        store(s, state(segment, 0));
+        for (int t = segment * every; t < (segment + 1) * every; ++t) {
+          ask(t + 1);
           replay(s);
-          if (begins(first + step + 1)) begin(true, s);
-          store(s, state(segment, step + 1));
+          if (begins(t + 1)) begin(true, s);
           turn();
         }
       }
-      for (int64_t step = count - 1; step >= 0; --step)
-        back(first + step, state(segment, step), step + 1 < count, step > 0 || segment > 0,
-             step > 0 ? first + step - 1 : first - every, first + step == steps - 1);
-      give(first, segment > 0 ? visits - 1 : visits, 0);
+      store(s, state(last, 0));
+      gpu::sync();  // of a state, the usage and the precedence are of other threads
+    }
+    for (int segment = steps > 0 ? last : -1; segment >= 0; --segment) {
+      const int first = segment * every, count = first + every < steps ? every : steps - first;
+      {
+        State s;
+        load(state(segment, 0), s);
+        for (int step = 1; step < count; ++step) {
+          ask(first + step);
+          replay(s);
+          if (begins(first + step)) begin(true, s);
+          store(s, state(segment, step));
+          turn();
+        }
+      }
+      for (int step = count - 1; step >= 0; --step) {
+        const int next =
+            step > 0 ? first + step - 1 : first - every;  // the last time there is none, and whichever does no harm
+        back(first + step, state(segment, step), step + 1 < count, next < 0 ? 0 : next, first + step == steps - 1);
+      }
+      give(first, visits - 1, 0);
       gpu::sync();
     }
     end();
