@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(most_threads, 2)
     const int runs = 1 << (held - gap - 1);
     for (int i = gpu::thread(); i < runs << size; i += gpu::threads()) {
       const int at = (i >> size << (gap + 1)) + (i & ((1 << size) - 1));
-      const Ranked<T> other = all[placed(at + (1 << gap))];
-      if (other < all[placed(at)]) all[placed(at)] = other;
+      const Ranked<T> one = all[placed(at)], other = all[placed(at + (1 << gap))];
+      all[placed(at)] = other < one ? other : one;
     }
     gpu::sync();
     merge_bitonic(all, runs, size, gap + 1);
