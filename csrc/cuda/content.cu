@@ -15,30 +15,28 @@ namespace {
 
 template <class T>
 struct Shared {
-  T *keys, *grads, *beta, *mean;           // [heads, columns] twice, [heads] twice; grads and mean in backward
-  T *weights, *of_squares, *given;         // [heads, span]: scores and weights, or gradients; in backward the weights are given
-  T *most, *sums, *read, *known, *factor;  // of warps: [heads] twice, [heads, columns], [heads] twice in forward
+  T *keys, *grads, *beta, *mean;    // [heads, columns] twice, [heads] twice; grads and mean in backward
+  T *weights, *of_squares, *given;  // [heads, span]: scores and weights, or gradients; in backward the weights are given
+  T *most, *sums, *read, *known;    // of warps: [heads] twice, [heads, columns], [heads] in forward
   __device__ __host__ Shared(Carver& carver, const Plan& plan, bool backward)
       : keys(carver.take<T>(plan.heads * plan.columns)), grads(carver.take<T>(backward ? plan.heads * plan.columns : 0)),
         beta(carver.take<T>(plan.heads)), mean(carver.take<T>(backward ? plan.heads : 0)),
         weights(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(backward ? plan.heads * plan.span : 0)),
         given(carver.take<T>(backward ? plan.heads * plan.span : 0)), most(carver.take<T>(plan.warps * plan.heads)),
         sums(carver.take<T>(plan.warps * plan.heads)), read(carver.take<T>(plan.warps * plan.heads * plan.columns)),
-        known(carver.take<T>(backward ? 0 : plan.warps * plan.heads)),
-        factor(carver.take<T>(backward ? 0 : plan.warps * plan.heads)) {}
+        known(carver.take<T>(backward ? 0 : plan.warps * plan.heads)) {}
 };
 
 // Blocks that shall have room on a multiprocessor at once, so that one loads while another computes.
 template <class T, int C, int HEADS, bool RESIDENT>
-constexpr int read_blocks = sizeof(T) == 4 ? 2 : 1;
+constexpr int read_blocks = sizeof(T) == 4 ? (RESIDENT && C == 5 && HEADS == 4 ? 3 : 2) : 1;
 template <class T, int C, int HEADS, bool RESIDENT>
 constexpr int backward_blocks = sizeof(T) == 4 ? 2 : 1;
 
 // How a sample is shared out: among `parts` blocks, of which each takes the plan's slots so many times. Alone, a block has all
 // slots at once.
 struct Share {
-  int64_t parts;
-  int turns;
+  int parts, turns;
   bool alone;
   bool wide;  // four columns beside each other can be loaded by one instruction
 };
@@ -163,6 +161,31 @@ struct Slots : Thread<T, C, HEADS, RESIDENT> {
     for (int r = gpu::thread() + gpu::threads(); r < plan.heads; r += gpu::threads()) shared.beta[r] = beta_of(r);
   }
 
+  // Weights of the warp's slots and of HEADS heads, [R, N] in `rows`, on their way to [heads, span].
+  static constexpr int lane_weights = (HEADS * warp_slots + 31) / 32;
+  struct Weights {
+    T at[lane_weights];
+  };
+  __device__ __forceinline__ Weights request(const T* rows, int first) const {
+    Weights weights;
+#pragma unroll
+    for (int i = 0; i < lane_weights; ++i) {
+      const int j = i * 32 + this->place.lane, r = first + j / warp_slots;
+      const int slot = this->first_slot + this->group(0) + j % warp_slots;
+      const bool there = j < HEADS * warp_slots && r < this->plan.R && slot < this->plan.N;
+      weights.at[i] = there ? rows[static_cast<int64_t>(r) * this->plan.N + slot] : T(0);
+    }
+    return weights;
+  }
+  __device__ __forceinline__ void keep(const Weights& weights, int first, T* to) const {
+#pragma unroll
+    for (int i = 0; i < lane_weights; ++i) {
+      const int j = i * 32 + this->place.lane;
+      if (j < HEADS * warp_slots)
+        to[(first + j / warp_slots) * this->plan.span + this->group(0) + j % warp_slots] = weights.at[i];
+    }
+  }
+
   // Adds weighted sums over the slots of the warp, from what its lanes have, to `factor` (or null: one) times those of the turns
   // before, if any.
   template <int COUNT>
@@ -206,41 +229,48 @@ template <class T, int C, int HEADS, bool RESIDENT>
 __global__ void __launch_bounds__(most_threads, read_blocks<T, C, HEADS, RESIDENT>)
     read_kernel(const __grid_constant__ ContentRead a, const __grid_constant__ Plan plan, const __grid_constant__ Share share,
                 Parts<T> out) {
-  const int64_t sample = gpu::block() / share.parts, part = gpu::block() % share.parts;
+  const int block = static_cast<int>(gpu::block()), part = block % share.parts;
+  const int sample = block / share.parts;
   Carver carver(gpu::shared_memory());
   const Shared<T> shared(carver, plan, false);
-  Slots<T, C, HEADS, RESIDENT> slots(plan, share, static_cast<int>(part), a.eps,
-                                     static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  Slots<T, C, HEADS, RESIDENT> slots(plan, share, part, a.eps, static_cast<const T*>(a.memory) + int64_t(sample) * a.N * a.D);
   slots.template load_inputs<false>(a.key, nullptr, a.sharpness, a.input, sample, shared);
   const auto& place = slots.place;
   T* most = shared.most + place.warp * plan.heads;
   T* sums = shared.sums + place.warp * plan.heads;
   T* known = shared.known + place.warp * plan.heads;
-  T* factor = shared.factor + place.warp * plan.heads;
   T* of_warp = shared.read + place.warp * plan.heads * plan.columns;
-  T* weights = static_cast<T*>(a.weights) + sample * a.R * a.N;
-  const int own_slot = slots.own(0), first_turn = static_cast<int>(part) * share.turns;
+  const auto weights = [&] { return static_cast<T*>(a.weights) + int64_t(sample) * a.R * a.N; };
+  const int own_slot = slots.own(0), first_turn = part * share.turns;
   for (int r = place.lane; r < plan.heads; r += 32) known[r] = -INFINITY, sums[r] = 0;
-  if (!slots.any(first_turn))
+  if (!slots.any(first_turn)) {
+#pragma unroll 1
     for (int i = place.lane; i < plan.heads * plan.columns; i += 32) of_warp[i] = 0;
+  }
   gpu::sync();
 
   for (int turn = 0; turn < share.turns; ++turn) {
     if (!share.alone && !slots.any(first_turn + turn)) break;
     if (turn > 0) slots.go_to(first_turn + turn);
     slots.compare(
-        shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, factor, most,
-        static_cast<T*>(nullptr), static_cast<T*>(nullptr));
-    if (share.alone) gpu::sync();
-    else gpu::sync_warp();
-    // Exponentials are relative to the maximum of the block, if it has all slots, else of what the warp has seen.
-    for (int r = place.lane; r < plan.heads; r += 32) {
-      const T before = known[r], now = share.alone ? slots.maximum(shared.most, r) : greater(before, most[r]);
-      known[r] = now;
-      factor[r] = rescale(before, now);
-      sums[r] *= factor[r];
+        shared, 0, plan.heads, 0, false, [&](int k, auto f) { slots.with_piece(k, f); }, shared.weights, most, most,
+        static_cast<T*>(nullptr), static_cast<T*>(nullptr));  // its sums mean nothing yet: the maximum takes their place
+    // Exponentials are relative to the maximum of the block, if it has all slots, else of what the warp has seen: where that
+    // changes, `most` becomes the factor by which they do.
+    if (share.alone) {
+      gpu::sync();
+      for (int r = place.lane; r < plan.heads; r += 32) known[r] = slots.maximum(shared.most, r);
+    } else {
+      gpu::sync_warp();
+#pragma unroll 1
+      for (int r = place.lane; r < plan.heads; r += 32) {
+        const T before = known[r], now = greater(before, most[r]);
+        known[r] = now;
+        most[r] = rescale(before, now);
+        sums[r] *= most[r];
+      }
+      slots.give_rows(shared.weights, a.N, weights());
     }
-    if (!share.alone) slots.give_rows(shared.weights, a.N, weights);
     gpu::sync_warp();
     const bool there = slots.first_slot + own_slot < plan.N;
     for (int first = 0; first < plan.heads; first += HEADS) {
@@ -266,7 +296,7 @@ __global__ void __launch_bounds__(most_threads, read_blocks<T, C, HEADS, RESIDEN
           constexpr int FROM = decltype(from)::value, COUNT = decltype(count)::value;
           T sum[HEADS * COUNT] = {};
           slots.with_piece(k, [&](const Tile<T, C>& m) { add_weighted<HEADS, COUNT>(columns_of<FROM, COUNT>(m), own, sum); });
-          slots.template add_sums<COUNT>(sum, first, slots.first_column(k) + FROM * column_lanes, turn > 0, factor, of_warp);
+          slots.template add_sums<COUNT>(sum, first, slots.first_column(k) + FROM * column_lanes, turn > 0, most, of_warp);
         });
       }
     gpu::sync_warp();
@@ -275,8 +305,8 @@ __global__ void __launch_bounds__(most_threads, read_blocks<T, C, HEADS, RESIDEN
   if (!share.alone) {  // of every warp's sums, how much they are relative to the block's maximum
     gpu::sync();
     for (int r = place.lane; r < plan.heads; r += 32) {
-      factor[r] = rescale(known[r], slots.maximum(shared.known, r));
-      sums[r] *= factor[r];
+      most[r] = rescale(known[r], slots.maximum(shared.known, r));
+      sums[r] *= most[r];
     }
   }
   gpu::sync();
@@ -284,18 +314,18 @@ __global__ void __launch_bounds__(most_threads, read_blocks<T, C, HEADS, RESIDEN
     const int r = i / plan.D, at = r * plan.columns + slots.place_of(i % plan.D);
     T read = 0;
     for (int w = 0; w < plan.warps; ++w)
-      read += shared.read[w * plan.heads * plan.columns + at] * (share.alone ? T(1) : shared.factor[w * plan.heads + r]);
-    if (share.alone) store_as(a.read, a.input, sample * a.R * a.D + i, read / slots.total(shared.sums, r, plan.heads));
+      read += shared.read[w * plan.heads * plan.columns + at] * (share.alone ? T(1) : shared.most[w * plan.heads + r]);
+    if (share.alone) store_as(a.read, a.input, int64_t(sample) * a.R * a.D + i, read / slots.total(shared.sums, r, plan.heads));
     else out.reads[gpu::block() * a.R * a.D + i] = read;
   }
   if (share.alone) {
     slots.normalise(shared.sums, shared.weights);
     gpu::sync_warp();
-    slots.give_rows(shared.weights, a.N, weights);
+    slots.give_rows(shared.weights, a.N, weights());
   } else {
     for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) {
-      out.most[(sample * a.R + r) * share.parts + part] = slots.maximum(shared.known, r);
-      out.sums[(sample * a.R + r) * share.parts + part] = slots.total(shared.sums, r, plan.heads);
+      out.most[(int64_t(sample) * a.R + r) * share.parts + part] = slots.maximum(shared.known, r);
+      out.sums[(int64_t(sample) * a.R + r) * share.parts + part] = slots.total(shared.sums, r, plan.heads);
     }
   }
 }
@@ -360,11 +390,11 @@ __global__ void __launch_bounds__(most_threads, backward_blocks<T, C, HEADS, RES
     read_backward_kernel(const __grid_constant__ ContentReadBackward a, const __grid_constant__ Plan plan,
                          const __grid_constant__ Share share, Stage stage, T* means, T* of_parts) {
   constexpr int OWN = Place<HEADS>::OWN;
-  const int64_t sample = gpu::block() / share.parts, part = gpu::block() % share.parts;
+  const int block = static_cast<int>(gpu::block()), part = block % share.parts;
+  const int64_t sample = block / share.parts;
   Carver carver(gpu::shared_memory());
   const Shared<T> shared(carver, plan, true);
-  Slots<T, C, HEADS, RESIDENT> slots(plan, share, static_cast<int>(part), a.eps,
-                                     static_cast<const T*>(a.memory) + sample * a.N * a.D);
+  Slots<T, C, HEADS, RESIDENT> slots(plan, share, part, a.eps, static_cast<const T*>(a.memory) + sample * a.N * a.D);
   const auto& place = slots.place;
   const T* weights = static_cast<const T*>(a.weights) + sample * a.R * a.N;
   const T* grad_weights = a.grad_weights ? static_cast<const T*>(a.grad_weights) + sample * a.R * a.N : nullptr;
@@ -372,12 +402,16 @@ __global__ void __launch_bounds__(most_threads, backward_blocks<T, C, HEADS, RES
   T* sums = shared.sums + place.warp * plan.heads;
   T* of_squares_of_keys = shared.most + place.warp * plan.heads;
   T* of_warp = shared.read + place.warp * plan.heads * plan.columns;
-  const int own_slot = slots.own(0), first_turn = static_cast<int>(part) * share.turns;
-  slots.take_rows(weights, a.N, shared.given);
+  const int own_slot = slots.own(0), first_turn = part * share.turns;
+  const auto first_weights = slots.request(weights, 0);
   slots.template load_inputs<true>(a.key, a.grad_read, a.sharpness, a.input, sample, shared);
+  slots.keep(first_weights, 0, shared.given);
+  for (int first = HEADS; first < plan.heads; first += HEADS) slots.keep(slots.request(weights, first), first, shared.given);
   for (int r = place.lane; r < plan.heads; r += 32) sums[r] = of_squares_of_keys[r] = 0;
-  if (!slots.any(first_turn))
+  if (!slots.any(first_turn)) {
+#pragma unroll 1
     for (int i = place.lane; i < plan.heads * plan.columns; i += 32) of_warp[i] = 0;
+  }
   if (stage == Stage::gradients)
     for (int r = place.warp; r < plan.R; r += plan.warps) {
       T mean = 0;
@@ -402,7 +436,7 @@ __global__ void __launch_bounds__(most_threads, backward_blocks<T, C, HEADS, RES
     if (stage != Stage::alone && !slots.any(first_turn + turn)) break;
     if (turn > 0) {
       slots.go_to(first_turn + turn);
-      slots.take_rows(weights, a.N, shared.given);
+      for (int first = 0; first < plan.heads; first += HEADS) slots.keep(slots.request(weights, first), first, shared.given);
       gpu::sync_warp();
     }
     const int slot = slots.first_slot + own_slot;
@@ -572,7 +606,7 @@ Share share_out(const Plan& plan, int64_t B, int64_t blocks_at_once, const void*
   const int64_t wanted = B < blocks_at_once ? blocks_at_once / B : 1;
   Share share{};
   share.turns = static_cast<int>((turns + wanted - 1) / wanted);
-  share.parts = (turns + share.turns - 1) / share.turns;
+  share.parts = static_cast<int>((turns + share.turns - 1) / share.turns);
   share.alone = turns == 1;
   share.wide = plan.D % 4 == 0 && aligned(memory) && aligned(grad_memory);
   return share;

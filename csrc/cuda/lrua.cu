@@ -53,18 +53,42 @@ __device__ inline int logarithm(int64_t x) {
   return power;
 }
 
+// Where number i of a chunk lies: lanes whose numbers are 8 apart, or beside each other, meet different banks.
+__device__ __forceinline__ int placed(int i) { return i + i / 8; }
+
+// Compares numbers 2^step apart, then half as far, and so on, of which a thread does so many in registers.
+template <int STEPS, class T>
+__device__ __forceinline__ void compare_steps(Ranked<T>* all, int runs, int size, int gap, int step) {
+  const int last = step - STEPS + 1;
+  for (int i = gpu::thread(); i < runs << (size - STEPS); i += gpu::threads()) {
+    const int run = i >> (size - STEPS), at = i - (run << (size - STEPS)), low = at & ((1 << last) - 1);
+    const int first = (run << gap) + ((at - low) << STEPS) + low;
+    Ranked<T> own[1 << STEPS];
+#pragma unroll
+    for (int k = 0; k < 1 << STEPS; ++k) own[k] = all[placed(first + (k << last))];
+#pragma unroll
+    for (int far = 1 << (STEPS - 1); far > 0; far /= 2)
+#pragma unroll
+      for (int k = 0; k < 1 << STEPS; ++k)
+        if ((k & far) == 0) {
+          const Ranked<T> x = own[k], y = own[(k + far) % (1 << STEPS)];
+          const bool swap = run % 2 == 0 ? y < x : x < y;
+          own[k] = swap ? y : x;
+          own[(k + far) % (1 << STEPS)] = swap ? x : y;
+        }
+#pragma unroll
+    for (int k = 0; k < 1 << STEPS; ++k) all[placed(first + (k << last))] = own[k];
+  }
+  gpu::sync();
+}
+
 // Puts bitonic runs of 2^size in order, every other one descending. Run j begins at j 2^gap.
 template <class T>
 __device__ __forceinline__ void merge_bitonic(Ranked<T>* all, int runs, int size, int gap) {
-  for (int step = 1 << size >> 1; step > 0; step /= 2) {
-    for (int i = gpu::thread(); i < runs << size >> 1; i += gpu::threads()) {
-      const int run = i >> (size - 1), at = i - (run << (size - 1));
-      Ranked<T>* front = all + (run << gap) + 2 * at - (at & (step - 1));
-      const Ranked<T> x = front[0], y = front[step];
-      if (run % 2 == 0 ? y < x : x < y) front[0] = y, front[step] = x;
-    }
-    gpu::sync();
-  }
+  int step = size - 1;
+  for (; step >= 2; step -= 3) compare_steps<3>(all, runs, size, gap, step);
+  if (step == 1) compare_steps<2>(all, runs, size, gap, step);
+  if (step == 0) compare_steps<1>(all, runs, size, gap, step);
 }
 
 // The `kept` least of each chunk of a sample, in order. What there is to choose from, the usages or what an earlier call has left
@@ -80,24 +104,25 @@ __global__ void __launch_bounds__(most_threads, 2)
   const int size = logarithm(kept), held = logarithm(own > kept ? own : kept);
   for (int i = gpu::thread(); i < 1 << held; i += gpu::threads()) {
     const int64_t at = sample * count + first + i;
-    all[i] = i >= own ? Ranked<T>::of(taken<T>, ~0u)
-             : from   ? from[at]
-                      : Ranked<T>::of(order_of(static_cast<const T*>(a.usage)[at]), static_cast<uint32_t>(first + i));
+    all[placed(i)] = i >= own ? Ranked<T>::of(taken<T>, ~0u)
+                     : from   ? from[at]
+                              : Ranked<T>::of(order_of(static_cast<const T*>(a.usage)[at]), static_cast<uint32_t>(first + i));
   }
   gpu::sync();
   for (int run = 1; run <= size; ++run) merge_bitonic(all, 1 << (held - run), run, run);
   for (int gap = size; gap < held; ++gap) {
     const int runs = 1 << (held - gap - 1);
     for (int i = gpu::thread(); i < runs << size; i += gpu::threads()) {
-      Ranked<T>* one = all + (i >> size << (gap + 1)) + (i & ((1 << size) - 1));
-      if (one[1 << gap] < one[0]) one[0] = one[1 << gap];
+      const int at = (i >> size << (gap + 1)) + (i & ((1 << size) - 1));
+      const Ranked<T> one = all[placed(at)], other = all[placed(at + (1 << gap))];
+      all[placed(at)] = other < one ? other : one;
     }
     gpu::sync();
     merge_bitonic(all, runs, size, gap + 1);
   }
   for (int i = gpu::thread(); i < kept; i += gpu::threads()) {
-    if (to) to[gpu::block() * kept + i] = all[i];
-    else a.slots[sample * a.n + i] = all[i].slot();
+    if (to) to[gpu::block() * kept + i] = all[placed(i)];
+    else a.slots[sample * a.n + i] = all[placed(i)].slot();
   }
 }
 
@@ -143,7 +168,7 @@ const char* choose(const LeastUsed& a, const Queue& queue) {
   const auto chunks_of = [](int64_t count) { return (count + chunk - 1) / chunk; };
   const auto keep = [&](const Ranked<T>* from, int64_t count, int64_t kept, Ranked<T>* to) {
     const int64_t chunks = chunks_of(count);
-    const size_t shared = sizeof(Ranked<T>) * (chunks > 1 || count > chunk / 2 ? chunk : chunk / 2);
+    const size_t shared = sizeof(Ranked<T>) * (chunk + chunk / 8);
     return gpu::launch(least_of_chunks_kernel<T>, {a.B * chunks, most_threads, 1, shared, queue.stream}, a, from, count, chunks,
                        kept, to);
   };
