@@ -1,6 +1,6 @@
 """How many warps a kernel gets: a rule, or what was measured on this GPU and kept in a file.
 
-Nothing is tuned unless :func:`tune` is called (``benchmarks/gpu_check --tune`` does), and never for a sequence length or a
+Nothing is tuned unless :func:`tune` is called (``benchmarks/gpu_check tune`` does), and never for a sequence length or a
 batch size of its own. The file is ``triton.json`` in the cache folder, or what MANN_FAST_TRITON_CONFIG names:
 ``{"NVIDIA H100 80GB HBM3": {"scan 128 40 4": 8}}``, to be edited by hand as well.
 """
