@@ -113,33 +113,13 @@ def _combine_kernel(
 
 
 @triton.jit
-def _weight_gradients(
-    g,
-    grad_weights,
-    m,
-    rows,
-    n,
-    inside,
-    N,
-    dtype: tl.constexpr,
-    OF_READ: tl.constexpr,
-    OF_WEIGHTS: tl.constexpr,
-):
-    """dL/dw [heads, tile] of slots n, whose numbers are m, from the read's gradient g."""
-    grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
-    if OF_READ:
-        grad_w += dot_rows(g, m)
-    return grad_w
-
-
-@triton.jit
 def _mean_kernel(
-    grad_read, grad_weights, memory, weights, means, N, span, splits, D: tl.constexpr, R: tl.constexpr,
+    grad_read, grad_weights, memory, weights, grads, means, N, span, splits, D: tl.constexpr, R: tl.constexpr,
     DP: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, OF_READ: tl.constexpr, OF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """A part's share of the sum over slots of w dL/dw. The gradients count only as far as they differ from it, so it must come
-    from the very same bits: a product of the read's gradient and the read would do but for its rounding, which a great
-    sharpness would magnify."""
+    """dL/dw per slot, and a part's share of the sum over slots of w dL/dw. The gradients count only as far as they differ from it,
+    so both must come from the very same bits, which a great sharpness would tell apart: neither a product of the read's gradient
+    and the read would do, nor to compute dL/dw again in another kernel."""
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dtype = memory.dtype.element_ty
@@ -154,18 +134,20 @@ def _mean_kernel(
         m = load_rows(memory, True, b * N + n, d, D, mask[:, None] & (d[None, :] < D), dtype)
         inside = (r[:, None] < R) & mask[None, :]
         w = load_rows(weights, True, rows, n, N, inside, dtype)
-        mean += tl.sum(
-            w * _weight_gradients(g, grad_weights, m, rows, n, inside, N, dtype, OF_READ, OF_WEIGHTS), 1
-        )
+        grad_w = load_rows(grad_weights, OF_WEIGHTS, rows, n, N, inside, dtype)
+        if OF_READ:
+            grad_w += dot_rows(g, m)
+        store_rows(grads, grad_w, rows, n, N, inside)
+        mean += tl.sum(w * grad_w, 1)
     tl.store(means + (b * splits + part) * R + r, mean, mask=r < R)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_read, grad_weights, memory, key, sharpness, weights, means, grad_memory, grad_key, grad_sharpness, B, N, span,
+    grad_read, memory, key, sharpness, weights, grads, means, grad_memory, grad_key, grad_sharpness, B, N, span,
     splits, EPS: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr,
-    SHARP: tl.constexpr, OF_READ: tl.constexpr, OF_WEIGHTS: tl.constexpr,
+    SHARP: tl.constexpr, OF_READ: tl.constexpr,
 ):  # fmt: skip
     """Slots [part * span, ...) of one sample: their gradient, and their share of the gradients of key and sharpness."""
     b = tl.program_id(0).to(tl.int64)
@@ -193,7 +175,7 @@ def _backward_kernel(
         w = load_rows(weights, True, rows, n, N, inside, dtype)
         dots, squares = dot_rows(k, m), tl.sum(m * m, 1)
         q = inverse_root(key_square[:, None], squares[None, :], EPS)
-        grad_w = _weight_gradients(g, grad_weights, m, rows, n, inside, N, dtype, OF_READ, OF_WEIGHTS)
+        grad_w = load_rows(grads, True, rows, n, N, inside, dtype)
         scaled = w * (grad_w - mean[:, None]) * q
         grad_dots, grad_beta, grad_norms = similarity_backward(scaled, dots, beta[:, None], q)
         sum_beta += tl.sum(grad_beta, 1)
@@ -253,16 +235,16 @@ def content_read_backward(
     grad_sharpness = key.new_empty(
         (parts, batch, heads) if sharpness is not None else (parts, 0), dtype=dtype
     )
-    means = memory.new_empty(batch, parts, heads)
-    came = {"OF_READ": grad_read is not None, "OF_WEIGHTS": grad_weights is not None}
+    grads, means = torch.empty_like(weights), memory.new_empty(batch, parts, heads)
+    of_read = grad_read is not None
     launch(
-        _mean_kernel, (batch, parts), grad_read, grad_weights, memory, weights, means, num_slots, span, parts,
-        **constants, **came, options=BACKWARD,
+        _mean_kernel, (batch, parts), grad_read, grad_weights, memory, weights, grads, means, num_slots, span, parts,
+        **constants, OF_READ=of_read, OF_WEIGHTS=grad_weights is not None, options=BACKWARD,
     )  # fmt: skip
     launch(
-        _backward_kernel, (batch, parts), grad_read, grad_weights, memory, key, sharpness, weights, means, grad_memory,
+        _backward_kernel, (batch, parts), grad_read, memory, key, sharpness, weights, grads, means, grad_memory,
         grad_key, grad_sharpness, batch, num_slots, span, parts, EPS=eps, **constants, SHARP=sharpness is not None,
-        **came, options=BACKWARD,
+        OF_READ=of_read, options=BACKWARD,
     )  # fmt: skip
     return grad_memory, sum_programs(grad_key, key.dtype), sum_programs(grad_sharpness, key.dtype)
 

@@ -177,7 +177,7 @@ def _link(
         tl.debug_barrier()  # another thread may store what this one has loaded
         tl.store(target + at, new, mask=there)
         wi = _heads_by_slots(before, heads, i, R, N)
-        backward += tl.sum(wi[:, :, None] * new[None, :, :], 1)
+        backward += tl.sum(new[None, :, :] * wi[:, :, None], 1)
         forward = tl.sum(wj[:, None, :] * new[None, :, :], 2)
         mask = (heads[:, None] < R) & (i[None, :] < N)
         tl.store(rows + (R + heads[:, None]) * N + i[None, :], forward, mask=mask)
@@ -219,7 +219,7 @@ def _link_backward(
         grad += tl.sum(read_i[:, :, None] * xj[:, None, :], 0)
         grad += tl.sum((xi * share_f[:, None])[:, :, None] * wj[:, None, :], 0)
         grad = tl.where(linked, grad, 0.0)
-        forward += tl.sum(xi[:, :, None] * new[None, :, :], 1)
+        forward += tl.sum(new[None, :, :] * xi[:, :, None], 1)
         backward = tl.sum(xj[:, None, :] * new[None, :, :], 2)
         mask_i = (heads[:, None] < R) & (i[None, :] < N)
         tl.store(to_backward + heads[:, None] * N + i[None, :], backward, mask=mask_i)

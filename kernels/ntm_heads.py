@@ -56,7 +56,8 @@ def address(
         at = _round(n, MOVES // 2 - j, N, MOVES)
         shifted += share * tl.load(ring + h * N + at, mask=valid, other=0.0)
     greatest = tl.max(tl.where(valid, shifted, 0.0), 0)
-    u = tl.where(valid, shifted / greatest, 0.0)
+    # A GPU's division of a number by itself need not give 1, to the last bit, of which an infinite sharpening would leave 0.
+    u = tl.where(valid, tl.where((shifted == greatest) & (shifted > 0), 1.0, shifted / greatest), 0.0)
     powers = _power(u, tl.load(sharpening + h).to(a1.dtype))
     powers = tl.where(valid, powers, 0.0)
     w = powers / tl.sum(powers, 0)

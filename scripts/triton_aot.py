@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time for the GPUs of three generations, none of which is needed.
 
 Prints a Markdown table of registers, spills and shared memory, and fails where a kernel needs more shared memory than a
-chip has or spills at the paper's sizes. The launchers themselves say what to compile: they run on tensors of device
+chip has, spills at the paper's sizes, or has got a matrix product, which is in TF32. The launchers themselves say what to compile: they run on tensors of device
 "meta", with the launch replaced by taking notes.
 
 python scripts/triton_aot.py [--reduced] [--write docs/triton.md]
@@ -47,7 +47,8 @@ KNOWN_SPILLS = {
 }
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
 PAPER = (128, 40, 4)
-SHAPES = [PAPER, (64, 32, 1), (256, 64, 4), (4096, 64, 4)]  # N, D, R
+MANY_HEADS = (64, 24, 9)  # padded to 16, of which Triton may make matrix products
+SHAPES = [PAPER, (64, 32, 1), (256, 64, 4), (4096, 64, 4), MANY_HEADS]  # N, D, R
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.bool: "i1",
@@ -215,7 +216,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="put the table into this file, between its two marks")
-    parser.add_argument("--reduced", action="store_true", help="the paper's sizes for one generation (sm_90)")
+    parser.add_argument(
+        "--reduced", action="store_true", help="the paper's sizes and many heads for one generation (sm_90)"
+    )
     args = parser.parse_args()
     capabilities = [90] if args.reduced else list(SHARED_KIB)
     columns = [f"sm_{capability} registers / spilled bytes / shared KiB" for capability in capabilities]
@@ -224,7 +227,7 @@ def main() -> int:
         "| --- " * (4 + len(columns)) + "|",
     ]
     problems = []
-    for shape in [PAPER] if args.reduced else SHAPES:
+    for shape in [PAPER, MANY_HEADS] if args.reduced else SHAPES:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             if dtype != torch.float32 and shape != PAPER:
                 continue
@@ -237,6 +240,10 @@ def main() -> int:
                     spilled, shared = used["STACK"] + used["LOCAL"], compiled.metadata.shared / 1024
                     cells.append(f"{used['REG']} / {spilled} / {shared:.1f}")
                     where = f"{launch.name} at {shape}, {TYPES[dtype]} keys, sm_{capability}"
+                    if "tt.dot" in compiled.asm["ttir"]:
+                        problems.append(
+                            f"{where}: a sum has become a matrix product, in TF32 (_memory.sum_slots)"
+                        )
                     if shared > limit:
                         problems.append(f"{where}: {shared:.0f} KiB of shared memory, the chip has {limit}")
                     known = KNOWN_SPILLS.get((launch.name, TYPES[dtype], capability), 0)

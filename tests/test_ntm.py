@@ -153,7 +153,11 @@ def test_scan_matches_reference(shape, dtype, tolerance, gradient_tolerance, ord
     compare(actual, expected, tolerance, gradient_tolerance)
 
 
-FIXED = [(128, 20, 1, 1), (121, 37, 1, 1), (126, 40, 4, 1)]  # N, D, R, W that a CUDA kernel knows when it is compiled
+FIXED = [
+    (128, 20, 1, 1),
+    (121, 37, 1, 1),
+    (126, 40, 4, 1),
+]  # N, D, R, W that a CUDA kernel knows when it is compiled
 FIXED = shorter(FIXED, FIXED[:1])
 
 
@@ -233,8 +237,7 @@ def test_half_precision_is_as_good_as_plain_pytorch(dtype, sizes):
     state's rounding, with many slots more."""
     rounding = 1e-6 if sizes[0] < 100 else 3e-5
     inputs = [
-        x.to(dtype if i > 2 else torch.float32).double()
-        for i, x in enumerate(ntm_inputs(6, 2, *sizes, 1))
+        x.to(dtype if i > 2 else torch.float32).double() for i, x in enumerate(ntm_inputs(6, 2, *sizes, 1))
     ]
     exact = results_and_gradients(reference.ntm_scan, inputs, torch.float64)
     fused = results_and_gradients(ops.ntm_scan, inputs, dtype)
