@@ -2,7 +2,8 @@
 //
 // Heads that address one memory: compare, tell the sums of exponentials | barrier | shift, tell the maximum of the warp and the
 // sum of the powers relative to it | barrier | weights; read; erase and add. Read first, all heads do so at once: two barriers a
-// step. Write first, those that write and then those that read: four. Similarities beyond a bound cost one more.
+// step. Write first, those that write and then those that read: four. Similarities beyond a bound cost one more. With a fixed plan
+// powers are relative to a number known beforehand; where that will not do, the maximum is found after all: two more.
 #include "kernels.h"
 #include "ntm_scan.cuh"
 

@@ -2,6 +2,9 @@
 //
 // A head's weights meet in rows that all warps see, since a shift brings a slot's from another warp, or another block. Heads are
 // taken one at a time where a lane has columns, and two at a time, one in each half of a warp, where it has a slot.
+//
+// Common sizes have kernels that know them when they are compiled (NtmFixedPlan). With 8 warps a lane has one slot of a head,
+// which it keeps at hand from one barrier to the next.
 #pragma once
 #include "plan.cuh"
 
@@ -167,8 +170,8 @@ __device__ __forceinline__ double power(double x, double exponent) {
   return exp(exponent * log(x));
 }
 
-// The same where it is far from 1, to the last bits: of x = m 2^k, exponent k has an error of its own only after the whole powers
-// of 2 are taken off. NaN where x is infinite, and perhaps where the exponent is.
+// The same of any x, as exact where the power is far from 1: of x = m 2^k, exponent k is rounded only when the whole powers of 2
+// are off. NaN where x is infinite, and perhaps where the exponent is.
 __device__ __forceinline__ float far_power(float x, float exponent) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -4,7 +4,8 @@
 // weights that were kept, so that no warp needs another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
 // sums of exponentials | barrier | shift; tell the maximum | barrier | back through sharpening; tell gradients of the shift | barrier |
 // back through shift, gate, softmax and similarity. Read first, all heads do so at once: three barriers a step. Write first,
-// those that read and then those that write: six. An erase is never undone by a division.
+// those that read and then those that write: six. An erase is never undone by a division. With a fixed plan nobody needs the
+// maximum: a barrier less, two or four.
 #include "kernels.h"
 #include "ntm_scan.cuh"
 
@@ -75,9 +76,9 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
   int64_t written_row = -1, addressed_row = -1;
   int first_told = 0, last_told = 0;
 
-  // What only a thread of a fixed plan keeps, which has one slot of each pair of heads: the tile of the memory that is gone back
-  // through; weights of its slot, of the step to come, the one after that and in a replay the next, each asked for before it is needed;
-  // its content weights; squares of keys; and where what all have told is added up and goes to.
+  // What only a thread of a fixed plan keeps, which has one slot of each pair of heads: its tile of the memory that is gone back
+  // through; weights of its slot, of the step that comes, of the one before that and in a replay of the next, each asked for a
+  // step before it is needed; its content weights; squares of keys; and where what all have told is added up and goes to.
   Tile<T, C> known;
   T before[pairs], next[pairs], replayed[pairs], content[pairs], squares[pairs];
   struct Giving {
@@ -102,8 +103,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
   __device__ __forceinline__ const T* history(int64_t row) const {
     return static_cast<const T*>(a.history) + row * plan.R * a.N;
   }
-  // With a fixed plan two of them take turns, for one is given while the next is told; the second is where shifted weights are
-  // else.
+  // With a fixed plan two of them take turns, for one is given while the next is told; the second lies where other plans have
+  // shifted weights.
   __device__ __forceinline__ T* scalars_of_all() const { return P::fixed && turn ? per_slot.shifted : small.scalars; }
   __device__ __forceinline__ T* scalars(int h) const {
     return scalars_of_all() + (place.warp * plan.heads + h) * (of_shift + plan.shifts);
@@ -311,8 +312,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
     });
   }
 
-  // With a fixed plan, whose lanes have one slot of a head each: from the shifted weights, which nobody else needs, back to them.
-  // The gradient of one is sharpening times its weight over itself; needing no maximum, it needs no barrier more.
+  // With a fixed plan, whose lanes have one slot of a head each. The slope of a weight in its shifted weight is sharpening times one
+  // over the other, but for the mean: that needs no maximum, hence no barrier before it.
   __device__ __forceinline__ void through_sharpening_alone(const NtmInputs<T>& in, int first, int last) {
     constexpr T faint = T(1) / (int64_t(1) << 62) / (int64_t(1) << 38);
     const int slot = this->half_slot(0);
@@ -336,6 +337,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
       const T of = has_slot ? slope * centred : T(0);
       if (there) small.of_shifted[at] = of;
       // In the order of the scalars from that of the gate on, but for the square of the key, which is the warp's own.
+      static_assert(3 + Base::moves <= 8, "one round of sums");
       T sums[8] = {};
       sums[1] = has_slot ? weight * centred * log(x > T(0) ? x : T(1)) : T(0);
 #pragma unroll
@@ -437,6 +439,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
     return h == one ? of_one : of_other;
   }
 
+  // As through_shift, with a fixed plan.
   __device__ __forceinline__ void through_shift_alone(const NtmInputs<T>& in, int first, int last) {
     const int slot = this->half_slot(0);
     const bool has_slot = slot < plan.N;

@@ -15,7 +15,7 @@ namespace cuda {
 struct Plan {
   int N, D, R;                     // R: all heads
   int reads, shifts;               // of ntm_scan only: heads that read, which come first; moves
-  bool read_first, shared_target;  // of lrua_scan only
+  bool read_first, shared_target;  // the latter of lrua_scan only
   bool resident;                   // the memory is in registers: one group of 16 slots a warp, one piece of columns
   int piece_columns;               // C: columns of a lane in a piece
   int heads_at_once;               // HEADS
