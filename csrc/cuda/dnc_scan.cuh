@@ -1,7 +1,8 @@
 // What the two directions of dnc_scan share: how a block holds a sample, and parts of a step.
 //
-// One block takes a sample through all steps. Sizes are known at run time only, and every array is in shared memory where there
-// is room, in the order in which they are asked for, else in device memory: the code is the same. A row of the memory is
+// One block takes a sample through all steps. float32 of common sizes has kernels of its own ("a sample in registers", below).
+// Else sizes are known at run time only, and every array is in shared memory where there is room, in the order in which they
+// are asked for, else in device memory: the code is the same. A row of the memory is
 // compared by 8 lanes; what belongs to one head is computed by one warp, a lane taking every 32nd slot; a warp takes every so
 // many rows of the links. All sums are taken in an order that only the sizes decide.
 #pragma once

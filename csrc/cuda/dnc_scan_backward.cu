@@ -2,7 +2,7 @@
 //
 // No memory and no links were kept. A first replay, which needs the weights alone, keeps the state of every segment of about
 // sqrt(T) steps; from there each segment is replayed again, all its states side by side in device memory, and gone back through.
-// A step of a replay has two barriers, a step back has seven.
+// A step of a replay has two barriers, a step back has seven; where a sample is in registers, one and five.
 #include "dnc_scan.cuh"
 
 namespace mann_fast {
@@ -899,8 +899,8 @@ struct HeldBackwardScan : HeldThread<C> {
 
   // ---- a step back -----------------------------------------------------------------------------------------------------
 
-  // By all lanes that share two slots: adds up products of the slots with `heads` rows, and gives each to
-  // f(head, slot, sum) once.
+  // Adds up, over the lanes that share two slots, the slots' products with a row of each head: f(place in [H, held_row], sum) by
+  // the lane that comes out with it.
   template <class F>
   __device__ __forceinline__ void give_products(float (&sums)[2 * H], F f) const {
     static_assert(2 * H == column_lanes, "a lane has one of the sums");
@@ -1423,7 +1423,7 @@ struct HeldBackwardScan : HeldThread<C> {
 
   __device__ __forceinline__ float column_sum(int which, int c) const {
     float sum = 0;
-#pragma unroll
+#pragma unroll 4  // the memory is on its way to registers
     for (int w = 0; w < held_warps; ++w) sum += my.of_columns[(w * My::sums + which) * columns + c];
     return sum;
   }
