@@ -385,8 +385,8 @@ auto with_held(const DncPlan& plan, F f) {
   return plan.D <= 5 * column_lanes ? f(std::integral_constant<int, 5>()) : f(std::integral_constant<int, 8>());
 }
 
-// Where a step's inputs lie in shared memory. Rows of `columns` numbers: the keys, of which the one that writes is the last; the
-// masks likewise; what is erased and written; gradients of reads. Then the single numbers.
+// Where a step's inputs lie in shared memory. Rows of `columns` numbers: the keys, of which the one that writes is the last;
+// the masks likewise; what is erased and written; gradients of reads. Then the single numbers.
 template <int C>
 struct HeldInputs {
   enum { keys, masks = keys + held_heads + 1, erase = masks + held_heads + 1, vector, grads, rows = grads + held_heads };

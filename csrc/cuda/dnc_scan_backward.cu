@@ -899,8 +899,8 @@ struct HeldBackwardScan : HeldThread<C> {
 
   // ---- a step back -----------------------------------------------------------------------------------------------------
 
-  // Adds up, over the lanes that share two slots, the slots' products with a row of each head: f(place in [H, held_row], sum) by
-  // the lane that comes out with it.
+  // Adds up, over the lanes that share two slots, the slots' products with a row of each head: f(place in [H, held_row], sum),
+  // by the lane that comes out with it.
   template <class F>
   __device__ __forceinline__ void give_products(float (&sums)[2 * H], F f) const {
     static_assert(2 * H == column_lanes, "a lane has one of the sums");
