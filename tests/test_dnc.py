@@ -25,6 +25,10 @@ SHAPES = [  # T, B, N, D, R
     pytest.param((0, 2, 4, 3, 1), id="no-steps"),
     pytest.param((3, 0, 4, 3, 1), id="empty-batch"),
     pytest.param(shorter((5, 1, 200, 70, 5), (2, 1, 80, 36, 5)), id="large"),
+    # What the CUDA kernels keep in registers, padded: slots, numbers of a slot, heads; and the most of each.
+    pytest.param(shorter((10, 2, 45, 17, 3), (2, 1, 45, 17, 3)), id="in-registers"),
+    pytest.param(shorter((4, 2, 128, 64, 4), (2, 1, 33, 64, 4)), id="most-in-registers"),
+    pytest.param((2, 1, 33, 41, 1), id="least-in-registers"),
 ]
 NAMES = [
     *(f"state.{name}" for name in ops.DNCState._fields),

@@ -1,7 +1,8 @@
 // What the two directions of dnc_scan share: how a block holds a sample, and parts of a step.
 //
-// One block takes a sample through all steps. Sizes are known at run time only, and every array is in shared memory where there
-// is room, in the order in which they are asked for, else in device memory: the code is the same. A row of the memory is
+// One block takes a sample through all steps. float32 of common sizes has kernels of its own ("a sample in registers", below).
+// Else sizes are known at run time only, and every array is in shared memory where there is room, in the order in which they
+// are asked for, else in device memory: the code is the same. A row of the memory is
 // compared by 8 lanes; what belongs to one head is computed by one warp, a lane taking every 32nd slot; a warp takes every so
 // many rows of the links. All sums are taken in an order that only the sizes decide.
 #pragma once
@@ -384,8 +385,8 @@ auto with_held(const DncPlan& plan, F f) {
   return plan.D <= 5 * column_lanes ? f(std::integral_constant<int, 5>()) : f(std::integral_constant<int, 8>());
 }
 
-// Where a step's inputs lie in shared memory. Rows of `columns` numbers: the keys, of which the one that writes is the last; the
-// masks likewise; what is erased and written; gradients of reads. Then the single numbers.
+// Where a step's inputs lie in shared memory. Rows of `columns` numbers: the keys, of which the one that writes is the last;
+// the masks likewise; what is erased and written; gradients of reads. Then the single numbers.
 template <int C>
 struct HeldInputs {
   enum { keys, masks = keys + held_heads + 1, erase = masks + held_heads + 1, vector, grads, rows = grads + held_heads };

@@ -2,7 +2,7 @@
 //
 // No memory and no links were kept. A first replay, which needs the weights alone, keeps the state of every segment of about
 // sqrt(T) steps; from there each segment is replayed again, all its states side by side in device memory, and gone back through.
-// A step of a replay has two barriers, a step back has seven.
+// A step of a replay has two barriers, a step back has seven; where a sample is in registers, one and five.
 #include "dnc_scan.cuh"
 
 namespace mann_fast {
@@ -899,8 +899,8 @@ struct HeldBackwardScan : HeldThread<C> {
 
   // ---- a step back -----------------------------------------------------------------------------------------------------
 
-  // By all lanes that share two slots: adds up products of the slots with `heads` rows, and gives each to
-  // f(head, slot, sum) once.
+  // Adds up, over the lanes that share two slots, the slots' products with a row of each head: f(place in [H, held_row], sum),
+  // by the lane that comes out with it.
   template <class F>
   __device__ __forceinline__ void give_products(float (&sums)[2 * H], F f) const {
     static_assert(2 * H == column_lanes, "a lane has one of the sums");
@@ -1089,27 +1089,49 @@ struct HeldBackwardScan : HeldThread<C> {
   // The gradient of the memory after the write, and what of it comes to the slot's write weight and to what was retained.
   __device__ __forceinline__ void through_memory(const float* in, const HeldRows& rows, const float (&kept)[2],
                                                  const float (&m)[2][C], const float (&now)[2][C]) {
-    float by_square[2] = {}, grad[2][C];
+    float grad[2][C];
     load_memory(my.memory, grad);
+    if (plan.masks) {
+#pragma unroll
+      for (int h = 0; h < H; ++h) {
+        float key[C], mask[C];
+        this->load_columns(in + (In::keys + h) * columns, key);
+        this->load_masks(in, h, mask);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          const int at = h * held_row + first_slot + s;
+          const float of_dot = my.dots[at], of_square = 2 * my.of_square[at];
+#pragma unroll
+          for (int c = 0; c < C; ++c) grad[s][c] += mask[c] * (of_dot * key[c] + of_square * now[s][c]);
+        }
+      }
+    } else {
+      float by_square[2] = {};
+#pragma unroll
+      for (int h = 0; h < H; ++h) {
+        float key[C];
+        this->load_columns(in + (In::keys + h) * columns, key);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          const int at = h * held_row + first_slot + s;
+          const float of_dot = my.dots[at];
+          by_square[s] += 2 * my.of_square[at];
+#pragma unroll
+          for (int c = 0; c < C; ++c) grad[s][c] += of_dot * key[c];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * C; ++i) grad[i / C][i % C] += by_square[i / C] * now[i / C][i % C];
+    }
 #pragma unroll
     for (int h = 0; h < H; ++h) {
-      float key[C], of_reads[C], mask[C];
-      this->load_columns(in + (In::keys + h) * columns, key);
+      float of_reads[C];
       this->load_columns(in + (In::grads + h) * columns, of_reads);
-      if (plan.masks) this->load_masks(in, h, mask);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const int at = h * held_row + first_slot + s;
-        const float weight = rows.read[at], of_dot = my.dots[at], of_square = my.of_square[at];
-        if (plan.masks) {
+        const float weight = rows.read[h * held_row + first_slot + s];
 #pragma unroll
-          for (int c = 0; c < C; ++c)
-            grad[s][c] += weight * of_reads[c] + mask[c] * (of_dot * key[c] + 2 * of_square * now[s][c]);
-        } else {
-          by_square[s] += of_square;
-#pragma unroll
-          for (int c = 0; c < C; ++c) grad[s][c] += weight * of_reads[c] + of_dot * key[c];
-        }
+        for (int c = 0; c < C; ++c) grad[s][c] += weight * of_reads[c];
       }
     }
     float erase[C], vector[C], sums[4] = {};
@@ -1120,7 +1142,6 @@ struct HeldBackwardScan : HeldThread<C> {
       const float weight = rows.written[first_slot + s];
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        if (!plan.masks) grad[s][c] += 2 * by_square[s] * now[s][c];
         sums[s] += grad[s][c] * (vector[c] - m[s][c] * erase[c] * kept[s]);
         sums[2 + s] += grad[s][c] * m[s][c] * (1 - weight * erase[c]);
       }
@@ -1138,7 +1159,13 @@ struct HeldBackwardScan : HeldThread<C> {
     return plan.sharpened ? 1 : in[In::modes + 3 * h + of_direction];
   }
 
+  struct alignas(8) Two {
+    float at[2];
+  };
+  __device__ __forceinline__ static Two load_two(const float* from) { return *reinterpret_cast<const Two*>(from); }
+
   // Back through directions and links, two rows of the warp at a time.
+
   __device__ __forceinline__ void through_links(const float* in, const HeldRows& rows, const float* before) const {
     constexpr int at_once = 2;
     const int first_row = warp * warp_rows;
@@ -1162,17 +1189,24 @@ struct HeldBackwardScan : HeldThread<C> {
           load_own(before + My::state_links, part + r, links[r]);
           load_own(my.links, part + r, gradients[r]);
         }
+        const Two owns = load_two(rows.written + first_row + part);
+        Two aheads[H], reads[H];
+#pragma unroll
+        for (int h = 0; h < H; ++h) {
+          aheads[h] = load_two(of_forward + h * held_row + first_row + part);
+          reads[h] = load_two(rows.read_before + h * held_row + first_row + part);
+        }
 #pragma unroll
         for (int r = 0; r < at_once; ++r) {
-          const float own = rows.written[first_row + part + r];
+          const float own = owns.at[r];
           float ahead[H], own_ahead[H], own_read[H];
 #pragma unroll
           for (int h = 0; h < H; ++h) {
-            const int at = h * held_row + first_row + part + r;
-            ahead[h] = of_forward[at];
+            ahead[h] = aheads[h].at[r];
             own_ahead[h] = mode(in, h, 2) * ahead[h];
-            own_read[h] = mode(in, h, 0) * rows.read_before[at];
+            own_read[h] = mode(in, h, 0) * reads[h].at[r];
           }
+
 #pragma unroll
           for (int k = 0; k < lane_links; ++k) {
             const float link = links[r][k], remains = 1 - own - written.at[k];
@@ -1181,7 +1215,8 @@ struct HeldBackwardScan : HeldThread<C> {
             float gradient = gradients[r][k];
 #pragma unroll
             for (int h = 0; h < H; ++h) {
-              gradient += own_ahead[h] * read[h].at[k] + own_read[h] * back[h].at[k];
+              gradient += own_ahead[h] * read[h].at[k];
+              gradient += own_read[h] * back[h].at[k];
               by_rows[r * H + h] += next * back[h].at[k];
               sums[h].at[k] += next * ahead[h];
             }
@@ -1388,15 +1423,15 @@ struct HeldBackwardScan : HeldThread<C> {
 
   __device__ __forceinline__ float column_sum(int which, int c) const {
     float sum = 0;
-#pragma unroll
+#pragma unroll 4  // the memory is on its way to registers
     for (int w = 0; w < held_warps; ++w) sum += my.of_columns[(w * My::sums + which) * columns + c];
     return sum;
   }
-  // The gradients of what step t, of such a visit, was told, by the threads from `first` on.
-  __device__ __forceinline__ void give(int64_t t, int visit, int first) const {
+  // The gradients of what step t, of such a visit, was told.
+  __device__ __forceinline__ void give(int64_t t, int visit) const {
     const float *in = inputs(visit), *of_singles = singles(visit);
     const int D = plan.D;
-    for (int i = gpu::thread() - first; i < plan.first[Told::grad_reads]; i += held_threads - first) {
+    for (int i = gpu::thread(); i < plan.first[Told::grad_reads]; i += held_threads) {
       int kind = 0;
       while (i >= plan.first[kind + 1]) ++kind;
       const int j = i - plan.first[kind], place = In::place(kind, j, D), row = place / columns, c = place % columns;
@@ -1433,6 +1468,7 @@ struct HeldBackwardScan : HeldThread<C> {
     const HeldRows rows = this->rows(visits);
     float kept[2], retained, filled, m[2][C], now[2][C];
     load_memory(before + My::state_memory, m);
+    if (gives) give(t + 1, visits - 1);  // meanwhile
     retained = retain(in, rows, kept);
     {
       const float usage = before[My::state_usage + own_slot];
@@ -1443,23 +1479,25 @@ struct HeldBackwardScan : HeldThread<C> {
     after(in, rows, kept, m, now);
     compare_all(in, m, now);
     gpu::sync();
-    constexpr int busy = H + 3;
+    // One warp each, while the links keep the others at work.
+
     if (warp < H) through_read(in, t, warp);
     else if (warp == H) soften_write(in);
     else if (warp == H + 1) products(rows);
     else if (warp == H + 2) total(rows);
-    else if (gives) give(t + 1, visits - 1, 32 * busy);
-    gpu::sync();
-    through_memory(in, rows, kept, m, now);
+
+    if (plan.sharpened) gpu::sync();  // the directions have other gradients than the weights
     if (plan.links) through_links(in, rows, before);
     gpu::sync();
     load_memory(before + My::state_memory, m);  // again, which takes no registers meanwhile
     ask(next);
+    after(in, rows, kept, m, now);
+    through_memory(in, rows, kept, m, now);
+    gpu::sync_warp();  // which has what comes to its slots
     gather(in, rows, ends);
     gpu::sync();
     if (warp == 0) through_write(in);
     if (warp == 1) through_allocation(in, rows);
-    after(in, rows, kept, m, now);
     add_columns_read(rows, kept, m, now);
     gpu::sync();
     add_columns_write(in, rows, kept, m, now);
@@ -1556,7 +1594,7 @@ struct HeldBackwardScan : HeldThread<C> {
             step > 0 ? first + step - 1 : first - every;  // the last time there is none, and whichever does no harm
         back(first + step, state(segment, step), step + 1 < count, next < 0 ? 0 : next, first + step == steps - 1);
       }
-      give(first, visits - 1, 0);
+      give(first, visits - 1);
       gpu::sync();
     }
     end();
