@@ -27,11 +27,19 @@ struct Shared {
         known(carver.take<T>(backward ? 0 : plan.warps * plan.heads)) {}
 };
 
-// Blocks that shall have room on a multiprocessor at once, so that one loads while another computes.
+// Blocks that shall have room on a multiprocessor at once, so that one loads while another computes: as many as spill nothing
+// at the paper's size. For older machines the compiler needs a few registers more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool older = true;
+#else
+constexpr bool older = false;
+#endif
 template <class T, int C, int HEADS, bool RESIDENT>
-constexpr int read_blocks = sizeof(T) == 4 ? (RESIDENT && C == 5 && HEADS == 4 ? 3 : 2) : 1;
+constexpr int read_blocks = sizeof(T) == 8                               ? 1
+                            : RESIDENT && C == 5 && HEADS == 4 && !older ? 3
+                                                                         : 2;
 template <class T, int C, int HEADS, bool RESIDENT>
-constexpr int backward_blocks = sizeof(T) == 4 ? 2 : 1;
+constexpr int backward_blocks = sizeof(T) == 8 || older ? 1 : 2;
 
 // How a sample is shared out: among `parts` blocks, of which each takes the plan's slots so many times. Alone, a block has all
 // slots at once.
