@@ -172,7 +172,7 @@ def test_sequences_of_fixed_sizes(sizes, order):
     options = {"order": order, "resets": resets, "lengths": torch.tensor([steps, steps - 2, steps, 0])}
     actual = results_and_gradients(ops.ntm_scan, inputs, torch.float32, **options)
     expected = results_and_gradients(reference.ntm_scan, inputs, torch.float64, **options)
-    compare(actual, expected, 2e-5, 5e-4)
+    compare(actual, expected, 2e-5, 1e-3 if INTERPRETED else 5e-4)  # NumPy adds one after the other
 
 
 @needs_ntm
@@ -198,6 +198,7 @@ def test_weights_of_nought_of_fixed_sizes(sizes, order, sharpening):
 
 
 @needs_ntm
+@pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy, of what Triton's interpreter finds the greatest
 @pytest.mark.parametrize("sizes", FIXED)
 def test_any_sharpness_and_sharpening_of_fixed_sizes(sizes):
     """Similarities that are no exponentials as they are, and sharpening that leaves one slot or two."""
