@@ -58,8 +58,8 @@ def dot_rows(vectors, m):
 def sum_slots(weights, m):
     """[heads, width]: the rows of a tile, weighted by each head.
 
-    In this order, here and wherever such a sum stands: of `weights[:, :, None] * m[None, :, :]` with 16 heads and more Triton makes
-    a matrix product in TF32, unasked, with errors of 5e-4 (scripts/triton_aot.py looks for any).
+    In this order, here and wherever such a sum stands: of `weights[:, :, None] * m[None, :, :]` with 16 heads and more Triton
+    makes a matrix product in TF32, unasked, with errors of 5e-4 (scripts/triton_aot.py looks for any).
     """
     return tl.sum(m[None, :, :] * weights[:, :, None], 1)
 

@@ -117,9 +117,9 @@ def _mean_kernel(
     grad_read, grad_weights, memory, weights, grads, means, N, span, splits, D: tl.constexpr, R: tl.constexpr,
     DP: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, OF_READ: tl.constexpr, OF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """dL/dw per slot, and a part's share of the sum over slots of w dL/dw. The gradients count only as far as they differ from it,
-    so both must come from the very same bits, which a great sharpness would tell apart: neither a product of the read's gradient
-    and the read would do, nor to compute dL/dw again in another kernel."""
+    """dL/dw per slot, and a part's share of the sum over slots of w dL/dw. The gradients count only as far as they differ from
+    it, so both must come from the very same bits, which a great sharpness would tell apart: neither a product of the read's
+    gradient and the read would do, nor to compute dL/dw again in another kernel."""
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dtype = memory.dtype.element_ty

@@ -17,8 +17,16 @@ from pathlib import Path
 
 from native import CannotBuild, Nvcc, cuda_architectures
 
-# 33 to 40 numbers a slot, in registers: of LRUA with more than one head, and of NTM; of a DNC, all in shared memory.
-PAPER = ("<float, 5, 4, true", "<float, 5, true>", "<float, true>")
+# What may not spill: 33 to 40 numbers a slot in registers, of LRUA with more than one head, of NTM, of a cell and of a DNC, and
+# all with a plan that is known when compiled.
+PAPER = ("<float, 5, 4, true", "<float, 5, true", "<float, true>", "FixedPlan<", "held_kernel<")
+# Bytes that are known to be spilt, stored and loaded, at most. dnc: loop variables of a step that has twice what registers
+# hold, five times as fast on an H200 as without registers. cell back: sizes that are not known when compiled.
+KNOWN_SPILLS = {
+    "dnc_backward_held_kernel<": 600,
+    "cell_backward_kernel<float, 5, true, Plan": 160,
+    "ntm_backward_kernel<": 16,
+}
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -57,7 +65,8 @@ def main(arguments: list[str]) -> int:
         name = match[1].replace("mann_fast::cuda::", "").replace(" >", ">") if match else name
         spills = int(stores) + int(loads)
         kernels.setdefault(name, {})[architecture] = f"{registers}, {stack}, {spills}"
-        if spills and any(paper in name for paper in PAPER):
+        known = max((bytes for begin, bytes in KNOWN_SPILLS.items() if name.startswith(begin)), default=0)
+        if spills > known and any(paper in name for paper in PAPER):
             spilling.append(f"{name} spills {spills} bytes on {architecture}")
     if not kernels:
         print("cuda_report: the compiler said nothing of its kernels", file=sys.stderr)
@@ -75,7 +84,7 @@ def main(arguments: list[str]) -> int:
         begin, end = (file.read_text().index(mark) for mark in MARKS)
         text = file.read_text()
         file.write_text(text[: begin + len(MARKS[0])] + "\n" + "\n".join(lines) + "\n" + text[end:])
-    print("\n".join(spilling) or f"no kernel {' or '.join(PAPER)} spills")
+    print("\n".join(spilling) or f"no kernel {' or '.join(PAPER)} spills more than is known")
     return 1 if spilling else 0
 
 

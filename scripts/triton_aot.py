@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time for the GPUs of three generations, none of which is needed.
 
 Prints a Markdown table of registers, spills and shared memory, and fails where a kernel needs more shared memory than a
-chip has, spills at the paper's sizes, or has got a matrix product, which is in TF32. The launchers themselves say what to compile: they run on tensors of device
-"meta", with the launch replaced by taking notes.
+chip has, spills at the paper's sizes, or has got a matrix product, which is in TF32. The launchers themselves say what to
+compile: they run on tensors of device "meta", with the launch replaced by taking notes.
 
 python scripts/triton_aot.py [--reduced] [--write docs/triton.md]
 """
