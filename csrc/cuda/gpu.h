@@ -62,6 +62,7 @@ __device__ inline T shuffle(T value, int lane) {
   return __shfl_sync(~0u, value, lane);
 }
 __device__ inline unsigned warp_min(unsigned value) { return __reduce_min_sync(~0u, value); }
+__device__ inline int warp_count(bool is) { return __popc(__ballot_sync(~0u, is)); }
 
 // The blocks of a cluster: a barrier, and they reach the same place of each other's shared memory.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

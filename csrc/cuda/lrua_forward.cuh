@@ -42,6 +42,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
   AnchorTurns anchors;
+  // Where the plan is known when compiled, of the lane's own head and slots: read weights before a step, what a step writes; and
+  // the usage of one slot, which another lane has too.
+  Pair<T> own_weights{}, own_written{};
+  T own_usage = 0;
 
   __device__ __forceinline__ LruaForward(const LruaScan& a, const P& plan, Places places, int64_t sample, int rank)
       : Base(plan, rank, a.eps), a(a), sample(sample), small(places.of(ALONE || RESIDENT || plan.near_small), plan),
@@ -65,10 +69,17 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     for (int g = 0; g < this->groups(); ++g) {
       for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
       const int slot = this->group(g) + place.lane, of_sample = first_slot + slot;
-      if (place.lane < warp_slots) set_usage(slot, of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample]);
+      if (!P::fixed && place.lane < warp_slots)
+        set_usage(slot, of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample]);
     }
-    this->take_rows(read_weights, plan.N, per_slot.read_weights);
-    if constexpr (!P::fixed) find_candidates();
+    if constexpr (P::fixed) {
+      own_weights = this->take_own(read_weights, plan.N);
+      own_usage = used_slot() >= plan.N ? T(0) : anew ? T(used_slot() == 0) : usage[used_slot()];
+      rank_slots();
+    } else {
+      this->take_rows(read_weights, plan.N, per_slot.read_weights);
+      find_candidates();
+    }
   }
 
   __device__ __forceinline__ void set_usage(int slot, T usage) {
@@ -95,35 +106,59 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     }
   }
 
-  // The R least used slots of all, for the warp itself: every warp finds the same. Where a plan is fixed, it goes through all
-  // slots, a few in every lane; else through the warps' candidates.
+  // Where the plan is known when compiled: the slot whose usage the lane has, and the least used slots of the warp, for all to
+  // see. A slot's place among them is how many come before it; two lanes count half of them each.
+  __device__ __forceinline__ int used_slot() const { return this->own_pair() + place.lane / 4 % 2; }
+  __device__ __forceinline__ void rank_slots() {
+    const int own = used_slot() % warp_slots, half = place.lane / 2 % 2 * (warp_slots / 2);
+    const Bits order = used_slot() < plan.N ? order_of(own_usage) : taken<T>;
+    Bits* orders = per_slot.orders + this->group(0);
+    orders[own] = order;
+    gpu::sync_warp();
+    int before = 0;
+#pragma unroll
+    for (int i = 0; i < warp_slots / 2; i += 4) {
+      struct alignas(4 * sizeof(Bits)) Beside {
+        Bits at[4];
+      };
+      const Beside others = *reinterpret_cast<const Beside*>(orders + half + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) before += others.at[j] < order || (others.at[j] == order && half + i + j < own);
+    }
+    before += gpu::shuffle_xor(before, 2);
+    if (before < plan.R && half == 0) {
+      small.exchange.orders[place.warp * plan.heads + before] = order;
+      small.exchange.candidates[place.warp * plan.heads + before] = used_slot();
+    }
+  }
+
+  // The R least used slots of all, for the warp itself, from the warps' candidates: every warp finds the same. Where a plan is
+  // known when compiled, a warp finds which of its own candidates are among them.
   __device__ __forceinline__ auto choose() const {
-    if constexpr (P::fixed) return choose_of_all();
+    if constexpr (P::fixed) return choose_of_own();
     else return choose_of_candidates();
   }
   struct Chosen {
-    int slots[fixed_heads<P>];
-    __device__ __forceinline__ int operator[](int r) const { return slots[r]; }
+    int slots[fixed_heads<P>], ranks[fixed_heads<P>];  // of the warp's candidates; beyond R where others are chosen
+    // The slot that head r chooses, or -1 where it is none of the warp's.
+    __device__ __forceinline__ int operator[](int r) const {
+      int slot = -1;
+#pragma unroll
+      for (int k = 0; k < fixed_heads<P>; ++k) slot = ranks[k] == r ? slots[k] : slot;
+      return slot;
+    }
   };
-  __device__ __forceinline__ Chosen choose_of_all() const {
-    constexpr int count = P::span / 32;
+  __device__ __forceinline__ Chosen choose_of_own() const {
+    static_assert(!P::fixed || fixed_heads<P> * P::warps == 32, "a candidate a lane");
     Chosen chosen;
-    Bits orders[count];
+    const Bits order = small.exchange.orders[place.lane];
 #pragma unroll
-    for (int i = 0; i < count; ++i) orders[i] = per_slot.orders[place.lane + 32 * i];
-#pragma unroll
-    for (int r = 0; r < plan.R; ++r) {
-      Bits least = orders[0];
-      int where = place.lane;
-#pragma unroll
-      for (int i = 1; i < count; ++i)
-        if (orders[i] < least) least = orders[i], where = place.lane + 32 * i;
-      const Bits order = warp_least(least);
-      const int slot = static_cast<int>(gpu::warp_min(least == order ? static_cast<unsigned>(where) : ~0u));
-#pragma unroll
-      for (int i = 0; i < count; ++i)
-        if (slot == place.lane + 32 * i) orders[i] = taken<T>;
-      chosen.slots[r] = slot;
+    for (int k = 0; k < plan.R; ++k) {
+      const int own = place.warp * plan.heads + k;
+      const Bits of_own = small.exchange.orders[own];
+      chosen.slots[k] = small.exchange.candidates[own];
+      // Candidates lie in the order of their slots where their usage is the same.
+      chosen.ranks[k] = gpu::warp_count(order < of_own || (order == of_own && place.lane < own));
     }
     return chosen;
   }
@@ -158,7 +193,11 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
 
   template <class ChosenSlots>
   __device__ __forceinline__ void save(int64_t t, const ChosenSlots& chosen) {
-    if (rank == 0 && place.warp == 0)
+    if constexpr (P::fixed) {
+      if (place.lane == 0)
+        for (int k = 0; k < plan.R; ++k)
+          if (chosen.ranks[k] < plan.R) a.slots[(t * a.B + sample) * plan.R + chosen.ranks[k]] = chosen.slots[k];
+    } else if (rank == 0 && place.warp == 0)
       for (int r = 0; r < plan.R; ++r)
         if (place.lane == r % 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
     if (!anchors.due(t)) return;
@@ -167,7 +206,8 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
-    this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
+    if constexpr (P::fixed) this->give_own(own_weights, ld, anchor + a.D * ld);
+    else this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
   }
 
   // Up to the sums that all must know.
@@ -197,6 +237,18 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     gpu::sync_warp();
   }
 
+  template <class ChosenSlots>
+  __device__ __forceinline__ void write_and_compare_own(const Inputs<T>& in, const ChosenSlots& chosen, T* sums) {
+    own_written = this->own_writes(in, chosen[this->own_head()], own_weights);
+    store_pair(per_slot.write_weights + this->own_at(), own_written);
+    gpu::sync_warp();
+    this->write_beside(in, chosen[0], per_slot.write_weights, held);
+    Pair<T> dots, squares;
+    own_weights = this->own_exponentials(in, held, this->bounded(in.beta), sums, small.exchange.maximum, dots, squares);
+    store_pair(per_slot.read_weights + this->own_at(), own_weights);
+    gpu::sync_warp();
+  }
+
   // The warp's part of the reads.
   __device__ __forceinline__ void read() {
     T* to = small.exchange.reads + place.warp * plan.heads * plan.columns;
@@ -212,11 +264,19 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
       }
   }
 
+  __device__ __forceinline__ void read_own() {
+    Four<T> weights[HEADS];
+    this->load_slots(per_slot.read_weights, place.group, weights);
+    this->store_row(small.exchange.reads + place.warp * plan.heads * plan.columns, this->own_weighted(held, weights));
+  }
+
   // A number of the reads [R, D], when all have told their parts.
   __device__ __forceinline__ T read_at(int j) const { return read_at(vector_at(plan, j), j / plan.D); }
   __device__ __forceinline__ T read_at(int at, int head) const {
-    return this->total(small.exchange.reads, at, plan.heads * plan.columns) *
-           gpu::reciprocal(this->total(small.exchange.sums, head, plan.heads));
+    T sum;
+    if constexpr (P::fixed) sum = this->total_of(small.exchange.sums, head);
+    else sum = this->total(small.exchange.sums, head, plan.heads);
+    return this->total(small.exchange.reads, at, plan.heads * plan.columns) * gpu::reciprocal(sum);
   }
 
   __device__ __forceinline__ void use() {
@@ -230,21 +290,41 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
       set_usage(slot, decay * per_slot.usage[slot] + total);
     }
   }
+  __device__ __forceinline__ void use_own() {
+    const T first = own_weights.at[0] + own_written.at[0], second = own_weights.at[1] + own_written.at[1];
+    const bool upper = place.lane & 4;
+    T total = (upper ? second : first) + gpu::shuffle_xor(upper ? first : second, 4);
+    total += gpu::shuffle_xor(total, 2);
+    own_usage = static_cast<T>(a.usage_decay) * own_usage + total;
+  }
 
   // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
     const auto chosen = choose();
     if (a.anchor_every > 0) save(t, chosen);
-    write_and_compare(in, chosen, small.exchange.sums);
-    read();
+    if constexpr (P::fixed) {
+      write_and_compare_own(in, chosen, small.exchange.sums);
+      read_own();
+    } else {
+      write_and_compare(in, chosen, small.exchange.sums);
+      read();
+    }
   }
   // and what comes after it: the state before the next step. Where that begins anew, so does it.
   __device__ __forceinline__ void weigh_and_use(bool anew) {
     if (anew) return begin(true);
-    this->normalise(small.exchange.sums, per_slot.read_weights);
-    gpu::sync_warp();
-    use();
-    if constexpr (!P::fixed) find_candidates();  // a lane's own slots again
+    if constexpr (P::fixed) {
+      const T scale = gpu::reciprocal(this->total_of(small.exchange.sums, this->own_head()));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) own_weights.at[i] *= scale;
+      use_own();
+      rank_slots();
+    } else {
+      this->normalise(small.exchange.sums, per_slot.read_weights);
+      gpu::sync_warp();
+      use();
+      find_candidates();  // a lane's own slots again
+    }
   }
 
   __device__ __forceinline__ void end() {
@@ -253,9 +333,15 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     for (int g = 0; g < this->groups(); ++g) {
       for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
       const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
+      if (!P::fixed && place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
     }
-    this->give_rows(per_slot.read_weights, plan.N, static_cast<T*>(a.out_read_weights) + sample * a.R * a.N);
+    T* read_weights = static_cast<T*>(a.out_read_weights) + sample * a.R * a.N;
+    if constexpr (P::fixed) {
+      if (place.lane / 2 % 2 == 0 && used_slot() < plan.N) usage[used_slot()] = own_usage;
+      this->give_own(own_weights, plan.N, read_weights);
+    } else {
+      this->give_rows(per_slot.read_weights, plan.N, read_weights);
+    }
   }
 };
 

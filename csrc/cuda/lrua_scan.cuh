@@ -204,6 +204,176 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
       add_products<HEADS, C>(weights, rows, m);
     }
   }
+
+  // ---- where the plan is known when compiled ------------------------------------------------------------------------
+
+  // There a lane owns one of the four heads and two slots beside each other: what it has of them stays in its registers from
+  // step to step. Rows of heads are taken in an order that begins with a lane's own, so that sums over lanes choose nothing.
+  __device__ __forceinline__ int own_head() const { return place.lane / 2 % 4; }
+  __device__ __forceinline__ int own_pair() const { return this->slots(0) + place.lane % 2 * 2; }
+  __device__ __forceinline__ int own_at() const { return own_head() * plan.span + own_pair(); }
+
+  // Of four rows [heads, columns] the lane's columns, of row h ^ first at h.
+  __device__ __forceinline__ void load_beside(const T* rows, int first, T (&out)[HEADS][C]) const {
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      const T* row = rows + (h ^ first) * plan.columns;
+      const Four<T> four = load_four(row + 4 * place.column);
+#pragma unroll
+      for (int c = 0; c < C; ++c) out[h][c] = c < 4 ? four.at[c % 4] : row[4 * column_lanes + place.column];
+    }
+  }
+  // And the lane's four slots of rows [heads, span].
+  __device__ __forceinline__ void load_slots(const T* rows, int first, Four<T> (&out)[HEADS]) const {
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) out[h] = load_four(rows + (h ^ first) * plan.span + this->slots(0));
+  }
+
+  // Dot products of the lane's two slots and its head, from rows in the order of its head.
+  __device__ __forceinline__ Pair<T> own_dots(const Tile<T, C>& m, const T (&rows)[HEADS][C]) const {
+    T sum[HEADS * lane_slots] = {};
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+        for (int c = 0; c < C; ++c) sum[h * lane_slots + s] += m.at[s][c] * rows[h][c];
+    add_turned<4, 2, HEADS * lane_slots>(sum);
+    add_lanes<1, 1, lane_slots>(sum, place.lane);
+    return {sum[0], sum[1]};
+  }
+  __device__ __forceinline__ Pair<T> own_squares(const Tile<T, C>& m) const {
+    T sum[lane_slots] = {};
+    add_squares<C>(m, sum);
+    add_lanes<1, 1, lane_slots>(sum, place.lane);
+    return {over_heads(sum[0]), over_heads(sum[1])};
+  }
+  __device__ __forceinline__ T own_key_square(const T (&keys)[HEADS][C]) const {
+    T sum[HEADS] = {};
+    add_row_squares<HEADS, C>(keys, sum);
+    add_turned<4, 2, HEADS>(sum);
+    return sum[0] + gpu::shuffle_xor(sum[0], 1);
+  }
+  // Sums over the lanes of one pair of slots, and over those of one head.
+  __device__ __forceinline__ T over_heads(T value) const {
+    value += gpu::shuffle_xor(value, 4);
+    return value + gpu::shuffle_xor(value, 2);
+  }
+  __device__ __forceinline__ T over_slots(T value) const {
+    value += gpu::shuffle_xor(value, 1);
+    value += gpu::shuffle_xor(value, 8);
+    return value + gpu::shuffle_xor(value, 16);
+  }
+
+  // The same number of every head, to [heads, warps]; and the sum over warps of the lane's own head's.
+  __device__ __forceinline__ void tell_own(T value, T* to) const {
+    if ((place.lane & ~6) == 0) to[own_head() * plan.warps + place.warp] = value;
+  }
+  __device__ __forceinline__ T total_of(const T* from, int head) const {
+    T sum = 0;
+#pragma unroll
+    for (int w = 0; w < plan.warps; w += 4) {
+      const Four<T> four = load_four(from + head * plan.warps + w);
+      sum += (four.at[0] + four.at[1]) + (four.at[2] + four.at[3]);
+    }
+    return sum;
+  }
+
+  // What the head writes to the lane's two slots; chosen is the slot that it has chosen.
+  __device__ __forceinline__ Pair<T> own_writes(const Inputs<T>& in, int chosen, const Pair<T>& reads) const {
+    const T gate = in.gate[own_head()], rest = in.rest[own_head()];
+    Pair<T> writes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) writes.at[i] = gate * reads.at[i] + (chosen == own_pair() + i ? rest : T(0));
+    return writes;
+  }
+
+  __device__ __forceinline__ void write_beside(const Inputs<T>& in, int erased, const T* write_weights, Tile<T, C>& m) const {
+    Four<T> weights[HEADS];
+    T rows[HEADS][C];
+    load_beside(in.vectors, 0, rows);
+    load_slots(write_weights, 0, weights);
+    if (static_cast<unsigned>(erased - this->slots(0)) < static_cast<unsigned>(lane_slots)) {
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+        for (int c = 0; c < C; ++c) m.at[s][c] = erased == this->slots(0) + s ? T(0) : m.at[s][c];
+    }
+    add_products<HEADS, C>(weights, rows, m);
+  }
+
+  // The exponentials of the lane's two similarities, and their sums for all to see.
+  __device__ __forceinline__ Pair<T> own_exponentials(const Inputs<T>& in, const Tile<T, C>& m, bool bounded, T* sums, T* most,
+                                                      Pair<T>& dots, Pair<T>& squares) const {
+    T keys[HEADS][C];
+    load_beside(in.keys, own_head(), keys);
+    const T beta = in.beta[own_head()], key = own_key_square(keys);
+    squares = own_squares(m);
+    dots = own_dots(m, keys);
+    Pair<T> scores, result;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scores.at[i] = beta * (dots.at[i] * gpu::inverse_root(key * squares.at[i] + this->eps));
+      const T exponential = exp(scores.at[i] - fabs(beta));
+      result.at[i] = own_pair() + i < plan.N ? exponential : T(0);
+    }
+    if (!bounded) {
+      const T greatest = own_maximum(scores, most);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) result.at[i] = own_pair() + i < plan.N ? exp(scores.at[i] - greatest) : T(0);
+    }
+    tell_own(over_slots(result.at[0] + result.at[1]), sums);
+    return result;
+  }
+  // Of the lane's head among all slots.
+  __device__ __forceinline__ T own_maximum(const Pair<T>& scores, T* of_warps) const {
+    const auto greater = [](T a, T b) { return b > a || b != b ? b : a; };
+    T most = -INFINITY;
+    for (int i = 0; i < 2; ++i)
+      if (own_pair() + i < plan.N) most = greater(most, scores.at[i]);
+    for (const int mask : {1, 8, 16}) most = greater(most, gpu::shuffle_xor(most, mask));
+    tell_own(most, of_warps);
+    this->sync();
+    most = -INFINITY;
+    for (int w = 0; w < plan.warps; ++w) most = greater(most, of_warps[own_head() * plan.warps + w]);
+    return most;
+  }
+
+  // A warp's weighted sums over its slots: head `place.group`, the lane's columns of it; weights in the order of that head.
+  struct Row {
+    T at[C];
+  };
+  __device__ __forceinline__ Row own_weighted(const Tile<T, C>& m, const Four<T> (&weights)[HEADS]) const {
+    T sum[HEADS * C] = {};
+    add_weighted<HEADS, C>(m, weights, sum);
+    add_turned<16, 8, HEADS * C>(sum);
+    Row row;
+#pragma unroll
+    for (int c = 0; c < C; ++c) row.at[c] = sum[c];
+    return row;
+  }
+  // To [heads, columns].
+  __device__ __forceinline__ void store_row(T* rows, const Row& row) const {
+    T* to = rows + place.group * plan.columns;
+    *reinterpret_cast<Four<T>*>(to + 4 * place.column) = {row.at[0], row.at[1], row.at[2], row.at[3]};
+    if constexpr (C > 4) to[4 * column_lanes + place.column] = row.at[4];
+  }
+
+  // The lane's two numbers of rows [R, ld], beside each other or not, from and to device memory.
+  __device__ __forceinline__ Pair<T> take_own(const T* rows, int64_t ld) const {
+    Pair<T> two;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int slot = own_pair() + i;
+      two.at[i] = slot >= plan.N ? T(0) : rows ? rows[own_head() * ld + slot] : T(slot == 0);
+    }
+    return two;
+  }
+  __device__ __forceinline__ void give_own(const Pair<T>& two, int64_t ld, T* rows) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (own_pair() + i < ld) rows[own_head() * ld + own_pair() + i] = two.at[i];
+  }
 };
 
 // One head at a time costs fewer sums over lanes where there is but one; more than that would ask for twice the kernels.

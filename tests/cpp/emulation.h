@@ -383,6 +383,13 @@ inline MANN_FAST_SCHEDULER unsigned warp_min(unsigned value) {
   return value;
 }
 
+inline MANN_FAST_SCHEDULER int warp_count(bool is) {
+  const uint64_t* values = emulation::exchange(static_cast<unsigned>(is));
+  int count = 0;
+  for (int i = 0; i < warp_size; ++i) count += values[i] != 0;
+  return count;
+}
+
 template <class T>
 MANN_FAST_SCHEDULER T* of_block(T* shared, int rank) {
   const auto& m = emulation::machine();
