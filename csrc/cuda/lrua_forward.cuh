@@ -107,26 +107,37 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   // Where the plan is known when compiled: the slot whose usage the lane has, and the least used slots of the warp, for all to
-  // see. A slot's place among them is how many come before it; two lanes count half of them each.
+  // see. A slot's place among them is how many come before it; two lanes count half of them each. All is counted without
+  // comparisons: a predicate takes three times as long as a sum. A slot that is not there comes after all that are, since it is
+  // the last of what nothing comes before.
   __device__ __forceinline__ int used_slot() const { return this->own_pair() + place.lane / 4 % 2; }
+  // -1 where `order` is below the other, else 0.
+  __device__ __forceinline__ static Bits below(Bits order, Bits other) {
+    return static_cast<Bits>((static_cast<uint64_t>(order) - other) >> 32);
+  }
+  struct alignas(4 * sizeof(Bits)) FourOrders {
+    Bits at[4];
+  };
+  __device__ __forceinline__ static FourOrders load_orders(const Bits* from) {
+    return *reinterpret_cast<const FourOrders*>(from);
+  }
   __device__ __forceinline__ void rank_slots() {
-    const int own = used_slot() % warp_slots, half = place.lane / 2 % 2 * (warp_slots / 2);
-    const Bits order = used_slot() < plan.N ? order_of(own_usage) : taken<T>;
+    // Slots come in fours; a lane counts its own and the next, or the other two. Those before it come first where they are the same.
+    const int own = used_slot() % warp_slots, four = own / 4, second = place.lane / 2 % 2;
+    const Bits order = used_slot() < plan.N ? order_of(own_usage) : taken<T> - 1;
     Bits* orders = per_slot.orders + this->group(0);
     orders[own] = order;
     gpu::sync_warp();
-    int before = 0;
+    const int near = second ? four ^ 2 : four, far = near ^ 1;
+    const FourOrders first = load_orders(orders + 4 * near), then = load_orders(orders + 4 * far);
+    const Bits after_far = order + (far < four ? 1 : 0);
+    Bits sums[4];
 #pragma unroll
-    for (int i = 0; i < warp_slots / 2; i += 4) {
-      struct alignas(4 * sizeof(Bits)) Beside {
-        Bits at[4];
-      };
-      const Beside others = *reinterpret_cast<const Beside*>(orders + half + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) before += others.at[j] < order || (others.at[j] == order && half + i + j < own);
-    }
+    for (int i = 0; i < 4; ++i)
+      sums[i] = below(first.at[i], order + (4 * near + i < own ? 1 : 0)) + below(then.at[i], after_far);
+    unsigned before = static_cast<unsigned>(-((sums[0] + sums[1]) + (sums[2] + sums[3])));
     before += gpu::shuffle_xor(before, 2);
-    if (before < plan.R && half == 0) {
+    if (before < plan.R && !second) {
       small.exchange.orders[place.warp * plan.heads + before] = order;
       small.exchange.candidates[place.warp * plan.heads + before] = used_slot();
     }
@@ -139,27 +150,31 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     else return choose_of_candidates();
   }
   struct Chosen {
-    int slots[fixed_heads<P>], ranks[fixed_heads<P>];  // of the warp's candidates; beyond R where others are chosen
+    int slots[fixed_heads<P>];  // of the warp's candidates
+    unsigned ranks;             // of each a byte; R and more where others are chosen
+    __device__ __forceinline__ int rank(int k) const { return static_cast<int>(ranks >> (8 * k) & 255); }
     // The slot that head r chooses, or -1 where it is none of the warp's.
     __device__ __forceinline__ int operator[](int r) const {
       int slot = -1;
 #pragma unroll
-      for (int k = 0; k < fixed_heads<P>; ++k) slot = ranks[k] == r ? slots[k] : slot;
+      for (int k = 0; k < fixed_heads<P>; ++k) slot = rank(k) == r ? slots[k] : slot;
       return slot;
     }
   };
   __device__ __forceinline__ Chosen choose_of_own() const {
     static_assert(!P::fixed || fixed_heads<P> * P::warps == 32, "a candidate a lane");
     Chosen chosen;
+    const int first = place.warp * plan.heads;
     const Bits order = small.exchange.orders[place.lane];
+    const FourOrders own = load_orders(small.exchange.orders + first);
+    unsigned before = 0;
 #pragma unroll
     for (int k = 0; k < plan.R; ++k) {
-      const int own = place.warp * plan.heads + k;
-      const Bits of_own = small.exchange.orders[own];
-      chosen.slots[k] = small.exchange.candidates[own];
+      chosen.slots[k] = small.exchange.candidates[first + k];
       // Candidates lie in the order of their slots where their usage is the same.
-      chosen.ranks[k] = gpu::warp_count(order < of_own || (order == of_own && place.lane < own));
+      before -= static_cast<unsigned>(below(order, own.at[k] + (place.lane < first + k ? 1 : 0))) << (8 * k);
     }
+    chosen.ranks = gpu::warp_sum(before);
     return chosen;
   }
   __device__ __forceinline__ const int* choose_of_candidates() const {
@@ -192,14 +207,20 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   template <class ChosenSlots>
-  __device__ __forceinline__ void save(int64_t t, const ChosenSlots& chosen) {
+  __device__ __forceinline__ void save_slots(int64_t t, const ChosenSlots& chosen) {
+    int64_t* to = a.slots + (t * a.B + sample) * plan.R;
     if constexpr (P::fixed) {
-      if (place.lane == 0)
-        for (int k = 0; k < plan.R; ++k)
-          if (chosen.ranks[k] < plan.R) a.slots[(t * a.B + sample) * plan.R + chosen.ranks[k]] = chosen.slots[k];
-    } else if (rank == 0 && place.warp == 0)
+      int slot = 0;
+#pragma unroll
+      for (int k = 0; k < plan.R; ++k) slot = place.lane == k ? chosen.slots[k] : slot;
+      if (place.lane < plan.R && chosen.rank(place.lane) < plan.R) to[chosen.rank(place.lane)] = slot;
+    } else if (rank == 0 && place.warp == 0) {
       for (int r = 0; r < plan.R; ++r)
-        if (place.lane == r % 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
+        if (place.lane == r % 32) to[r] = chosen[r];
+    }
+  }
+  // The state before step t.
+  __device__ __forceinline__ void save_state(int64_t t) {
     if (!anchors.due(t)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
@@ -238,15 +259,24 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   template <class ChosenSlots>
-  __device__ __forceinline__ void write_and_compare_own(const Inputs<T>& in, const ChosenSlots& chosen, T* sums) {
-    own_written = this->own_writes(in, chosen[this->own_head()], own_weights);
+  __device__ __forceinline__ void write_and_read_own(const Inputs<T>& in, const ChosenSlots& chosen, T* sums) {
+    T vectors[HEADS][C], keys[HEADS][C];
+    this->load_beside(in.vectors, 0, vectors);
+    this->load_beside(in.keys, this->own_head(), keys);
+    const T key_square = this->own_key_square(keys);
+    const bool bounded = this->bounded(in.beta);
+    own_written = this->own_writes(this->own_shares(in), chosen[this->own_head()], own_weights);
     store_pair(per_slot.write_weights + this->own_at(), own_written);
     gpu::sync_warp();
-    this->write_beside(in, chosen[0], per_slot.write_weights, held);
+    this->write_beside(vectors, chosen[0], per_slot.write_weights, held);
     Pair<T> dots, squares;
-    own_weights = this->own_exponentials(in, held, this->bounded(in.beta), sums, small.exchange.maximum, dots, squares);
+    own_weights = this->own_exponentials(keys, key_square, in.beta[this->own_head()], held, bounded, small.exchange.maximum,
+                                         dots, squares);
     store_pair(per_slot.read_weights + this->own_at(), own_weights);
     gpu::sync_warp();
+    const T sum = this->over_slots(own_weights.at[0] + own_weights.at[1]);
+    read_own();
+    this->tell_own(sum, sums);
   }
 
   // The warp's part of the reads.
@@ -300,15 +330,15 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
 
   // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
+    save_state(t);
     const auto chosen = choose();
-    if (a.anchor_every > 0) save(t, chosen);
     if constexpr (P::fixed) {
-      write_and_compare_own(in, chosen, small.exchange.sums);
-      read_own();
+      write_and_read_own(in, chosen, small.exchange.sums);
     } else {
       write_and_compare(in, chosen, small.exchange.sums);
       read();
     }
+    if (a.anchor_every > 0) save_slots(t, chosen);
   }
   // and what comes after it: the state before the next step. Where that begins anew, so does it.
   __device__ __forceinline__ void weigh_and_use(bool anew) {

@@ -18,26 +18,33 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
 
   __device__ __forceinline__ ForwardScan(const LruaScan& a, const P& plan, Places places)
       : Base(a, plan, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster)),
-        first_read(rank * 32 * plan.warps + gpu::thread()), read_place(plan.D > 0 ? vector_at(plan, first_read) : 0),
-        read_head(plan.D > 0 ? first_read / plan.D : 0) {}
+        first_read(rank * 32 * plan.warps + gpu::thread()),
+        read_place(first_read < plan.R * plan.D ? vector_at(plan, first_read) : 0),
+        read_head(first_read < plan.R * plan.D ? first_read / plan.D : 0) {}
 
   // Where the thread's first number of the reads lies is found once.
   __device__ __forceinline__ void give_reads(int64_t t) {
     const int count = plan.R * plan.D, threads = 32 * plan.warps;
     const int64_t row = (t * a.B + sample) * count;
-    if (first_read < count) store_as(a.reads, a.input, row + first_read, this->read_at(read_place, read_head));
-    if constexpr (!P::fixed)
+    if constexpr (P::fixed) {
+      const T read = this->read_at(read_place, read_head);
+      if (first_read < count) store_input(a.reads, a.input, row + first_read, read);
+    } else {
+      if (first_read < count) store_input(a.reads, a.input, row + first_read, this->read_at(read_place, read_head));
       for (int j = first_read + plan.cluster * threads; j < count; j += plan.cluster * threads)
-        store_as(a.reads, a.input, row + j, this->read_at(j));
+        store_input(a.reads, a.input, row + j, this->read_at(j));
+    }
   }
 
   __device__ __forceinline__ void run() {
-    Stream<T, LruaScan, P> stream(a, plan);
+    StreamOf<T, LruaScan, P> stream(a, plan);
     const int64_t steps = a.sequences.length(a.T, sample);
     if (steps > 0) stream.ask(sample);
     this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
     small.in.clear();
     gpu::sync();
+    if constexpr (P::fixed)
+      for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn));
     if (steps > 0) stream.put(inputs(0));
     this->sync();
     for (int64_t t = 0; t < steps; ++t) {

@@ -153,6 +153,91 @@ class Stream {
   Bits asked_[ahead] = {};
 };
 
+// The same where the plan is known when compiled: all that a step needs is asked for ahead, and nothing branches. Gates' logits
+// are put as they come.
+template <class T, class Arguments, class P>
+class SteadyStream {
+  using Bits = typename Order<T>::Bits;
+
+ public:
+  __device__ __forceinline__ SteadyStream(const Arguments& a, const P& plan) : a_(a), wide_(a.input == Dtype::float32) {
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) ways_[j] = way(plan, j);
+  }
+
+  __device__ __forceinline__ void ask(int64_t row) {
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) {
+      const unsigned char* from = ways_[j].from + row * ways_[j].step;
+      asked_[j] = ways_[j].wide ? *reinterpret_cast<const Bits*>(from) : *reinterpret_cast<const uint16_t*>(from);
+    }
+  }
+
+  __device__ __forceinline__ void put(const Inputs<T>& in) const {
+    Bits* to = reinterpret_cast<Bits*>(in.keys);
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) {
+      Bits bits = asked_[j];
+      if (!ways_[j].wide) {
+        const float value = a_.input == Dtype::float16 ? gpu::float_of_half(static_cast<uint16_t>(bits))
+                                                       : from_bfloat16(static_cast<uint16_t>(bits));
+        memcpy(&bits, &value, sizeof value);
+      }
+      if (ways_[j].there) to[ways_[j].to] = bits;
+    }
+  }
+
+  // What no step brings.
+  __device__ __forceinline__ void fill(const Inputs<T>& in) const {
+    if (!a_.sharpness && gpu::thread() < P::R) in.beta[gpu::thread()] = 1;
+  }
+
+ private:
+  static constexpr int threads = 32 * P::warps, scalars = 3;  // of a head: gate, sharpness, slot
+  static constexpr int ahead = (P::R * (P::columns * most_vectors<Arguments> + scalars) + threads - 1) / threads;
+
+  // Where a number comes from at row 0, and how many bytes further at the next; where it goes, counted from the keys on.
+  struct Way {
+    const unsigned char* from;
+    int step, to;
+    bool there, wide;
+  };
+
+  __device__ __forceinline__ Way way(const P& plan, int j) const {
+    const int size = plan.R * plan.D, vectors = most_vectors<Arguments>, all = vectors * size;
+    // Later numbers go to the threads that have none of the reads to give out.
+    const int i = j == 0 ? gpu::thread() : j * threads + (gpu::thread() + threads - size) % threads;
+    const int bytes = wide_ ? 4 : 2;
+    Carver carver(nullptr);
+    const Inputs<T> in(carver, plan, vectors > 2);
+    // Who has none asks for the first key again and again.
+    const auto from = [&](const void* data, int number, int count, int of_number, int to) {
+      if (!data) return Way{static_cast<const unsigned char*>(a_.keys), 0, 0, false, wide_};
+      return Way{static_cast<const unsigned char*>(data) + number * of_number, count * of_number, to, true, of_number > 2};
+    };
+    if (i < all) {
+      const int kind = i / size, number = i % size;
+      return from(kind == 0   ? a_.keys
+                  : kind == 1 ? a_.write_vectors
+                              : grad_reads_of(a_),
+                  number, size, bytes, kind * plan.heads * plan.columns + vector_at(plan, number));
+    }
+    const int kind = (i - all) / plan.R, r = (i - all) % plan.R;
+    if (kind == 0) return from(a_.gate_logits, r, plan.R, bytes, static_cast<int>(in.gate - in.keys) + r);
+    if (kind == 1) return from(a_.sharpness, r, plan.R, bytes, static_cast<int>(in.beta - in.keys) + r);
+    // The low half of an integer of 64 bits.
+    return from(kind == 2 ? slots_of(a_) : nullptr, r, plan.R, 8,
+                static_cast<int>(in.slots - reinterpret_cast<int*>(in.keys)) + r);
+  }
+
+  const Arguments& a_;
+  const bool wide_;
+  Way ways_[ahead];
+  Bits asked_[ahead] = {};
+};
+template <class T, class Arguments, class P>
+using StreamOf = std::conditional_t<P::fixed, SteadyStream<T, Arguments, P>, Stream<T, Arguments, P>>;
+
 // A scan of a least-recently-used-access memory as one thread sees it.
 template <class T, int C, int HEADS, bool RESIDENT, bool ALONE, class P>
 struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
@@ -217,11 +302,13 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
   __device__ __forceinline__ void load_beside(const T* rows, int first, T (&out)[HEADS][C]) const {
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-      const T* row = rows + (h ^ first) * plan.columns;
-      const Four<T> four = load_four(row + 4 * place.column);
+      const Four<T> four = load_four(rows + (h ^ first) * 4 * column_lanes + 4 * place.column);
 #pragma unroll
-      for (int c = 0; c < C; ++c) out[h][c] = c < 4 ? four.at[c % 4] : row[4 * column_lanes + place.column];
+      for (int c = 0; c < C; ++c) out[h][c] = c < 4 ? four.at[c % 4] : rows[fifth_of(h ^ first)];
     }
+  }
+  __device__ __forceinline__ int fifth_of(int head) const {
+    return HEADS * 4 * column_lanes + head * column_lanes + place.column;
   }
   // And the lane's four slots of rows [heads, span].
   __device__ __forceinline__ void load_slots(const T* rows, int first, Four<T> (&out)[HEADS]) const {
@@ -246,7 +333,12 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
     T sum[lane_slots] = {};
     add_squares<C>(m, sum);
     add_lanes<1, 1, lane_slots>(sum, place.lane);
-    return {over_heads(sum[0]), over_heads(sum[1])};
+#pragma unroll
+    for (int mask = 4; mask >= 2; mask /= 2) {
+      const T other[2] = {gpu::shuffle_xor(sum[0], mask), gpu::shuffle_xor(sum[1], mask)};
+      sum[0] += other[0], sum[1] += other[1];
+    }
+    return {sum[0], sum[1]};
   }
   __device__ __forceinline__ T own_key_square(const T (&keys)[HEADS][C]) const {
     T sum[HEADS] = {};
@@ -279,19 +371,30 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
     return sum;
   }
 
+  // The two shares of the gate of the lane's head. ALONE they are there; else its logit is where the gate would be, and every
+  // lane finds them itself.
+  struct Shares {
+    T gate, rest;
+  };
+  __device__ __forceinline__ Shares own_shares(const Inputs<T>& in) const {
+    const T logit = in.gate[own_head()];
+    if constexpr (ALONE) return {logit, in.rest[own_head()]};
+    const T e = exp(-fabs(logit)), larger = gpu::reciprocal(T(1) + e), smaller = e * larger;
+    const bool is = logit == logit;
+    return {!is ? logit : logit >= 0 ? larger : smaller, !is ? logit : logit >= 0 ? smaller : larger};
+  }
+
   // What the head writes to the lane's two slots; chosen is the slot that it has chosen.
-  __device__ __forceinline__ Pair<T> own_writes(const Inputs<T>& in, int chosen, const Pair<T>& reads) const {
-    const T gate = in.gate[own_head()], rest = in.rest[own_head()];
+  __device__ __forceinline__ Pair<T> own_writes(const Shares& of, int chosen, const Pair<T>& reads) const {
     Pair<T> writes;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) writes.at[i] = gate * reads.at[i] + (chosen == own_pair() + i ? rest : T(0));
+    for (int i = 0; i < 2; ++i) writes.at[i] = of.gate * reads.at[i] + (chosen == own_pair() + i ? of.rest : T(0));
     return writes;
   }
 
-  __device__ __forceinline__ void write_beside(const Inputs<T>& in, int erased, const T* write_weights, Tile<T, C>& m) const {
+  __device__ __forceinline__ void write_beside(const T (&rows)[HEADS][C], int erased, const T* write_weights,
+                                               Tile<T, C>& m) const {
     Four<T> weights[HEADS];
-    T rows[HEADS][C];
-    load_beside(in.vectors, 0, rows);
     load_slots(write_weights, 0, weights);
     if (static_cast<unsigned>(erased - this->slots(0)) < static_cast<unsigned>(lane_slots)) {
 #pragma unroll
@@ -302,12 +405,9 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
     add_products<HEADS, C>(weights, rows, m);
   }
 
-  // The exponentials of the lane's two similarities, and their sums for all to see.
-  __device__ __forceinline__ Pair<T> own_exponentials(const Inputs<T>& in, const Tile<T, C>& m, bool bounded, T* sums, T* most,
-                                                      Pair<T>& dots, Pair<T>& squares) const {
-    T keys[HEADS][C];
-    load_beside(in.keys, own_head(), keys);
-    const T beta = in.beta[own_head()], key = own_key_square(keys);
+  // The exponentials of the lane's two similarities.
+  __device__ __forceinline__ Pair<T> own_exponentials(const T (&keys)[HEADS][C], T key, T beta, const Tile<T, C>& m,
+                                                      bool bounded, T* most, Pair<T>& dots, Pair<T>& squares) const {
     squares = own_squares(m);
     dots = own_dots(m, keys);
     Pair<T> scores, result;
@@ -322,7 +422,6 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) result.at[i] = own_pair() + i < plan.N ? exp(scores.at[i] - greatest) : T(0);
     }
-    tell_own(over_slots(result.at[0] + result.at[1]), sums);
     return result;
   }
   // Of the lane's head among all slots.
@@ -354,9 +453,9 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
   // To [heads, columns].
   __device__ __forceinline__ void store_row(T* rows, const Row& row) const {
-    T* to = rows + place.group * plan.columns;
-    *reinterpret_cast<Four<T>*>(to + 4 * place.column) = {row.at[0], row.at[1], row.at[2], row.at[3]};
-    if constexpr (C > 4) to[4 * column_lanes + place.column] = row.at[4];
+    *reinterpret_cast<Four<T>*>(rows + (place.group * column_lanes + place.column) * 4) = {row.at[0], row.at[1], row.at[2],
+                                                                                           row.at[3]};
+    if constexpr (C > 4) rows[fifth_of(place.group)] = row.at[4];
   }
 
   // The lane's two numbers of rows [R, ld], beside each other or not, from and to device memory.

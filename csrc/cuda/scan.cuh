@@ -66,10 +66,17 @@ struct PlanKind {
   using Type = P;
 };
 
-// Where number j of [R, D] lies in [heads, columns].
+// Where number j of [R, D] lies in [heads, columns]. Where lanes' columns lie beside each other, those beyond 32 come after all
+// heads' others, so that lanes that load of different heads at once find them in different banks.
 template <class P>
 __device__ __forceinline__ int vector_at(const P& plan, int j) {
-  return j / plan.D * plan.columns + j % plan.D;
+  const int head = j / plan.D, column = j % plan.D;
+  if constexpr (beside<P>) {
+    constexpr int most = 4 * column_lanes, more = P::columns - most;
+    return column < most ? head * most + column : P::heads * most + head * more + column - most;
+  } else {
+    return head * plan.columns + column;
+  }
 }
 template <class P>
 __device__ __host__ int64_t tile_numbers(const P& plan) {

@@ -92,6 +92,18 @@ __device__ inline void store_as(void* data, Dtype dtype, int64_t i, T value) {
   }
 }
 
+// The same of an input, which is float64 where the state is, and else no wider than float32; so it seldom branches.
+template <class T>
+__device__ __forceinline__ void store_input(void* data, Dtype dtype, int64_t i, T value) {
+  if constexpr (sizeof(T) == 8) {
+    static_cast<T*>(data)[i] = value;
+  } else if (dtype == Dtype::float32) {
+    static_cast<T*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] = dtype == Dtype::bfloat16 ? gpu::to_bfloat16(value) : gpu::to_half(value);
+  }
+}
+
 // The two shares of a gate; neither loses its last bits where the other is near 1.
 template <class T>
 __device__ inline void gate_shares(T logit, T& gate, T& rest) {

@@ -383,11 +383,11 @@ inline MANN_FAST_SCHEDULER unsigned warp_min(unsigned value) {
   return value;
 }
 
-inline MANN_FAST_SCHEDULER int warp_count(bool is) {
-  const uint64_t* values = emulation::exchange(static_cast<unsigned>(is));
-  int count = 0;
-  for (int i = 0; i < warp_size; ++i) count += values[i] != 0;
-  return count;
+inline MANN_FAST_SCHEDULER unsigned warp_sum(unsigned value) {
+  const uint64_t* values = emulation::exchange(value);
+  unsigned sum = 0;
+  for (int i = 0; i < warp_size; ++i) sum += static_cast<unsigned>(values[i]);
+  return sum;
 }
 
 template <class T>
@@ -395,6 +395,10 @@ MANN_FAST_SCHEDULER T* of_block(T* shared, int rank) {
   const auto& m = emulation::machine();
   return reinterpret_cast<T*>(m.shared[rank] + (reinterpret_cast<unsigned char*>(shared) - m.shared[m.current->block]));
 }
+
+inline float float_of_half(uint16_t bits) { return from_float16(bits); }
+inline uint16_t to_half(float x) { return to_float16(x); }
+inline uint16_t to_bfloat16(float x) { return mann_fast::to_bfloat16(x); }
 
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
