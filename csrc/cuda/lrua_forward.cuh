@@ -259,7 +259,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   template <class ChosenSlots>
-  __device__ __forceinline__ void write_and_read_own(const Inputs<T>& in, const ChosenSlots& chosen, T* sums) {
+  __device__ __forceinline__ void write_and_read_own(const Inputs<T>& in, const ChosenSlots& chosen, int turn) {
     T vectors[HEADS][C], keys[HEADS][C];
     this->load_beside(in.vectors, 0, vectors);
     this->load_beside(in.keys, this->own_head(), keys);
@@ -275,8 +275,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     store_pair(per_slot.read_weights + this->own_at(), own_weights);
     gpu::sync_warp();
     const T sum = this->over_slots(own_weights.at[0] + own_weights.at[1]);
-    read_own();
-    this->tell_own(sum, sums);
+    Four<T> weights[HEADS];
+    this->load_slots(per_slot.read_weights, place.group, weights);
+    this->store_row(reads(turn) + place.warp * plan.heads * plan.columns, this->own_weighted(held, weights));
+    this->tell_own(sum, sums(turn));
   }
 
   // The warp's part of the reads.
@@ -294,19 +296,20 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
       }
   }
 
-  __device__ __forceinline__ void read_own() {
-    Four<T> weights[HEADS];
-    this->load_slots(per_slot.read_weights, place.group, weights);
-    this->store_row(small.exchange.reads + place.warp * plan.heads * plan.columns, this->own_weighted(held, weights));
+  // Where the plan is known when compiled and a scan gives out a step's reads in the next, two take turns.
+  __device__ __forceinline__ static int turn_of(int64_t t) { return P::fixed && !ALONE ? static_cast<int>(t % 2) : 0; }
+  __device__ __forceinline__ T* reads(int turn) const {
+    return small.exchange.reads + turn * plan.warps * plan.heads * plan.columns;
   }
+  __device__ __forceinline__ T* sums(int turn) const { return small.exchange.sums + turn * plan.warps * plan.heads; }
 
   // A number of the reads [R, D], when all have told their parts.
   __device__ __forceinline__ T read_at(int j) const { return read_at(vector_at(plan, j), j / plan.D); }
-  __device__ __forceinline__ T read_at(int at, int head) const {
+  __device__ __forceinline__ T read_at(int at, int head, int turn = 0) const {
     T sum;
-    if constexpr (P::fixed) sum = this->total_of(small.exchange.sums, head);
-    else sum = this->total(small.exchange.sums, head, plan.heads);
-    return this->total(small.exchange.reads, at, plan.heads * plan.columns) * gpu::reciprocal(sum);
+    if constexpr (P::fixed) sum = this->total_of(sums(turn), head);
+    else sum = this->total(sums(turn), head, plan.heads);
+    return this->total(reads(turn), at, plan.heads * plan.columns) * gpu::reciprocal(sum);
   }
 
   __device__ __forceinline__ void use() {
@@ -333,7 +336,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     save_state(t);
     const auto chosen = choose();
     if constexpr (P::fixed) {
-      write_and_read_own(in, chosen, small.exchange.sums);
+      write_and_read_own(in, chosen, turn_of(t));
     } else {
       write_and_compare(in, chosen, small.exchange.sums);
       read();
@@ -341,10 +344,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     if (a.anchor_every > 0) save_slots(t, chosen);
   }
   // and what comes after it: the state before the next step. Where that begins anew, so does it.
-  __device__ __forceinline__ void weigh_and_use(bool anew) {
+  __device__ __forceinline__ void weigh_and_use(bool anew, int turn = 0) {
     if (anew) return begin(true);
     if constexpr (P::fixed) {
-      const T scale = gpu::reciprocal(this->total_of(small.exchange.sums, this->own_head()));
+      const T scale = gpu::reciprocal(this->total_of(sums(turn), this->own_head()));
 #pragma unroll
       for (int i = 0; i < 2; ++i) own_weights.at[i] *= scale;
       use_own();

@@ -26,25 +26,51 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
   __device__ __forceinline__ void give_reads(int64_t t) {
     const int count = plan.R * plan.D, threads = 32 * plan.warps;
     const int64_t row = (t * a.B + sample) * count;
-    if constexpr (P::fixed) {
-      const T read = this->read_at(read_place, read_head);
-      if (first_read < count) store_input(a.reads, a.input, row + first_read, read);
-    } else {
-      if (first_read < count) store_input(a.reads, a.input, row + first_read, this->read_at(read_place, read_head));
+    if (first_read < count)
+      store_input(a.reads, a.input, row + first_read, this->read_at(read_place, read_head, Base::turn_of(t)));
+    if constexpr (!P::fixed)
       for (int j = first_read + plan.cluster * threads; j < count; j += plan.cluster * threads)
         store_input(a.reads, a.input, row + j, this->read_at(j));
+  }
+
+  // Where the plan is known when compiled. What a step does beside the way from one barrier to the next, it does at its start:
+  // there it fills the time until the least used slots are known.
+  __device__ __forceinline__ void run_steady() {
+    StreamOf<T, LruaScan, P> stream(a, plan);
+    const int64_t steps = a.sequences.length(a.T, sample);
+    const auto ask = [&](int64_t t) { stream.ask((t < steps ? t : steps - 1) * a.B + sample); };
+    if (steps > 0) ask(0);
+    this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
+    small.in.clear();
+    gpu::sync();
+    for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn));
+    if (steps > 0) {
+      stream.put(inputs(0));
+      ask(1);
     }
+    gpu::sync();
+    for (int64_t t = 0; t < steps; ++t) {
+      stream.put(inputs(t + 1));
+      ask(t + 2);
+      if (t > 0) give_reads(t - 1);
+      const bool next_anew = t + 1 < steps && a.sequences.begins(t + 1, a.B, sample);
+      this->write_and_read(inputs(t), t);
+      gpu::sync();
+      this->weigh_and_use(next_anew, Base::turn_of(t));
+      gpu::sync();
+    }
+    if (steps > 0) give_reads(steps - 1);
+    this->end();
+    this->clear_steps(a, sample, steps, a.reads, a.input, plan.R * plan.D);
   }
 
   __device__ __forceinline__ void run() {
-    StreamOf<T, LruaScan, P> stream(a, plan);
+    Stream<T, LruaScan, P> stream(a, plan);
     const int64_t steps = a.sequences.length(a.T, sample);
     if (steps > 0) stream.ask(sample);
     this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
     small.in.clear();
     gpu::sync();
-    if constexpr (P::fixed)
-      for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn));
     if (steps > 0) stream.put(inputs(0));
     this->sync();
     for (int64_t t = 0; t < steps; ++t) {
@@ -67,7 +93,9 @@ template <class T, int C, int HEADS, bool RESIDENT, class P>
 __global__ void __launch_bounds__(most_threads, 1)
     forward_kernel(const __grid_constant__ LruaScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
   const auto& known = P::of(plan);
-  ForwardScan<T, C, HEADS, RESIDENT, P>(a, known, Places(plan, scratch)).run();
+  ForwardScan<T, C, HEADS, RESIDENT, P> scan(a, known, Places(plan, scratch));
+  if constexpr (P::fixed) scan.run_steady();
+  else scan.run();
 }
 
 template <class T>

@@ -22,15 +22,16 @@ struct Inputs {
 template <class T>
 struct Exchange {
   using Bits = typename Order<T>::Bits;
-  T *sums, *maximum;      // [2, warps, heads] and [warps, heads]
-  T *reads, *of_vectors;  // [warps, heads, columns]: reads, or gradients of keys; gradients of write vectors
-  T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
-  Bits* orders;           // [warps, heads]: the least used of each warp
+  T *sums, *maximum;  // [2, warps, heads] and [warps, heads]
+  // [warps, heads, columns]: reads, in two turns where the plan is resident, or gradients of keys; gradients of write vectors
+  T *reads, *of_vectors;
+  T* scalars;    // [warps, 3, heads]: gradients of sharpness and gate
+  Bits* orders;  // [warps, heads]: the least used of each warp
   int *candidates, *chosen;
   template <class P>
   __device__ __host__ Exchange(Carver& carver, const P& plan, bool backward)
       : sums(carver.take<T>(2 * plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
-        reads(carver.take<T>(plan.warps * plan.heads * plan.columns)),
+        reads(carver.take<T>((!backward && plan.resident ? 2 : 1) * plan.warps * plan.heads * plan.columns)),
         of_vectors(carver.take<T>(backward ? plan.warps * plan.heads * plan.columns : 0)),
         scalars(carver.take<T>(backward ? 3 * plan.warps * plan.heads : 0)),
         orders(carver.take<Bits>(backward ? 0 : plan.warps * plan.heads)),
@@ -169,7 +170,7 @@ class SteadyStream {
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
       const unsigned char* from = ways_[j].from + row * ways_[j].step;
-      asked_[j] = ways_[j].wide ? *reinterpret_cast<const Bits*>(from) : *reinterpret_cast<const uint16_t*>(from);
+      asked_[j] = ways_[j].wide != 0 ? *reinterpret_cast<const Bits*>(from) : *reinterpret_cast<const uint16_t*>(from);
     }
   }
 
@@ -177,12 +178,12 @@ class SteadyStream {
     Bits* to = reinterpret_cast<Bits*>(in.keys);
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
-      Bits bits = asked_[j];
-      if (!ways_[j].wide) {
-        const float value = a_.input == Dtype::float16 ? gpu::float_of_half(static_cast<uint16_t>(bits))
-                                                       : from_bfloat16(static_cast<uint16_t>(bits));
-        memcpy(&bits, &value, sizeof value);
-      }
+      // Of both readings the one that is right, by a mask.
+      const uint16_t half = static_cast<uint16_t>(asked_[j]);
+      const T value = a_.input == Dtype::float16 ? gpu::float_of_half(half) : from_bfloat16(half);
+      Bits bits;
+      memcpy(&bits, &value, sizeof value);
+      bits = (asked_[j] & ways_[j].wide) | (bits & ~ways_[j].wide);
       if (ways_[j].there) to[ways_[j].to] = bits;
     }
   }
@@ -200,9 +201,11 @@ class SteadyStream {
   struct Way {
     const unsigned char* from;
     int step, to;
-    bool there, wide;
+    Bits wide;  // all bits or none
+    bool there;
   };
 
+  __device__ __forceinline__ static Bits mask(bool is) { return is ? ~Bits(0) : Bits(0); }
   __device__ __forceinline__ Way way(const P& plan, int j) const {
     const int size = plan.R * plan.D, vectors = most_vectors<Arguments>, all = vectors * size;
     // Later numbers go to the threads that have none of the reads to give out.
@@ -212,8 +215,9 @@ class SteadyStream {
     const Inputs<T> in(carver, plan, vectors > 2);
     // Who has none asks for the first key again and again.
     const auto from = [&](const void* data, int number, int count, int of_number, int to) {
-      if (!data) return Way{static_cast<const unsigned char*>(a_.keys), 0, 0, false, wide_};
-      return Way{static_cast<const unsigned char*>(data) + number * of_number, count * of_number, to, true, of_number > 2};
+      if (!data) return Way{static_cast<const unsigned char*>(a_.keys), 0, 0, mask(wide_), false};
+      return Way{static_cast<const unsigned char*>(data) + number * of_number, count * of_number, to, mask(of_number > 2),
+                 true};
     };
     if (i < all) {
       const int kind = i / size, number = i % size;
