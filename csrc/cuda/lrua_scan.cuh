@@ -396,16 +396,19 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
     return writes;
   }
 
-  __device__ __forceinline__ void write_beside(const T (&rows)[HEADS][C], int erased, const T* write_weights,
-                                               Tile<T, C>& m) const {
-    Four<T> weights[HEADS];
-    load_slots(write_weights, 0, weights);
+  __device__ __forceinline__ void erase(int erased, Tile<T, C>& m) const {
     if (static_cast<unsigned>(erased - this->slots(0)) < static_cast<unsigned>(lane_slots)) {
 #pragma unroll
       for (int s = 0; s < lane_slots; ++s)
 #pragma unroll
         for (int c = 0; c < C; ++c) m.at[s][c] = erased == this->slots(0) + s ? T(0) : m.at[s][c];
     }
+  }
+  __device__ __forceinline__ void write_beside(const T (&rows)[HEADS][C], int erased, const T* write_weights,
+                                               Tile<T, C>& m) const {
+    Four<T> weights[HEADS];
+    load_slots(write_weights, 0, weights);
+    erase(erased, m);
     add_products<HEADS, C>(weights, rows, m);
   }
 
@@ -455,7 +458,14 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
     for (int c = 0; c < C; ++c) row.at[c] = sum[c];
     return row;
   }
-  // To [heads, columns].
+  // From and to [heads, columns].
+  __device__ __forceinline__ Row load_row(const T* rows) const {
+    const Four<T> four = load_four(rows + (place.group * column_lanes + place.column) * 4);
+    Row row;
+#pragma unroll
+    for (int c = 0; c < C; ++c) row.at[c] = c < 4 ? four.at[c % 4] : rows[fifth_of(place.group)];
+    return row;
+  }
   __device__ __forceinline__ void store_row(T* rows, const Row& row) const {
     *reinterpret_cast<Four<T>*>(rows + (place.group * column_lanes + place.column) * 4) = {row.at[0], row.at[1], row.at[2],
                                                                                            row.at[3]};
