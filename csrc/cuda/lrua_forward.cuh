@@ -258,20 +258,44 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     gpu::sync_warp();
   }
 
+  // What only the inputs decide, of the lane's own head: ALONE found here, else it has been prepared.
+  struct Prepared {
+    typename Base::Shares shares;
+    T key_square;
+  };
+  __device__ __forceinline__ Prepared prepared_of(const Inputs<T>& in, const T (&keys)[HEADS][C]) const {
+    const int head = this->own_head();
+    if constexpr (ALONE) return {this->own_shares(in), this->own_key_square(keys)};
+    else return {{in.gate[head], in.rest[head]}, in.squares[head]};
+  }
+  // By one warp for a head, from keys and the gate's logit.
+  __device__ __forceinline__ void prepare(const Inputs<T>& in, int head) const {
+    constexpr int most = 4 * column_lanes, more = C * column_lanes - most;
+    T key = in.keys[head * most + place.lane], square = key * key;
+    if (place.lane < more) {
+      key = in.keys[HEADS * most + head * more + place.lane];
+      square += key * key;
+    }
+    square = add_warp<1>(square);
+    if (place.lane > 0) return;
+    gate_shares(in.gate[head], in.gate[head], in.rest[head]);
+    in.squares[head] = square;
+  }
+
   template <class ChosenSlots>
   __device__ __forceinline__ void write_and_read_own(const Inputs<T>& in, const ChosenSlots& chosen, int turn) {
     T vectors[HEADS][C], keys[HEADS][C];
     this->load_beside(in.vectors, 0, vectors);
     this->load_beside(in.keys, this->own_head(), keys);
-    const T key_square = this->own_key_square(keys);
+    const Prepared prepared = prepared_of(in, keys);
     const bool bounded = this->bounded(in.beta);
-    own_written = this->own_writes(this->own_shares(in), chosen[this->own_head()], own_weights);
+    own_written = this->own_writes(prepared.shares, chosen[this->own_head()], own_weights);
     store_pair(per_slot.write_weights + this->own_at(), own_written);
     gpu::sync_warp();
     this->write_beside(vectors, chosen[0], per_slot.write_weights, held);
     Pair<T> dots, squares;
-    own_weights = this->own_exponentials(keys, key_square, in.beta[this->own_head()], held, bounded, small.exchange.maximum,
-                                         dots, squares);
+    own_weights = this->own_exponentials(keys, prepared.key_square, in.beta[this->own_head()], held, bounded,
+                                         small.exchange.maximum, dots, squares);
     store_pair(per_slot.read_weights + this->own_at(), own_weights);
     gpu::sync_warp();
     const T sum = this->over_slots(own_weights.at[0] + own_weights.at[1]);

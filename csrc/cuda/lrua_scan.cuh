@@ -9,13 +9,13 @@ namespace cuda {
 template <class T>
 struct Inputs {
   using Number = T;
-  T *keys, *vectors, *grads, *gate, *rest, *beta;
+  T *keys, *vectors, *grads, *gate, *rest, *beta, *squares;  // squares: of keys, where they are prepared
   int* slots;
   template <class P>
   __device__ __host__ Inputs(Carver& carver, const P& plan, bool backward)
       : keys(carver.take<T>((backward ? 3 : 2) * plan.heads * plan.columns)), vectors(keys + plan.heads * plan.columns),
         grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), rest(carver.take<T>(plan.heads)),
-        beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
+        beta(carver.take<T>(plan.heads)), squares(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
 };
 
 // What the warps tell each other.
@@ -156,14 +156,15 @@ class Stream {
 
 // The same where the plan is known when compiled: all that a step needs is asked for ahead, and nothing branches. Gates' logits
 // are put as they come.
-template <class T, class Arguments, class P>
+template <class T, class Arguments, class P, int WARPS>
 class SteadyStream {
   using Bits = typename Order<T>::Bits;
 
  public:
-  __device__ __forceinline__ SteadyStream(const Arguments& a, const P& plan) : a_(a), wide_(a.input == Dtype::float32) {
+  __device__ __forceinline__ SteadyStream(const Arguments& a, const P& plan, int thread)
+      : a_(a), wide_(a.input == Dtype::float32) {
 #pragma unroll
-    for (int j = 0; j < ahead; ++j) ways_[j] = way(plan, j);
+    for (int j = 0; j < ahead; ++j) ways_[j] = way(plan, thread + j * threads);
   }
 
   __device__ __forceinline__ void ask(int64_t row) {
@@ -189,12 +190,12 @@ class SteadyStream {
   }
 
   // What no step brings.
-  __device__ __forceinline__ void fill(const Inputs<T>& in) const {
-    if (!a_.sharpness && gpu::thread() < P::R) in.beta[gpu::thread()] = 1;
+  __device__ __forceinline__ void fill(const Inputs<T>& in, int thread) const {
+    if (!a_.sharpness && thread < P::R) in.beta[thread] = 1;
   }
 
  private:
-  static constexpr int threads = 32 * P::warps, scalars = 3;  // of a head: gate, sharpness, slot
+  static constexpr int threads = 32 * WARPS, scalars = 3;  // of a head: gate, sharpness, slot
   static constexpr int ahead = (P::R * (P::columns * most_vectors<Arguments> + scalars) + threads - 1) / threads;
 
   // Where a number comes from at row 0, and how many bytes further at the next; where it goes, counted from the keys on.
@@ -206,10 +207,8 @@ class SteadyStream {
   };
 
   __device__ __forceinline__ static Bits mask(bool is) { return is ? ~Bits(0) : Bits(0); }
-  __device__ __forceinline__ Way way(const P& plan, int j) const {
+  __device__ __forceinline__ Way way(const P& plan, int i) const {
     const int size = plan.R * plan.D, vectors = most_vectors<Arguments>, all = vectors * size;
-    // Later numbers go to the threads that have none of the reads to give out.
-    const int i = j == 0 ? gpu::thread() : j * threads + (gpu::thread() + threads - size) % threads;
     const int bytes = wide_ ? 4 : 2;
     Carver carver(nullptr);
     const Inputs<T> in(carver, plan, vectors > 2);
@@ -239,9 +238,6 @@ class SteadyStream {
   Way ways_[ahead];
   Bits asked_[ahead] = {};
 };
-template <class T, class Arguments, class P>
-using StreamOf = std::conditional_t<P::fixed, SteadyStream<T, Arguments, P>, Stream<T, Arguments, P>>;
-
 // A scan of a least-recently-used-access memory as one thread sees it.
 template <class T, int C, int HEADS, bool RESIDENT, bool ALONE, class P>
 struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {

@@ -76,15 +76,26 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT, false, P> {
   }
 
   __device__ __forceinline__ void run() {
-    StreamOf<T, LruaScanBackward, P> stream(a, plan);
+    if constexpr (P::fixed) {
+      SteadyStream<T, LruaScanBackward, P, P::warps> stream(a, plan, gpu::thread());
+      run_with(stream, [&] {
+        for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn), gpu::thread());
+      });
+    } else {
+      Stream<T, LruaScanBackward, P> stream(a, plan);
+      run_with(stream, [] {});
+    }
+  }
+  // fill: what no step brings.
+  template <class Stream, class Fill>
+  __device__ __forceinline__ void run_with(Stream& stream, Fill fill) {
     const int64_t steps = a.sequences.length(a.T, sample);
     int64_t first = this->replay_before(steps);
     if (steps > 0) stream.ask(first * a.B + sample);
     this->begin();
     small.in.clear();
     gpu::sync();
-    if constexpr (P::fixed)
-      for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn));
+    fill();
     if (steps > 0) stream.put(inputs(0));
     this->sync();
     for (int64_t left = steps; left > 0;) {
