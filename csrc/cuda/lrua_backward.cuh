@@ -50,6 +50,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   // Where the plan is known when compiled, of the lane's own head and slots: exponentials of a step of the replay; gradients of
   // the read weights that come out of a step, from the steps after it and in all.
   Pair<T> own_weights{}, own_later{}, own_grads{};
+  Tile<T, C> current;  // the memory before a step of the replay, or after one that is gone back through
 
   __device__ __forceinline__ LruaBackward(const LruaScanBackward& a, const P& plan, int every, Places places, int64_t sample,
                                           int rank, bool of_reads)
@@ -97,7 +98,13 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     } else if (!anew) {
       weights = static_cast<const T*>(a.read_weights) + sample * a.R * a.N;
     }
-    this->begin_memory(anchor, this->first_memory(a, sample, anew), memory(0));
+    if constexpr (P::fixed) {
+      // Before the first step it is only needed here.
+      if (anchor) this->take_anchor(anchor, ld, 0, 0, current);
+      else this->take(this->first_memory(a, sample, anew), 0, 0, current);
+    } else {
+      this->begin_memory(anchor, this->first_memory(a, sample, anew), memory(0));
+    }
     if constexpr (P::fixed) store_pair(read_weights(0) + this->own_at(), this->take_own(weights, anchor ? ld : plan.N));
     else this->take_rows(weights, anchor ? ld : plan.N, read_weights(0));
     gpu::sync_warp();
@@ -133,11 +140,26 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     if (!bounded) this->soften(0, plan.heads, small.exchange.maximum, read_weights(step + 1), sums() + place.warp * plan.heads);
   }
 
-  // The same where the plan is known when compiled.
+  // A thread's own tile where the plan is known when compiled, four numbers at once.
+  __device__ __forceinline__ void load_own(const T* tiles, Tile<T, C>& m) const {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const Four<T> four = load_four(tiles + 4 * (c * this->threads() + gpu::thread()));
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s) m.at[s][c] = four.at[s];
+    }
+  }
+  __device__ __forceinline__ void store_own(T* tiles, const Tile<T, C>& m) const {
+#pragma unroll
+    for (int c = 0; c < C; ++c)
+      *reinterpret_cast<Four<T>*>(tiles + 4 * (c * this->threads() + gpu::thread())) = {m.at[0][c], m.at[1][c], m.at[2][c],
+                                                                                        m.at[3][c]};
+  }
+
+  // The same as `replay`.
   __device__ __forceinline__ void replay_own(const Inputs<T>& in, int step) {
     T vectors[HEADS][C], keys[HEADS][C];
-    Tile<T, C> m;
-    load_tile(memory(step), 0, this->threads(), m);
+    Tile<T, C>& m = current;
     this->load_beside(in.vectors, 0, vectors);
     this->load_beside(in.keys, this->own_head(), keys);
     const T key_square = this->own_key_square(keys);
@@ -146,7 +168,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     store_pair(per_slot.write_weights + this->own_at(), writes);
     gpu::sync_warp();
     this->write_beside(vectors, in.slots[0], per_slot.write_weights, m);
-    store_tile(memory(step + 1), 0, this->threads(), m);
+    store_own(memory(step + 1), m);
     Pair<T> own_dots, own_squares;
     own_weights = this->own_exponentials(keys, key_square, in.beta[this->own_head()], m, bounded, small.exchange.maximum,
                                          own_dots, own_squares);
@@ -159,14 +181,13 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   __device__ __forceinline__ T* own_scalars(int kind) const { return small.exchange.scalars + kind * plan.heads * plan.warps; }
 
   __device__ __forceinline__ void gather_own(const Inputs<T>& in, int step) {
+    load_own(memory(step + 1), current);
     own_grads = own_later;
     const Pair<T> weights = own_read_weights(step + 1);
     if (of_reads) {
       T rows[HEADS][C];
-      Tile<T, C> m;
       this->load_beside(in.grads, this->own_head(), rows);
-      load_tile(memory(step + 1), 0, this->threads(), m);
-      const Pair<T> sum = this->own_dots(m, rows);
+      const Pair<T> sum = this->own_dots(current, rows);
       own_grads.at[0] += sum.at[0], own_grads.at[1] += sum.at[1];
     }
     this->tell_own(this->over_slots(weights.at[0] * own_grads.at[0] + weights.at[1] * own_grads.at[1]), sums());
@@ -211,7 +232,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   __device__ __forceinline__ void through_read_own(const Inputs<T>& in, int step, T of_key) {
     Four<T> of[HEADS];
     T rows[HEADS][C];
-    Tile<T, C> m;
+    const Tile<T, C>& m = current;
     if (of_reads) {
       this->load_slots(read_weights(step + 1), 0, of);
       this->load_beside(in.grads, 0, rows);
@@ -220,7 +241,6 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     this->load_slots(per_slot.grads, 0, of);
     this->load_beside(in.keys, 0, rows);
     add_products<HEADS, C>(of, rows, held);
-    load_tile(memory(step + 1), 0, this->threads(), m);
     const Four<T> of_squares = load_four(per_slot.of_squares + this->slots(0));
 #pragma unroll
     for (int s = 0; s < lane_slots; ++s)
