@@ -17,13 +17,15 @@ struct Backward {
   struct Slots {
     // Of the steps of a replay: read weights before each and after the last, dot products and squares of each.
     T *read_weights, *dots, *squares;
+    T* prepared;                                    // of each step, of every head: square of the key, shares of the gate
     T *write_weights, *later, *grads, *of_squares;  // later: gradients of the read weights that come out of a step
     template <class P>
     __device__ __host__ Slots(Carver& carver, const P& plan, int64_t every)
         : read_weights(carver.take<T>((every + 1) * plan.heads * plan.span)),
           dots(carver.take<T>(every * plan.heads * plan.span)), squares(carver.take<T>(every * plan.span)),
-          write_weights(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
-          grads(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(plan.heads * plan.span)) {}
+          prepared(carver.take<T>(every * 3 * plan.heads)), write_weights(carver.take<T>(plan.heads * plan.span)),
+          later(carver.take<T>(plan.heads * plan.span)), grads(carver.take<T>(plan.heads * plan.span)),
+          of_squares(carver.take<T>(plan.heads * plan.span)) {}
   };
   struct Tiles {
     T *memories, *grad;  // before each step and after the last
@@ -164,7 +166,10 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     this->load_beside(in.keys, this->own_head(), keys);
     const T key_square = this->own_key_square(keys);
     const bool bounded = this->bounded(in.beta);
-    const Pair<T> writes = this->own_writes(this->own_shares(in), in.slots[this->own_head()], own_read_weights(step));
+    const auto shares = this->own_shares(in);
+    T* kept = prepared(step);
+    if (place.warp == 0 && place.lane < 8) kept[0] = key_square, kept[1] = shares.gate, kept[2] = shares.rest;
+    const Pair<T> writes = this->own_writes(shares, in.slots[this->own_head()], own_read_weights(step));
     store_pair(per_slot.write_weights + this->own_at(), writes);
     gpu::sync_warp();
     this->write_beside(vectors, in.slots[0], per_slot.write_weights, m);
@@ -177,6 +182,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     this->tell_own(this->over_slots(own_weights.at[0] + own_weights.at[1]), sums());
   }
   __device__ __forceinline__ Pair<T> own_read_weights(int step) const { return load_pair(read_weights(step) + this->own_at()); }
+  __device__ __forceinline__ T* prepared(int step) const {
+    return per_slot.prepared + (step * plan.heads + this->own_head()) * 3;
+  }
   // One number of every head and warp, of sharpness, key squares and gates.
   __device__ __forceinline__ T* own_scalars(int kind) const { return small.exchange.scalars + kind * plan.heads * plan.warps; }
 
@@ -184,13 +192,20 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     load_own(memory(step + 1), current);
     own_grads = own_later;
     const Pair<T> weights = own_read_weights(step + 1);
-    if (of_reads) {
-      T rows[HEADS][C];
-      this->load_beside(in.grads, this->own_head(), rows);
-      const Pair<T> sum = this->own_dots(current, rows);
-      own_grads.at[0] += sum.at[0], own_grads.at[1] += sum.at[1];
-    }
-    this->tell_own(this->over_slots(weights.at[0] * own_grads.at[0] + weights.at[1] * own_grads.at[1]), sums());
+    const auto tell_mean = [&] {
+      this->tell_own(this->over_slots(weights.at[0] * own_grads.at[0] + weights.at[1] * own_grads.at[1]), sums());
+    };
+    if (!of_reads) return tell_mean();
+    T rows[HEADS][C];
+    this->load_beside(in.grads, this->own_head(), rows);
+    const Pair<T> sum = this->own_dots(current, rows);
+    own_grads.at[0] += sum.at[0], own_grads.at[1] += sum.at[1];
+    // What reaches the memory by the reads is added while the mean comes together.
+    Four<T> of[HEADS];
+    this->load_slots(read_weights(step + 1), 0, of);
+    this->load_beside(in.grads, 0, rows);
+    tell_mean();
+    add_products<HEADS, C>(of, rows, held);
   }
 
   __device__ __forceinline__ void back_own(const Inputs<T>& in, int step) {
@@ -198,14 +213,11 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     const T mean = this->total_of(sums(), head), beta = in.beta[head];
     const Pair<T> weights = own_read_weights(step + 1), before = own_read_weights(step), dot = load_pair(dots(step) + at),
                   square = load_pair(squares(step) + this->own_pair());
-    const auto shares = this->own_shares(in);
+    const T* kept = prepared(step);
+    const T key_square = kept[0];
+    const typename Base::Shares shares{kept[1], kept[2]};
     store_pair(per_slot.write_weights + at, this->own_writes(shares, in.slots[head], before));
-    T key_square, of_beta = 0, of_key = 0;
-    {
-      T keys[HEADS][C];
-      this->load_beside(in.keys, head, keys);
-      key_square = this->own_key_square(keys);
-    }
+    T of_beta = 0, of_key = 0;
     Pair<T> of_dot, of_square;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -233,11 +245,6 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     Four<T> of[HEADS];
     T rows[HEADS][C];
     const Tile<T, C>& m = current;
-    if (of_reads) {
-      this->load_slots(read_weights(step + 1), 0, of);
-      this->load_beside(in.grads, 0, rows);
-      add_products<HEADS, C>(of, rows, held);
-    }
     this->load_slots(per_slot.grads, 0, of);
     this->load_beside(in.keys, 0, rows);
     add_products<HEADS, C>(of, rows, held);
