@@ -168,7 +168,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     const bool bounded = this->bounded(in.beta);
     const auto shares = this->own_shares(in);
     T* kept = prepared(step);
-    if (place.warp == 0 && place.lane < 8) kept[0] = key_square, kept[1] = shares.gate, kept[2] = shares.rest;
+    if (place.warp == 0 && (place.lane & ~6) == 0) kept[0] = key_square, kept[1] = shares.gate, kept[2] = shares.rest;
     const Pair<T> writes = this->own_writes(shares, in.slots[this->own_head()], own_read_weights(step));
     store_pair(per_slot.write_weights + this->own_at(), writes);
     gpu::sync_warp();
