@@ -34,6 +34,8 @@ struct Limits {
 #include "emulation.h"
 #else
 #include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 namespace mann_fast {
@@ -62,6 +64,7 @@ __device__ inline T shuffle(T value, int lane) {
   return __shfl_sync(~0u, value, lane);
 }
 __device__ inline unsigned warp_min(unsigned value) { return __reduce_min_sync(~0u, value); }
+__device__ inline unsigned warp_sum(unsigned value) { return __reduce_add_sync(~0u, value); }
 
 // The blocks of a cluster: a barrier, and they reach the same place of each other's shared memory.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -83,6 +86,11 @@ __device__ inline double inverse_root(double x) { return rsqrt(x); }
 // Of what is far from the ends of its range.
 __device__ inline float reciprocal(float x) { return __fdividef(1.0f, x); }
 __device__ inline double reciprocal(double x) { return 1.0 / x; }
+
+// To and from numbers of 16 bits, as half.h has them.
+__device__ inline float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ inline uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ inline uint16_t to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 // Of the current device.
 inline Limits limits() {

@@ -17,13 +17,15 @@ struct Backward {
   struct Slots {
     // Of the steps of a replay: read weights before each and after the last, dot products and squares of each.
     T *read_weights, *dots, *squares;
+    T* prepared;                                    // of each step, of every head: square of the key, shares of the gate
     T *write_weights, *later, *grads, *of_squares;  // later: gradients of the read weights that come out of a step
     template <class P>
     __device__ __host__ Slots(Carver& carver, const P& plan, int64_t every)
         : read_weights(carver.take<T>((every + 1) * plan.heads * plan.span)),
           dots(carver.take<T>(every * plan.heads * plan.span)), squares(carver.take<T>(every * plan.span)),
-          write_weights(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
-          grads(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(plan.heads * plan.span)) {}
+          prepared(carver.take<T>(every * 3 * plan.heads)), write_weights(carver.take<T>(plan.heads * plan.span)),
+          later(carver.take<T>(plan.heads * plan.span)), grads(carver.take<T>(plan.heads * plan.span)),
+          of_squares(carver.take<T>(plan.heads * plan.span)) {}
   };
   struct Tiles {
     T *memories, *grad;  // before each step and after the last
@@ -47,6 +49,10 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   typename Backward<T>::Tiles tiles;
   Tile<T, C> held;  // the gradient of the memory
   int visits = 0;   // steps gone through, in either direction
+  // Where the plan is known when compiled, of the lane's own head and slots: exponentials of a step of the replay; gradients of
+  // the read weights that come out of a step, from the steps after it and in all.
+  Pair<T> own_weights{}, own_later{}, own_grads{};
+  Tile<T, C> current;  // the memory before a step of the replay, or after one that is gone back through
 
   __device__ __forceinline__ LruaBackward(const LruaScanBackward& a, const P& plan, int every, Places places, int64_t sample,
                                           int rank, bool of_reads)
@@ -75,6 +81,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     const T *of_memory = static_cast<const T*>(a.grad_memory), *of_weights = static_cast<const T*>(a.grad_read_weights);
     this->begin_gradients(of_memory ? of_memory + sample * a.N * a.D : nullptr,
                           of_weights ? of_weights + sample * a.R * a.N : nullptr, held, tiles.grad, per_slot.later);
+    if (P::fixed && of_weights) own_later = this->take_own(of_weights + sample * a.R * a.N, plan.N);
     if (a.grad_start) this->begin_start(static_cast<T*>(a.grad_start) + sample * a.N * a.D);
   }
 
@@ -93,8 +100,15 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     } else if (!anew) {
       weights = static_cast<const T*>(a.read_weights) + sample * a.R * a.N;
     }
-    this->begin_memory(anchor, this->first_memory(a, sample, anew), memory(0));
-    this->take_rows(weights, anchor ? ld : plan.N, read_weights(0));
+    if constexpr (P::fixed) {
+      // Before the first step it is only needed here.
+      if (anchor) this->take_anchor(anchor, ld, 0, 0, current);
+      else this->take(this->first_memory(a, sample, anew), 0, 0, current);
+    } else {
+      this->begin_memory(anchor, this->first_memory(a, sample, anew), memory(0));
+    }
+    if constexpr (P::fixed) store_pair(read_weights(0) + this->own_at(), this->take_own(weights, anchor ? ld : plan.N));
+    else this->take_rows(weights, anchor ? ld : plan.N, read_weights(0));
     gpu::sync_warp();
   }
 
@@ -128,8 +142,150 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     if (!bounded) this->soften(0, plan.heads, small.exchange.maximum, read_weights(step + 1), sums() + place.warp * plan.heads);
   }
 
+  // A thread's own tile where the plan is known when compiled, four numbers at once.
+  __device__ __forceinline__ void load_own(const T* tiles, Tile<T, C>& m) const {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const Four<T> four = load_four(tiles + 4 * (c * this->threads() + gpu::thread()));
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s) m.at[s][c] = four.at[s];
+    }
+  }
+  __device__ __forceinline__ void store_own(T* tiles, const Tile<T, C>& m) const {
+#pragma unroll
+    for (int c = 0; c < C; ++c)
+      *reinterpret_cast<Four<T>*>(tiles + 4 * (c * this->threads() + gpu::thread())) = {m.at[0][c], m.at[1][c], m.at[2][c],
+                                                                                        m.at[3][c]};
+  }
+
+  // The same as `replay`.
+  __device__ __forceinline__ void replay_own(const Inputs<T>& in, int step) {
+    T vectors[HEADS][C], keys[HEADS][C];
+    Tile<T, C>& m = current;
+    this->load_beside(in.vectors, 0, vectors);
+    this->load_beside(in.keys, this->own_head(), keys);
+    const T key_square = this->own_key_square(keys);
+    const bool bounded = this->bounded(in.beta);
+    const auto shares = this->own_shares(in);
+    T* kept = prepared(step);
+    if (place.warp == 0 && (place.lane & ~6) == 0) kept[0] = key_square, kept[1] = shares.gate, kept[2] = shares.rest;
+    const Pair<T> writes = this->own_writes(shares, in.slots[this->own_head()], own_read_weights(step));
+    store_pair(per_slot.write_weights + this->own_at(), writes);
+    gpu::sync_warp();
+    this->write_beside(vectors, in.slots[0], per_slot.write_weights, m);
+    store_own(memory(step + 1), m);
+    Pair<T> own_dots, own_squares;
+    own_weights = this->own_exponentials(keys, key_square, in.beta[this->own_head()], m, bounded, small.exchange.maximum,
+                                         own_dots, own_squares);
+    store_pair(dots(step) + this->own_at(), own_dots);
+    if (this->own_head() == 0) store_pair(squares(step) + this->own_pair(), own_squares);
+    this->tell_own(this->over_slots(own_weights.at[0] + own_weights.at[1]), sums());
+  }
+  __device__ __forceinline__ Pair<T> own_read_weights(int step) const { return load_pair(read_weights(step) + this->own_at()); }
+  __device__ __forceinline__ T* prepared(int step) const {
+    return per_slot.prepared + (step * plan.heads + this->own_head()) * 3;
+  }
+  // One number of every head and warp, of sharpness, key squares and gates.
+  __device__ __forceinline__ T* own_scalars(int kind) const { return small.exchange.scalars + kind * plan.heads * plan.warps; }
+
+  __device__ __forceinline__ void gather_own(const Inputs<T>& in, int step) {
+    load_own(memory(step + 1), current);
+    own_grads = own_later;
+    const Pair<T> weights = own_read_weights(step + 1);
+    const auto tell_mean = [&] {
+      this->tell_own(this->over_slots(weights.at[0] * own_grads.at[0] + weights.at[1] * own_grads.at[1]), sums());
+    };
+    if (!of_reads) return tell_mean();
+    T rows[HEADS][C];
+    this->load_beside(in.grads, this->own_head(), rows);
+    const Pair<T> sum = this->own_dots(current, rows);
+    own_grads.at[0] += sum.at[0], own_grads.at[1] += sum.at[1];
+    // What reaches the memory by the reads is added while the mean comes together.
+    Four<T> of[HEADS];
+    this->load_slots(read_weights(step + 1), 0, of);
+    this->load_beside(in.grads, 0, rows);
+    tell_mean();
+    add_products<HEADS, C>(of, rows, held);
+  }
+
+  __device__ __forceinline__ void back_own(const Inputs<T>& in, int step) {
+    const int head = this->own_head(), at = this->own_at();
+    const T mean = this->total_of(sums(), head), beta = in.beta[head];
+    const Pair<T> weights = own_read_weights(step + 1), before = own_read_weights(step), dot = load_pair(dots(step) + at),
+                  square = load_pair(squares(step) + this->own_pair());
+    const T* kept = prepared(step);
+    const T key_square = kept[0];
+    const typename Base::Shares shares{kept[1], kept[2]};
+    store_pair(per_slot.write_weights + at, this->own_writes(shares, in.slots[head], before));
+    T of_beta = 0, of_key = 0;
+    Pair<T> of_dot, of_square;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const T of_score = weights.at[i] * (own_grads.at[i] - mean);
+      const ScoreGradient<T> of = score_gradient(of_score, dot.at[i], beta, key_square, square.at[i], this->eps);
+      of_dot.at[i] = of.dot;
+      of_square.at[i] = of.slot_square;
+      of_beta += of.beta;
+      of_key += of.key_square;
+    }
+    store_pair(per_slot.grads + at, of_dot);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) of_square.at[i] = this->over_heads(of_square.at[i]);
+    if (head == 0) store_pair(per_slot.of_squares + this->own_pair(), of_square);
+    gpu::sync_warp();
+    of_beta = this->over_slots(of_beta);
+    of_key = this->over_slots(of_key);
+    this->tell_own(of_beta, own_scalars(0));
+    through_read_own(in, step, gpu::shuffle(of_key, 2 * place.group));
+    through_write_own(in, step, before, shares);
+  }
+
+  // of_key: of the square of the key of head place.group.
+  __device__ __forceinline__ void through_read_own(const Inputs<T>& in, int step, T of_key) {
+    Four<T> of[HEADS];
+    T rows[HEADS][C];
+    const Tile<T, C>& m = current;
+    this->load_slots(per_slot.grads, 0, of);
+    this->load_beside(in.keys, 0, rows);
+    add_products<HEADS, C>(of, rows, held);
+    const Four<T> of_squares = load_four(per_slot.of_squares + this->slots(0));
+#pragma unroll
+    for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+      for (int c = 0; c < C; ++c) held.at[s][c] += 2 * of_squares.at[s] * m.at[s][c];
+    this->load_slots(per_slot.grads, place.group, of);
+    auto row = this->own_weighted(m, of);
+    const auto key = this->load_row(in.keys);
+#pragma unroll
+    for (int c = 0; c < C; ++c) row.at[c] += 2 * of_key * key.at[c];
+    this->store_row(small.exchange.reads + place.warp * plan.heads * plan.columns, row);
+  }
+
+  template <class Shares>
+  __device__ __forceinline__ void through_write_own(const Inputs<T>& in, int step, const Pair<T>& before,
+                                                    const Shares& shares) {
+    T rows[HEADS][C], of_gate = 0;
+    this->load_beside(in.vectors, this->own_head(), rows);
+    const Pair<T> sum = this->own_dots(held, rows);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const T target = in.slots[this->own_head()] == this->own_pair() + i ? T(1) : T(0);
+      of_gate += sum.at[i] * (before.at[i] - target) * (shares.gate * shares.rest);
+      own_later.at[i] = sum.at[i] * shares.gate;
+    }
+    this->tell_own(this->over_slots(of_gate), own_scalars(2));
+    Four<T> weights[HEADS];
+    this->load_slots(per_slot.write_weights, place.group, weights);
+    this->store_row(small.exchange.of_vectors + place.warp * plan.heads * plan.columns, this->own_weighted(held, weights));
+    this->erase(in.slots[0], held);
+  }
+
   // The gradient that reaches this step's read weights, and its mean under them.
   __device__ __forceinline__ void gather(const Inputs<T>& in, int step) {
+    if constexpr (P::fixed) gather_own(in, step);
+    else gather_any(in, step);
+  }
+  __device__ __forceinline__ void gather_any(const Inputs<T>& in, int step) {
     for (int g = 0; g < this->groups(); ++g) {
       const int own_slot = this->own(g);
       for (int first = 0; first < plan.heads; first += HEADS) {
@@ -281,6 +437,10 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   __device__ __forceinline__ void back(const Inputs<T>& in, int step) {
+    if constexpr (P::fixed) back_own(in, step);
+    else back_any(in, step);
+  }
+  __device__ __forceinline__ void back_any(const Inputs<T>& in, int step) {
     through_softmax(in, step);
     this->weigh_writes(in, in.slots, read_weights(step), per_slot.write_weights);
     gpu::sync_warp();
@@ -299,10 +459,12 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     return this->total(small.exchange.of_vectors, at, plan.heads * plan.columns);
   }
   __device__ __forceinline__ T gate_gradient(int r) const {
-    return this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads);
+    if constexpr (P::fixed) return this->total_of(own_scalars(2), r);
+    else return this->total(small.exchange.scalars, 2 * plan.heads + r, 3 * plan.heads);
   }
   __device__ __forceinline__ T sharpness_gradient(int r) const {
-    return this->total(small.exchange.scalars, r, 3 * plan.heads);
+    if constexpr (P::fixed) return this->total_of(own_scalars(0), r);
+    else return this->total(small.exchange.scalars, r, 3 * plan.heads);
   }
 
   // So many steps from `first` forward again; the inputs of the first are there, and so are those of the last once more after it.
@@ -311,10 +473,16 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     begin_replay(first);
     for (int step = 0; step < count; ++step) {
       stream.ask((first + (step + 1 < count ? step + 1 : count - 1)) * a.B + sample);
-      replay(inputs(visits), step);
+      if constexpr (P::fixed) replay_own(inputs(visits), step);
+      else replay(inputs(visits), step);
       stream.put(inputs(visits + 1));
       this->sync();
-      this->normalise(sums(), read_weights(step + 1));
+      if constexpr (P::fixed) {
+        const T scale = gpu::reciprocal(this->total_of(sums(), this->own_head()));
+        store_pair(read_weights(step + 1) + this->own_at(), Pair<T>{own_weights.at[0] * scale, own_weights.at[1] * scale});
+      } else {
+        this->normalise(sums(), read_weights(step + 1));
+      }
       gpu::sync_warp();
       ++visits;
     }
@@ -322,6 +490,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
 
   // Having gone back through a step at which the sample began anew.
   __device__ __forceinline__ void through_start() {
+    own_later = {};
     Base::through_start(held, tiles.grad, per_slot.later, static_cast<T*>(a.grad_start) + sample * a.N * a.D);
   }
 
@@ -329,7 +498,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
-    this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N);
+    T* of_weights = static_cast<T*>(a.grad_in_read_weights) + sample * a.R * a.N;
+    if constexpr (P::fixed) this->give_own(own_later, plan.N, of_weights);
+    else this->give_rows(per_slot.later, plan.N, of_weights);
   }
 };
 

@@ -42,6 +42,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   typename Forward<T>::Tiles tiles;
   Tile<T, C> held;
   AnchorTurns anchors;
+  // Where the plan is known when compiled, of the lane's own head and slots: read weights before a step, what a step writes; and
+  // the usage of one slot, which another lane has too.
+  Pair<T> own_weights{}, own_written{};
+  T own_usage = 0;
 
   __device__ __forceinline__ LruaForward(const LruaScan& a, const P& plan, Places places, int64_t sample, int rank)
       : Base(plan, rank, a.eps), a(a), sample(sample), small(places.of(ALONE || RESIDENT || plan.near_small), plan),
@@ -65,10 +69,17 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     for (int g = 0; g < this->groups(); ++g) {
       for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
       const int slot = this->group(g) + place.lane, of_sample = first_slot + slot;
-      if (place.lane < warp_slots) set_usage(slot, of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample]);
+      if (!P::fixed && place.lane < warp_slots)
+        set_usage(slot, of_sample >= plan.N ? T(0) : anew ? T(of_sample == 0) : usage[of_sample]);
     }
-    this->take_rows(read_weights, plan.N, per_slot.read_weights);
-    if constexpr (!P::fixed) find_candidates();
+    if constexpr (P::fixed) {
+      own_weights = this->take_own(read_weights, plan.N);
+      own_usage = used_slot() >= plan.N ? T(0) : anew ? T(used_slot() == 0) : usage[used_slot()];
+      rank_slots();
+    } else {
+      this->take_rows(read_weights, plan.N, per_slot.read_weights);
+      find_candidates();
+    }
   }
 
   __device__ __forceinline__ void set_usage(int slot, T usage) {
@@ -95,36 +106,75 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     }
   }
 
-  // The R least used slots of all, for the warp itself: every warp finds the same. Where a plan is fixed, it goes through all
-  // slots, a few in every lane; else through the warps' candidates.
+  // Where the plan is known when compiled: the slot whose usage the lane has, and the least used slots of the warp, for all to
+  // see. A slot's place among them is how many come before it; two lanes count half of them each. All is counted without
+  // comparisons: a predicate takes three times as long as a sum. A slot that is not there comes after all that are, since it is
+  // the last of what nothing comes before.
+  __device__ __forceinline__ int used_slot() const { return this->own_pair() + place.lane / 4 % 2; }
+  // -1 where `order` is below the other, else 0.
+  __device__ __forceinline__ static Bits below(Bits order, Bits other) {
+    return static_cast<Bits>((static_cast<uint64_t>(order) - other) >> 32);
+  }
+  struct alignas(4 * sizeof(Bits)) FourOrders {
+    Bits at[4];
+  };
+  __device__ __forceinline__ static FourOrders load_orders(const Bits* from) {
+    return *reinterpret_cast<const FourOrders*>(from);
+  }
+  __device__ __forceinline__ void rank_slots() {
+    // Slots come in fours; a lane counts its own and the next, or the other two. Those before it come first where they are the same.
+    const int own = used_slot() % warp_slots, four = own / 4, second = place.lane / 2 % 2;
+    const Bits order = used_slot() < plan.N ? order_of(own_usage) : taken<T> - 1;
+    Bits* orders = per_slot.orders + this->group(0);
+    orders[own] = order;
+    gpu::sync_warp();
+    const int near = second ? four ^ 2 : four, far = near ^ 1;
+    const FourOrders first = load_orders(orders + 4 * near), then = load_orders(orders + 4 * far);
+    const Bits after_far = order + (far < four ? 1 : 0);
+    Bits sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      sums[i] = below(first.at[i], order + (4 * near + i < own ? 1 : 0)) + below(then.at[i], after_far);
+    unsigned before = static_cast<unsigned>(-((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    before += gpu::shuffle_xor(before, 2);
+    if (before < plan.R && !second) {
+      small.exchange.orders[place.warp * plan.heads + before] = order;
+      small.exchange.candidates[place.warp * plan.heads + before] = used_slot();
+    }
+  }
+
+  // The R least used slots of all, for the warp itself, from the warps' candidates: every warp finds the same. Where a plan is
+  // known when compiled, a warp finds which of its own candidates are among them.
   __device__ __forceinline__ auto choose() const {
-    if constexpr (P::fixed) return choose_of_all();
+    if constexpr (P::fixed) return choose_of_own();
     else return choose_of_candidates();
   }
   struct Chosen {
-    int slots[fixed_heads<P>];
-    __device__ __forceinline__ int operator[](int r) const { return slots[r]; }
-  };
-  __device__ __forceinline__ Chosen choose_of_all() const {
-    constexpr int count = P::span / 32;
-    Chosen chosen;
-    Bits orders[count];
+    int slots[fixed_heads<P>];  // of the warp's candidates
+    unsigned ranks;             // of each a byte; R and more where others are chosen
+    __device__ __forceinline__ int rank(int k) const { return static_cast<int>(ranks >> (8 * k) & 255); }
+    // The slot that head r chooses, or -1 where it is none of the warp's.
+    __device__ __forceinline__ int operator[](int r) const {
+      int slot = -1;
 #pragma unroll
-    for (int i = 0; i < count; ++i) orders[i] = per_slot.orders[place.lane + 32 * i];
-#pragma unroll
-    for (int r = 0; r < plan.R; ++r) {
-      Bits least = orders[0];
-      int where = place.lane;
-#pragma unroll
-      for (int i = 1; i < count; ++i)
-        if (orders[i] < least) least = orders[i], where = place.lane + 32 * i;
-      const Bits order = warp_least(least);
-      const int slot = static_cast<int>(gpu::warp_min(least == order ? static_cast<unsigned>(where) : ~0u));
-#pragma unroll
-      for (int i = 0; i < count; ++i)
-        if (slot == place.lane + 32 * i) orders[i] = taken<T>;
-      chosen.slots[r] = slot;
+      for (int k = 0; k < fixed_heads<P>; ++k) slot = rank(k) == r ? slots[k] : slot;
+      return slot;
     }
+  };
+  __device__ __forceinline__ Chosen choose_of_own() const {
+    static_assert(!P::fixed || fixed_heads<P> * P::warps == 32, "a candidate a lane");
+    Chosen chosen;
+    const int first = place.warp * plan.heads;
+    const Bits order = small.exchange.orders[place.lane];
+    const FourOrders own = load_orders(small.exchange.orders + first);
+    unsigned before = 0;
+#pragma unroll
+    for (int k = 0; k < plan.R; ++k) {
+      chosen.slots[k] = small.exchange.candidates[first + k];
+      // Candidates lie in the order of their slots where their usage is the same.
+      before -= static_cast<unsigned>(below(order, own.at[k] + (place.lane < first + k ? 1 : 0))) << (8 * k);
+    }
+    chosen.ranks = gpu::warp_sum(before);
     return chosen;
   }
   __device__ __forceinline__ const int* choose_of_candidates() const {
@@ -157,17 +207,28 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   template <class ChosenSlots>
-  __device__ __forceinline__ void save(int64_t t, const ChosenSlots& chosen) {
-    if (rank == 0 && place.warp == 0)
+  __device__ __forceinline__ void save_slots(int64_t t, const ChosenSlots& chosen) {
+    int64_t* to = a.slots + (t * a.B + sample) * plan.R;
+    if constexpr (P::fixed) {
+      int slot = 0;
+#pragma unroll
+      for (int k = 0; k < plan.R; ++k) slot = place.lane == k ? chosen.slots[k] : slot;
+      if (place.lane < plan.R && chosen.rank(place.lane) < plan.R) to[chosen.rank(place.lane)] = slot;
+    } else if (rank == 0 && place.warp == 0) {
       for (int r = 0; r < plan.R; ++r)
-        if (place.lane == r % 32) a.slots[(t * a.B + sample) * plan.R + r] = chosen[r];
+        if (place.lane == r % 32) to[r] = chosen[r];
+    }
+  }
+  // The state before step t.
+  __device__ __forceinline__ void save_state(int64_t t) {
     if (!anchors.due(t)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
       for (int k = 0; k < this->pieces(); ++k)
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
-    this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
+    if constexpr (P::fixed) this->give_own(own_weights, ld, anchor + a.D * ld);
+    else this->give_rows(per_slot.read_weights, ld, anchor + a.D * ld);
   }
 
   // Up to the sums that all must know.
@@ -197,6 +258,53 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     gpu::sync_warp();
   }
 
+  // What only the inputs decide, of the lane's own head: ALONE found here, else it has been prepared.
+  struct Prepared {
+    typename Base::Shares shares;
+    T key_square;
+  };
+  __device__ __forceinline__ Prepared prepared_of(const Inputs<T>& in, const T (&keys)[HEADS][C]) const {
+    const int head = this->own_head();
+    if constexpr (ALONE) return {this->own_shares(in), this->own_key_square(keys)};
+    else return {{in.gate[head], in.rest[head]}, in.squares[head]};
+  }
+  // By one warp for a head, from keys and the gate's logit.
+  __device__ __forceinline__ void prepare(const Inputs<T>& in, int head) const {
+    constexpr int most = 4 * column_lanes, more = C * column_lanes - most;
+    T key = in.keys[head * most + place.lane], square = key * key;
+    if (place.lane < more) {
+      key = in.keys[HEADS * most + head * more + place.lane];
+      square += key * key;
+    }
+    square = add_warp<1>(square);
+    if (place.lane > 0) return;
+    gate_shares(in.gate[head], in.gate[head], in.rest[head]);
+    in.squares[head] = square;
+  }
+
+  template <class ChosenSlots>
+  __device__ __forceinline__ void write_and_read_own(const Inputs<T>& in, const ChosenSlots& chosen, int turn) {
+    T vectors[HEADS][C], keys[HEADS][C];
+    this->load_beside(in.vectors, 0, vectors);
+    this->load_beside(in.keys, this->own_head(), keys);
+    const Prepared prepared = prepared_of(in, keys);
+    const bool bounded = this->bounded(in.beta);
+    own_written = this->own_writes(prepared.shares, chosen[this->own_head()], own_weights);
+    store_pair(per_slot.write_weights + this->own_at(), own_written);
+    gpu::sync_warp();
+    this->write_beside(vectors, chosen[0], per_slot.write_weights, held);
+    Pair<T> dots, squares;
+    own_weights = this->own_exponentials(keys, prepared.key_square, in.beta[this->own_head()], held, bounded,
+                                         small.exchange.maximum, dots, squares);
+    store_pair(per_slot.read_weights + this->own_at(), own_weights);
+    gpu::sync_warp();
+    const T sum = this->over_slots(own_weights.at[0] + own_weights.at[1]);
+    Four<T> weights[HEADS];
+    this->load_slots(per_slot.read_weights, place.group, weights);
+    this->store_row(reads(turn) + place.warp * plan.heads * plan.columns, this->own_weighted(held, weights));
+    this->tell_own(sum, sums(turn));
+  }
+
   // The warp's part of the reads.
   __device__ __forceinline__ void read() {
     T* to = small.exchange.reads + place.warp * plan.heads * plan.columns;
@@ -212,11 +320,20 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
       }
   }
 
+  // Where the plan is known when compiled and a scan gives out a step's reads in the next, two take turns.
+  __device__ __forceinline__ static int turn_of(int64_t t) { return P::fixed && !ALONE ? static_cast<int>(t % 2) : 0; }
+  __device__ __forceinline__ T* reads(int turn) const {
+    return small.exchange.reads + turn * plan.warps * plan.heads * plan.columns;
+  }
+  __device__ __forceinline__ T* sums(int turn) const { return small.exchange.sums + turn * plan.warps * plan.heads; }
+
   // A number of the reads [R, D], when all have told their parts.
   __device__ __forceinline__ T read_at(int j) const { return read_at(vector_at(plan, j), j / plan.D); }
-  __device__ __forceinline__ T read_at(int at, int head) const {
-    return this->total(small.exchange.reads, at, plan.heads * plan.columns) *
-           gpu::reciprocal(this->total(small.exchange.sums, head, plan.heads));
+  __device__ __forceinline__ T read_at(int at, int head, int turn = 0) const {
+    T sum;
+    if constexpr (P::fixed) sum = this->total_of(sums(turn), head);
+    else sum = this->total(sums(turn), head, plan.heads);
+    return this->total(reads(turn), at, plan.heads * plan.columns) * gpu::reciprocal(sum);
   }
 
   __device__ __forceinline__ void use() {
@@ -230,21 +347,41 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
       set_usage(slot, decay * per_slot.usage[slot] + total);
     }
   }
+  __device__ __forceinline__ void use_own() {
+    const T first = own_weights.at[0] + own_written.at[0], second = own_weights.at[1] + own_written.at[1];
+    const bool upper = place.lane & 4;
+    T total = (upper ? second : first) + gpu::shuffle_xor(upper ? first : second, 4);
+    total += gpu::shuffle_xor(total, 2);
+    own_usage = static_cast<T>(a.usage_decay) * own_usage + total;
+  }
 
   // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
+    save_state(t);
     const auto chosen = choose();
-    if (a.anchor_every > 0) save(t, chosen);
-    write_and_compare(in, chosen, small.exchange.sums);
-    read();
+    if constexpr (P::fixed) {
+      write_and_read_own(in, chosen, turn_of(t));
+    } else {
+      write_and_compare(in, chosen, small.exchange.sums);
+      read();
+    }
+    if (a.anchor_every > 0) save_slots(t, chosen);
   }
   // and what comes after it: the state before the next step. Where that begins anew, so does it.
-  __device__ __forceinline__ void weigh_and_use(bool anew) {
+  __device__ __forceinline__ void weigh_and_use(bool anew, int turn = 0) {
     if (anew) return begin(true);
-    this->normalise(small.exchange.sums, per_slot.read_weights);
-    gpu::sync_warp();
-    use();
-    if constexpr (!P::fixed) find_candidates();  // a lane's own slots again
+    if constexpr (P::fixed) {
+      const T scale = gpu::reciprocal(this->total_of(sums(turn), this->own_head()));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) own_weights.at[i] *= scale;
+      use_own();
+      rank_slots();
+    } else {
+      this->normalise(small.exchange.sums, per_slot.read_weights);
+      gpu::sync_warp();
+      use();
+      find_candidates();  // a lane's own slots again
+    }
   }
 
   __device__ __forceinline__ void end() {
@@ -253,9 +390,15 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     for (int g = 0; g < this->groups(); ++g) {
       for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
       const int slot = this->group(g) + place.lane;
-      if (place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
+      if (!P::fixed && place.lane < warp_slots && first_slot + slot < plan.N) usage[first_slot + slot] = per_slot.usage[slot];
     }
-    this->give_rows(per_slot.read_weights, plan.N, static_cast<T*>(a.out_read_weights) + sample * a.R * a.N);
+    T* read_weights = static_cast<T*>(a.out_read_weights) + sample * a.R * a.N;
+    if constexpr (P::fixed) {
+      if (place.lane / 2 % 2 == 0 && used_slot() < plan.N) usage[used_slot()] = own_usage;
+      this->give_own(own_weights, plan.N, read_weights);
+    } else {
+      this->give_rows(per_slot.read_weights, plan.N, read_weights);
+    }
   }
 };
 

@@ -10,10 +10,14 @@ namespace mann_fast {
 namespace cuda {
 namespace {
 
+// Warps without slots.
+template <class P>
+constexpr int helpers = P::fixed ? 4 : 0;
+
 template <class T, int C, int HEADS, bool RESIDENT, class P>
 struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
   using Base = LruaForward<T, C, HEADS, RESIDENT, false, P>;
-  using Base::a, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small;
+  using Base::a, Base::inputs, Base::place, Base::plan, Base::rank, Base::sample, Base::small;
   const int first_read, read_place, read_head;
 
   __device__ __forceinline__ ForwardScan(const LruaScan& a, const P& plan, Places places)
@@ -25,10 +29,76 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
   __device__ __forceinline__ void give_reads(int64_t t) {
     const int count = plan.R * plan.D, threads = 32 * plan.warps;
     const int64_t row = (t * a.B + sample) * count;
-    if (first_read < count) store_as(a.reads, a.input, row + first_read, this->read_at(read_place, read_head));
-    if constexpr (!P::fixed)
-      for (int j = first_read + plan.cluster * threads; j < count; j += plan.cluster * threads)
-        store_as(a.reads, a.input, row + j, this->read_at(j));
+    if (first_read < count) store_input(a.reads, a.input, row + first_read, this->read_at(read_place, read_head));
+    for (int j = first_read + plan.cluster * threads; j < count; j += plan.cluster * threads)
+      store_input(a.reads, a.input, row + j, this->read_at(j));
+  }
+
+  // Where the plan is known when compiled: warps that have slots go from one barrier to the next, and others do beside them what
+  // a step needs besides. Before a step's first barrier these put the next one's inputs in their places, ask for those of the one
+  // after it, and give out the reads of the one before; before its second they prepare the next one's inputs.
+  __device__ __forceinline__ void run_steady() {
+    const int64_t steps = a.sequences.length(a.T, sample);
+    small.in.clear();
+    gpu::sync();
+    if (place.warp < P::warps) {
+      this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
+      gpu::sync();
+      gpu::sync();
+      for (int64_t t = 0; t < steps; ++t) {
+        const bool next_anew = t + 1 < steps && a.sequences.begins(t + 1, a.B, sample);
+        this->write_and_read(inputs(t), t);
+        gpu::sync();
+        this->weigh_and_use(next_anew, Base::turn_of(t));
+        gpu::sync();
+      }
+      this->end();
+    } else {
+      serve(steps, gpu::thread() - 32 * P::warps);
+    }
+    this->clear_steps(a, sample, steps, a.reads, a.input, plan.R * plan.D);
+  }
+  __device__ __forceinline__ void serve(int64_t steps, int thread) {
+    SteadyStream<T, LruaScan, P, helpers<P>> stream(a, plan, thread);
+    const auto ask = [&](int64_t t) { stream.ask((t < steps ? t : steps - 1) * a.B + sample); };
+    const auto prepare = [&](int64_t t) {
+      for (int head = thread / 32; head < plan.R; head += helpers<P>) this->prepare(inputs(t), head);
+    };
+    for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn), thread);
+    if (steps > 0) {
+      ask(0);
+      stream.put(inputs(0));
+      ask(1);
+    }
+    gpu::sync();
+    if (steps > 0) prepare(0);
+    gpu::sync();
+    constexpr int reads = P::fixed ? (P::R * P::columns + 32 * helpers<P> - 1) / (32 * helpers<P>) : 1;
+    int at[reads], head[reads];
+    const int count = plan.R * plan.D;
+    for (int i = 0; i < reads; ++i) {
+      const int j = thread + i * 32 * helpers<P>;
+      at[i] = j < count ? vector_at(plan, j) : 0;
+      head[i] = j < count ? j / plan.D : 0;
+    }
+    const auto give = [&](int64_t t) {
+      const int64_t row = (t * a.B + sample) * count;
+#pragma unroll
+      for (int i = 0; i < reads; ++i) {
+        const int j = thread + i * 32 * helpers<P>;
+        if (j < count) store_input(a.reads, a.input, row + j, this->read_at(at[i], head[i], Base::turn_of(t)));
+      }
+    };
+    for (int64_t t = 0; t < steps; ++t) {
+      stream.put(inputs(t + 1));
+      ask(t + 2);
+      if (t > 0) give(t - 1);
+      if (!this->bounded(inputs(t).beta)) gpu::sync();  // as those that compare
+      gpu::sync();
+      prepare(t + 1);
+      gpu::sync();
+    }
+    if (steps > 0) give(steps - 1);
   }
 
   __device__ __forceinline__ void run() {
@@ -57,10 +127,12 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
 };
 
 template <class T, int C, int HEADS, bool RESIDENT, class P>
-__global__ void __launch_bounds__(most_threads, 1)
+__global__ void __launch_bounds__(most_threads + 32 * helpers<P>, 1)
     forward_kernel(const __grid_constant__ LruaScan a, const __grid_constant__ Plan plan, unsigned char* scratch) {
   const auto& known = P::of(plan);
-  ForwardScan<T, C, HEADS, RESIDENT, P>(a, known, Places(plan, scratch)).run();
+  ForwardScan<T, C, HEADS, RESIDENT, P> scan(a, known, Places(plan, scratch));
+  if constexpr (P::fixed) scan.run_steady();
+  else scan.run();
 }
 
 template <class T>
@@ -79,7 +151,8 @@ const char* scan(const LruaScan& a, const Queue& queue) {
   return with_kernel<T>(plan, [&](auto c, auto h, auto resident, auto kind) {
     return gpu::launch(
         forward_kernel<T, decltype(c)::value, decltype(h)::value, decltype(resident)::value, typename decltype(kind)::Type>,
-        {blocks, 32 * plan.warps, plan.cluster, plan.shared, queue.stream}, a, plan, static_cast<unsigned char*>(scratch));
+        {blocks, 32 * (plan.warps + helpers<typename decltype(kind)::Type>), plan.cluster, plan.shared, queue.stream}, a, plan,
+        static_cast<unsigned char*>(scratch));
   });
 }
 

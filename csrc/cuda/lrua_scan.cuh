@@ -9,28 +9,29 @@ namespace cuda {
 template <class T>
 struct Inputs {
   using Number = T;
-  T *keys, *vectors, *grads, *gate, *rest, *beta;
+  T *keys, *vectors, *grads, *gate, *rest, *beta, *squares;  // squares: of keys, where they are prepared
   int* slots;
   template <class P>
   __device__ __host__ Inputs(Carver& carver, const P& plan, bool backward)
       : keys(carver.take<T>((backward ? 3 : 2) * plan.heads * plan.columns)), vectors(keys + plan.heads * plan.columns),
         grads(vectors + plan.heads * plan.columns), gate(carver.take<T>(plan.heads)), rest(carver.take<T>(plan.heads)),
-        beta(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
+        beta(carver.take<T>(plan.heads)), squares(carver.take<T>(plan.heads)), slots(carver.take<int>(plan.heads)) {}
 };
 
 // What the warps tell each other.
 template <class T>
 struct Exchange {
   using Bits = typename Order<T>::Bits;
-  T *sums, *maximum;      // [2, warps, heads] and [warps, heads]
-  T *reads, *of_vectors;  // [warps, heads, columns]: reads, or gradients of keys; gradients of write vectors
-  T* scalars;             // [warps, 3, heads]: gradients of sharpness and gate
-  Bits* orders;           // [warps, heads]: the least used of each warp
+  T *sums, *maximum;  // [2, warps, heads] and [warps, heads]
+  // [warps, heads, columns]: reads, in two turns where the plan is resident, or gradients of keys; gradients of write vectors
+  T *reads, *of_vectors;
+  T* scalars;    // [warps, 3, heads]: gradients of sharpness and gate
+  Bits* orders;  // [warps, heads]: the least used of each warp
   int *candidates, *chosen;
   template <class P>
   __device__ __host__ Exchange(Carver& carver, const P& plan, bool backward)
       : sums(carver.take<T>(2 * plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
-        reads(carver.take<T>(plan.warps * plan.heads * plan.columns)),
+        reads(carver.take<T>((!backward && plan.resident ? 2 : 1) * plan.warps * plan.heads * plan.columns)),
         of_vectors(carver.take<T>(backward ? plan.warps * plan.heads * plan.columns : 0)),
         scalars(carver.take<T>(backward ? 3 * plan.warps * plan.heads : 0)),
         orders(carver.take<Bits>(backward ? 0 : plan.warps * plan.heads)),
@@ -153,6 +154,90 @@ class Stream {
   Bits asked_[ahead] = {};
 };
 
+// The same where the plan is known when compiled: all that a step needs is asked for ahead, and nothing branches. Gates' logits
+// are put as they come.
+template <class T, class Arguments, class P, int WARPS>
+class SteadyStream {
+  using Bits = typename Order<T>::Bits;
+
+ public:
+  __device__ __forceinline__ SteadyStream(const Arguments& a, const P& plan, int thread)
+      : a_(a), wide_(a.input == Dtype::float32) {
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) ways_[j] = way(plan, thread + j * threads);
+  }
+
+  __device__ __forceinline__ void ask(int64_t row) {
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) {
+      const unsigned char* from = ways_[j].from + row * ways_[j].step;
+      asked_[j] = ways_[j].wide != 0 ? *reinterpret_cast<const Bits*>(from) : *reinterpret_cast<const uint16_t*>(from);
+    }
+  }
+
+  __device__ __forceinline__ void put(const Inputs<T>& in) const {
+    Bits* to = reinterpret_cast<Bits*>(in.keys);
+#pragma unroll
+    for (int j = 0; j < ahead; ++j) {
+      // Of both readings the one that is right, by a mask.
+      const uint16_t half = static_cast<uint16_t>(asked_[j]);
+      const T value = a_.input == Dtype::float16 ? gpu::float_of_half(half) : from_bfloat16(half);
+      Bits bits;
+      memcpy(&bits, &value, sizeof value);
+      bits = (asked_[j] & ways_[j].wide) | (bits & ~ways_[j].wide);
+      if (ways_[j].there) to[ways_[j].to] = bits;
+    }
+  }
+
+  // What no step brings.
+  __device__ __forceinline__ void fill(const Inputs<T>& in, int thread) const {
+    if (!a_.sharpness && thread < P::R) in.beta[thread] = 1;
+  }
+
+ private:
+  static constexpr int threads = 32 * WARPS, scalars = 3;  // of a head: gate, sharpness, slot
+  static constexpr int ahead = (P::R * (P::columns * most_vectors<Arguments> + scalars) + threads - 1) / threads;
+
+  // Where a number comes from at row 0, and how many bytes further at the next; where it goes, counted from the keys on.
+  struct Way {
+    const unsigned char* from;
+    int step, to;
+    Bits wide;  // all bits or none
+    bool there;
+  };
+
+  __device__ __forceinline__ static Bits mask(bool is) { return is ? ~Bits(0) : Bits(0); }
+  __device__ __forceinline__ Way way(const P& plan, int i) const {
+    const int size = plan.R * plan.D, vectors = most_vectors<Arguments>, all = vectors * size;
+    const int bytes = wide_ ? 4 : 2;
+    Carver carver(nullptr);
+    const Inputs<T> in(carver, plan, vectors > 2);
+    // Who has none asks for the first key again and again.
+    const auto from = [&](const void* data, int number, int count, int of_number, int to) {
+      if (!data) return Way{static_cast<const unsigned char*>(a_.keys), 0, 0, mask(wide_), false};
+      return Way{static_cast<const unsigned char*>(data) + number * of_number, count * of_number, to, mask(of_number > 2),
+                 true};
+    };
+    if (i < all) {
+      const int kind = i / size, number = i % size;
+      return from(kind == 0   ? a_.keys
+                  : kind == 1 ? a_.write_vectors
+                              : grad_reads_of(a_),
+                  number, size, bytes, kind * plan.heads * plan.columns + vector_at(plan, number));
+    }
+    const int kind = (i - all) / plan.R, r = (i - all) % plan.R;
+    if (kind == 0) return from(a_.gate_logits, r, plan.R, bytes, static_cast<int>(in.gate - in.keys) + r);
+    if (kind == 1) return from(a_.sharpness, r, plan.R, bytes, static_cast<int>(in.beta - in.keys) + r);
+    // The low half of an integer of 64 bits.
+    return from(kind == 2 ? slots_of(a_) : nullptr, r, plan.R, 8,
+                static_cast<int>(in.slots - reinterpret_cast<int*>(in.keys)) + r);
+  }
+
+  const Arguments& a_;
+  const bool wide_;
+  Way ways_[ahead];
+  Bits asked_[ahead] = {};
+};
 // A scan of a least-recently-used-access memory as one thread sees it.
 template <class T, int C, int HEADS, bool RESIDENT, bool ALONE, class P>
 struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
@@ -203,6 +288,200 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
       load_rows<HEADS, C>(in.vectors + first * plan.columns + this->first_column(k), plan.columns, rows);
       add_products<HEADS, C>(weights, rows, m);
     }
+  }
+
+  // ---- where the plan is known when compiled ------------------------------------------------------------------------
+
+  // There a lane owns one of the four heads and two slots beside each other: what it has of them stays in its registers from
+  // step to step. Rows of heads are taken in an order that begins with a lane's own, so that sums over lanes choose nothing.
+  __device__ __forceinline__ int own_head() const { return place.lane / 2 % 4; }
+  __device__ __forceinline__ int own_pair() const { return this->slots(0) + place.lane % 2 * 2; }
+  __device__ __forceinline__ int own_at() const { return own_head() * plan.span + own_pair(); }
+
+  // Of four rows [heads, columns] the lane's columns, of row h ^ first at h.
+  __device__ __forceinline__ void load_beside(const T* rows, int first, T (&out)[HEADS][C]) const {
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      const Four<T> four = load_four(rows + (h ^ first) * 4 * column_lanes + 4 * place.column);
+#pragma unroll
+      for (int c = 0; c < C; ++c) out[h][c] = c < 4 ? four.at[c % 4] : rows[fifth_of(h ^ first)];
+    }
+  }
+  __device__ __forceinline__ int fifth_of(int head) const {
+    return HEADS * 4 * column_lanes + head * column_lanes + place.column;
+  }
+  // And the lane's four slots of rows [heads, span].
+  __device__ __forceinline__ void load_slots(const T* rows, int first, Four<T> (&out)[HEADS]) const {
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) out[h] = load_four(rows + (h ^ first) * plan.span + this->slots(0));
+  }
+
+  // Dot products of the lane's two slots and its head, from rows in the order of its head.
+  __device__ __forceinline__ Pair<T> own_dots(const Tile<T, C>& m, const T (&rows)[HEADS][C]) const {
+    T sum[HEADS * lane_slots] = {};
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+        for (int c = 0; c < C; ++c) sum[h * lane_slots + s] += m.at[s][c] * rows[h][c];
+    add_turned<4, 2, HEADS * lane_slots>(sum);
+    add_lanes<1, 1, lane_slots>(sum, place.lane);
+    return {sum[0], sum[1]};
+  }
+  __device__ __forceinline__ Pair<T> own_squares(const Tile<T, C>& m) const {
+    T sum[lane_slots] = {};
+    add_squares<C>(m, sum);
+    add_lanes<1, 1, lane_slots>(sum, place.lane);
+#pragma unroll
+    for (int mask = 4; mask >= 2; mask /= 2) {
+      const T other[2] = {gpu::shuffle_xor(sum[0], mask), gpu::shuffle_xor(sum[1], mask)};
+      sum[0] += other[0], sum[1] += other[1];
+    }
+    return {sum[0], sum[1]};
+  }
+  __device__ __forceinline__ T own_key_square(const T (&keys)[HEADS][C]) const {
+    T sum[HEADS] = {};
+    add_row_squares<HEADS, C>(keys, sum);
+    add_turned<4, 2, HEADS>(sum);
+    return sum[0] + gpu::shuffle_xor(sum[0], 1);
+  }
+  // Sums over the lanes of one pair of slots, and over those of one head.
+  __device__ __forceinline__ T over_heads(T value) const {
+    value += gpu::shuffle_xor(value, 4);
+    return value + gpu::shuffle_xor(value, 2);
+  }
+  __device__ __forceinline__ T over_slots(T value) const {
+    value += gpu::shuffle_xor(value, 1);
+    value += gpu::shuffle_xor(value, 8);
+    return value + gpu::shuffle_xor(value, 16);
+  }
+
+  // The same number of every head, to [heads, warps]; and the sum over warps of the lane's own head's.
+  __device__ __forceinline__ void tell_own(T value, T* to) const {
+    if ((place.lane & ~6) == 0) to[own_head() * plan.warps + place.warp] = value;
+  }
+  __device__ __forceinline__ T total_of(const T* from, int head) const {
+    T sum = 0;
+#pragma unroll
+    for (int w = 0; w < plan.warps; w += 4) {
+      const Four<T> four = load_four(from + head * plan.warps + w);
+      sum += (four.at[0] + four.at[1]) + (four.at[2] + four.at[3]);
+    }
+    return sum;
+  }
+
+  // The two shares of the gate of the lane's head. ALONE they are there; else its logit is where the gate would be, and every
+  // lane finds them itself.
+  struct Shares {
+    T gate, rest;
+  };
+  __device__ __forceinline__ Shares own_shares(const Inputs<T>& in) const {
+    const T logit = in.gate[own_head()];
+    if constexpr (ALONE) return {logit, in.rest[own_head()]};
+    const T e = exp(-fabs(logit)), larger = gpu::reciprocal(T(1) + e), smaller = e * larger;
+    const bool is = logit == logit;
+    return {!is ? logit : logit >= 0 ? larger : smaller, !is ? logit : logit >= 0 ? smaller : larger};
+  }
+
+  // What the head writes to the lane's two slots; chosen is the slot that it has chosen.
+  __device__ __forceinline__ Pair<T> own_writes(const Shares& of, int chosen, const Pair<T>& reads) const {
+    Pair<T> writes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) writes.at[i] = of.gate * reads.at[i] + (chosen == own_pair() + i ? of.rest : T(0));
+    return writes;
+  }
+
+  __device__ __forceinline__ void erase(int erased, Tile<T, C>& m) const {
+    if (static_cast<unsigned>(erased - this->slots(0)) < static_cast<unsigned>(lane_slots)) {
+#pragma unroll
+      for (int s = 0; s < lane_slots; ++s)
+#pragma unroll
+        for (int c = 0; c < C; ++c) m.at[s][c] = erased == this->slots(0) + s ? T(0) : m.at[s][c];
+    }
+  }
+  __device__ __forceinline__ void write_beside(const T (&rows)[HEADS][C], int erased, const T* write_weights,
+                                               Tile<T, C>& m) const {
+    Four<T> weights[HEADS];
+    load_slots(write_weights, 0, weights);
+    erase(erased, m);
+    add_products<HEADS, C>(weights, rows, m);
+  }
+
+  // The exponentials of the lane's two similarities.
+  __device__ __forceinline__ Pair<T> own_exponentials(const T (&keys)[HEADS][C], T key, T beta, const Tile<T, C>& m,
+                                                      bool bounded, T* most, Pair<T>& dots, Pair<T>& squares) const {
+    squares = own_squares(m);
+    dots = own_dots(m, keys);
+    Pair<T> scores, result;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scores.at[i] = beta * (dots.at[i] * gpu::inverse_root(key * squares.at[i] + this->eps));
+      const T exponential = exp(scores.at[i] - fabs(beta));
+      result.at[i] = own_pair() + i < plan.N ? exponential : T(0);
+    }
+    if (!bounded) {
+      const T greatest = own_maximum(scores, most);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) result.at[i] = own_pair() + i < plan.N ? exp(scores.at[i] - greatest) : T(0);
+    }
+    return result;
+  }
+  // Of the lane's head among all slots.
+  __device__ __forceinline__ T own_maximum(const Pair<T>& scores, T* of_warps) const {
+    const auto greater = [](T a, T b) { return b > a || b != b ? b : a; };
+    T most = -INFINITY;
+    for (int i = 0; i < 2; ++i)
+      if (own_pair() + i < plan.N) most = greater(most, scores.at[i]);
+    for (const int mask : {1, 8, 16}) most = greater(most, gpu::shuffle_xor(most, mask));
+    tell_own(most, of_warps);
+    this->sync();
+    most = -INFINITY;
+    for (int w = 0; w < plan.warps; ++w) most = greater(most, of_warps[own_head() * plan.warps + w]);
+    return most;
+  }
+
+  // A warp's weighted sums over its slots: head `place.group`, the lane's columns of it; weights in the order of that head.
+  struct Row {
+    T at[C];
+  };
+  __device__ __forceinline__ Row own_weighted(const Tile<T, C>& m, const Four<T> (&weights)[HEADS]) const {
+    T sum[HEADS * C] = {};
+    add_weighted<HEADS, C>(m, weights, sum);
+    add_turned<16, 8, HEADS * C>(sum);
+    Row row;
+#pragma unroll
+    for (int c = 0; c < C; ++c) row.at[c] = sum[c];
+    return row;
+  }
+  // From and to [heads, columns].
+  __device__ __forceinline__ Row load_row(const T* rows) const {
+    const Four<T> four = load_four(rows + (place.group * column_lanes + place.column) * 4);
+    Row row;
+#pragma unroll
+    for (int c = 0; c < C; ++c) row.at[c] = c < 4 ? four.at[c % 4] : rows[fifth_of(place.group)];
+    return row;
+  }
+  __device__ __forceinline__ void store_row(T* rows, const Row& row) const {
+    *reinterpret_cast<Four<T>*>(rows + (place.group * column_lanes + place.column) * 4) = {row.at[0], row.at[1], row.at[2],
+                                                                                           row.at[3]};
+    if constexpr (C > 4) rows[fifth_of(place.group)] = row.at[4];
+  }
+
+  // The lane's two numbers of rows [R, ld], beside each other or not, from and to device memory.
+  __device__ __forceinline__ Pair<T> take_own(const T* rows, int64_t ld) const {
+    Pair<T> two;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int slot = own_pair() + i;
+      two.at[i] = slot >= plan.N ? T(0) : rows ? rows[own_head() * ld + slot] : T(slot == 0);
+    }
+    return two;
+  }
+  __device__ __forceinline__ void give_own(const Pair<T>& two, int64_t ld, T* rows) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (own_pair() + i < ld) rows[own_head() * ld + own_pair() + i] = two.at[i];
   }
 };
 

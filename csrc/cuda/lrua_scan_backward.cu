@@ -16,7 +16,47 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT, false, P> {
 
   __device__ __forceinline__ BackwardScan(const LruaScanBackward& a, const P& plan, int every, Places places)
       : Base(a, plan, every, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster),
-             a.grad_reads != nullptr) {}
+             a.grad_reads != nullptr) {
+    if constexpr (P::fixed)
+      for (int j = 0; j < giving; ++j) givings[j] = giving_of(gpu::thread() + j * 32 * plan.warps);
+  }
+
+  // Where the plan is known when compiled: what a thread gives out lies in one place of each warp, and goes to one of each step.
+  struct Giving {
+    const T* from;
+    unsigned char* to;
+    int between, step;  // warps; bytes between steps
+  };
+  static constexpr int giving = 2;
+  Giving givings[giving];
+  __device__ __forceinline__ Giving giving_of(int j) const {
+    const int size = plan.R * plan.D, of_heads = plan.heads * plan.columns, bytes = a.input == Dtype::float32 ? 4 : 2;
+    const auto to = [&](const T* from, int between, void* data, int number, int count) {
+      return Giving{from, data ? static_cast<unsigned char*>(data) + number * bytes : nullptr, between, count * bytes};
+    };
+    if (j < size) return to(small.exchange.reads + vector_at(plan, j), of_heads, a.grad_keys, j, size);
+    if (j < 2 * size) {
+      const int i = j - size;
+      return to(small.exchange.of_vectors + vector_at(plan, i), of_heads, a.grad_write_vectors, i, size);
+    }
+    const int kind = (j - 2 * size) / plan.R, r = (j - 2 * size) % plan.R;
+    if (kind > 1) return {nullptr, nullptr, 0, 0};
+    return to(this->own_scalars(kind == 0 ? 2 : 0) + r * plan.warps, 1, kind == 0 ? a.grad_gate_logits : a.grad_sharpness, r,
+              plan.R);
+  }
+  __device__ __forceinline__ void give_steady(int64_t t) {
+    static_assert(!P::fixed || 2 * P::R * (P::columns + 1) <= giving * 32 * P::warps, "all that a step gives out");
+    const int64_t row = t * a.B + sample;
+#pragma unroll
+    for (int j = 0; j < giving; ++j) {
+      const Giving& of = givings[j];
+      if (!of.to) continue;
+      T sum = 0;
+#pragma unroll
+      for (int w = 0; w < plan.warps; ++w) sum += of.from[w * of.between];
+      store_input(of.to + row * of.step, a.input, 0, sum);
+    }
+  }
 
   // Sums over all warps to where they belong; keys for their own squares are added by whoever holds them.
   __device__ __forceinline__ void give_gradients(int64_t t) {
@@ -36,13 +76,26 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT, false, P> {
   }
 
   __device__ __forceinline__ void run() {
-    Stream<T, LruaScanBackward, P> stream(a, plan);
+    if constexpr (P::fixed) {
+      SteadyStream<T, LruaScanBackward, P, P::warps> stream(a, plan, gpu::thread());
+      run_with(stream, [&] {
+        for (int turn = 0; turn < 2; ++turn) stream.fill(inputs(turn), gpu::thread());
+      });
+    } else {
+      Stream<T, LruaScanBackward, P> stream(a, plan);
+      run_with(stream, [] {});
+    }
+  }
+  // fill: what no step brings.
+  template <class Stream, class Fill>
+  __device__ __forceinline__ void run_with(Stream& stream, Fill fill) {
     const int64_t steps = a.sequences.length(a.T, sample);
     int64_t first = this->replay_before(steps);
     if (steps > 0) stream.ask(first * a.B + sample);
     this->begin();
     small.in.clear();
     gpu::sync();
+    fill();
     if (steps > 0) stream.put(inputs(0));
     this->sync();
     for (int64_t left = steps; left > 0;) {
@@ -58,7 +111,8 @@ struct BackwardScan : LruaBackward<T, C, HEADS, RESIDENT, false, P> {
         this->back(in, step);
         if (first + step > 0) stream.put(inputs(visits + 1));
         this->sync();
-        give_gradients(first + step);
+        if constexpr (P::fixed) give_steady(first + step);
+        else give_gradients(first + step);
         ++visits;
       }
       if (a.sequences.begins(first, a.B, sample)) this->through_start();

@@ -57,15 +57,26 @@ constexpr int fixed_heads = 1;
 template <int HEADS, int WARPS, int C, bool NEAR>
 constexpr int fixed_heads<FixedPlan<HEADS, WARPS, C, NEAR>> = HEADS;
 
+// Of such a plan a lane's columns lie beside each other, so that one instruction loads four; a fifth comes from the last 8.
+template <class P>
+constexpr bool beside = fixed_heads<P> == 4;
+
 template <class P>
 struct PlanKind {
   using Type = P;
 };
 
-// Where number j of [R, D] lies in [heads, columns].
+// Where number j of [R, D] lies in [heads, columns]. Where lanes' columns lie beside each other, those beyond 32 come after all
+// heads' others, so that lanes that load of different heads at once find them in different banks.
 template <class P>
 __device__ __forceinline__ int vector_at(const P& plan, int j) {
-  return j / plan.D * plan.columns + j % plan.D;
+  const int head = j / plan.D, column = j % plan.D;
+  if constexpr (beside<P>) {
+    constexpr int most = 4 * column_lanes, more = P::columns - most;
+    return column < most ? head * most + column : P::heads * most + head * more + column - most;
+  } else {
+    return head * plan.columns + column;
+  }
 }
 template <class P>
 __device__ __host__ int64_t tile_numbers(const P& plan) {
@@ -145,6 +156,11 @@ struct Thread {
   __device__ __forceinline__ int piece(int g, int k) const { return g * pieces() + k; }
   __device__ __forceinline__ int first_column(int k) const { return k * C * column_lanes + place.column; }
 
+  __device__ __forceinline__ int column_at(int k, int c) const {
+    if constexpr (beside<P>) return c < 4 ? 4 * place.column + c : 4 * column_lanes + place.column;
+    else return first_column(k) + c * column_lanes;
+  }
+
   __device__ __forceinline__ void sync() const {
     if (blocks() > 1) gpu::sync_cluster();
     else gpu::sync();
@@ -178,7 +194,7 @@ struct Thread {
       const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int column = first_column(k) + c * column_lanes;
+        const int column = column_at(k, c);
         m.at[s][c] = slot < plan.N && column < plan.D ? memory[static_cast<int64_t>(slot) * plan.D + column] : T(0);
       }
     }
@@ -189,7 +205,7 @@ struct Thread {
       const int slot = first_slot + slots(g) + s;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int column = first_column(k) + c * column_lanes;
+        const int column = column_at(k, c);
         if (slot < plan.N && column < plan.D) memory[static_cast<int64_t>(slot) * plan.D + column] = m.at[s][c];
       }
     }
@@ -200,7 +216,7 @@ struct Thread {
     const int slot = first_slot + slots(g);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = first_column(k) + c * column_lanes;
+      const int column = column_at(k, c);
       Four<T> four{};
       if (slot < ld && column < plan.D) four = load_four(anchor + column * ld + slot);
 #pragma unroll
@@ -211,7 +227,7 @@ struct Thread {
     const int slot = first_slot + slots(g);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = first_column(k) + c * column_lanes;
+      const int column = column_at(k, c);
       if (slot < ld && column < plan.D)
         *reinterpret_cast<Four<T>*>(anchor + column * ld + slot) = {m.at[0][c], m.at[1][c], m.at[2][c], m.at[3][c]};
     }

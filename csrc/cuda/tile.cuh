@@ -92,6 +92,18 @@ __device__ inline void store_as(void* data, Dtype dtype, int64_t i, T value) {
   }
 }
 
+// The same of an input, which is float64 where the state is, and else no wider than float32; so it seldom branches.
+template <class T>
+__device__ __forceinline__ void store_input(void* data, Dtype dtype, int64_t i, T value) {
+  if constexpr (sizeof(T) == 8) {
+    static_cast<T*>(data)[i] = value;
+  } else if (dtype == Dtype::float32) {
+    static_cast<T*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] = dtype == Dtype::bfloat16 ? gpu::to_bfloat16(value) : gpu::to_half(value);
+  }
+}
+
 // The two shares of a gate; neither loses its last bits where the other is near 1.
 template <class T>
 __device__ inline void gate_shares(T logit, T& gate, T& rest) {
@@ -160,6 +172,18 @@ __device__ __forceinline__ bool has_sums(int lane) {
   else return !(lane & MASK) && has_sums<MASK / 2, LAST, V>(lane);
 }
 
+// The same where every lane has its values in an order of its own, those that it keeps before those that it gives away: so none
+// is chosen. Two lanes that differ in the bit MASK have each other's halves the other way round, and so on.
+template <int MASK, int LAST, int V, class T>
+__device__ __forceinline__ void add_turned(T* v) {
+  if constexpr (MASK >= LAST) {
+    static_assert(V % 2 == 0, "every round halves the values");
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) v[i] += gpu::shuffle_xor(v[i + V / 2], MASK);
+    add_turned<MASK / 2, LAST, V / 2>(v);
+  }
+}
+
 // The sum over the lanes that differ in the bits 16, 8, ... LAST.
 template <int LAST, class T>
 __device__ __forceinline__ T add_warp(T value) {
@@ -217,6 +241,19 @@ struct alignas(16) Four {
 template <class T>
 __device__ __forceinline__ Four<T> load_four(const T* from) {
   return *reinterpret_cast<const Four<T>*>(from);
+}
+
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T at[2];
+};
+template <class T>
+__device__ __forceinline__ Pair<T> load_pair(const T* from) {
+  return *reinterpret_cast<const Pair<T>*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, const Pair<T>& two) {
+  *reinterpret_cast<Pair<T>*>(to) = two;
 }
 
 // Tiles of one block of so many threads, laid out so that threads side by side touch numbers side by side; a thread sees its own only.

@@ -383,11 +383,22 @@ inline MANN_FAST_SCHEDULER unsigned warp_min(unsigned value) {
   return value;
 }
 
+inline MANN_FAST_SCHEDULER unsigned warp_sum(unsigned value) {
+  const uint64_t* values = emulation::exchange(value);
+  unsigned sum = 0;
+  for (int i = 0; i < warp_size; ++i) sum += static_cast<unsigned>(values[i]);
+  return sum;
+}
+
 template <class T>
 MANN_FAST_SCHEDULER T* of_block(T* shared, int rank) {
   const auto& m = emulation::machine();
   return reinterpret_cast<T*>(m.shared[rank] + (reinterpret_cast<unsigned char*>(shared) - m.shared[m.current->block]));
 }
+
+inline float float_of_half(uint16_t bits) { return from_float16(bits); }
+inline uint16_t to_half(float x) { return to_float16(x); }
+inline uint16_t to_bfloat16(float x) { return mann_fast::to_bfloat16(x); }
 
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
