@@ -221,7 +221,6 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
   // The state before step t.
   __device__ __forceinline__ void save_state(int64_t t) {
-    if (!anchors.due(t)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
@@ -357,7 +356,10 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
 
   // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
-    save_state(t);
+    if (anchors.due(t)) save_state(t);
+    take_step(in, t);
+  }
+  __device__ __forceinline__ void take_step(const Inputs<T>& in, int64_t t) {
     const auto chosen = choose();
     if constexpr (P::fixed) {
       write_and_read_own(in, chosen, turn_of(t));
