@@ -239,7 +239,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
             sums + place.warp * plan.heads, small.exchange.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
             static_cast<T*>(nullptr));
       };
-#pragma unroll(P::fixed ? 2 : 1)
+#pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
         if ((pass == 0) == plan.read_first) {
           compare();

@@ -2,7 +2,7 @@
 //
 // A step: choose the slots from what every warp found least used; write; compare; tell sums and reads | barrier | weights, usage,
 // the least used of the warp; the next step's inputs put in their places | barrier |. Two barriers a step; similarities beyond a
-// bound cost one more.
+// bound cost one more. Where the plan is known when compiled, warps without slots bring the inputs and give out the reads.
 #include "kernels.h"
 #include "lrua_forward.cuh"
 
