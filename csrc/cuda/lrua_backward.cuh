@@ -118,7 +118,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     gpu::sync_warp();
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g) {
-#pragma unroll(P::fixed ? 2 : 1)
+#pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
         if ((pass == 0) == plan.read_first) {
           const T* addressed = memory(plan.read_first ? step : step + 1);

@@ -145,10 +145,6 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
 
   // The R least used slots of all, for the warp itself, from the warps' candidates: every warp finds the same. Where a plan is
   // known when compiled, a warp finds which of its own candidates are among them.
-  __device__ __forceinline__ auto choose() const {
-    if constexpr (P::fixed) return choose_of_own();
-    else return choose_of_candidates();
-  }
   struct Chosen {
     int slots[fixed_heads<P>];  // of the warp's candidates
     unsigned ranks;             // of each a byte; R and more where others are chosen
@@ -221,7 +217,6 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
   // The state before step t.
   __device__ __forceinline__ void save_state(int64_t t) {
-    if (!anchors.due(t)) return;
     const int64_t ld = mann_fast::padded_slots(plan.N);
     T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D + a.R, a.N);
     for (int g = 0; g < this->groups(); ++g)
@@ -244,7 +239,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
             sums + place.warp * plan.heads, small.exchange.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
             static_cast<T*>(nullptr));
       };
-#pragma unroll(P::fixed ? 2 : 1)
+#pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
         if ((pass == 0) == plan.read_first) {
           compare();
@@ -282,20 +277,22 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     in.squares[head] = square;
   }
 
-  template <class ChosenSlots>
-  __device__ __forceinline__ void write_and_read_own(const Inputs<T>& in, const ChosenSlots& chosen, int turn) {
+  // What the step takes is loaded before the slots are chosen: by then it is there.
+  __device__ __forceinline__ void take_own_step(const Inputs<T>& in, int64_t t) {
     T vectors[HEADS][C], keys[HEADS][C];
     this->load_beside(in.vectors, 0, vectors);
     this->load_beside(in.keys, this->own_head(), keys);
     const Prepared prepared = prepared_of(in, keys);
     const bool bounded = this->bounded(in.beta);
+    const T beta = in.beta[this->own_head()];
+    const Chosen chosen = choose_of_own();
+    const int turn = turn_of(t);
     own_written = this->own_writes(prepared.shares, chosen[this->own_head()], own_weights);
     store_pair(per_slot.write_weights + this->own_at(), own_written);
     gpu::sync_warp();
     this->write_beside(vectors, chosen[0], per_slot.write_weights, held);
     Pair<T> dots, squares;
-    own_weights = this->own_exponentials(keys, prepared.key_square, in.beta[this->own_head()], held, bounded,
-                                         small.exchange.maximum, dots, squares);
+    own_weights = this->own_exponentials(keys, prepared.key_square, beta, held, bounded, small.exchange.maximum, dots, squares);
     store_pair(per_slot.read_weights + this->own_at(), own_weights);
     gpu::sync_warp();
     const T sum = this->over_slots(own_weights.at[0] + own_weights.at[1]);
@@ -303,6 +300,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     this->load_slots(per_slot.read_weights, place.group, weights);
     this->store_row(reads(turn) + place.warp * plan.heads * plan.columns, this->own_weighted(held, weights));
     this->tell_own(sum, sums(turn));
+    if (a.anchor_every > 0) save_slots(t, chosen);
   }
 
   // The warp's part of the reads.
@@ -357,15 +355,18 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
 
   // Step t up to the sums that all must know, before a barrier,
   __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
-    save_state(t);
-    const auto chosen = choose();
+    if (anchors.due(t)) save_state(t);
+    take_step(in, t);
+  }
+  __device__ __forceinline__ void take_step(const Inputs<T>& in, int64_t t) {
     if constexpr (P::fixed) {
-      write_and_read_own(in, chosen, turn_of(t));
+      take_own_step(in, t);
     } else {
+      const int* chosen = choose_of_candidates();
       write_and_compare(in, chosen, small.exchange.sums);
       read();
+      if (a.anchor_every > 0) save_slots(t, chosen);
     }
-    if (a.anchor_every > 0) save_slots(t, chosen);
   }
   // and what comes after it: the state before the next step. Where that begins anew, so does it.
   __device__ __forceinline__ void weigh_and_use(bool anew, int turn = 0) {

@@ -2,7 +2,7 @@
 //
 // A step: choose the slots from what every warp found least used; write; compare; tell sums and reads | barrier | weights, usage,
 // the least used of the warp; the next step's inputs put in their places | barrier |. Two barriers a step; similarities beyond a
-// bound cost one more.
+// bound cost one more. Where the plan is known when compiled, warps without slots bring the inputs and give out the reads.
 #include "kernels.h"
 #include "lrua_forward.cuh"
 
@@ -45,9 +45,19 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
       this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
       gpu::sync();
       gpu::sync();
-      for (int64_t t = 0; t < steps; ++t) {
-        const bool next_anew = t + 1 < steps && a.sequences.begins(t + 1, a.B, sample);
-        this->write_and_read(inputs(t), t);
+      const int count = static_cast<int>(steps);
+      const bool resets = a.sequences.resets != nullptr;
+      int next_anchor = a.anchor_every > 0 && a.anchor_every < steps ? static_cast<int>(a.anchor_every) : count;
+      for (int t = 0; t < count; ++t) {
+        bool next_anew = false;
+        if (resets || t == next_anchor) {  // seldom: so that a step need only ask once
+          next_anew = t + 1 < count && a.sequences.begins(t + 1, a.B, sample);
+          if (t == next_anchor) {
+            this->save_state(t);
+            next_anchor += static_cast<int>(a.anchor_every);
+          }
+        }
+        this->take_step(inputs(t), t);
         gpu::sync();
         this->weigh_and_use(next_anew, Base::turn_of(t));
         gpu::sync();

@@ -49,8 +49,8 @@ template <class Arguments>
 constexpr int most_vectors = std::is_same<Arguments, LruaScan>::value ? 2 : 3;
 
 // The inputs of one step on their way: each thread has asked for a few numbers, and waits for them only when it puts them
-// in their places, a step later. Where they come from and go to takes divisions: it is found once where there are registers to
-// keep it in, which backward has with a plan that is known when compiled.
+// in their places, a step later. Where they come from and go to takes divisions: forward finds it once, backward has no
+// registers to keep it in.
 template <class T, class Arguments, class P>
 class Stream {
   using Bits = typename Order<T>::Bits;
@@ -72,12 +72,11 @@ class Stream {
   __device__ __forceinline__ void put(const Inputs<T>& in) {
 #pragma unroll
     for (int j = 0; j < ahead; ++j) put(in, way_ahead(j), asked_[j]);
-    if constexpr (!all_ahead)
-      for (int i = gpu::thread() + ahead * threads(); i < count(); i += threads()) put(in, way(i), get(way(i)));
+    for (int i = gpu::thread() + ahead * threads(); i < count(); i += threads()) put(in, way(i), get(way(i)));
   }
 
  private:
-  static constexpr bool keeps = P::fixed || std::is_same<Arguments, LruaScan>::value;
+  static constexpr bool keeps = std::is_same<Arguments, LruaScan>::value;
 
   enum class Kind : int { none, number, gate, slot };
   // From where to where a number goes each step: it comes from rows of `width`, and is put at `to`, counted from the keys on
@@ -88,18 +87,12 @@ class Stream {
     const void* from;
   };
 
-  __device__ __forceinline__ int threads() const { return P::fixed ? 32 * plan_.warps : gpu::threads(); }
+  __device__ __forceinline__ int threads() const { return gpu::threads(); }
   // Keys, write vectors and where there are any gradients of reads; then gates, sharpness and slots.
   __device__ __forceinline__ int vectors() const { return grad_reads_of(a_) ? 3 : 2; }
   __device__ __forceinline__ int count() const { return plan_.R * (plan_.D * vectors() + 3); }
 
-  // How many of them a thread asks for ahead, and whether that is all.
-  static constexpr int needed() {
-    if constexpr (P::fixed) return (P::R * (P::columns * most_vectors<Arguments> + 3) + 32 * P::warps - 1) / (32 * P::warps);
-    else return 0;
-  }
-  static constexpr bool all_ahead = P::fixed && needed() <= 3;
-  static constexpr int ahead = all_ahead ? needed() : 3;
+  static constexpr int ahead = 3;  // that a thread asks for ahead
 
   __device__ __forceinline__ int beta_at() const {
     Carver carver(nullptr);
@@ -266,9 +259,9 @@ struct LruaThread : Thread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
   template <class Chosen>
   __device__ __forceinline__ bool is_target(const Chosen& chosen, int r, int slot) const {
-    if (!P::fixed && !plan.shared_target) return chosen[r] == slot;
-    bool any = false;  // and where all is in registers, only what is known when compiled can choose one
-    for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot && (plan.shared_target || i == r);
+    if (!plan.shared_target) return chosen[r] == slot;
+    bool any = false;
+    for (int i = 0; i < plan.R; ++i) any |= chosen[i] == slot;
     return any;
   }
 
