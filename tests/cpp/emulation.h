@@ -26,6 +26,8 @@
 #include <ucontext.h>
 #endif
 
+#include "../../csrc/include/half.h"
+
 #define __global__
 #define __device__
 #define __host__

@@ -36,11 +36,11 @@ namespace {
   return results;
 }
 
-// R heads that read and one less that write; 2 S + 1 = 3 moves.
+// R heads that read and one less that write, or one where there are many slots; 2 S + 1 = 3 moves.
 Results ntm(const Kernels& k, const Case& c) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
-  const int64_t W = c.R - 1, heads = c.R + W, shifts = 3, rows = c.T * c.B;
+  const int64_t W = c.N > 100 ? 1 : c.R - 1, heads = c.R + W, shifts = 3, rows = c.T * c.B;
   const Array memory = random.normal(c.state, c.B * c.N * c.D);
   Array weights = random.positive(c.state, c.B * heads * c.N);
   for (int64_t i = 0; i < weights.count; ++i) weights.set(i, weights[i] / static_cast<double>(c.N));
