@@ -236,12 +236,12 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     of_beta = this->over_slots(of_beta);
     of_key = this->over_slots(of_key);
     this->tell_own(of_beta, own_scalars(0));
-    through_read_own(in, step, gpu::shuffle(of_key, 2 * place.group));
-    through_write_own(in, step, before, shares);
+    through_read_own(in, gpu::shuffle(of_key, 2 * place.group));
+    through_write_own(in, before, shares);
   }
 
   // of_key: of the square of the key of head place.group.
-  __device__ __forceinline__ void through_read_own(const Inputs<T>& in, int step, T of_key) {
+  __device__ __forceinline__ void through_read_own(const Inputs<T>& in, T of_key) {
     Four<T> of[HEADS];
     T rows[HEADS][C];
     const Tile<T, C>& m = current;
@@ -262,8 +262,7 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   template <class Shares>
-  __device__ __forceinline__ void through_write_own(const Inputs<T>& in, int step, const Pair<T>& before,
-                                                    const Shares& shares) {
+  __device__ __forceinline__ void through_write_own(const Inputs<T>& in, const Pair<T>& before, const Shares& shares) {
     T rows[HEADS][C], of_gate = 0;
     this->load_beside(in.vectors, this->own_head(), rows);
     const Pair<T> sum = this->own_dots(held, rows);

@@ -46,7 +46,8 @@ void compare(const char* name, Run function, const Case& c) {
   current += c.cut ? " cut" : "";
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
   for (size_t j = 0; j < expected.size(); ++j) {
-    const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
+    // A sharpness of 60 multiplies rounding: what the processor's own kernels make of it differs from float64 by 6e-5.
+    const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input != Dtype::float32 ? 5e-2 : c.sharp ? 5e-4 : 1e-4;
     double maximum = 1e-3;
     for (int64_t i = 0; i < expected[j].count; ++i) maximum = std::max(maximum, std::abs(expected[j][i]));
     for (int64_t i = 0; i < expected[j].count; ++i)
