@@ -126,7 +126,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     const int own = used_slot() % warp_slots, four = own / 4, second = place.lane / 2 % 2;
     const Bits order = used_slot() < plan.N ? order_of(own_usage) : taken<T> - 1;
     Bits* orders = per_slot.orders + this->group(0);
-    orders[own] = order;
+    if (!second) orders[own] = order;  // two lanes have it
     gpu::sync_warp();
     const int near = second ? four ^ 2 : four, far = near ^ 1;
     const FourOrders first = load_orders(orders + 4 * near), then = load_orders(orders + 4 * far);
