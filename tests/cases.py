@@ -73,9 +73,7 @@ def worst_error(actual, expected, batch_axis=0):
         return 0.0
     actual = actual.detach().double().movedim(batch_axis, 0).flatten(1)
     expected = expected.detach().double().movedim(batch_axis, 0).flatten(1)
-    scale = (
-        expected.abs().amax(1).clamp_min(1e-11)
-    )  # of a gradient of nought, such as a key's with one slot, rounding is left
+    scale = expected.abs().amax(1).clamp_min(1e-12)
     error = ((actual - expected).abs().amax(1) / scale).max().item()
     return float("inf") if error != error else error
 

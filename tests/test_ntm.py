@@ -162,6 +162,7 @@ FIXED = shorter(FIXED, FIXED[:1])
 
 
 @needs_ntm
+@pytest.mark.skipif(INTERPRETED, reason="no Triton kernel has these sizes for itself: test_sequences.py is for it")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sizes", FIXED)
 def test_sequences_of_fixed_sizes(sizes, order):
@@ -172,7 +173,7 @@ def test_sequences_of_fixed_sizes(sizes, order):
     options = {"order": order, "resets": resets, "lengths": torch.tensor([steps, steps - 2, steps, 0])}
     actual = results_and_gradients(ops.ntm_scan, inputs, torch.float32, **options)
     expected = results_and_gradients(reference.ntm_scan, inputs, torch.float64, **options)
-    compare(actual, expected, 2e-5, 1e-3 if INTERPRETED else 5e-4)  # NumPy adds one after the other
+    compare(actual, expected, 2e-5, 5e-4)
 
 
 @needs_ntm
