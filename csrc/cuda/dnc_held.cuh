@@ -153,6 +153,32 @@ struct HeldThread {
 #pragma unroll
     for (int c = 0; c < C; ++c) out[c] *= out[c];
   }
+  // Adds a lane's part of the products of its two slots with the key of head h, and of their squares, both under the mask: to
+  // numbers that lie so far from one slot to the next.
+  template <int STEP>
+  __device__ __forceinline__ void add_compared(const float* in, int h, const float (&m)[2][C], float* dots,
+                                               float* squares) const {
+    float key[C], mask[C];
+    load_columns(in + (In::keys + h) * columns, key);
+    load_masks(in, h, mask);
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const float share = m[s][c] * mask[c];
+        dots[s * STEP] += share * key[c];
+        squares[s * STEP] += share * m[s][c];
+      }
+  }
+  // All of that for the key that writes, to rows of the heads.
+  __device__ __forceinline__ void compare_write(const float* in, const float (&m)[2][C], float* dots, float* squares) const {
+    float sums[4] = {};
+    add_compared<1>(in, H, m, sums, sums + 2);
+    add_lanes<4, 1, 4>(sums, lane);
+    const int which = first_sum<4, 1, 4>(lane);
+    if (has_sums<4, 1, 4>(lane)) (which < 2 ? dots : squares)[H * held_row + first_slot + which % 2] = sums[0];
+  }
+
   // |key|^2 of head h under its mask, by a warp.
   __device__ __forceinline__ float key_square(const float* in, int h) const {
     float sum = 0;

@@ -236,38 +236,14 @@ struct HeldBackwardScan : HeldThread<C> {
 
   // Dot products of slots with keys and with the gradients of the reads.
   __device__ __forceinline__ void compare_all(const float* in, const float (&m)[2][C], const float (&now)[2][C]) const {
-    float key[C], mask[C];
-    {
-      float sums[4] = {};
-      this->load_columns(in + (In::keys + H) * columns, key);
-      this->load_masks(in, H, mask);
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          const float share = m[s][c] * mask[c];
-          sums[s] += share * key[c];
-          sums[2 + s] += share * m[s][c];
-        }
-      add_lanes<4, 1, 4>(sums, lane);
-      const int which = first_sum<4, 1, 4>(lane);
-      if (has_sums<4, 1, 4>(lane)) (which < 2 ? my.dots : my.squares)[H * held_row + first_slot + which % 2] = sums[0];
-    }
+    float key[C];
+    this->compare_write(in, m, my.dots, my.squares);
     float dots[2 * H] = {}, of_read[2 * H] = {};
     if (plan.masks) {
       float squares[2 * H] = {};
 #pragma unroll
       for (int h = 0; h < H; ++h) {
-        this->load_columns(in + (In::keys + h) * columns, key);
-        this->load_masks(in, h, mask);
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-          for (int c = 0; c < C; ++c) {
-            const float share = now[s][c] * mask[c];
-            dots[s * H + h] += share * key[c];
-            squares[s * H + h] += share * now[s][c];
-          }
+        this->template add_compared<H>(in, h, now, dots + h, squares + h);
       }
       give_products(squares, [&](int at, float sum) { my.squares[at] = sum; });
     } else {

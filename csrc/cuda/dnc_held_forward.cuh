@@ -80,24 +80,6 @@ struct HeldForwardScan : HeldThread<C> {
     my.ranks[own_slot] = own_slot < plan.N ? order_of(usage) : taken<float>;
   }
 
-  __device__ __forceinline__ void compare_write(const float* in) {
-    float key[C], mask[C], sums[4] = {};  // products with two slots, and their squares
-    this->load_columns(in + (In::keys + H) * columns, key);
-    this->load_masks(in, H, mask);
-#pragma unroll
-    for (int s = 0; s < 2; ++s)
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const float share = m[s][c] * mask[c];
-        sums[s] += share * key[c];
-        sums[2 + s] += share * m[s][c];
-      }
-    add_lanes<4, 1, 4>(sums, lane);
-    if (!has_sums<4, 1, 4>(lane)) return;
-    const int which = first_sum<4, 1, 4>(lane);
-    (which < 2 ? my.dots : my.squares)[H * held_row + first_slot + which % 2] = sums[0];
-  }
-
   // A slot's place is the number of those before it: four lanes count them.
   __device__ __forceinline__ void sort() {
     const uint32_t own = my.ranks[own_slot];
@@ -172,20 +154,11 @@ struct HeldForwardScan : HeldThread<C> {
     float dots[2 * H] = {}, squares[2 * H] = {};
 #pragma unroll
     for (int h = 0; h < H; ++h) {
-      float key[C];
-      this->load_columns(in + (In::keys + h) * columns, key);
       if (plan.masks) {
-        float mask[C];
-        this->load_masks(in, h, mask);
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-          for (int c = 0; c < C; ++c) {
-            const float share = m[s][c] * mask[c];
-            dots[s * H + h] += share * key[c];
-            squares[s * H + h] += share * m[s][c];
-          }
+        this->template add_compared<H>(in, h, m, dots + h, squares + h);
       } else {
+        float key[C];
+        this->load_columns(in + (In::keys + h) * columns, key);
 #pragma unroll
         for (int s = 0; s < 2; ++s)
 #pragma unroll
@@ -342,7 +315,7 @@ struct HeldForwardScan : HeldThread<C> {
       const float* in = inputs(t);
       if (t + 1 < steps) stream.ask((t + 1) * a.B + sample);
       use(in);
-      compare_write(in);
+      this->compare_write(in, m, my.dots, my.squares);
       gpu::sync();
       if (warp == 0) soften_write(in);
       sort();
