@@ -99,4 +99,6 @@ def every_op(backend: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("one backend is needed: python benchmarks/every_op.py cuda")
     every_op(sys.argv[1])

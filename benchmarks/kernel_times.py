@@ -105,6 +105,8 @@ def main() -> int:
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this takes a GPU: torch.cuda.is_available() is False")
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     rows = []

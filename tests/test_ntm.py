@@ -162,7 +162,9 @@ FIXED = shorter(FIXED, FIXED[:1])
 
 
 @needs_ntm
-@pytest.mark.skipif(INTERPRETED, reason="no Triton kernel has these sizes for itself: test_sequences.py is for it")
+@pytest.mark.skipif(
+    INTERPRETED, reason="no Triton kernel has these sizes for itself: test_sequences.py is for it"
+)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sizes", FIXED)
 def test_sequences_of_fixed_sizes(sizes, order):
