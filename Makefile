@@ -1,5 +1,6 @@
 # make demo    a model trained on built-in glyphs, from nothing but Python, g++ and this folder
 # make test    the test suite                     make check   everything else that CI runs
+# make due     what of make check has changed since it passed
 # make nightly make check with nothing left out
 # make fuzz    random cases of the ops against the reference (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
@@ -16,20 +17,28 @@
 
 PYTHON ?= python3
 TORCH ?= torch
-# A release other than the one in .venv, to test the wheel beside.
-TORCH_OTHER ?= torch==2.14.1
+# A release other than the one in .venv, to test the wheel beside, with what its own tests need.
+TORCH_OTHER ?= torch==2.14.1 torchvision==0.29.1 timm
 
 VENV := .venv
 BIN := $(VENV)/bin
 OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_sparse.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sequences.py
 
-# Targets that leave nothing out. None for CI, which has to end soon whatever has changed; scripts/whole.py says which are due.
+# What of make check runs: all of it, but CI leaves out what would show again what it has shown (make due). Of a target that is
+# not due and runs Python a sample is left, which goes through every op, and what has changed of the tests.
+PARTS := isas cuda emulate triton sanitize-cpu sanitize-cuda wheel
+DUE ?= $(PARTS)
+SAMPLE = $(sort tests/test_contract.py $(filter tests/%,$(DUE)))
+op_tests = $(if $(filter $(1),$(DUE)),$(OP_TESTS),$(SAMPLE))
+not_due = @echo "$@: nothing of it has changed since it passed"
+
+# Targets that leave nothing out, as make nightly has them.
 WHOLE ?=
 # Of the op tests: what is the same whatever kernels implement an op is shown by make test, and by make nightly everywhere.
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check nightly fuzz draw build site lint abi isas triton cuda emulate sanitize wheel clean
+.PHONY: demo test check due nightly fuzz draw build site lint abi isas triton cuda emulate sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile mann_fast/__init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -54,15 +63,20 @@ test: build
 	$(BIN)/python -m pytest --numprocesses 2
 
 # What is over soon and fails often first, then what takes longest: two at once should end together.
-check: lint abi cuda isas wheel sanitize triton emulate
+CHECKS := lint abi cuda wheel sanitize triton emulate
+check: $(CHECKS)
+	@$(PYTHON) scripts/due.py --passed check $(DUE) $(if $(filter-out $(DUE),$(PARTS)),,$(OP_TESTS))
+
+due:
+	@$(PYTHON) scripts/due.py $(OP_TESTS)
 
 CASES ?= 10000
 fuzz: build
 	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 nightly:
-	$(MAKE) --jobs 2 --output-sync=target check WHOLE="once isas cuda triton emulate sanitize-cpu sanitize-cuda wheel"
-	$(PYTHON) scripts/whole.py --passed
+	$(MAKE) --jobs 2 --output-sync=target $(CHECKS) isas WHOLE="once $(PARTS)"
+	$(PYTHON) scripts/due.py --passed nightly $(PARTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -74,29 +88,31 @@ lint: $(VENV)/installed
 abi: build
 	$(BIN)/python scripts/check_abi.py
 
-# The op tests on every instruction set, with memory that nobody has written filled with NaN.
+# The op tests on every instruction set, with memory that nobody has written filled with NaN. Of check, make wheel has the
+# baseline; make test ran on the best, and AVX2 has the code of the other two, but for a few lines.
 isas: build
-	$(BIN)/python scripts/test_isas.py $(if $(filter $@,$(WHOLE)),,--reduced) $(MARKS) $(OP_TESTS)
+	$(BIN)/python scripts/test_isas.py $(MARKS) $(OP_TESTS)
 
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
 triton: build
-	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(MARKS) $(OP_TESTS)
-	$(BIN)/python scripts/triton_aot.py $(if $(filter $@,$(WHOLE)),,--reduced)
+	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(MARKS) $(call op_tests,triton)
+	$(if $(filter $@,$(DUE)),$(BIN)/python scripts/triton_aot.py $(if $(filter $@,$(WHOLE)),,--reduced),$(not_due))
 
 # The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.
 cuda: build
-	$(BIN)/python scripts/cuda_report.py
+	$(if $(filter $@,$(DUE)),$(BIN)/python scripts/cuda_report.py,$(not_due))
 
 # The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread, and all of what is to run on a
 # GPU that can run without one.
 emulate: build
 	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
-	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(MARKS) $(OP_TESTS)
+	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(MARKS) $(call op_tests,emulate)
 	MANN_FAST_EMULATION=build/emulated/cuda.so $(BIN)/python benchmarks/gpu_check --dry-run --out build/gpu_check
 
 # The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
+SANITIZED = $(patsubst sanitize-%,%,$(filter sanitize-%,$(DUE)))
 sanitize: $(VENV)/installed
-	$(BIN)/python scripts/sanitize.py $(foreach part,cpu cuda,$(if $(filter $@-$(part),$(WHOLE)),,--reduced-$(part)))
+	$(if $(SANITIZED),$(BIN)/python scripts/sanitize.py --kernels $(SANITIZED) $(foreach part,$(SANITIZED),$(if $(filter $@-$(part),$(WHOLE)),,--reduced-$(part))),$(not_due))
 
 # The wheel, made from the source distribution, in empty environments outside this folder: beside the torch that it was
 # built with and beside another. What build and cuda have compiled serves for it.
@@ -104,7 +120,8 @@ wheel: build cuda
 	rm -rf dist
 	MANN_FAST_OBJECTS="$(CURDIR)/build/objects" MANN_FAST_REQUIRE_EXTENSION=1 MANN_FAST_CUDA=$${MANN_FAST_CUDA-1} \
 	    $(BIN)/python -m build --no-isolation
-	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) $(OP_TESTS) tests/test_pretrained.py
+	$(BIN)/python scripts/test_wheel.py dist/*.whl --torch "$(TORCH)" --torch "$(TORCH_OTHER)" $(if $(filter $@,$(WHOLE)),--whole) \
+	    $(call op_tests,wheel isas) tests/test_pretrained.py tests/test_backbones.py
 
 # In Chromium, as Debian's package chromium has it, or Chrome. What is tested is left in build/draw.png: docs/draw.png is that.
 draw: build

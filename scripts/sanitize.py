@@ -4,8 +4,9 @@
 For the emulated ones it also shows that the check can fail: kernels with a planted defect are noticed, and so is every barrier
 that is left out.
 
-python scripts/sanitize.py [--reduced-cpu] [--reduced-cuda] [address,undefined | thread]...     (both if none is named)
+python scripts/sanitize.py [options] [address,undefined | thread]...     (both if none is named)
 
+--kernels cpu, or cuda: those alone.
 --reduced-cpu: without AVX2.
 --reduced-cuda: one order of warps and lanes, no barrier left out, and under the thread sanitizer only those cases of the
 emulated kernels in which barriers are left out otherwise.
@@ -13,6 +14,7 @@ emulated kernels in which barriers are left out otherwise.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -26,8 +28,10 @@ from pathlib import Path
 import emulate
 from native import ROOT, CannotBuild, Compiler, Unit
 
-DRIVER = Unit("tests/cpp/kernels_driver.cpp", "driver", [])
-CUDA_DRIVER = Unit("tests/cpp/cuda_driver.cpp", "cuda_driver", emulate.FLAGS)
+DRIVERS = {
+    "cpu": [Unit("tests/cpp/kernels_driver.cpp", "kernels_driver", [])],
+    "cuda": [Unit("tests/cpp/cuda_driver.cpp", "cuda_driver", emulate.FLAGS), *emulate.kernel_units()],
+}
 # What a sanitizer must notice in tests/cpp/cuda_driver.cpp.
 PLANTED = {"address,undefined": ["divergent", "out-of-bounds"], "thread": ["divergent", "late"]}
 # Of the order in which warps and lanes run. A race is one in any order.
@@ -44,19 +48,24 @@ def chosen(compiler: Compiler, sanitizers: str, reduced: bool) -> list[str]:
     return [isa for isa in compiler.isas if not (reduced and isa == "avx2")]
 
 
-def build(compiler: Compiler, sanitizers: str, isas: list[str]) -> tuple[Path, Path]:
-    """The two drivers, with the CPU's kernels for these instruction sets."""
+def build(compiler: Compiler, sanitizers: str, isas: list[str], kernels: list[str]) -> dict[str, Path]:
+    """The drivers of these kernels, by "cpu" and "cuda"; both have the CPU's, for these instruction sets."""
     folder = Path("build") / f"sanitize-{sanitizers.replace(',', '-')}"
     # -g1: the functions and lines that a finding names; -g takes half as long again to compile, and -O1 with the
     # undefined-behaviour sanitizer five times.
     level = "-O0" if "undefined" in sanitizers else "-O1"
     flags = [level, "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    parts = compiler.kernel_units(isas), [DRIVER], [CUDA_DRIVER, *emulate.kernel_units()]
-    built = iter(map(str, compiler.compile([unit for part in parts for unit in part], folder, flags)))
-    kernels, driver, cuda_driver = ([next(built) for _ in part] for part in parts)
-    programs = folder / "driver", folder / "cuda_driver"
-    for program, objects in zip(programs, (driver, cuda_driver), strict=True):
-        compiler.run([*flags, "-o", str(program), *objects, *kernels, "-lstdc++", "-lm", "-pthread"])
+    shared = compiler.kernel_units(isas)
+    units = {name: units for name, units in DRIVERS.items() if name in kernels}
+    built = iter(
+        map(str, compiler.compile([*shared, *(x for part in units.values() for x in part)], folder, flags))
+    )
+    objects = [next(built) for _ in shared]
+    programs = {}
+    for name, part in units.items():
+        programs[name] = folder / f"{name}_driver"
+        own = [next(built) for _ in part]
+        compiler.run([*flags, "-o", str(programs[name]), *own, *objects, "-lstdc++", "-lm", "-pthread"])
     return programs
 
 
@@ -127,17 +136,25 @@ def sanitize_cuda(program: Path, sanitizers: str, reduced: bool) -> bool:
     return clean
 
 
-def main(arguments: list[str]) -> int:
-    reduced = {"--reduced-cpu", "--reduced-cuda"} & set(arguments)
-    arguments = [x for x in arguments if x not in reduced]
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sanitizers", nargs="*", default=["address,undefined", "thread"])
+    parser.add_argument("--kernels", nargs="+", choices=("cpu", "cuda"), default=["cpu", "cuda"])
+    parser.add_argument("--reduced-cpu", action="store_true")
+    parser.add_argument("--reduced-cuda", action="store_true")
+    args = parser.parse_args()
     try:
         compiler = Compiler()
         clean = []
-        for sanitizers in arguments or ["address,undefined", "thread"]:
-            isas = chosen(compiler, sanitizers, "--reduced-cpu" in reduced)
-            driver, cuda_driver = build(compiler, sanitizers, isas)
-            clean.append(sanitize_cuda(cuda_driver, sanitizers, "--reduced-cuda" in reduced))
-            clean.append(sanitize(driver, sanitizers, isas))
+        for sanitizers in args.sanitizers:
+            isas = chosen(compiler, sanitizers, args.reduced_cpu)
+            programs = build(compiler, sanitizers, isas, args.kernels)
+            if "cuda" in programs:
+                clean.append(sanitize_cuda(programs["cuda"], sanitizers, args.reduced_cuda))
+            if "cpu" in programs:
+                clean.append(sanitize(programs["cpu"], sanitizers, isas))
     except CannotBuild as problem:
         print(problem, file=sys.stderr)
         return 1
@@ -145,4 +162,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,9 +1,7 @@
 """Runs tests once for each instruction set that the extension was built for and this processor has.
 
-    python scripts/test_isas.py [--reduced] tests/test_lrua.py ...     (arguments for pytest)
+    python scripts/test_isas.py tests/test_lrua.py ...     (arguments for pytest)
 
---reduced: on the least of them alone, the farthest from what make test ran on; AVX2 has the code of the other two, but for a
-few lines.
 Memory that nobody has written yet is NaN in these runs, in torch and in the kernels, so that whatever reads
 it shows.
 """
@@ -25,8 +23,6 @@ def main(arguments: list[str]) -> int:
     if not info["extension"]:
         print(f"there is no extension to test: {info['reason']}", file=sys.stderr)
         return 1
-    reduced = "--reduced" in arguments
-    arguments = [x for x in arguments if x != "--reduced"]
     environments, failed = {}, []
     for isa in info["isas"]:
         env = {**os.environ, "MANN_FAST_CPU_ISA": isa, "MANN_FAST_POISON": "1"}
@@ -38,9 +34,6 @@ def main(arguments: list[str]) -> int:
             failed.append(isa)
         else:
             environments[isa] = env
-    for isa in list(environments)[1:] if reduced else ():
-        del environments[isa]
-        print(f"{isa}: left out", flush=True)
     for isa, env in environments.items():
         print(f"{isa}:", flush=True)
         tests = subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], env=env, cwd=ROOT)

@@ -3,7 +3,8 @@
     python scripts/test_wheel.py dist/*.whl --torch torch==2.13.0 --torch torch==2.14.1 tests/test_lrua.py
 
 The tests are copied to a temporary folder, so that they see the installed package and nothing of this
-source tree. At least one torch must differ from the one that the wheel was built with.
+source tree. At least one torch must differ from the one that the wheel was built with. They run on the baseline's kernels, the
+farthest from those that make test ran on, with memory that nobody has written filled with NaN.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def test_beside(torch: str, wheel: Path, tests: list[str], folder: Path, whole: 
     python = folder / "venv" / "bin" / "python"
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
-    def run(*command: str, **options) -> subprocess.CompletedProcess:
+    tested = {**env, "MANN_FAST_CPU_ISA": "baseline", "MANN_FAST_POISON": "1"}
+
+    def run(*command: str, env: dict[str, str] = env, **options) -> subprocess.CompletedProcess:
         return subprocess.run([str(python), *command], cwd=folder, env=env, check=True, **options)
 
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
@@ -55,9 +58,9 @@ def test_beside(torch: str, wheel: Path, tests: list[str], folder: Path, whole: 
     run(str(python.with_name("mann-fast")), "doctor")
     other = found["torch"] != found["built"]
     if other or whole:
-        run("-m", "pytest", "-q", *([] if whole else ["-m", "not thorough"]), *tests)
+        run("-m", "pytest", "-q", *([] if whole else ["-m", "not thorough"]), *tests, env=tested)
     else:  # the torch and, byte for byte, the extension of make test: whether all that belongs to it was packed is left
-        run("-m", "pytest", "-q", *PACKED)
+        run("-m", "pytest", "-q", *PACKED, env=tested)
     return other
 
 

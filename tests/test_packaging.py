@@ -29,6 +29,15 @@ def native(monkeypatch):
     return native
 
 
+@pytest.fixture
+def due(monkeypatch):
+    """scripts/due.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import due
+
+    return due
+
+
 def test_version_and_typing_marker():
     assert importlib.metadata.version("mann_fast") == mann_fast.__version__
     assert (PACKAGE / "py.typed").exists()
@@ -320,3 +329,46 @@ def test_a_release_is_checked_and_names_the_repository(tmp_path, monkeypatch):
     assert not re.search(r"\]\((?!https://)", readme)
     project = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
     assert f'[project.urls]\nRepository = "{address}"\n' in project
+
+
+@in_repository
+def test_what_is_due_follows_the_contents_of_files(due, tmp_path, monkeypatch, capsys):
+    """`make due`: all that never passed, then nothing, then the parts and tests of which a file is other than it was."""
+    for name in {name for names in due.PARTS.values() for name in names}:
+        file = tmp_path / name if Path(name).suffix else tmp_path / name / "some.cpp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+        assert (ROOT / name).exists()
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text("")
+    monkeypatch.setattr(due, "ROOT", tmp_path)
+    monkeypatch.setattr(due, "PASSED", tmp_path / ".ci" / "passed.json")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["due.py", *arguments])
+        due.main()
+        return set(capsys.readouterr().out.split())
+
+    parts = set(due.PARTS)
+    assert run("tests/test_some.py") == parts | {"tests/test_some.py"} and run("--nightly") == parts
+    assert run("--passed", "check", "cuda", "triton") == set()
+    assert run() == parts - {"cuda", "triton"}
+    run("--passed", "check", *due.PARTS, "tests/test_some.py")
+    assert run("tests/test_some.py") == set() and run("--nightly") == parts
+    (tmp_path / "kernels" / "another.py").write_text("")
+    (tmp_path / "tests" / "test_some.py").write_text("assert True")
+    assert run("tests/test_some.py") == {"triton", "tests/test_some.py"}
+    (tmp_path / "kernels" / "another.py").unlink()
+    assert run() == set()
+    (tmp_path / "csrc" / "include" / "some.cpp").write_text("")
+    assert run() == {"isas", "cuda", "emulate", "sanitize-cpu", "sanitize-cuda"}
+    with pytest.raises(FileNotFoundError, match="test_other.py"):
+        run("tests/test_other.py")
+
+
+@in_repository
+def test_every_kernel_belongs_to_a_part_of_make_check(due):
+    named = tuple(name for names in due.PARTS.values() for name in names)
+    sources = [x.relative_to(ROOT).as_posix() for x in [*ROOT.glob("csrc/*/*"), *ROOT.glob("kernels/*.py")]]
+    # What lies between torch and the kernels is the same for all of them: make test goes through it.
+    assert [x for x in sources if not x.startswith((*named, "csrc/bindings/"))] == []
