@@ -339,7 +339,8 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
       // In the order of the scalars from that of the gate on, but for the square of the key, which is the warp's own.
       static_assert(3 + Base::moves <= 8, "one round of sums");
       T sums[8] = {};
-      sums[1] = has_slot ? weight * centred * log(x > T(0) ? x : T(1)) : T(0);
+      // Without the N, the most equal weights, whose sum is 0, would leave the rounding of so many times log(1 / N).
+      sums[1] = has_slot ? weight * centred * log(x > T(0) ? x * T(plan.N) : T(1)) : T(0);
 #pragma unroll
       for (int j = 0; j < Base::moves; ++j) {
         sums[0] += shares[j] * of * (contents[j] - previous[j]);

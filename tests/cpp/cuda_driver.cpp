@@ -45,14 +45,21 @@ void compare(const char* name, Run function, const Case& c) {
   current += c.read_first ? " read first" : "";
   current += c.cut ? " cut" : "";
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
+  // What float32 costs the processor's kernels is told by the same in float64. Of float64 and 16 bits they are the measure.
+  Case wide = c;
+  if (c.input == Dtype::float32) wide.state = wide.input = Dtype::float64;
+  const Results exact = function(*kernels(), wide);
   for (size_t j = 0; j < expected.size(); ++j) {
     const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
-    double maximum = 1e-3;
-    for (int64_t i = 0; i < expected[j].count; ++i) maximum = std::max(maximum, std::abs(expected[j][i]));
-    for (int64_t i = 0; i < expected[j].count; ++i)
-      if (!(std::abs(expected[j][i] - actual[j][i]) <= tolerance * maximum))
+    double maximum = 1e-3, rounding = 0;
+    for (int64_t i = 0; i < exact[j].count; ++i) {
+      maximum = std::max(maximum, std::abs(exact[j][i]));
+      rounding = std::max(rounding, std::abs(expected[j][i] - exact[j][i]));
+    }
+    for (int64_t i = 0; i < exact[j].count; ++i)
+      if (!(std::abs(exact[j][i] - actual[j][i]) <= tolerance * maximum + 2 * rounding))
         fail("result " + std::to_string(j) + " differs at " + std::to_string(i) + ": " + std::to_string(actual[j][i]) +
-             ", expected " + std::to_string(expected[j][i]));
+             ", expected " + std::to_string(exact[j][i]));
   }
 }
 
@@ -136,8 +143,7 @@ int main(int count, char** arguments) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
         if (only.empty() || only == "scan") compare("scan", scan, c);
-        // Not these sizes with a sharpness of 60: gradients are 2e-4 off float64 there, the processor's 2e-5 (docs/cuda.md).
-        if ((only.empty() || only == "ntm") && !(known && sharp)) compare("ntm", ntm, c);
+        if (only.empty() || only == "ntm") compare("ntm", ntm, c);
         if (known) continue;  // to the DNC's kernels all small sizes are the same
         if (only.empty() || only == "dnc") compare("dnc", dnc, c);
       }
