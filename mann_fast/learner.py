@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, overload
 
 import numpy as np
 import torch
@@ -28,28 +28,36 @@ from .training.recall import Recall, recall
 try:
     from huggingface_hub import ModelHubMixin
 except ImportError:
-    ModelHubMixin = None
+    HUB_MIXIN: type[object] | None = None
+else:
+    HUB_MIXIN = ModelHubMixin
 
 # Of 255, how far red, green and blue of a picture lie apart on average. Coloured ink on paper is less, for most of it is paper.
 COLOURED = 32
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"  # what save_pretrained writes; huggingface_hub's names
 
 
+class _Averages(TypedDict):
+    orders: int
+    views: int
+    seed: int
+
+
 class _Folders:
     """What of huggingface_hub's ModelHubMixin needs no huggingface_hub: saving to a folder, and loading from one."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self._save_pretrained(Path(save_directory))  # type: ignore[attr-defined]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         saved = Path(pretrained_model_name_or_path) / SETTINGS
         options = {**(json.loads(saved.read_text()) if saved.is_file() else {}), **options}
         return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **options)  # type: ignore[attr-defined]
 
 
-class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-type]
+class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
     """Learns classes from a few images of each, at once and again and again, by showing them to a trained model; its weights
     do not change.
 
@@ -81,7 +89,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
 
     def __init__(
         self,
-        checkpoint: str | os.PathLike | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         *,
         orders: int = 8,
         views: int = 8,
@@ -95,7 +103,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         self.encoder = encoder
 
     @classmethod
-    def load(cls, checkpoint: str | os.PathLike | None = None, **options: Any) -> FewShotLearner:
+    def load(cls, checkpoint: str | os.PathLike[str] | None = None, **options: Any) -> FewShotLearner:
         """A learner with its model loaded; arguments as of the class.
 
         Raises FileNotFoundError without such a file, ValueError where it is damaged or no model of images.
@@ -141,7 +149,8 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         classes = sorted_labels(every)
         require_ways(len(classes), config)
         self._examples = pixels if before is None else np.concatenate([before, pixels])
-        self._labels, self.classes_ = every, classes
+        self._labels: list[Hashable] = every
+        self.classes_ = classes
         return self
 
     def fit(self, X: Any, y: Iterable[Hashable]) -> FewShotLearner:
@@ -160,6 +169,15 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         found = self.predict_proba(images)
         return self.classes_[found.argmax(1)]
 
+    @overload
+    def predict_proba(self, images: Any, return_std: Literal[False] = False) -> np.ndarray: ...
+
+    @overload
+    def predict_proba(self, images: Any, return_std: Literal[True]) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @overload
+    def predict_proba(self, images: Any, return_std: bool) -> np.ndarray | tuple[np.ndarray, np.ndarray]: ...
+
     def predict_proba(
         self, images: Any, return_std: bool = False
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -177,8 +195,8 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         arguments = self._question(images)
         found = predict_by_order(*arguments, **self._averages()).double()
         mean = found.mean(1)
-        mean = (mean / mean.sum(1, keepdim=True)).numpy()
-        return (mean, found.numpy().std(1)) if return_std else mean
+        shares: np.ndarray = (mean / mean.sum(1, keepdim=True)).numpy()
+        return (shares, found.numpy().std(1)) if return_std else shares
 
     def recall(self, images: Any) -> Recall:
         """Where in the memory the answer to each of M images comes from, for the orders of :meth:`predict_proba`:
@@ -249,7 +267,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         of_hub = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         download = {name: options.pop(name) for name in of_hub if name in options}
         file = expand_user(model_id) / WEIGHTS
-        if not file.is_file() and ModelHubMixin is not None and not file.parent.is_dir():
+        if not file.is_file() and HUB_MIXIN is not None and not file.parent.is_dir():
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(model_id, WEIGHTS, **download))
@@ -261,7 +279,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
         content = self._content()
         config = content["config"]
         queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
-        if content["data"]["drawn"] and is_light(examples.mean(1) if config.colour else examples):
+        if content["data"]["drawn"] and is_light(list(examples.mean(1) if config.colour else examples)):
             queries, examples = 255 - queries, 255 - examples
         place = {label: at for at, label in enumerate(self.classes_.tolist())}
         classes = torch.tensor([place[label] for label in self._labels])
@@ -270,7 +288,7 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
             shown, asked = self._features.features(shown), self._features.features(asked)
         return self._model, config, shown, classes, asked
 
-    def _averages(self) -> dict[str, int]:
+    def _averages(self) -> _Averages:
         """What an answer is the mean over."""
         views = self.views if self.config.augment else 1
         return {"orders": self.orders, "views": views, "seed": self.random_state}
@@ -284,9 +302,10 @@ class FewShotLearner(ModelHubMixin or _Folders):  # type: ignore[misc, valid-typ
                     f"{self.checkpoint} is a model of the task {content['config'].task}, not of images"
                 )
             self._features = encoder_of(content)
-            self._model, self._loaded = (
-                restore_model(content, self.encoder),
-                ((self.checkpoint, self.encoder), content),
+            self._model = restore_model(content, self.encoder)
+            self._loaded: tuple[tuple[str | os.PathLike[str] | None, nn.Module | None], dict[str, Any]] = (
+                (self.checkpoint, self.encoder),
+                content,
             )
         return self._loaded[1]
 
@@ -318,7 +337,7 @@ def sorted_labels(labels: Sequence[Hashable]) -> np.ndarray:
     """
     distinct = list(dict.fromkeys(labels))
     try:
-        distinct.sort()  # type: ignore[type-var]
+        distinct.sort()  # type: ignore[call-arg]
     except TypeError:
         pass
     kinds = {type(label) for label in distinct}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mann_fast import backend, backends, reference
-from mann_fast.ops._register import NAMESPACES
+from mann_fast.ops._register import NAMESPACES, has_kernels
 
 # Which kernels the op tests run on: "cpp", "cuda" (make emulate) or "triton" (make triton). conftest.py makes every op take
 # them.
@@ -37,6 +37,11 @@ needs_cpp = pytest.mark.skipif(
     reason=f"for the C++ extension: {backends()['cpp'] or 'another backend is being tested'}",
 )
 RAW_OPS = getattr(torch.ops, NAMESPACES[BACKEND])
+
+
+def implemented(name):
+    """Whether the backend that is tested has kernels for the op of this name, on the device that is tested."""
+    return backends()[BACKEND] is None and has_kernels(name, BACKEND, torch.empty(0).device.type)
 
 
 def served_by(name):

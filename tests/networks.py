@@ -9,9 +9,11 @@ PARAMETERS = ("hidden_weight", "hidden_bias", "reads_weight", "head_weight", "he
 
 
 def normals():
-    """A function that draws normal numbers of the sizes that it is given, from a seed of its own."""
+    """A function that draws normal numbers of the sizes that it is given, from a seed of its own: the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    return lambda *sizes: torch.randn(*sizes, dtype=torch.float64, generator=generator)
+    return lambda *sizes: torch.randn(
+        *sizes, dtype=torch.float64, generator=generator, device=generator.device
+    ).to(torch.get_default_device())
 
 
 def network_inputs(normal, steps, batch, size, heads, width, memory, values, controller):

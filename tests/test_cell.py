@@ -11,6 +11,7 @@ from cases import (
     RAW_OPS,
     distinct_state,
     fixed_noise,
+    implemented,
     needs_cpp,
     needs_kernels,
     served_by,
@@ -22,7 +23,7 @@ from mann_fast.reference.cell import CONTROLLERS, head_sizes
 
 pytestmark = [
     needs_kernels,
-    pytest.mark.skipif(BACKEND == "triton", reason="Triton has no kernel of its own for cell"),
+    pytest.mark.skipif(not implemented("cell"), reason="here cell is a loop of lrua_step"),
 ]
 
 SHAPES = [  # T, B, H, N, D, R

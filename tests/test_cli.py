@@ -23,7 +23,7 @@ import mann_fast
 import mann_fast.learner
 from mann_fast import cli
 from mann_fast.cli import demo, doctor
-from mann_fast.cli._explain import PUBLIC
+from mann_fast.cli._explain import PUBLIC, _cuda
 from mann_fast.cli._options import load_data
 from mann_fast.cli._report import print_accuracy
 from mann_fast.cli._signals import StopSignals
@@ -653,6 +653,10 @@ def test_doctor_explains(capsys):
     assert "20 KiB" in printed
     for op in PUBLIC:
         assert call(capsys, "doctor", "--explain", op, "20", "4", "10")[0] == 0
+    _, printed, _ = call(capsys, "doctor", "--explain", "dnc_scan", "256", "4", "10")
+    assert "memory and links, 4 and 256 KiB" in printed or "not built" in printed
+    assert "each slot counts" in _cuda("least_used", 256, 1, 1)
+    assert "2,048 slots" in _cuda("least_used", 257, 1, 1)
     for arguments, message in (
         (["lrua_scan", "1", "2", "x"], "--explain takes an op and three numbers, got lrua_scan 1 2 x"),
         (["scan", "1", "2", "3"], "op must be one of content_read, .* got 'scan'"),

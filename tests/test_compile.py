@@ -75,7 +75,10 @@ def test_two_steps_of_one_sample_are_no_case_of_their_own():
     [
         {"addressing": "ntm"},
         {"addressing": "content"},
-        pytest.param({"addressing": "dnc"}, marks=pytest.mark.thorough),
+        pytest.param(
+            {"addressing": "dnc", "masks": True, "deallocate": True, "link_sharpening": True},
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"addressing": "dnc", "link": False}, marks=pytest.mark.thorough),
     ],
     ids=str,

@@ -8,16 +8,17 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKEND, RAW_OPS, needs_cpp, needs_kernels, worst_error
+from cases import BACKEND, RAW_OPS, implemented, needs_cpp, needs_kernels, worst_error
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from mann_fast import ops, reference
-from mann_fast.ops._declare import sizes_of
-from mann_fast.ops._register import NAMESPACES, OPS
-from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes
+from mann_fast.ops._cell import NUMBERS
+from mann_fast.ops._declare import fixed_sizes, sizes_of
+from mann_fast.ops._register import OPS
+from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
 
 pytestmark = needs_kernels
 
@@ -33,32 +34,46 @@ SIZES = {
     "2R": 6,
     "2S+1": 3,
     "H": 4,
-    "2": 2,
-    "3": 3,
+    "RD": 15,
 }
-# Of axes that follow from an option: an LSTM's gates, and what its heads have where each has a vector and a sharpness.
-SIZES |= {"G": 4 * SIZES["H"], "RD": 15, "heads": 2 * 15 + 2 * 3}
-# Of other memories: a Neural Turing Machine that moves by up to one slot; a DNC with links and none of the repairs.
-HEADS = {"ntm_cell": 2 * (15 + 3 * 3 + 3 * 3) + 2 * 15, "dnc_cell": 15 + 3 + 5 + 1 + 5 + 5 + 3 + 1 + 1 + 9}
-CELLS = ("cell", *HEADS)
+
+
+def heads_of_cell(r, d, v):
+    return head_sizes(
+        r, d, "separate" if v["separate_vector"] else "key", "learned" if v["learned_sharpness"] else None
+    )
+
+
+def heads_of_dnc(r, d, v):
+    options = {name: v[name] for name in ("masks", "link_sharpening")}
+    return dnc_head_sizes(r, d, link=v["links"] is not None, **options)
+
+
+# What the heads of a whole network have numbers for, by the op's values.
+HEADS = {
+    "cell": heads_of_cell,
+    "ntm_cell": lambda r, d, v: ntm_head_sizes(r, d, None if v["max_shift"] < 0 else v["max_shift"]),
+    "dnc_cell": heads_of_dnc,
+}
 TIGHT = 1e-11
 MAPPED = 3  # size of the axis that vmap maps over
 
 
-def implemented(op):
-    """Whether the backend that is tested has kernels for it."""
-    key = torch.empty(0).device.type.upper()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES[BACKEND]}::{op.name}", key)
-
-
-ALL = [name for name, op in OPS.items() if implemented(op)]
+ALL = [name for name in OPS if implemented(name)]
 DIFFERENTIABLE = [name for name in ALL if OPS[name].saved]
 every_op = pytest.mark.parametrize("op", [OPS[name] for name in ALL], ids=ALL)
 every_gradient = pytest.mark.parametrize("op", [OPS[name] for name in DIFFERENTIABLE], ids=DIFFERENTIABLE)
 
 
-def sizes_for(op):
-    return SIZES | {"heads": HEADS.get(op.name, SIZES["heads"])}
+def sizes_for(op, **values):
+    """Of every axis, with these values of the raw op, by name; else there is every tensor, and an option has its default."""
+    values = {x.name: getattr(x, "default", ...) for x in (*op.arguments, *op.options)} | values
+    sizes = SIZES | fixed_sizes(axis for a in op.arguments for axis in a.names)
+    if op.name in HEADS:
+        sizes["heads"] = sum(HEADS[op.name](sizes["R"], sizes["D"], values))
+        per_unit = {NUMBERS[name]: count for name, (count, _) in CONTROLLERS.items()}
+        sizes["G"] = per_unit[values["controller"]] * sizes["H"]
+    return sizes
 
 
 def draw(argument, sizes, steps=True, dtype=torch.float64):
@@ -80,18 +95,17 @@ def draw(argument, sizes, steps=True, dtype=torch.float64):
     return x
 
 
-def sample(op, *, steps=True, dtype=torch.float64, half=None, optional=True, keep=0, **sizes):
-    """Values of a raw op. half: of what may be half precision; keep: anchor_every."""
-    sizes = {**sizes_for(op), **sizes}
+def sample(op, *, steps=True, dtype=torch.float64, half=None, without=(), options=None, keep=0, **sizes):
+    """Values of a raw op. half: of what may be half precision; without: arguments that do not come; keep: anchor_every."""
+    options = {"anchor_every": keep, "num_slots": SIZES["N"], **(options or {})}
+    options = {x.name: options.get(x.name, x.default) for x in op.options}
+    sizes = {**sizes_for(op, **options, **dict.fromkeys(without)), **sizes}
     chosen = {}
     for argument in op.arguments:
         kind = half if half and (argument.half or chosen.get(argument.like) == half) else dtype
         chosen[argument.name] = kind
-    values = [
-        draw(a, sizes, steps, chosen[a.name]) if optional or not a.optional else None for a in op.arguments
-    ]
-    given = {"anchor_every": keep, "num_slots": sizes["N"]}
-    return [*values, *(given.get(option.name, option.default) for option in op.options)]
+    values = [None if a.name in without else draw(a, sizes, steps, chosen[a.name]) for a in op.arguments]
+    return [*values, *options.values()]
 
 
 def raw(op):
@@ -136,26 +150,31 @@ def assert_close(actual, expected, tolerance=TIGHT):
 def variants(op):
     """Values over every choice, odd sizes, empty axes, strided and expanded tensors, and half precision."""
     flags = [option.name for option in op.options if option.type == "bool" and option.name != "bfloat16"]
-    places = [op.names.index(name) for name in flags]
-    keeps = (0, 2) if op.interval else (0,)
-    fixed = op.name in CELLS  # its flags say how many values the heads have: their own tests go through them
-    for choice, keep in itertools.product(
-        itertools.product(*[(False, True)] * (0 if fixed else len(flags))), keeps
-    ):
-        values = sample(op, keep=keep)
-        for place, value in zip(places, choice, strict=False):
-            values[place] = value
-        yield values
-    yield sample(op, keep=keeps[-1], B=0)
+    keep = 2 if op.interval else 0
+    of_flags = list(itertools.product((False, True), repeat=len(flags)))
+    if op.name in HEADS:  # each takes seconds, and what all of them change, some of them does
+        of_flags = of_flags[:: len(of_flags) - 1]
+    for choice in of_flags:
+        for kept in {0, keep}:
+            yield sample(op, keep=kept, options=dict(zip(flags, choice, strict=True)))
+    yield sample(op, keep=keep, B=0)
     if any("T" in a.names for a in op.arguments):
-        yield sample(op, keep=keeps[-1], T=1)
+        yield sample(op, keep=keep, T=1)
     if any(a.step_names != a.names for a in op.arguments):
-        yield sample(op, steps=False, keep=keeps[-1])
-    if any(a.optional for a in op.arguments) and not fixed:
-        yield sample(op, optional=False, keep=keeps[-1])
-    if any(a.half for a in op.arguments) and not fixed:
-        yield sample(op, dtype=torch.float32, half=torch.bfloat16, keep=keeps[-1])
-    values = sample(op, keep=keeps[-1])
+        yield sample(op, steps=False, keep=keep)
+    optional = [a.name for a in op.arguments if a.optional]
+    if op.name in HEADS:
+        of_lstm = ("cell",)
+        recurrent = (*of_lstm, "hidden", "hidden_weight", "hidden_bias")
+        yield sample(op, without=of_lstm, keep=keep, options={"controller": NUMBERS["gru"]})
+        yield sample(op, without=recurrent, keep=keep, options={"controller": NUMBERS["feedforward"]})
+        yield sample(op, without=optional, keep=keep, options={"controller": NUMBERS["feedforward"]})
+    else:
+        if optional:
+            yield sample(op, without=optional, keep=keep)
+        if any(a.half for a in op.arguments):
+            yield sample(op, dtype=torch.float32, half=torch.bfloat16, keep=keep)
+    values = sample(op, keep=keep)
     yield [strided(x) if isinstance(x, torch.Tensor) else x for x in values]
     expanded = [x[:1].expand_as(x) if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in values]
     yield expanded
@@ -223,7 +242,7 @@ def test_strides_change_nothing(op):
 @every_op
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_outputs_share_no_storage_with_inputs_or_each_other(op, steps):
-    if steps == 0 and op.name in CELLS:
+    if steps == 0 and op.name in HEADS:
         pytest.skip("the public function gives no steps to the reference")
     values = sample(op, T=steps)
     results = torch.utils._pytree.tree_leaves(raw(op)(*values))

@@ -78,7 +78,11 @@ def assert_loads(program, model, folder):
         ({}, True),
         ({"controller": "gru", "memory_start": "learned"}, True),
         ({"addressing": "ntm"}, True),
-        pytest.param({"addressing": "dnc"}, True, marks=pytest.mark.thorough),
+        pytest.param(
+            {"addressing": "dnc", "masks": True, "deallocate": True, "link_sharpening": True},
+            True,
+            marks=pytest.mark.thorough,
+        ),
         pytest.param({"addressing": "dnc", "link": False}, False, marks=pytest.mark.thorough),
     ],
     ids=str,
@@ -236,6 +240,6 @@ def test_a_backend_that_is_named_serves_onnx_too(monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with mann_fast.backend("auto"):
-        assert mann_fast.ops._backend.serving(torch.device("cpu")) == "reference"
+        assert mann_fast.ops._backend.chosen(torch.device("cpu")) == "reference"
     with mann_fast.backend("cpp"):
-        assert mann_fast.ops._backend.serving(torch.device("cpu")) == "cpp"
+        assert mann_fast.ops._backend.chosen(torch.device("cpu")) == "cpp"

@@ -854,8 +854,8 @@ def test_a_hundred_chunks(memory, size):
     generator = torch.Generator().manual_seed(0)
     state, alive = layer.initial_state(2), []
     for chunk in range(100):
-        x = torch.randn(size, 2, 2, generator=generator)
-        ends = torch.rand(size, 2, generator=generator) < 0.02
+        x = fixed_noise(torch.empty(size, 2, 2), generator)
+        ends = torch.rand(size, 2, generator=generator, device=generator.device).to(x.device) < 0.02
         state = state.detach()
         output, state = layer(x, state, resets=ends)
         optimizer.zero_grad()

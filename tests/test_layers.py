@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import distinct_state, worst_error
+from cases import distinct_state, fixed_noise, worst_error
 from torch import nn
 from torch.func import functional_call
 
@@ -107,10 +107,7 @@ def test_equals_a_slow_layer_with_gradients(options, from_state):
     for function in (layer, lambda x, state: slow_layer(layer, x, state or layer.initial_state(2))):
         output, state = function(x, start)
         generator = torch.Generator().manual_seed(1)
-        loss = sum(
-            (y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum()
-            for y in (output, *tensors(state))
-        )
+        loss = sum((y * fixed_noise(y, generator)).sum() for y in (output, *tensors(state)))
         names, wanted = zip(("x", x), *layer.named_parameters(), strict=True)
         results.append((output, state, dict(zip(names, torch.autograd.grad(loss, wanted), strict=True))))
     (output, state, gradients), (slow_output, slow_state, slow_gradients) = results

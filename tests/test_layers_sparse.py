@@ -82,8 +82,26 @@ def test_backward_twice_and_in_part():
     for x, y in zip(*twice, strict=True):
         assert torch.equal(x, y)
     (first,) = torch.autograd.grad(loss, parameters[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(NotImplementedError, match="no second derivative; use mann_fast.reference"):
         first.sum().backward()
+
+
+@needs_cpp
+def test_what_changes_in_place_refuses_what_it_cannot_do():
+    """A batch of gradients, and the raw op by whoever does not know that its gradient is the caller's own."""
+    layer, x = make(), torch.randn(6, 2, 4, dtype=torch.float64)
+    loss = layer(x)[0].square().sum()
+    with pytest.raises(NotImplementedError, match="takes no batch of them .* differentiate one at a time"):
+        torch.autograd.grad(loss, list(layer.parameters()), torch.ones(2).double(), is_grads_batched=True)
+    op = torch.ops.mann_fast.sparse_step_.default
+    state = ops.SparseState.initial(2, 5, 3, 2, 2, dtype=torch.float64)
+    memory, slots, weights, times, clock = state
+    key, gate = torch.randn(2, 2, 3).double().requires_grad_(), torch.randn(2, 2).double()
+    values = (memory, slots, weights, times, clock, key, key.detach(), gate, gate, gate, 0.005, 1e-6)
+    with pytest.raises(NotImplementedError, match="sparse_step_ has no gradient; use the public functions"):
+        op(*values)
+    with torch.no_grad():
+        op(*values)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("tested", marks=needs_cpp), "reference"])

@@ -5,7 +5,7 @@ from functools import partial
 import networks
 import pytest
 import torch
-from cases import BACKEND, needs_kernels
+from cases import implemented, needs_kernels
 from networks import compare, network_inputs, normals
 
 from mann_fast import ops, reference
@@ -13,7 +13,7 @@ from mann_fast.reference.cell import CONTROLLERS, ntm_head_sizes
 
 pytestmark = [
     needs_kernels,
-    pytest.mark.skipif(BACKEND != "cpp", reason="elsewhere ntm_cell is a loop of ntm_step"),
+    pytest.mark.skipif(not implemented("ntm_cell"), reason="here ntm_cell is a loop of ntm_step"),
 ]
 
 SHAPES = [  # T, B, H, N, D, R

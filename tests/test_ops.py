@@ -121,12 +121,12 @@ def test_a_gpu_takes_triton_where_cuda_cannot_and_the_reference_where_neither_ca
     reasons = {"cuda": None, "triton": None}
     monkeypatch.setattr(backend, "missing", reasons.get)
     with mann_fast.backend("auto"):
-        assert backend.serving(gpu) == "cuda"
+        assert backend.chosen(gpu) == "cuda"
         reasons["cuda"] = "not built"
-        assert backend.serving(gpu) == "triton"
+        assert backend.chosen(gpu) == "triton"
         reasons["triton"] = "not installed"
         with pytest.warns(RuntimeWarning, match="reference: not built; not installed"):
-            assert backend.serving(gpu) == "reference"
+            assert backend.chosen(gpu) == "reference"
 
 
 def test_backend_selection():

@@ -11,6 +11,7 @@ from cases import (
     INTERPRETED,
     distinct_state,
     fixed_noise,
+    implemented,
     needs_kernels,
     scan_inputs,
     served_by,
@@ -52,6 +53,7 @@ def one_hot(*sizes):
 
 
 class Lrua(Family):
+    op = staticmethod(ops.lrua_scan)
     constants = (2,)  # of the state: usage
 
     def draw(self, steps, batch):
@@ -61,7 +63,7 @@ class Lrua(Family):
         return [memory[None], one_hot(1, HEADS, SLOTS), one_hot(1, SLOTS)]
 
     def run(self, state, inputs, shared, **sequences):
-        reads, state = ops.lrua_scan(ops.LRUAState(*state), *inputs, **sequences, **self.options)
+        reads, state = self.op(ops.LRUAState(*state), *inputs, **sequences, **self.options)
         return reads, list(state)
 
 
@@ -75,6 +77,7 @@ def ntm_state(batch):
 
 
 class Ntm(Family):
+    op = staticmethod(ops.ntm_scan)
     constants = ()
 
     def draw(self, steps, batch):
@@ -91,11 +94,12 @@ class Ntm(Family):
 
     def run(self, state, inputs, shared, **sequences):
         heads = ops.NTMHead(*inputs[:5]), ops.NTMHead(*inputs[5:10])
-        reads, state = ops.ntm_scan(ops.NTMState(*state), *heads, *inputs[10:], **sequences, **self.options)
+        reads, state = self.op(ops.NTMState(*state), *heads, *inputs[10:], **sequences, **self.options)
         return reads, list(state)
 
 
 class Dnc(Family):
+    op = staticmethod(ops.dnc_scan)
     constants = (5,)  # write weights
     constant_start = 0.0
 
@@ -108,13 +112,12 @@ class Dnc(Family):
         return [memory[None], *state[1:]]
 
     def run(self, state, inputs, shared, **sequences):
-        reads, state = ops.dnc_scan(
-            ops.DNCState(*state), ops.DNCInterface(*inputs), **sequences, **self.options
-        )
+        reads, state = self.op(ops.DNCState(*state), ops.DNCInterface(*inputs), **sequences, **self.options)
         return reads, list(state)
 
 
 class Sparse(Family):
+    op = staticmethod(ops.sparse_scan)
     constants = (1, 3, 4)  # the integers
     reads = 3
 
@@ -127,7 +130,7 @@ class Sparse(Family):
         return [memory[None], *state[1:]]
 
     def run(self, state, inputs, shared, **sequences):
-        reads, state = ops.sparse_scan(ops.SparseState(*state), *inputs, **sequences, **self.options)
+        reads, state = self.op(ops.SparseState(*state), *inputs, **sequences, **self.options)
         return reads, list(state)
 
 
@@ -338,8 +341,7 @@ def test_the_constant_start(family, name):
 @needs_kernels
 @every_family
 def test_the_bits_are_those_of_the_pieces(family):
-    plain = {"triton": (Cell, Sparse), "cuda": (NtmCell, DncCell, Sparse)}.get(BACKEND)
-    if plain and isinstance(family, plain):
+    if not implemented(family.op.__name__):
         pytest.skip("products or all of it are PyTorch's there, whose bits depend on the size of the batch")
     state, inputs, shared, start = drawn(family)
     resets, lengths = flags(), torch.tensor(LENGTHS)

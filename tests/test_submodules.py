@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import worst_error
+from cases import fixed_noise, worst_error
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -44,7 +44,7 @@ def every_module_called(layer, x, state=None):
 
 
 def gradients(output, layer):
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+    weights = fixed_noise(output, torch.Generator().manual_seed(1))
     return torch.autograd.grad((output * weights).sum(), list(layer.parameters()))
 
 

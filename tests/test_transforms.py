@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
+from cases import served_by
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, stack_module_state, vmap
 
 import mann_fast
 from mann_fast import MemoryLayer
 
+REPAIRS = {"masks": True, "deallocate": True, "link_sharpening": True}
 KINDS = [
-    pytest.param({"addressing": addressing, "controller": controller}, id=f"{addressing}-{controller}")
+    pytest.param(
+        {"addressing": addressing, "controller": controller, **(REPAIRS if addressing == "dnc" else {})},
+        id=f"{addressing}-{controller}",
+    )
     for addressing, controller in [
         ("lrua", "lstm"),
         ("lrua", "gru"),
@@ -20,6 +25,7 @@ KINDS = [
         ("ntm", "gru"),
         ("content", "feedforward"),
         ("dnc", "lstm"),
+        ("sparse", "lstm"),
     ]
 ]
 every_kind = pytest.mark.parametrize("options", KINDS)
@@ -85,7 +91,7 @@ def test_an_ensemble_by_vmap_over_parameters(options):
 def test_gradients_per_sample(options, backend):
     layer, several = make(options), sequence(4)
     constants = {name: x.detach() for name, x in layer.named_parameters()}
-    with mann_fast.backend("auto" if backend == "tested" else backend):
+    with served_by(backend):
         one = grad(lambda p, x: loss(lambda x: functional_call(layer, p, (x,)), x))
         actual = vmap(one, (None, 0))(constants, several)
         each = [plain_gradients(layer, x) for x in several]

@@ -13,7 +13,9 @@ import mann_fast
 from mann_fast import ops
 from mann_fast._anchors import lrua_interval, ntm_interval
 from mann_fast.cli import _explain
-from mann_fast.ops._register import OPS
+from mann_fast.ops._backend import DEVICES
+from mann_fast.ops._loading import missing
+from mann_fast.ops._register import OPS, has_kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -58,10 +60,11 @@ print([name for name in sys.modules if name.startswith("mann_fast.") and name.sp
 def test_every_raw_op_has_one_implementation():
     names = [name for family in kernels.FAMILIES for name in family.RAW]
     assert len(names) == len(set(names))
-    # Cells are loops of steps, and sparse access is the reference's.
-    declared = [op for op in OPS.values() if not op.name.endswith("cell") and "sparse" not in op.name]
-    declared = {op.name for op in declared} | {f"{op.name}_backward" for op in declared if op.saved}
-    assert set(names) == declared
+    assert missing("triton") is None
+    raw = {op.name for op in OPS.values()} | {f"{op.name}_backward" for op in OPS.values() if op.saved}
+    assert set(names) == {name for name in raw if has_kernels(name, "triton", DEVICES["triton"])}
+    backward = {f"{op.name}_backward" for op in OPS.values() if op.saved and op.name in names}
+    assert backward == {name for name in names if name.endswith("_backward")}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .. import ops, reference
 from ..models import MANN, LSTMClassifier
 from ..ops import _backend
+from ..ops.lrua import LRUA_SCAN
 from . import baselines, cost
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -235,7 +236,7 @@ def _lrua(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...], fused, plain
 
     def oracle():
         """The reference with the slots that the kernel chose: in float32 usages nearly tie within a few steps."""
-        if steps is None or (serving := _backend.serving(state.memory.device)) == "reference":
+        if steps is None or (serving := _backend.serving(state.memory.device, LRUA_SCAN)) == "reference":
             return plain(state, *inputs)[:1]
         # By name, for with --base these are the ops of another commit.
         raw = getattr(torch.ops, "mann_fast" if serving == "cpp" else f"mann_fast_{serving}")

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from .._anchors import lrua_interval, ntm_interval
+from ..ops._backend import DEVICES
 from ..ops._loading import EMULATION, missing
-from ..ops._register import OPS
+from ..ops._register import OPS, has_kernels
 
 PUBLIC = tuple(
     name for op in OPS.values() for name in op.public if not name.endswith("cell")
@@ -30,25 +31,33 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
             raise ValueError(f"{name} must be at least 1, got {size}")
     if op.startswith(("lrua", "sparse")) and num_heads > num_slots:
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
-    sparse = op.startswith("sparse")
+    raw = next(raw.name for raw in OPS.values() if op in raw.public)
+    sizes = num_slots, slot_size, num_heads
+
+    def of(backend: str, sentence: Callable[[], str]) -> str:
+        devices = {"cpu", DEVICES[backend]}  # on a processor those that are emulated or interpreted
+        served = missing(backend) is None and any(has_kernels(raw, backend, device) for device in devices)
+        return missing(backend) or (sentence() if served else NO_KERNEL)
+
     return {
-        "cpp": missing("cpp") or _cpp(op, num_slots, slot_size),
+        "cpp": of("cpp", lambda: _cpp(op, num_slots, slot_size)),
         "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
-        "cuda": missing("cuda") or (NO_KERNEL if sparse else _cuda(op, num_slots, slot_size, num_heads)),
-        "triton": missing("triton")
-        or (NO_KERNEL if sparse else _triton(op, num_slots, slot_size, num_heads)),
+        "cuda": of("cuda", lambda: _cuda(op, *sizes)),
+        "triton": of("triton", lambda: _triton(raw, op, *sizes)),
     }
 
 
-def _triton(op: str, *sizes: int) -> str:
-    raw = next(raw.name for raw in OPS.values() if op in raw.public)
+def _triton(raw: str, op: str, *sizes: int) -> str:
     return str(importlib.import_module("mann_fast.kernels").explain(raw, op, *sizes))
 
 
 def _cpp(op: str, num_slots: int, slot_size: int) -> str:
-    held = f"a sample's memory, {4 * num_slots * slot_size / 1024:.0f} KiB in float32, is held in cache"
+    kib = 4 * num_slots * slot_size / 1024
+    held = f"a sample's memory, {kib:.0f} KiB in float32, is held in cache"
+    if op.startswith("dnc"):
+        held = f"a sample's memory and links, {kib:.0f} and {4 * num_slots**2 / 1024:.0f} KiB in float32, are held in cache"
     if op == "least_used":
-        work = "a pass over the usage per slot taken"
+        work = "a pass over the usage, which keeps the least as it goes"
     elif op.startswith("sparse"):
         work = "a pass over the memory per step, in tiles"
     elif op.endswith("scan"):
@@ -59,7 +68,7 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
         work = "a pass over the memory in tiles" + (", backward two" if op == "content_read" else "")
     slots = (
         ""
-        if op.startswith(("ntm", "dnc"))
+        if op.startswith(("ntm", "dnc", "least"))
         else ", and the slots of a sample where samples are fewer and it is worth it"
     )
     return f"one call: {work}; samples over threads{slots}"
@@ -67,7 +76,9 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
 
 def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
     if op == "least_used":
-        return "one launch: each slot counts those before it"
+        if num_slots <= 256:
+            return "one launch: each slot counts those before it"
+        return "a launch in which blocks put 2,048 slots each in order, and more, which take the least of them, for more slots"
     if op in ("content_read", "lrua_write"):
         backward = "; backward two passes" if op == "content_read" else ""
         return f"a block for some slots of a sample, a second launch where a sample has several{backward}"

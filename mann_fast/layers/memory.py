@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._onnx import exporting
 from .._state import check_dense, check_size, is_dense
-from ..ops._backend import serving
+from ..ops._backend import chosen
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice, check_flag
 from . import controllers, sequences
 from .base import Memory, MemoryWeights, check_sizes, stack_weights
@@ -427,7 +427,7 @@ class MemoryLayer(nn.Module):
         one_call = self.memory.fused and self.kind != "module" and not return_weights
         # Where that call would be a loop, a compiler takes one step for all sooner.
         if one_call and self.memory.scans:
-            one_call = serving(x.device) == "cpp" or not self._scans(x)
+            one_call = chosen(x.device) == "cpp" or not self._scans(x)
         if one_call and not self._has_to_call():
             output, state = self._run(x, state, known)
         else:

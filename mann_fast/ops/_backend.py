@@ -11,7 +11,9 @@ import torch
 
 from .._onnx import exporting
 from ._checks import check_choice
+from ._declare import Op
 from ._loading import EMULATION, missing
+from ._register import has_kernels
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 # The kernels of each, and of which device they take tensors; besides those, "meta" (shapes alone).
@@ -53,10 +55,10 @@ def backend(name: str) -> Iterator[None]:
     name: ``"auto"`` (the first that can serve a call, the default), ``"cpp"`` (fused C++ kernels, CPU tensors),
     ``"cuda"`` (CUDA C++ kernels, CUDA tensors), ``"triton"`` (Triton kernels, CUDA tensors; CPU tensors under
     TRITON_INTERPRET=1, for tests) or ``"reference"`` (plain PyTorch, any device). A named backend that cannot serve a call
-    raises RuntimeError; ``"auto"`` falls back: on a CUDA device from CUDA C++ to Triton, at last to the reference, which also
-    serves what ``torch.onnx.export`` exports. Backward
-    always runs on the backend that forward used. The choice is one global of the process and holds for all threads. The
-    environment variable MANN_FAST_BACKEND sets it at the first op.
+    raises RuntimeError, but an op that it has no kernels for is the reference's (docs/gpu.md says which); ``"auto"`` falls
+    back: on a CUDA device from CUDA C++ to Triton, at last to the reference, which also serves what ``torch.onnx.export``
+    exports. Backward always runs on the backend that forward used. The choice is one global of the process and holds for all
+    threads. The environment variable MANN_FAST_BACKEND sets it at the first op.
 
     Raises ValueError for an unknown name.
     """
@@ -95,8 +97,16 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def serving(device: torch.device) -> str:
-    """The backend that serves a call on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
+def serving(device: torch.device, op: Op) -> str:
+    """The backend that serves a call of an op on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
+    backend = chosen(device)
+    if backend != "reference" and not has_kernels(op.name, backend, device.type):
+        return "reference"
+    return backend
+
+
+def chosen(device: torch.device) -> str:
+    """The backend that serves all ops that it has kernels for on tensors of this device."""
     selected = _selected or _from_environment()
     if selected == "reference" or (selected == "auto" and exporting()):
         return "reference"

@@ -255,20 +255,17 @@ class Public:
 
 def run_steps(
     function: Any,
-    backend: str,
     network: Network,
     memory: Any,
     sequences: Values,
     options: dict[str, Any],
     step: Any,
 ) -> Any:
-    """The reference of the op, with the ``step`` of a backend that has no whole sequence."""
+    """The reference of the op, with the public ``step``, which takes what kernels there are."""
     gates, state, reads, *weights = network
-    if backend != "reference":
-        options = {**options, "step": step}
     given = dict(zip(SEQUENCE_NAMES, sequences, strict=True))
     with _backend.without_autocast(gates.device.type):
-        return function(gates, state, memory, reads, *weights, **options, **given)
+        return function(gates, state, memory, reads, *weights, **options, **given, step=step)
 
 
 def run_cell(

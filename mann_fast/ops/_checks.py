@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._state import SIZE_MAX, check_dense
-from ._declare import Argument, Sizes
+from ._declare import Argument, Sizes, fixed_sizes
 
 STATE_DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -65,6 +65,7 @@ def _check_tensors(
             continue
         axes = argument.names if steps else argument.step_names
         shape = check_shape(name, value, axes)
+        sizes |= fixed_sizes(axes)
         for axis, size in zip(axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 expected = [sizes.get(axis, size) for axis, size in zip(axes, shape, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ class Argument:
     """A tensor that an op takes.
 
     axes: the name of every axis, for instance "B N D"; "[T] B R D" where a single step comes without T. An axis of one name
-    has one size in all tensors of an op.
+    has one size in all tensors of an op, and one named by a number that size.
     like: the argument whose dtype this has; None where it is of a dtype of its own, float32 or float64.
     dtype: of one that is not floating-point.
     half: may also be bfloat16 or float16, beside a float32 ``like``.
@@ -185,6 +185,11 @@ def _schema(name, arguments, options, outputs) -> str:
     takes += [f"{option.type} {option.name}" for option in options]
     gives = ", ".join(f"Tensor {x.name}" for x in outputs)
     return f"{name}({', '.join(takes)}) -> " + (f"({gives})" if len(outputs) > 1 else "Tensor")
+
+
+def fixed_sizes(axes: Iterable[str]) -> Sizes:
+    """Of the axes that are named by their size."""
+    return {axis: int(axis) for axis in axes if axis.isdigit()}
 
 
 def sizes_of(arguments, values) -> Sizes:

@@ -17,13 +17,14 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .._anchors import anchors_shape
-from ._declare import Argument, Op, Output, Sizes, always, sizes_of
+from ._declare import Argument, Op, Output, Sizes, always, fixed_sizes, sizes_of
 
 NAMESPACES = {"cpp": "mann_fast", "cuda": "mann_fast_cuda", "triton": "mann_fast_triton"}
 LIBRARIES = {backend: torch.library.Library(name, "DEF") for backend, name in NAMESPACES.items()}
 
 OPS: dict[str, Op] = {}  # every declared op, by name
 
+_implemented: dict[tuple[str, str, str], bool] = {}
 _raw: dict[tuple[str, str], Any] = {}  # of an op's name and a backend, the raw op
 _functions: dict[tuple[str, str], type[_SingleLevelFunction]] = {}
 
@@ -47,6 +48,18 @@ def declare(op: Op) -> Op:
             backward.differentiate(_refused(op, backward.op))
             forward.differentiate(function)
     return op
+
+
+def has_kernels(name: str, backend: str, device: str) -> bool:
+    """Whether a backend, which has been loaded, implements the op of this name for tensors of this type of device."""
+    key = name, backend, device
+    if key not in _implemented:
+        qualified = f"{NAMESPACES[backend]}::{name}"
+        _implemented[key] = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper())
+    return _implemented[key]
+
+
+has_kernels._dynamo_marked_constant = True  # for torch.compile, as _loading.missing
 
 
 def call(op: Op, backend: str, *values: Any) -> Any:
@@ -219,6 +232,21 @@ def _refused(op: Op, backward_op: Any) -> type[_SingleLevelFunction]:
     return Refused
 
 
+def define_in_place(schema: str) -> None:
+    """A raw op of the C++ kernels that changes tensors of its one caller, who differentiates it himself: for all others it
+    raises where a gradient is asked for."""
+    library, name = LIBRARIES["cpp"], schema.split("(")[0]
+    library.define(schema)
+    op = getattr(getattr(torch.ops, NAMESPACES["cpp"]), name).default
+
+    def autograd(*values):
+        if forward_ad._current_level >= 0 or _asks_gradient(values):
+            raise NotImplementedError(f"{name} has no gradient; use the public functions of mann_fast.ops")
+        return _run(op, values)
+
+    library.impl(name, autograd, "Autograd")
+
+
 def _missing(output: Output, tensor: Tensor) -> bool:
     """Whether this is the empty tensor that stands for an output that there is not."""
     return tensor.dim() == 1 and len(output.argument.names) > 1
@@ -317,7 +345,8 @@ def _fakes(outputs: Sequence[Output], op: Op, values: dict[str, Any], sizes: Siz
     for output in outputs:
         like, names = values[output.like], output.argument.names if steps else output.argument.step_names
         there = output.when(values) and (keeps or not output.kept or not op.interval)
-        shape = [sizes[name] for name in names] if there else [0]
+        of_axes = sizes | fixed_sizes(names)
+        shape = [of_axes[name] for name in names] if there else [0]
         results.append(like.new_empty(shape, dtype=torch.int64 if output.integer else like.dtype))
     return tuple(results) if len(results) > 1 else results[0]
 

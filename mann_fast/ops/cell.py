@@ -139,11 +139,11 @@ def cell(
     options = (write_vector, sharpness, order, write_target, usage_decay, eps)
     sizes = PUBLIC.check(network, memory, (resets, lengths, start), (controller, *options), _head_sizes)
     sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start)
-    backend = _backend.serving(gates.device)
+    backend = _backend.serving(gates.device, CELL)
     learned, separate = sharpness == "learned", write_vector == "separate"
-    fused = backend == "cpp" or (
-        backend == "cuda"
-        and _fits(
+    fused = backend != "reference" and (
+        backend != "cuda"
+        or _fits(
             gates.device,
             gates.dtype == torch.float64,
             *(operator.index(sizes[axis]) for axis in "NDRH"),  # not symbols, for torch.compile
@@ -160,7 +160,7 @@ def cell(
             "order": order,
         }
         named |= {"write_target": write_target, "usage_decay": usage_decay, "eps": eps}
-        return run_steps(reference.cell, backend, network, LRUAState(*memory), sequences, named, lrua_step)
+        return run_steps(reference.cell, network, LRUAState(*memory), sequences, named, lrua_step)
     raw = (
         separate,
         learned,

@@ -55,7 +55,7 @@ def content_read(
     if sizes["R"] < 1:
         raise ValueError(f"key [B, R, D] must have at least one head, got {list(key.shape)}")
     _checks.check_eps(eps)
-    backend = _backend.serving(memory.device)
+    backend = _backend.serving(memory.device, CONTENT_READ)
     if backend == "reference":
         with _backend.without_autocast(memory.device.type):
             return reference.content_read(memory, key, sharpness, eps=eps)

@@ -126,7 +126,7 @@ def _dnc(
     _check_together(DNCState(*state), DNCInterface(*interface))
     steps = sequences is not None
     tensors = (*state, *interface, *(sequences or NO_SEQUENCES))
-    sizes = _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps, known=lambda: {"2": 2, "3": 3})
+    sizes = _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps)
     if sizes["R"] == 0:
         raise ValueError(f"state.read_weights must have at least one head, got {list(state[4].shape)}")
     _checks.check_flag("deallocate", deallocate)
@@ -134,7 +134,7 @@ def _dnc(
     memory, read_keys = state[0], interface[0]
     if sequences:
         sequences = raw_sequences(memory, read_keys.shape[0], *sequences, value=0.0)
-    backend = _backend.serving(memory.device)
+    backend = _backend.serving(memory.device, DNC_SCAN)
     if backend == "reference":
         function: Any = reference.dnc_scan if steps else reference.dnc_step
         options = dict(zip(NAMES, sequences, strict=True)) if sequences else {}

@@ -92,11 +92,11 @@ def dnc_cell(
     PUBLIC.check(network, memory, (resets, lengths, start), (controller, link, *options), _head_sizes)
     check_links("memory", DNCState(*memory))
     sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start, value=0.0)
-    backend = _backend.serving(gates.device)
-    if backend != "cpp" or gates.shape[0] == 0:
+    backend = _backend.serving(gates.device, DNC_CELL)
+    if backend == "reference" or gates.shape[0] == 0:
         named = {"controller": controller, "masks": masks, "mask_min": mask_min, "deallocate": deallocate}
         named |= {"link_sharpening": link_sharpening, "clip": clip, "eps": eps}
-        return run_steps(reference.dnc_cell, backend, network, DNCState(*memory), sequences, named, dnc_step)
+        return run_steps(reference.dnc_cell, network, DNCState(*memory), sequences, named, dnc_step)
     raw = (masks, float(mask_min), deallocate, link_sharpening, float(clip or 0), float(eps))
     output, last, after, reads = run_cell(DNC_CELL, backend, network, memory, sequences, controller, raw)
     there: list[Any] = [None if old is None else x for x, old in zip(after, memory, strict=True)]

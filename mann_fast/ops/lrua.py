@@ -138,7 +138,7 @@ def least_used(usage: Tensor, n: int) -> Tensor:
         raise TypeError(f"n must be an int, got {type(n).__name__}")
     if not 0 <= n <= sizes["N"]:
         raise ValueError(f"n must be within [0, N = {sizes['N']}], got {n}")
-    backend = _backend.serving(usage.device)
+    backend = _backend.serving(usage.device, LEAST_USED)
     if backend == "reference":
         return reference.least_used(usage, n)
     return call(LEAST_USED, backend, usage, n)
@@ -176,7 +176,7 @@ def lrua_write(
     tensors = memory, read_weights, usage, write_vector, gate_logit
     _checks.check_tensors(LRUA_WRITE.arguments, WRITE_NAMES, tensors)
     _checks.check_choice("write_target", write_target, WRITE_TARGETS)
-    backend = _backend.serving(memory.device)
+    backend = _backend.serving(memory.device, LRUA_WRITE)
     if backend == "reference":
         with _backend.without_autocast(memory.device.type):
             return reference.lrua_write(*tensors, write_target=write_target)
@@ -200,7 +200,7 @@ def _lrua(
     _checks.check_tensors(LRUA_SCAN.arguments, names, (*tensors, *(sequences or NO_SEQUENCES)), steps=steps)
     raw = raw_options(**options)
     sequences = raw_sequences(state[0], inputs[0].shape[0], *sequences) if sequences else NO_SEQUENCES
-    backend = _backend.serving(state[0].device)
+    backend = _backend.serving(state[0].device, LRUA_SCAN)
     if backend == "reference":
         if steps:
             options |= zip(NAMES, sequences, strict=True)

@@ -108,7 +108,7 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     sizes = _checks.check_tensors(ADDRESS, ADDRESS_NAMES, (memory, previous, *head), steps=False)
     _check_moves("head", sizes)
     _checks.check_eps(eps)
-    backend = _backend.serving(memory.device)
+    backend = _backend.serving(memory.device, NTM_SCAN)
     if backend == "reference":
         with _backend.without_autocast(memory.device.type):
             return reference.ntm_address(memory, head, previous, eps=eps)
@@ -143,7 +143,7 @@ def _ntm(
     _checks.check_eps(eps)
     memory, read_weights, write_weights = state
     sequences = raw_sequences(memory, erase.shape[0], *sequences) if sequences else NO_SEQUENCES
-    backend = _backend.serving(memory.device)
+    backend = _backend.serving(memory.device, NTM_SCAN)
     if backend == "reference":
         function = reference.ntm_scan if steps else reference.ntm_step
         options = dict(zip(NAMES, sequences, strict=True)) if steps else {}

@@ -84,10 +84,10 @@ def ntm_cell(
     options = (controller, max_shift, order, eps)
     PUBLIC.check(network, memory, (resets, lengths, start), options, _head_sizes)
     sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start)
-    backend = _backend.serving(gates.device)
-    if backend != "cpp" or gates.shape[0] == 0:
+    backend = _backend.serving(gates.device, NTM_CELL)
+    if backend == "reference" or gates.shape[0] == 0:
         named = {"controller": controller, "max_shift": max_shift, "order": order, "eps": eps}
-        return run_steps(reference.ntm_cell, backend, network, NTMState(*memory), sequences, named, ntm_step)
+        return run_steps(reference.ntm_cell, network, NTMState(*memory), sequences, named, ntm_step)
     slots, read_weights, write_weights = memory
     of_heads = torch.cat([read_weights, write_weights], dim=1)
     raw = (-1 if max_shift is None else max_shift, order == "read_first", float(eps))

@@ -11,13 +11,10 @@ from .. import reference
 from ..reference.sparse import SparseState
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output
-from ._register import LIBRARIES, call, declare
+from ._register import call, declare, define_in_place
 from ._sequences import NAMES, NO_SEQUENCES, may_look, raw_sequences
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
-
-# The backends that have kernels; the others call the reference.
-KERNELS = ("cpp",)
 
 # N, which backward cannot see from what is kept: nothing of the memory's size is.
 NUM_SLOTS = Option("num_slots", "SymInt", 0)
@@ -92,12 +89,12 @@ SPARSE_SCAN = declare(
 )
 
 # For sparse_cell.py: they change a memory, a gradient and times that nobody else sees.
-LIBRARIES["cpp"].define(
+define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
     "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, float threshold, float eps) -> "
     "(Tensor read, Tensor read_slots, Tensor read_weights, Tensor clock, Tensor oldest, Tensor rows)"
 )
-LIBRARIES["cpp"].define(
+define_in_place(
     "sparse_step_backward_(Tensor? grad_read, Tensor(a!) grad_memory, Tensor? grad_weights, Tensor slots_before, "
     "Tensor weights_before, Tensor key, Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, "
     "Tensor oldest, Tensor slots, Tensor weights, Tensor rows, float eps) -> (Tensor grad_weights, Tensor grad_key, "
@@ -138,8 +135,8 @@ def sparse_read(
     check_heads("key", key)
     check_num_reads(num_reads, sizes["N"])
     _checks.check_eps(eps)
-    backend = _backend.serving(memory.device)
-    if backend not in KERNELS:
+    backend = _backend.serving(memory.device, SPARSE_READ)
+    if backend == "reference":
         with _backend.without_autocast(memory.device.type):
             return reference.sparse_read(memory, key, sharpness, num_reads=num_reads, eps=eps)
     return call(SPARSE_READ, backend, *tensors, memory.shape[1], num_reads, float(eps))[:3]
@@ -197,8 +194,8 @@ def _sparse(
     if sequences:
         assert keys is not None
         sequences = raw_sequences(memory, keys.shape[0], *sequences)
-    backend = _backend.serving(memory.device)
-    if backend not in KERNELS:
+    backend = _backend.serving(memory.device, SPARSE_SCAN)
+    if backend == "reference":
         function: Any = reference.sparse_scan if steps else reference.sparse_step
         options: dict[str, Any] = dict(zip(NAMES, sequences, strict=True)) if sequences else {}
         with _backend.without_autocast(memory.device.type):

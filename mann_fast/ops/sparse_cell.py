@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from ..reference.cell import sequence, split_sparse_heads
 from ..reference.sequences import Steps
 from ..reference.sparse import SparseState
 from . import _backend
 from ._sequences import may_look, raw_sequences
-from .sparse import sparse_step
+from .sparse import SPARSE_SCAN, sparse_step
 
 _RAW = torch.ops.mann_fast
+_BATCHED: Any = torch._C._parse_dispatch_key(
+    "Batched"
+)  # of is_grads_batched; torch.func takes no such Function at all
 
 
 class _Step(torch.autograd.Function):
@@ -35,9 +37,10 @@ class _Step(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         slots_before, weights_before, clock, *told = tensors
-        read, slots, weights, clock, oldest, rows = _RAW.sparse_step_(
-            memory, slots_before, weights_before, last_access, clock, *told, threshold, eps
-        )
+        with torch._C._AutoDispatchBelowAutograd():
+            read, slots, weights, clock, oldest, rows = _RAW.sparse_step_(
+                memory, slots_before, weights_before, last_access, clock, *told, threshold, eps
+            )
         ctx.mark_dirty(memory)
         ctx.mark_non_differentiable(slots, clock)
         ctx.set_materialize_grads(False)
@@ -46,14 +49,26 @@ class _Step(torch.autograd.Function):
         return read, memory, slots, weights, clock
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_read, grad_memory, _, grad_weights, _ = grads
         tensors = ctx.saved_tensors
-        if torch._C._are_functorch_transforms_active():
+        if any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in grads):
             raise NotImplementedError(
-                "a MemoryLayer of sparse memory takes no batched gradients (is_grads_batched)"
+                "a sparse memory changes one gradient in place and takes no batch of them (is_grads_batched, "
+                "vectorize=True): differentiate one at a time"
             )
+        recorded = torch.is_grad_enabled()
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            results = _Step._backward(ctx, grad_read, grad_memory, grad_weights, tensors)
+        if recorded:
+            given = [x for x in (*grads, *tensors) if x is not None]
+            results = tuple(x if x is None else _Once.apply(x, *given) for x in results)
+        return results
+
+    @staticmethod
+    def _backward(
+        ctx: Any, grad_read: Any, grad_memory: Any, grad_weights: Any, tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
         if grad_memory is None:
             grad_memory = tensors[1].new_zeros(ctx.shape)
         elif ctx.last or not grad_memory.is_contiguous():
@@ -63,6 +78,21 @@ class _Step(torch.autograd.Function):
         )
         needed = ctx.needs_input_grad[3]
         return None, None, None, grad_memory if needed else None, None, None, of_weights, None, *of_told
+
+
+class _Once(torch.autograd.Function):
+    """A gradient by what it depends on, which has no gradient itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *given: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "a sparse memory's step in place has no second derivative; use mann_fast.reference or "
+            "`with mann_fast.backend('reference')` for that"
+        )
 
 
 def sparse_cell(
@@ -86,7 +116,7 @@ def sparse_cell(
     steps = gates.shape[0]
     sequences = raw_sequences(memory.memory, steps, resets, lengths, start)
     in_place = (
-        _backend.serving(gates.device) == "cpp"
+        _backend.serving(gates.device, SPARSE_SCAN) == "cpp"
         and resets is None
         and lengths is None
         and steps > 0

@@ -18,7 +18,7 @@ class MemoryModel(BaseModel):
     output are the baselines' own ``hidden_size``.
     """
 
-    MODEL_CONFIG = {"memory": {}}
+    MODEL_CONFIG: dict[str, dict[str, Any]] = {"memory": {}}
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -100,7 +100,9 @@ class MemoryPolicy(RecurrentActorCriticPolicy):
         if self.enable_critic_lstm:
             self.lstm_critic = self._make_memory()
         lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr, **self.optimizer_kwargs)
+        self.optimizer: torch.optim.Optimizer = self.optimizer_class(
+            self.parameters(), lr=lr, **self.optimizer_kwargs
+        )
 
     def _make_memory(self) -> PackedMemory:
         return PackedMemory(MemoryLayer(self.features_dim, batch_first=True, **self.memory_kwargs))
