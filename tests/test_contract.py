@@ -84,6 +84,8 @@ def draw(argument, sizes, steps=True, dtype=torch.float64):
         return torch.rand(*x.shape[:-1], sizes["N"]).argsort(-1)[..., : x.shape[-1]]
     if argument.within == "times":
         return torch.randint(-1, 4, x.shape)
+    if argument.within == "now":
+        return torch.randint(3, 6, x.shape)
     if argument.within == "up to T":
         return torch.randint(0, (sizes["T"] if steps else 1) + 1, x.shape)
     if argument.within == "unit":
@@ -181,6 +183,7 @@ def variants(op):
 
 
 def has_steps(argument, x):
+    """Whether it is a tensor with a leading T."""
     return isinstance(x, torch.Tensor) and argument.names_of(x.dim())[:1] == ("T",)
 
 
@@ -237,6 +240,37 @@ def test_strides_change_nothing(op):
             torch.utils._pytree.tree_leaves(results), torch.utils._pytree.tree_leaves(expected), strict=True
         ):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in map(OPS.get, ALL) if "T" in op.outputs[0].argument.names], ids=lambda op: op.name
+)
+@pytest.mark.parametrize("half", [1, 3])
+def test_halves_and_whole_are_the_same_bits(op, half):
+    """Whoever goes on from the state of a call, under the names that it came in by, gets what one call for all would give."""
+    values = sample(op)
+    steps = SIZES["T"]
+
+    def part(begin, end, carried):
+        cut = []
+        for name, x, argument in zip(op.names, values, (*op.arguments, *op.options), strict=True):
+            if name in carried:
+                x = carried[name]
+            elif has_steps(argument, x):
+                x = x[begin:end]
+            elif getattr(argument, "within", None) == "up to T":
+                x = (x - begin).clamp(0, end - begin)
+            cut.append(x)
+        results = raw(op)(*cut)
+        return {x.name: y for x, y in zip(op.outputs, results, strict=True) if not x.kept}
+
+    whole, first = part(0, steps, {}), part(0, half, {})
+    of_steps = op.outputs[0].name
+    second = part(half, steps, {name: x for name, x in first.items() if name != of_steps})
+    assert torch.equal(whole.pop(of_steps), torch.cat([first[of_steps], second.pop(of_steps)]))
+    assert set(second) <= {*op.names} and whole.keys() == second.keys() and whole
+    for name, x in second.items():
+        assert torch.equal(x, whole[name]), name
 
 
 @every_op

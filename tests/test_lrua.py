@@ -388,7 +388,7 @@ def test_slots_split_over_threads_choose_the_same_slots():
 
 @pytest.mark.parametrize("steps", shorter([50, 200], [20]))
 def test_what_is_saved_for_backward_is_bounded(steps):
-    """At most R N + 3 R D numbers per step and sample beside the inputs, linear in T (DESIGN: O(R N + R D))."""
+    """At most R N + 3 R D numbers per step and sample beside the inputs, linear in T."""
     batch, slots, size, heads = shorter(3, 1), 128, 40, 4
     state = ops.LRUAState.initial(batch, slots, size, heads)
     inputs = [x.float().requires_grad_() for x in scan_inputs(steps, batch, size, heads)]

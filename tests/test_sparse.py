@@ -360,6 +360,11 @@ def test_bad_values_of_a_step():
                 read_slots=state.read_slots.repeat(1, 1, 3), read_weights=state.read_weights.repeat(1, 1, 3)
             )
         )
+    later = state.last_access.clone()
+    later[-1, 2] = 9
+    message = f"state.last_access must be at most state.clock, {int(state.clock[-1])} of sample {len(later) - 1}, got 9"
+    with pytest.raises(ValueError, match=message):
+        step(state._replace(last_access=later))
     with pytest.raises(TypeError, match=r"state.clock must be torch.int64, got torch.int32"):
         step(state._replace(clock=state.clock.int()))
     with pytest.raises(ValueError, match="num_reads must be at most num_slots = 3, got 4"):

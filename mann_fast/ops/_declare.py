@@ -27,7 +27,7 @@ class Argument:
     dtype: of one that is not floating-point.
     half: may also be bfloat16 or float16, beside a float32 ``like``.
     within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1), "from 1", "flags",
-        "up to T", "slots" (different ones of N) or "times".
+        "up to T", "slots" (different ones of N), "times", or "now", which no time is after.
     heads_in: an axis that bounds R, the number of heads that this tensor has: 1 <= R, and at most the size of that axis.
     """
 

@@ -45,7 +45,7 @@ STATE = (
     Argument("read_slots", "B R K", dtype=torch.int64, differentiable=False, within="slots"),
     Argument("read_weights", "B R K", like="memory", within="shares", heads_in="N"),
     Argument("last_access", "B N", dtype=torch.int64, differentiable=False, within="times"),
-    Argument("clock", "B", dtype=torch.int64, differentiable=False, within="times"),
+    Argument("clock", "B", dtype=torch.int64, differentiable=False, within="now"),
 )
 
 
@@ -164,6 +164,19 @@ def check_slots(slots: Tensor, num_slots: int) -> None:
             )
 
 
+def check_times(last_access: Tensor, clock: Tensor) -> None:
+    """None after now, where the values can be asked for: kernels keep the slots in the order of their last access, and what is
+    accessed comes last in it."""
+    if may_look(last_access) and last_access.numel():
+        latest = last_access.amax(1)
+        late = (latest > clock).nonzero()
+        if len(late):
+            b = int(late[0])
+            raise ValueError(
+                f"state.last_access must be at most state.clock, {int(clock[b])} of sample {b}, got {int(latest[b])}"
+            )
+
+
 def check_threshold(threshold: Any) -> None:
     _checks.check_number("threshold", threshold)
     if not 0 <= threshold < 1:
@@ -191,6 +204,7 @@ def _sparse(
     _checks.check_eps(eps)
     memory, keys = state[0], inputs[0]
     check_slots(state[1], memory.shape[1])
+    check_times(state[3], state[4])
     if sequences:
         assert keys is not None
         sequences = raw_sequences(memory, keys.shape[0], *sequences)
@@ -233,7 +247,7 @@ def sparse_step(
 
     Args:
         state: :class:`SparseState`: memory [B, N, D], float32 or float64; read_slots int64 [B, R, K], K different ones of each
-            head; read_weights [B, R, K]; last_access int64 [B, N]; clock int64 [B]; R and K at most N.
+            head; read_weights [B, R, K]; last_access int64 [B, N], none above the clock; clock int64 [B]; R and K at most N.
         key, write_vector: [B, R, D], what each head looks for and writes; of the dtype of the memory, or bfloat16 or float16
             beside a float32 memory (computed in float32).
         gate_logit: [B, R], of key's dtype; sigmoid of it is the share written where the head read last.

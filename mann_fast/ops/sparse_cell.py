@@ -14,7 +14,7 @@ from ..reference.sequences import Steps
 from ..reference.sparse import SparseState
 from . import _backend
 from ._sequences import may_look, raw_sequences
-from .sparse import SPARSE_SCAN, sparse_step
+from .sparse import SPARSE_SCAN, check_slots, check_times, sparse_step
 
 _RAW = torch.ops.mann_fast
 _BATCHED: Any = torch._C._parse_dispatch_key(
@@ -114,6 +114,8 @@ def sparse_cell(
     place, and so is its gradient; else each step copies it.
     """
     steps = gates.shape[0]
+    check_slots(memory.read_slots, memory.memory.shape[1])
+    check_times(memory.last_access, memory.clock)
     sequences = raw_sequences(memory.memory, steps, resets, lengths, start)
     in_place = (
         _backend.serving(gates.device, SPARSE_SCAN) == "cpp"
