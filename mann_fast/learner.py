@@ -295,6 +295,9 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
 
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""
+        if not isinstance(self.checkpoint, (str, os.PathLike, type(None))):
+            came = type(self.checkpoint).__name__
+            raise TypeError(f"checkpoint must be a path, the name of a model or None, got {came}")
         if "_loaded" not in self.__dict__ or self._loaded[0] != (self.checkpoint, self.encoder):
             content = load_checkpoint(PRETRAINED if self.checkpoint is None else self.checkpoint)
             if not isinstance(content["config"], TrainConfig):

@@ -187,6 +187,20 @@ def content(case):
     return Drawn(tensors, (), lambda of, x: of.content_read(**x, **case.options))
 
 
+def least_used(case):
+    """Usages of which many are equal, or none; both zeros, infinite and NaN."""
+    usage = case.random(case.B, case.N)
+    if case.draw.random() < 0.5:
+        usage = (2 * usage).round() / 2
+    if case.extreme:
+        odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=torch.float64)
+        which = torch.randint(0, 20, usage.shape, generator=case.noise)
+        usage = torch.where(which < len(odd), odd[which.clamp_max(len(odd) - 1)], usage)
+    n = case.draw.randint(0, case.N)
+    tensors = {"usage": case.laid_out(usage, case.wide)}
+    return Drawn(tensors, ("usage",), lambda of, x: (of.least_used(x["usage"], n),))
+
+
 def write(case):
     target = case.draw.choice(["per_head", "shared"])
     tensors = {
@@ -540,6 +554,7 @@ def dnc_cell(case):
 
 
 FAMILIES = {
+    "least_used": least_used,
     "content": content,
     "write": write,
     "lrua": lrua,

@@ -9,7 +9,8 @@ from cases import needs_kernels
 from test_contract import every_gradient, raw, sample
 
 import mann_fast
-from mann_fast import MANN, MemoryLayer, ops
+from mann_fast import MANN, FewShotLearner, MemoryLayer, ops
+from mann_fast.data import encode_inputs, load_omniglot
 from mann_fast.layers import MemoryStack
 from mann_fast.ops._register import OPS
 from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes
@@ -192,12 +193,19 @@ def test_an_array_is_no_choice(value):
         "memory_start": lambda: MemoryLayer(3, 4, memory_start=value),
         "name": lambda: MemoryLayer.preset(value, 3),
         "backend": lambda: mann_fast.backend(value).__enter__(),
+        "encoder": lambda: MANN(20, 4, encoder=value, image_shape=(1, 4, 4)),
+        "labels": lambda: encode_inputs(torch.zeros(2, 1, 1, 4, 4), torch.zeros(2, 1), ways=2, labels=value),
+        "part": lambda: load_omniglot(".", value),
     }
     for name, call in choices.items():
         with pytest.raises(ValueError, match=rf"^{name} must be .*, got [^\n]*\Z"):
             call()
     with pytest.raises(TypeError, match="^sharpness is no option here"):
         MemoryLayer(3, 4, addressing="ntm", sharpness=value)
+    with pytest.raises(TypeError, match="^return_weights must be a bool, got"):
+        MemoryLayer(3, 4)(torch.zeros(2, 1, 3), return_weights=value)
+    with pytest.raises(TypeError, match="^checkpoint must be a path, the name of a model or None, got"):
+        FewShotLearner.load(value)
 
 
 @pytest.mark.parametrize("size", [2**31, 2**40, 2**63, 2**70])

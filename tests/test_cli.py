@@ -627,6 +627,28 @@ def test_doctor_says_what_runs(capsys, monkeypatch):
     assert status == 0
     assert re.search(r"^backend cpp +cannot run: no compiler was found$", printed, re.MULTILINE)
     assert re.search(r"^in use +reference", printed, re.MULTILINE)
+    monkeypatch.setenv("MANN_FAST_BACKEND", "cobol")
+    status, printed, _ = call(capsys, "doctor")
+    assert status == 1
+    assert re.search(
+        r"^in use +none: MANN_FAST_BACKEND must be one of auto, cpp, .* got 'cobol'$", printed, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes, said",
+    [
+        (("--length", str(2**31 - 1), "--batch", str(2**31 - 1)), "bytes|Storage size"),
+        (("--batch", str(2**31)), "batch must be at most"),
+        (("--hidden-size", "2000000000"), r"bytes|Storage size"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+def test_sizes_beyond_memory_are_a_mistake_in_the_call(sizes, said, tmp_path, capsys):
+    arguments = ["train", "--task", "copy", "--out", str(tmp_path / "run"), "--steps", "1", *sizes]
+    status, printed, err = call(capsys, *arguments)
+    assert_one_line_error(status, err)
+    assert re.search(said, err) and "unexpected" not in err and not printed
 
 
 @pytest.mark.skipif(mann_fast.backends()["cpp"] is not None, reason="needs the C++ kernels")

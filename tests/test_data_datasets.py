@@ -1,6 +1,8 @@
 """Every source is split into training and test classes that never overlap."""
 
+import io
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -159,7 +161,7 @@ def test_npz_of_medmnist(tmp_path):
             r"val_labels in .* must be integers \[4\] or \[4, 1\], got int64 \[3\]",
         ),
         ({"val_images": np.zeros((4, 6, 6))}, "val_images in .* must be uint8"),
-        ({f"{part}_images": np.zeros(1, object) for part in ("train",)}, "pickle"),
+        ({f"{part}_images": np.zeros(1, object) for part in ("train",)}, "an array of Python objects"),
     ):
         np.savez(tmp_path / "bad.npz", **(arrays | change))
         with pytest.raises(ValueError, match=message):
@@ -167,6 +169,33 @@ def test_npz_of_medmnist(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match="has none of the arrays train_images"):
         load_npz(tmp_path / "other.npz")
+    np.savez_compressed(tmp_path / "bomb.npz", train_images=np.zeros((1 << 17, 32, 32), np.uint8))
+    with pytest.raises(
+        ValueError,
+        match=r"train_images.npy in .*bomb.npz cannot be read: [\d,]+ bytes that are to become 134,",
+    ):
+        load_npz(tmp_path / "bomb.npz")
+    with zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("val_images.npy", b"x" * 100)
+    with pytest.raises(ValueError, match="lzma.npz cannot be read: compressed by the method lzma"):
+        load_npz(tmp_path / "lzma.npz")
+    locked = bytearray((tmp_path / "m.npz").read_bytes())
+    for at in range(len(locked)):
+        if locked[at : at + 4] == b"PK\x01\x02":
+            locked[at + 8] |= 1
+    (tmp_path / "locked.npz").write_bytes(locked)
+    with pytest.raises(ValueError, match="locked.npz cannot be read: it is encrypted"):
+        load_npz(tmp_path / "locked.npz")
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        array, {"descr": "|u1", "fortran_order": False, "shape": (10**7, 60, 60)}
+    )
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        archive.writestr("test_images.npy", array.getvalue())
+    with pytest.raises(
+        ValueError, match=r"large.npz cannot be read: uint8 \[10000000, 60, 60\] takes 36,000,000,000 bytes"
+    ):
+        load_npz(tmp_path / "large.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:-30])
     with pytest.raises(ValueError, match="cut.npz is no complete .npz file"):
         load_npz(tmp_path / "cut.npz")

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -297,7 +298,8 @@ def test_encode_inputs():
         ({"shots": 4}, "at least 4 images: 'c1' has 3, 'c2' has 2; add images or lower shots"),
         ({"ways": 0}, "ways must be a positive integer, got 0"),
         ({"shots": 0}, "shots must be a positive integer, got 0"),
-        ({"labels": "letters"}, "labels must be 'onehot' or 'string', got 'letters'"),
+        ({"labels": "letters"}, "labels must be one of 'onehot', 'string', got 'letters'"),
+        ({"labels": np.array(["onehot", "string"])}, "labels must be one of 'onehot', 'string', got array"),
         ({"labels": "string", "ways": 3126}, "ways must be at most 3125 with string labels, got 3126"),
     ],
 )

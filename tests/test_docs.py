@@ -97,6 +97,17 @@ def test_every_page_is_in_the_menu_of_the_site():
     assert {path.name for path in DOCS.glob("*.md")} <= set(named)
 
 
+@every_page
+def test_links_lead_where_github_and_the_site_have_them(page):
+    """Pages beside this one, and Markdown files of the root: of anything else the site would have a broken link."""
+    places = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", without_code(page))
+    root = page.parent == ROOT
+    for place in places:
+        target = (page.parent / place).resolve()
+        beside = target.parent == DOCS or (target.parent == ROOT and target.suffix == ".md")
+        assert target.exists() and (beside or root), place
+
+
 @pytest.mark.once
 def test_the_site_builds_and_no_link_of_it_is_broken(tmp_path):
     for package in ("material", "mkdocstrings_handlers.python"):

@@ -13,6 +13,7 @@ from mann_fast import ops, reference
 pytestmark = needs_cpp
 CASES = 300
 CALLS = {  # by family, whether by one step
+    "least_used": ("least_used", None),
     "content_read": ("content", None),
     "lrua_write": ("write", None),
     "lrua_step": ("lrua", True),
@@ -61,7 +62,8 @@ def test_a_wrong_number_is_found(name, monkeypatch):
     def wrong(*arguments, **options):
         result = right(*arguments, **options)
         first, *rest = result if isinstance(result, tuple) else (result,)
-        first = torch.where(torch.rand_like(first) < 0.5, first * 1.0001, first)
+        other = first * 1.0001 if first.is_floating_point() else first + 1
+        first = torch.where(torch.rand(first.shape) < 0.5, other, first)
         return (first, *rest) if rest else first
 
     assert found(name, wrong, monkeypatch)

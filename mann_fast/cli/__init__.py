@@ -32,6 +32,15 @@ Memory-augmented neural networks that learn new classes from a few examples.
 """
 
 
+# What torch says in a RuntimeError where there is no memory, or a size is beyond any.
+OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
@@ -95,6 +104,9 @@ def _print_error(error: Exception) -> int:
         message, status = str(error), 2
     elif isinstance(error, TrainingDiverged):
         message, status = str(error), 1
+    elif isinstance(error, MemoryError) or any(words in str(error) for words in OF_MEMORY):
+        said = str(error).partition("DefaultCPUAllocator: ")[2] or str(error) or "no more is to be had"
+        message, status = f"out of memory, choose smaller sizes: {said.splitlines()[0]}", 2
     else:
         message, status = f"unexpected {type(error).__name__}: {error} (MANN_FAST_DEBUG=1 shows where)", 1
     print(f"mann-fast: error: {' '.join(message.split())}", file=sys.stderr)

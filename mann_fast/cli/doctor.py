@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backend, backends, ops, reference
+from ..ops._backend import NAMES
 from . import _explain
 
 EXAMPLE = """\
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             healthy = healthy and reason is None
         lines.append((f"backend {name}", "runs" if reason is None else f"cannot run: {reason}"))
     lines.append(("in use", in_use()))
+    healthy = healthy and os.environ.get("MANN_FAST_BACKEND", "auto") in NAMES
     for name, value in lines:
         print(f"{name:18} {' '.join(value.split())}")
     return 0 if healthy else 1
@@ -153,6 +155,8 @@ def trial(name: str) -> str | None:
 
 def in_use() -> str:
     forced = os.environ.get("MANN_FAST_BACKEND", "auto")
+    if forced not in NAMES:
+        return f"none: MANN_FAST_BACKEND must be one of {', '.join(NAMES)}, got {forced!r}"
     if forced != "auto":
         return f"{forced} (MANN_FAST_BACKEND)"
     return (

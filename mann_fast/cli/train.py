@@ -444,6 +444,6 @@ def print_summary(config: RunConfig, summary: dict[str, Any]) -> None:
         accuracy = InstanceAccuracy(**summary["heldout_accuracy"])
         classes = f"{summary['heldout_classes']} held-out classes, {accuracy.episodes:,} episodes"
         print_accuracy(accuracy, config, f"{describe(config)}: {classes}")
-    print(f"{summary['step']} steps in {duration(summary['training_seconds'])}")
+    print(f"{counted(summary['step'], 'step')} in {duration(summary['training_seconds'])}")
     for name, path in summary["files"].items():
         print(f"{name + ':':12}{path}")

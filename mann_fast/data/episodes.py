@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
+from ..ops._checks import check_choice
 from .images import ClassImages
 
 LABELS = ("onehot", "string")
@@ -258,8 +259,7 @@ def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = 
 
 def check_labels(ways: int, labels: str) -> None:
     """Raises ValueError unless ``ways`` classes can be told apart by labels of this kind."""
-    if labels not in LABELS:
-        raise ValueError(f"labels must be 'onehot' or 'string', got {labels!r}")
+    check_choice("labels", labels, LABELS)
     if not isinstance(ways, int) or isinstance(ways, bool) or ways < 1:
         raise ValueError(f"ways must be a positive integer, got {ways!r}")
     if labels == "string" and ways > LETTERS**LETTERS:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from .archives import check_entry
 from .images import ClassImages, expand_user
 from .pictures import as_pixels
 
 PARTS = ("train", "val", "test")
+# An array may be so many times as large as its part of the file, and so many bytes whatever that is: pictures do not compress
+# as a file made to fill memory does.
+MOST_TIMES, SMALL = 100, 1 << 26
 
 
 def load_npz(path: str | Path, *, image_size: int = 20, colour: bool = False) -> ClassImages:
@@ -30,12 +36,14 @@ def load_npz(path: str | Path, *, image_size: int = 20, colour: bool = False) ->
     try:
         if path.exists() and not zipfile.is_zipfile(path):
             raise EOFError("it has no directory at its end")
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with zipfile.ZipFile(path) as archive:
             for part in PARTS:
-                if f"{part}_images" in arrays:
-                    found = arrays[f"{part}_images"], arrays.get(f"{part}_labels")
-                    labels.append(_checked(path, part, *found))
-                    images.append(as_pixels(found[0], image_size, colour))
+                if f"{part}_images.npy" in archive.namelist():
+                    found, of_part = (
+                        _read(path, archive, f"{part}_{kind}.npy") for kind in ("images", "labels")
+                    )
+                    labels.append(_checked(path, part, found, of_part))
+                    images.append(as_pixels(found, image_size, colour))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is no complete .npz file: {error}") from error
     if not images:
@@ -46,6 +54,37 @@ def load_npz(path: str | Path, *, image_size: int = 20, colour: bool = False) ->
     names = tuple(f"label{number:02d}" for number in numbers.tolist())
     starts = torch.tensor([0, *counts.tolist()]).cumsum(0)
     return ClassImages(torch.from_numpy(np.concatenate(images)[order]), starts, names)
+
+
+def _read(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
+    """The array of that name, None where there is none. Nothing is inflated of what is not what it says of itself."""
+    if name not in archive.namelist():
+        return None
+    entry = archive.getinfo(name)
+    try:
+        check_entry(entry)
+        if entry.file_size > max(SMALL, MOST_TIMES * entry.compress_size):
+            raise ValueError(f"{entry.compress_size:,} bytes that are to become {entry.file_size:,}")
+        with archive.open(entry) as file:
+            version = np.lib.format.read_magic(file)
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            if version not in header:
+                raise ValueError(f"version {version[0]}.{version[1]} of the format")
+            shape, _, dtype = header[version](file)
+            if dtype.hasobject:
+                raise ValueError("an array of Python objects")
+            numbers = math.prod(shape) * dtype.itemsize
+            if numbers != entry.file_size - file.tell():
+                raise ValueError(
+                    f"{dtype} {list(shape)} takes {numbers:,} bytes, and there are {entry.file_size - file.tell():,}"
+                )
+        with archive.open(entry) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name} in {path} cannot be read: {error}") from error
 
 
 def _checked(path: Path, part: str, images: np.ndarray, labels: np.ndarray | None) -> np.ndarray:

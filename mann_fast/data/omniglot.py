@@ -15,6 +15,8 @@ from typing import IO
 
 import numpy as np
 
+from ..ops._checks import check_choice
+from .archives import check_entry
 from .images import UNREADABLE, ClassImages, counted, expand_user, read_image, reason, shortened
 
 # Characters per alphabet of the official release: 964 and 659 classes, 20 images each.
@@ -57,8 +59,7 @@ def load_omniglot(path: str | Path, part: str, *, image_size: int = 20, colour: 
     Raises FileNotFoundError where nothing of this part is there, ValueError for an archive or image that is
     damaged, encrypted, compressed in another way than zip's usual one, or far too large.
     """
-    if part not in ALPHABETS:
-        raise ValueError(f"part must be 'background' or 'evaluation', got {part!r}")
+    check_choice("part", part, tuple(ALPHABETS))
     place = find_part(path, part)
     if place is None:
         raise FileNotFoundError(
@@ -120,13 +121,7 @@ def _entries(place: Path, stack: ExitStack) -> Iterator[tuple[tuple[str, ...], C
 
 def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
     """Raises one of ``_BROKEN_ZIP`` before more than ``_LARGEST`` bytes are inflated, whatever the entry says of itself."""
-    if entry.flag_bits & 1:
-        raise ValueError("it is encrypted; expected an archive without a password")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        method = zipfile.compressor_names.get(entry.compress_type, entry.compress_type)
-        raise ValueError(
-            f"compressed by the method {method}; expected deflate or none"
-        )  # others inflate without a bound
+    check_entry(entry)
     if entry.file_size > _LARGEST:
         raise ValueError(f"{entry.file_size:,} bytes; an image of Omniglot may have up to {_LARGEST:,}")
     with archive.open(entry) as file:

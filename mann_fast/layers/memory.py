@@ -336,6 +336,8 @@ class MemoryLayer(nn.Module):
         Raises:
             TypeError, ValueError: wrong type, shape, dtype or value of x, state, resets or lengths; RuntimeError: wrong device.
         """
+        if return_weights is not False:
+            check_flag("return_weights", return_weights)
         if state is not None and lengths is None and not (return_weights or torch.is_grad_enabled()):
             quick = self._quickly(x, state, resets)
             if quick is not None:

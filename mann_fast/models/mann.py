@@ -17,7 +17,7 @@ from ..layers.controllers import obstacle
 from ..layers.memory import Input
 from ..layers.registry import make_memory, name_of, options_of
 from ..layers.sequences import each, each_taken, of_padded, packed_uncompiled, steps_taken
-from ..ops._checks import check_flag
+from ..ops._checks import check_flag, shown
 from .encoders import ENCODERS, check_image_shape, count_features, encode_images
 
 # The weights of the input start so much larger than nn.LSTMCell would make them. Most of an image of a drawn
@@ -115,9 +115,9 @@ class MANN(nn.Module):
             if self.config["normalize_features"]:
                 raise ValueError("normalize_features needs an encoder, got True")
             return None
-        if not isinstance(encoder, nn.Module) and encoder not in ENCODERS:
+        if not isinstance(encoder, nn.Module) and not (isinstance(encoder, str) and encoder in ENCODERS):
             known = ", ".join(map(repr, ENCODERS))
-            raise ValueError(f"encoder must be None, {known} or a module, got {encoder!r}")
+            raise ValueError(f"encoder must be None, {known} or a module, got {shown(encoder)}")
         self.image_shape = check_image_shape(image_shape, encoder)
         pixels, width = prod(self.image_shape), self.config["input_size"]
         if pixels > width:

@@ -62,7 +62,7 @@ def _load_library(name: str, path: Path) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the {name} extension cannot be loaded: {error}"
+        return f"the {name} extension cannot be loaded: {error.__cause__ or error}"
     return None
 
 

@@ -312,7 +312,16 @@ def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) ->
             torch.Generator().set_state(state)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{name} is no state of a random generator") from error
-    for index, kept in _part(content, "optimizer.state", dict).items():
+    moments = _part(content, "optimizer.state", dict)
+    # An encoder learns alone first, and then it is all parameters that have been learned.
+    alone = config.encoder_steps if isinstance(config, TrainConfig) else 0
+    if 0 < content["step"] <= alone and not moments:
+        raise ValueError("optimizer.state lacks the parameters that have been learned")
+    if content["step"] > alone:
+        for index, name in enumerate(parameters):
+            if index not in moments:
+                raise ValueError(f"optimizer.state lacks {index}, {name}")
+    for index, kept in moments.items():
         if type(index) is not int or index < 0 or not isinstance(kept, dict):
             raise ValueError(f"optimizer.state must be dicts by the number of a parameter, got {index!r}")
         if index < len(parameters):

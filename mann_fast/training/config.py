@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .._state import SIZE_MAX
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS
@@ -68,6 +69,8 @@ class RunConfig:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not expected:
                 raise TypeError(f"{field.name} must be of type {expected.__name__}, got {value!r}")
+            if expected is int and field.name != "seed":  # it would be a size, or a number of steps
+                _require(value <= SIZE_MAX, field.name, "at most 2^31 - 1", value)
         for name in (
             "hidden_size",
             "slots",
