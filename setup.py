@@ -28,7 +28,17 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 from build_backend import find_torch, torch_version  # noqa: E402
-from native import OLDEST_TORCH, ROOT, CannotBuild, Compiler, Nvcc, Unit, binding_flags, cuda_architectures  # noqa: E402
+from native import (
+    OLDEST_TORCH,
+    ROOT,
+    CannotBuild,
+    Compiler,
+    Nvcc,
+    Unit,
+    binding_flags,
+    chosen_isas,
+    cuda_architectures,
+)  # noqa: E402
 
 OBJECTS = Path("build/objects")
 LIBRARY = "_C.abi3.so"
@@ -48,12 +58,13 @@ def build_library(target: Path) -> dict:
         )
     bindings = Unit("csrc/bindings.cpp", "bindings", binding_flags(torch))
     flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    objects = compiler.compile([*compiler.kernel_units(), bindings], OBJECTS, flags)
+    isas = chosen_isas(compiler.isas)
+    objects = compiler.compile([*compiler.kernel_units(isas), bindings], OBJECTS, flags)
     # libstdc++ first: libtorch_cpu.so has copies of some of its symbols. No search path is recorded, since
     # whoever loads the library has imported torch.
     libraries = ["-Wl,--as-needed", "-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"]
     compiler.link(target, objects, [*libraries, *flags], OBJECTS)
-    return {"torch": torch_version(torch), "compiler": compiler.version, "isas": list(compiler.isas)}
+    return {"torch": torch_version(torch), "compiler": compiler.version, "isas": isas}
 
 
 def build_cuda_library(target: Path) -> dict:

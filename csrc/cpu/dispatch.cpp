@@ -14,9 +14,13 @@ namespace mann_fast {
   MANN_FAST_CPU_OPS(MANN_FAST_DECLARE)                                 \
   const Kernels table = {#isa, MANN_FAST_CPU_OPS(MANN_FAST_FUNCTION)}; \
   }
+#ifdef MANN_FAST_HAVE_baseline
 MANN_FAST_TABLE(baseline)
-#ifdef __x86_64__
+#endif
+#ifdef MANN_FAST_HAVE_avx2
 MANN_FAST_TABLE(avx2)
+#endif
+#ifdef MANN_FAST_HAVE_avx512
 MANN_FAST_TABLE(avx512)
 #endif
 
@@ -35,23 +39,29 @@ bool supported(const char* isa) {
   return false;
 }
 
-const Kernels* table([[maybe_unused]] const char* isa) {
-#ifdef __x86_64__
-  if (std::strcmp(isa, "avx512") == 0) return &avx512::table;
-  if (std::strcmp(isa, "avx2") == 0) return &avx2::table;
+// What this build has, the best first.
+const Kernels* const built[] = {
+#ifdef MANN_FAST_HAVE_avx512
+    &avx512::table,
 #endif
-  return &baseline::table;
-}
+#ifdef MANN_FAST_HAVE_avx2
+    &avx2::table,
+#endif
+#ifdef MANN_FAST_HAVE_baseline
+    &baseline::table,
+#endif
+};
 
 }  // namespace
 
 const Kernels* kernels() {
-  static const char* const isa = [] {
+  static const Kernels* const chosen = [] {
     const char* forced = std::getenv("MANN_FAST_CPU_ISA");
-    if (forced != nullptr && *forced != '\0') return supported(forced) ? forced : static_cast<const char*>(nullptr);
-    return supported("avx512") ? "avx512" : supported("avx2") ? "avx2" : "baseline";
+    for (const Kernels* table : built)
+      if (supported(table->isa) && (forced == nullptr || *forced == '\0' || std::strcmp(forced, table->isa) == 0)) return table;
+    return static_cast<const Kernels*>(nullptr);
   }();
-  return isa == nullptr ? nullptr : table(isa);
+  return chosen;
 }
 
 void* scratch_allocate(size_t bytes) {

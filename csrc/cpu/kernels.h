@@ -18,8 +18,7 @@ struct Kernels {
 #undef MANN_FAST_MEMBER
 };
 
-// The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where that names an instruction set which
-// this build or processor does not have.
+// The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where this build or processor does not have them.
 const Kernels* kernels();
 
 // 64-byte aligned; filled with NaN where MANN_FAST_POISON is set, so that tests see a read of what was never written.

@@ -73,16 +73,18 @@ def load_cpp() -> str | None:
 
 def _try_cpp() -> str | None:
     reason = load_cpp()
-    forced = os.environ.get("MANN_FAST_CPU_ISA")
-    if reason is None and forced:
-        try:  # the kernels know which there are, and would say it at the first call
-            torch.ops.mann_fast.least_used(torch.zeros(1, 1, dtype=torch.float32, device="cpu"), 1)
-        except RuntimeError as error:
-            _, name, said = str(error).splitlines()[0].partition("MANN_FAST_CPU_ISA")
-            if not name:
-                raise
+    if reason is not None:
+        return reason
+    try:  # the kernels know whether there are any for this processor, and would say it at the first call
+        torch.ops.mann_fast.least_used(torch.zeros(1, 1, dtype=torch.float32, device="cpu"), 1)
+    except RuntimeError as error:
+        _, name, said = str(error).splitlines()[0].partition("MANN_FAST_CPU_ISA")
+        if not name:
+            raise
+        if forced := os.environ.get("MANN_FAST_CPU_ISA"):
             raise ValueError(f"{name}{said}; got {forced!r}") from None
-    return reason
+        return "the C++ extension was built for other processors (MANN_FAST_ISAS): build it again"
+    return None
 
 
 def _load_triton() -> str | None:
