@@ -54,8 +54,10 @@ def has_kernels(name: str, backend: str, device: str) -> bool:
     """Whether a backend, which has been loaded, implements the op of this name for tensors of this type of device."""
     key = name, backend, device
     if key not in _implemented:
-        qualified = f"{NAMESPACES[backend]}::{name}"
-        _implemented[key] = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper())
+        dispatch_key = "Meta" if device == "meta" else device.upper()
+        _implemented[key] = torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{NAMESPACES[backend]}::{name}", dispatch_key
+        )
     return _implemented[key]
 
 
