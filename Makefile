@@ -131,7 +131,6 @@ draw: build
 	MANN_FAST_PICTURE=build/draw.png $(BIN)/python -m pytest tests/test_draw.py tests/test_examples.py
 
 site: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
