@@ -98,7 +98,7 @@ def test_official_numbers():
 
 
 def test_errors_say_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="'background' or 'evaluation', got 'test'"):
+    with pytest.raises(ValueError, match="part must be one of 'background', 'evaluation', got 'test'"):
         load_omniglot(tmp_path, "test")
     with pytest.raises(FileNotFoundError, match="no images_background.zip and no folder images_background"):
         load_omniglot(tmp_path, "background")
