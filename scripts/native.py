@@ -172,14 +172,19 @@ class Compiler:
         print(f"{target.name} is linked", flush=True)
 
 
+def isas_here(known: Iterable[str]) -> list[str]:
+    """Those that this processor has, the best last."""
+    flags = re.search(r"(?m)^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text())
+    here = set(flags.group(1).split()) if flags else set()
+    return [isa for isa in known if CPU_FLAGS.get(isa, set()) <= here]
+
+
 def chosen_isas(known: Iterable[str]) -> list[str]:
     """The instruction sets to build for, of those known: all, or with MANN_FAST_ISAS="baseline avx2" these, or with "native"
     the best of this processor, which takes a third of the time. Raises CannotBuild for others."""
     asked = os.environ.get("MANN_FAST_ISAS", "").replace(",", " ").split()
     if asked == ["native"]:
-        flags = re.search(r"(?m)^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text())
-        here = set(flags.group(1).split()) if flags else set()
-        asked = [isa for isa in known if CPU_FLAGS.get(isa, set()) <= here][-1:]
+        asked = isas_here(known)[-1:]
     if unknown := [isa for isa in asked if isa not in known]:
         raise CannotBuild(f"MANN_FAST_ISAS must be native or some of {', '.join(known)}, got {unknown[0]!r}")
     return [isa for isa in known if not asked or isa in asked]

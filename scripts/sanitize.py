@@ -7,7 +7,7 @@ that is left out.
 python scripts/sanitize.py [options] [address,undefined | thread]...     (both if none is named)
 
 --kernels cpu, or cuda: those alone.
---reduced-cpu: without AVX2.
+--reduced-cpu: the first and the last of the instruction sets that this processor has: there is hardly a line for another alone.
 --reduced-cuda: one order of warps and lanes, no barrier left out, and under the thread sanitizer only those cases of the
 emulated kernels in which barriers are left out otherwise.
 """
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import emulate
-from native import ROOT, CannotBuild, Compiler, Unit
+from native import ROOT, CannotBuild, Compiler, Unit, isas_here
 
 DRIVERS = {
     "cpu": [Unit("tests/cpp/kernels_driver.cpp", "kernels_driver", [])],
@@ -44,8 +44,8 @@ def chosen(compiler: Compiler, sanitizers: str, reduced: bool) -> list[str]:
     """The instruction sets to run."""
     if sanitizers == "thread":
         return ["baseline"]  # threads do the same on each
-    # There is hardly a line for AVX2 alone.
-    return [isa for isa in compiler.isas if not (reduced and isa == "avx2")]
+    here = isas_here(compiler.isas)
+    return sorted({here[0], here[-1]}, key=here.index) if reduced else list(compiler.isas)
 
 
 def build(compiler: Compiler, sanitizers: str, isas: list[str], kernels: list[str]) -> dict[str, Path]:

@@ -58,7 +58,16 @@ def test_beside(torch: str, wheel: Path, tests: list[str], folder: Path, whole: 
     run(str(python.with_name("mann-fast")), "doctor")
     other = found["torch"] != found["built"]
     if other or whole:
-        run("-m", "pytest", "-q", *([] if whole else ["-m", "not thorough"]), *tests, env=tested)
+        run(
+            "-m",
+            "pytest",
+            "-q",
+            "--numprocesses",
+            "2",
+            *([] if whole else ["-m", "not thorough"]),
+            *tests,
+            env=tested,
+        )
     else:  # the torch and, byte for byte, the extension of make test: whether all that belongs to it was packed is left
         run("-m", "pytest", "-q", *PACKED, env=tested)
     return other
