@@ -45,9 +45,9 @@ void compare(const char* name, Run function, const Case& c) {
   current += c.read_first ? " read first" : "";
   current += c.cut ? " cut" : "";
   const Results expected = function(*kernels(), c), actual = function(emulated, c);
-  // Where float32 is further off the processor's kernels, these are the measure in float64, and what float32 costs them is told
-  // by the same.
-  Results exact;
+  // Where float32 is further off the processor's kernels, these are the measure in float64, and what float32 may cost is told by
+  // numbers that are one rounding off: one evaluation in float32 is near to the right one by luck.
+  std::vector<Results> exact;
   for (size_t j = 0; j < expected.size(); ++j) {
     const double tolerance = c.input == Dtype::float64 ? 1e-9 : c.input == Dtype::float32 ? 1e-4 : 5e-2;
     const auto wrong = [&](const Results& right, double rounding) -> int64_t {
@@ -59,14 +59,14 @@ void compare(const char* name, Run function, const Case& c) {
     };
     int64_t at = wrong(expected, 0);
     if (at >= 0 && c.input == Dtype::float32) {
-      if (exact.empty()) {
-        Case wide = c;
-        wide.state = wide.input = Dtype::float64;
-        exact = function(*kernels(), wide);
-      }
+      Case wide = c;
+      wide.state = wide.input = Dtype::float64;
+      for (nudged = static_cast<int>(exact.size()); nudged < 4; ++nudged) exact.push_back(function(*kernels(), wide));
+      nudged = 0;
       double rounding = 0;
-      for (int64_t i = 0; i < exact[j].count; ++i) rounding = std::max(rounding, std::abs(expected[j][i] - exact[j][i]));
-      at = wrong(exact, 2 * rounding);
+      for (const Results& beside : exact)
+        for (int64_t i = 0; i < beside[j].count; ++i) rounding = std::max(rounding, std::abs(beside[j][i] - exact[0][j][i]));
+      at = wrong(exact[0], 4 * rounding);
     }
     if (at >= 0)
       fail("result " + std::to_string(j) + " differs at " + std::to_string(at) + ": " + std::to_string(actual[j][at]) +
