@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cases import needs_cpp
 
 import mann_fast
@@ -343,6 +344,7 @@ def test_what_is_due_follows_the_contents_of_files(due, tmp_path, monkeypatch, c
     (tmp_path / "tests" / "test_some.py").write_text("")
     monkeypatch.setattr(due, "ROOT", tmp_path)
     monkeypatch.setattr(due, "PASSED", tmp_path / ".ci" / "passed.json")
+    monkeypatch.setattr(due, "has_nvcc", lambda: True)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["due.py", *arguments])
@@ -364,6 +366,34 @@ def test_what_is_due_follows_the_contents_of_files(due, tmp_path, monkeypatch, c
     assert run() == {"isas", "cuda", "emulate", "sanitize-cpu", "sanitize-cuda"}
     with pytest.raises(FileNotFoundError, match="test_other.py"):
         run("tests/test_other.py")
+    monkeypatch.setattr(due, "has_nvcc", lambda: False)  # what was skipped has not passed
+    run("--passed", "check", *due.PARTS)
+    assert run() == {"cuda"}
+
+
+@in_repository
+def test_the_instruction_sets_of_this_processor_are_those_that_torch_finds(native):
+    """What `make demo` builds for is by the names of Linux, what the kernels take by the compiler's: a build for another
+    instruction set than the processor's best would not run, or be slow."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if sys.platform != "linux" or capability not in ("DEFAULT", "AVX2", "AVX512"):
+        pytest.skip(f"no x86-64 under Linux: {capability}")
+    known = native.ISA_FLAGS["x86_64"]
+    expected = ["baseline", "avx2", "avx512"][: ["DEFAULT", "AVX2", "AVX512"].index(capability) + 1]
+    assert native.isas_here(known) == expected
+
+
+@in_repository
+def test_instruction_sets_are_chosen_by_name(native, monkeypatch):
+    known = ["baseline", "avx2", "avx512"]
+    for asked, chosen in (("", known), ("avx512, baseline", ["baseline", "avx512"])):
+        monkeypatch.setenv("MANN_FAST_ISAS", asked)
+        assert native.chosen_isas(known) == chosen
+    monkeypatch.setenv("MANN_FAST_ISAS", "native")
+    assert native.chosen_isas(known) == native.isas_here(known)[-1:]
+    monkeypatch.setenv("MANN_FAST_ISAS", "sse9")
+    with pytest.raises(native.CannotBuild, match="MANN_FAST_ISAS must be native or some of .*, got 'sse9'"):
+        native.chosen_isas(known)
 
 
 @in_repository
