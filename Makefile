@@ -50,6 +50,12 @@ $(VENV)/installed: pyproject.toml setup.py Makefile mann_fast/__init__.py
 	@echo "Compiling the kernels ..."  # before pip does, which would show nothing of it
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@echo "Installing mann_fast and what it needs ..."
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+# What the demo does without. Not beside build: pip compiles what has not been compiled yet.
+$(VENV)/tools: $(VENV)/installed | build
+	@echo "Installing the tools for developers ..."
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -61,7 +67,7 @@ demo: export MANN_FAST_ISAS = native
 demo: build
 	$(BIN)/mann-fast demo
 
-test: build
+test: build $(VENV)/tools
 	$(BIN)/python -m pytest --numprocesses 2
 
 # What is over soon and fails often first, then what takes longest: two at once should end together.
@@ -80,7 +86,7 @@ nightly:
 	$(MAKE) --jobs 2 --output-sync=target $(CHECKS) isas WHOLE="once $(PARTS)"
 	$(PYTHON) scripts/due.py --passed nightly $(PARTS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror csrc/*.* csrc/*/*.* tests/cpp/*.*
@@ -92,11 +98,11 @@ abi: build
 
 # The op tests on every instruction set, with memory that nobody has written filled with NaN. Of check, make wheel has the
 # baseline; make test ran on the best, and AVX2 has the code of the other two, but for a few lines.
-isas: build
+isas: build $(VENV)/tools
 	$(BIN)/python scripts/test_isas.py $(MARKS) $(OP_TESTS)
 
 # The Triton kernels: the op tests in Triton's interpreter, and compiled ahead of time for GPUs that need not be there.
-triton: build
+triton: build $(VENV)/tools
 	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(MARKS) $(call op_tests,triton)
 	$(if $(filter $@,$(DUE)),$(BIN)/python scripts/triton_aot.py $(if $(filter $@,$(WHOLE)),,--reduced),$(not_due))
 
@@ -106,7 +112,7 @@ cuda: build
 
 # The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread, and all of what is to run on a
 # GPU that can run without one.
-emulate: build
+emulate: build $(VENV)/tools
 	$(BIN)/python scripts/emulate.py build/emulated/cuda.so
 	MANN_FAST_EMULATION=build/emulated/cuda.so MANN_FAST_TEST_BACKEND=cuda $(BIN)/python -m pytest $(MARKS) $(call op_tests,emulate)
 	MANN_FAST_EMULATION=build/emulated/cuda.so $(BIN)/python benchmarks/gpu_check --dry-run --out build/gpu_check
@@ -118,7 +124,7 @@ sanitize: $(VENV)/installed
 
 # The wheel, made from the source distribution, in empty environments outside this folder: beside the torch that it was
 # built with and beside another. What build and cuda have compiled serves for it.
-wheel: build cuda
+wheel: build cuda $(VENV)/tools
 	rm -rf dist
 	MANN_FAST_OBJECTS="$(CURDIR)/build/objects" MANN_FAST_REQUIRE_EXTENSION=1 MANN_FAST_CUDA=$${MANN_FAST_CUDA-1} \
 	    $(BIN)/python -m build --no-isolation
@@ -126,11 +132,11 @@ wheel: build cuda
 	    $(call op_tests,wheel isas) tests/test_pretrained.py tests/test_backbones.py
 
 # In Chromium, as Debian's package chromium has it, or Chrome. What is tested is left in build/draw.png: docs/draw.png is that.
-draw: build
+draw: build $(VENV)/tools
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[draw]" playwright nbclient ipykernel
 	MANN_FAST_PICTURE=build/draw.png $(BIN)/python -m pytest tests/test_draw.py tests/test_examples.py
 
-site: $(VENV)/installed
+site: $(VENV)/tools
 	$(BIN)/python -m mkdocs build --strict
 
 clean:

@@ -139,7 +139,7 @@ def test_what_is_missing_double_or_damaged_is_named(tmp_path):
 
 TINY = {
     "addressing": "lrua",  # the whole sequence is one call
-    "repairs": "",
+    "memory": "",
     "hidden_size": 7,
     "slots": 9,
     "slot_size": 5,
@@ -148,7 +148,7 @@ TINY = {
     "log_every": 2,
     "checkpoint_every": 3,
 }
-OPTIONS = ["--addressing", "lrua", "--repairs", "", "--hidden-size", "7", "--slots", "9", "--slot-size", "5"]
+OPTIONS = ["--addressing", "lrua", "--hidden-size", "7", "--slots", "9", "--slot-size", "5"]
 OPTIONS += ["--heads", "2", "--steps", "2"]
 
 
@@ -233,8 +233,7 @@ def test_commands_train_evaluate_and_name_mistakes(files, capsys, tmp_path):
         (["predict", "--checkpoint", run, "--support", ".", "a.png"], "is a model of the task babi"),
         (["train", "--task", "babi", "--out", run + "2"], "--data is needed: the path of the bAbI files"),
         ([*command, "--length", "3"], "--length does not belong to --task babi"),
-        ([*fresh, "--repairs", "mm"], "repairs must be some of the letters m (masks)"),
-        ([*fresh, "--repairs", "m"], "repairs must be empty with addressing 'lrua'"),
+        ([*fresh, "--memory", "masks=true"], "memory must be options of 'lrua', "),
     ):
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err

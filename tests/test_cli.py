@@ -29,7 +29,15 @@ from mann_fast.cli._report import print_accuracy
 from mann_fast.cli._signals import StopSignals
 from mann_fast.cli._stderr import ForgivingStream
 from mann_fast.data import generate_glyphs
-from mann_fast.training import InstanceAccuracy, TrainConfig, load_checkpoint, resume_run, start_run, train
+from mann_fast.training import (
+    InstanceAccuracy,
+    TrainConfig,
+    load_checkpoint,
+    restore_model,
+    resume_run,
+    start_run,
+    train,
+)
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.files import read_json_lines
 from mann_fast.training.lock import LOCK
@@ -293,6 +301,39 @@ def test_resume_takes_its_settings_from_the_checkpoint(capsys, tmp_path, picture
     assert json.loads((out / "summary.json").read_text())["step"] == 4
     status, _, err = call(capsys, "train", "--out", out, "--resume", "--heads", 1)
     assert_one_line_error(status, err, "heads = 2", "--out")
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "--addressing ntm --memory max_shift=2 order=read_first --controller gru",
+        "--addressing dnc --memory masks=true link=false",
+        "--addressing content --layout support",
+        "--addressing sparse --memory num_reads=2 --layout support --controller lstm",
+        "--memory --layout support",
+    ],
+)
+def test_images_go_to_any_memory(capsys, tmp_path, support, memory):
+    out, picture = tmp_path / "run", tmp_path / "episode.png"
+    data = write_pictures(tmp_path / "data", images=9)
+    arguments = ["train", "--data", data, "--out", out, *SIZES, *memory.split()]
+    status, _, err = call(capsys, *arguments, "--steps", 2)
+    assert status == 0, err
+    assert call(capsys, "train", "--out", out, "--resume", "--steps", 3)[0] == 0
+    content = load_checkpoint(out)
+    config = content["config"]
+    assert content["step"] == 3 and config.addressing in (*memory.split(), "lrua")
+    assert " ".join(part for part in memory.split() if "=" in part) == config.memory
+    layer = restore_model(content).layer
+    assert {name: getattr(layer, name) for name in config.memory_options} == config.memory_options
+    kinds = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell, "feedforward": torch.nn.Linear}
+    assert type(layer.controller) is kinds[config.controller]
+    assert call(capsys, "show", "--checkpoint", out, "--out", picture)[0] == 0
+    images = support / "class0" / "0.png"
+    status, printed, _ = call(capsys, "predict", "--checkpoint", out, "--support", support, images, "--json")
+    assert status == 0 and len(json.loads(printed)["predictions"]) == 1
+    status, _, err = call(capsys, "train", "--out", out, "--resume", "--memory", "eps=1e-3")
+    assert_one_line_error(status, err, "memory = ", "--out")
 
 
 # evaluate

@@ -68,12 +68,18 @@ def test_a_sequence_names_its_marks_and_crosses_what_is_wrong(task, drawn, tmp_p
 def test_titles_say_the_model_plainly():
     config = SequenceConfig.of_task(task="copy", length=20)
     assert describe(config) == "NTM memory, LSTM controller, on copy, trained on up to 20 vectors"
-    config = SequenceConfig.of_task(task="copy", length=20, addressing="dnc", repairs="md")
-    assert describe(config).startswith("DNC memory with repairs md, LSTM controller")
+    config = SequenceConfig.of_task(
+        task="copy", length=20, addressing="dnc", memory="masks=true mask_min=0.1"
+    )
+    assert describe(config).startswith("DNC memory (masks, mask_min=0.1), LSTM controller, on copy")
     config = SequenceConfig.of_task(task="copy", length=20, addressing="content", controller="feedforward")
     assert describe(config).startswith("content memory, feedforward controller")
     config = SequenceConfig.of_task(task="copy", length=20, model="lstm")
     assert describe(config) == "LSTM without memory, on copy, trained on up to 20 vectors"
+    assert describe(TrainConfig(data="glyphs")) == "MANN on glyphs, 5-way"
+    config = TrainConfig.of("conv4", "support", data="glyphs", addressing="ntm")
+    model = "MANN (conv4, 28 x 28, NTM memory, feedforward controller)"
+    assert describe(config) == f"{model} on glyphs, 5-way, support and queries"
 
 
 def test_intervals_are_drawn_where_a_run_has_them(drawn, tmp_path):
@@ -124,10 +130,10 @@ def test_intervals_are_drawn_where_a_run_has_them(drawn, tmp_path):
         assert top.lines[0].get_xydata().tolist() == [[2, 50]] * (number - 2)
 
 
-@pytest.mark.parametrize("task, repairs", [("copy", ""), ("repeat-copy", "mds"), ("key-value", "mds")])
-def test_long_titles_are_not_cut(task, repairs, drawn, tmp_path):
-    addressing = "dnc" if repairs else "ntm"
-    config = SequenceConfig.of_task(task, addressing=addressing, controller="feedforward", repairs=repairs)
+@pytest.mark.parametrize("task, addressing", [("copy", "ntm"), ("repeat-copy", "dnc"), ("key-value", "dnc")])
+def test_long_titles_are_not_cut(task, addressing, drawn, tmp_path):
+    memory = "masks=true deallocate=true link_sharpening=true" if addressing == "dnc" else ""
+    config = SequenceConfig.of_task(task, addressing=addressing, controller="feedforward", memory=memory)
     title = describe(config)
     results = [SizeResult("100 vectors", 2, 1.0, 0.9, 1.1, 0.0, 4.0, [1.0, 1.0], None)]
     plot_answers(tmp_path / "a.png", results, config, title)

@@ -92,9 +92,19 @@ def test_steps_start_with_few_classes_and_come_to_all():
 
 
 def test_checkpoints_from_before_are_of_a_stream():
-    old = replace(CONFIG, layout="stream").to_dict()
-    del old["layout"]
-    assert config_from_dict(old).layout == "stream"
+    old = TrainConfig.of("none", "stream", data="glyphs").to_dict()
+    for name in ("layout", "addressing", "memory", "controller"):
+        del old[name]
+    found = config_from_dict(old)
+    assert (found.layout, found.addressing, found.memory) == ("stream", "lrua", "write_target=shared")
+    assert found.controller == "lstm"
+
+
+def test_checkpoints_from_before_have_the_memory_of_their_layout():
+    config = TrainConfig.of("none", "support", data="glyphs")
+    old = {n: x for n, x in config.to_dict().items() if n not in ("addressing", "memory", "controller")}
+    assert config_from_dict(old) == config and config.controller == "feedforward"
+    assert config.memory == "write_vector=key write_target=per_head order=read_first"
 
 
 SIZES = (

@@ -1,6 +1,7 @@
 """Sequence tasks: what their sequences hold, training on them, and their commands."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,8 +171,23 @@ def test_errors_count_wrong_bits_of_answers_alone():
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, dnc, sparse, got 'random'"),
         ({"controller": "rnn"}, "controller must be one of lstm, gru, feedforward, got 'rnn'"),
-        ({"repairs": "m"}, "repairs must be empty with addressing 'ntm', got 'm'"),
-        ({"addressing": "dnc", "repairs": "mx"}, r"repairs must be some of the letters m \(masks\), d "),
+        (
+            {"memory": "masks=true"},
+            "memory must be options of 'ntm', order, eps, max_shift, got 'masks=true'",
+        ),
+        (
+            {"memory": "num_slots=4"},
+            "memory must be options of 'ntm', order, eps, max_shift, got 'num_slots=4'",
+        ),
+        ({"memory": "max_shift=1 max_shift=2"}, "memory must be options that are given once, got"),
+        ({"memory": "max_shift"}, "memory must be NAME=VALUE ..., got 'max_shift'"),
+        ({"memory": "max_shift="}, "memory must be NAME=VALUE ..., got 'max_shift='"),
+        ({"memory": "max_shift=one"}, "memory must be options of 'ntm': max_shift must be an int, got str"),
+        ({"memory": "eps=nan"}, "memory must be options of 'ntm': eps must be .*, got nan"),
+        (
+            {"addressing": "dnc", "memory": "masks=2"},
+            "memory must be options of 'dnc': masks must be a bool, got int",
+        ),
         ({"heads": 200}, "heads must be at most slots = 128, got 200"),
     ],
 )
@@ -187,10 +203,32 @@ def test_settings_of_a_task_are_its_own_and_can_be_changed():
     assert (config.addressing, config.heads, config.hidden_size) == ("lrua", 2, 200)
     assert SequenceConfig.from_dict(config.to_dict()) == config
     assert SequenceConfig.of_task("copy") == SequenceConfig()
-    before = {name: value for name, value in SequenceConfig().to_dict().items() if name != "repairs"}
-    assert SequenceConfig.from_dict(before) == SequenceConfig()
-    found = SequenceConfig(addressing="dnc", repairs="sm").memory_options
-    assert found == {"addressing": "dnc", "masks": True, "deallocate": False, "link_sharpening": True}
+    other = SequenceConfig.of_task("key-value", addressing="lrua")
+    assert other.memory == "" and SequenceConfig.of_task("key-value", slots=9).memory.startswith(
+        "masks=true "
+    )
+
+
+def test_options_of_a_memory_are_read_as_what_they_look_like():
+    text = "sharpness=none write_vector=key usage_decay=0.5 order=read_first"
+    config = SequenceConfig(addressing="lrua", memory=text, slots=9, slot_size=5, heads=2)
+    options = {"sharpness": None, "write_vector": "key", "usage_decay": 0.5, "order": "read_first"}
+    assert config.memory_options == {"num_slots": 9, "slot_size": 5, "num_heads": 2, **options}
+    layer = build_model(config, 8, 8).layer
+    assert {name: getattr(layer, name) for name in options} == options
+    masked = SequenceConfig(addressing="dnc", memory="masks=True link=FALSE").memory_options
+    assert (masked["masks"], masked["link"]) == (True, False)
+
+
+def test_settings_of_older_checkpoints_are_read():
+    """Of 0.1, which had no options of a memory, and of when those of the DNC were letters."""
+    config = SequenceConfig(addressing="dnc", memory="masks=true link_sharpening=true")
+    values = {name: value for name, value in config.to_dict().items() if name != "memory"}
+    assert SequenceConfig.from_dict(values) == replace(config, memory="")
+    found = SequenceConfig.from_dict({**values, "repairs": "sm"})
+    assert found.memory_options == config.memory_options
+    with pytest.raises(ValueError, match="repairs must be some of the letters m, d, s, got 'mx'"):
+        SequenceConfig.from_dict({**values, "repairs": "mx"})
 
 
 @pytest.mark.parametrize("name", TASKS)

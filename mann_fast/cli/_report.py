@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
 from ..training.babi import MEANS, PUBLISHED, REPEATED
-from ..training.config import ENCODER_SHARE, MemoryConfig, RunConfig
+from ..training.config import ENCODER_SHARE, RunConfig
 from ..training.plots import name_of_answer, ordinal, shown_instances
 from ..training.protocol import QUERIES
 from ..training.sequence_plots import unit
@@ -86,7 +86,7 @@ class TrainingProgress:
             )
 
     def _numbers(self) -> str:
-        if isinstance(self.config, MemoryConfig):
+        if not isinstance(self.config, TrainConfig):
             return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}"
         shown = " ".join(
             f"{name_of_answer(self.config, k).removesuffix(' image')} {self.values[k - 1]:.0%}"

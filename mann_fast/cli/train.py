@@ -42,10 +42,10 @@ from ..training.config import (
     ENCODER_DEFAULTS,
     ENCODER_SHARE,
     LABELS,
+    LAYOUT_DEFAULTS,
     LAYOUTS,
     MODELS,
     NO_ENCODER,
-    REPAIRS,
     RunConfig,
     config_kind,
 )
@@ -164,16 +164,21 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--addressing",
         choices=tuple(MEMORIES),
-        help="of the memory, in a sequence task or babi (default: "
+        help=f"of the memory (default: {default.addressing} for {ONE_SHOT}, "
         f"{', '.join(f'{SequenceConfig.of_task(task).addressing} for {task}' for task in TASKS)}, dnc for babi)",
     )
     setting(
-        "--repairs",
-        metavar="LETTERS",
-        help="of --addressing dnc, those of Csordas and Schmidhuber 2019, such as md: "
-        f"{', '.join(f'{letter} ({option})' for letter, option in REPAIRS.items())}",
+        "--memory",
+        metavar="NAME=VALUE",
+        nargs="*",
+        help="options of the memory, as MemoryLayer names them (docs/layers.md), such as max_shift=2 or masks=true "
+        "deallocate=true; none where nothing follows (default: what was measured to suit the task, docs/cli.md)",
     )
-    setting("--controller", choices=tuple(CONTROLLERS), help="of a sequence task or babi (default: lstm)")
+    setting(
+        "--controller",
+        choices=tuple(CONTROLLERS),
+        help=f"(default: {default.controller}; with --layout support {LAYOUT_DEFAULTS['support']['controller']})",
+    )
     setting(
         "--hidden-size",
         type=int,
@@ -260,6 +265,8 @@ def configured(args: argparse.Namespace) -> RunConfig:
         raise ValueError(f"the run in {args.out} is not one of --task {task}; leave the option out")
     every = {field.name for known in (TrainConfig, SequenceConfig, BabiConfig) for field in fields(known)}
     given = {name: getattr(args, name) for name in every if getattr(args, name, None) is not None}
+    if "memory" in given:
+        given["memory"] = " ".join(given["memory"])
     if kind is TrainConfig:
         given.pop("task", None)
     for name in given:
@@ -272,7 +279,7 @@ def configured(args: argparse.Namespace) -> RunConfig:
     if kind is BabiConfig:
         if "data" not in given:
             raise ValueError("--data is needed: the path of the bAbI files, a folder or an archive")
-        return BabiConfig(**given)
+        return BabiConfig.of(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
     return TrainConfig.of(**{"encoder": NO_ENCODER, "layout": "stream", **given})

@@ -30,7 +30,7 @@ from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
 from ..models.backbones import is_backbone
 from ..models.encoders import is_own, make_own
-from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, TrainConfig, config_from_dict
+from .config import NO_ENCODER, BabiConfig, RunConfig, TrainConfig, config_from_dict
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -238,9 +238,11 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
             needed |= encoder_options(config)
             if own_encoder(config):  # the config of the model has the name of its class
                 del needed["encoder"]
-        needed |= {"num_slots": config.slots, "slot_size": config.slot_size, "num_heads": config.heads}
-        if isinstance(config, MemoryConfig):
-            needed |= {"controller": config.controller, **config.memory_options}
+        needed |= {
+            "controller": config.controller,
+            "addressing": config.addressing,
+            **config.memory_options,
+        }
     for name, value in needed.items():
         if made_with.get(name) != value:
             raise ValueError(
@@ -364,37 +366,24 @@ def own_encoder(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and is_own(config.encoder)
 
 
-STREAM_OPTIONS = {"write_target": "shared"}  # takes off in fewer steps than "per_head": docs/omniglot.md
-# What is written is the key, which holds image and label, so images that look alike find one another from the first step; the
-# controller has no past, which would only tell of the order of the examples. docs/few-shot.md has what was tried.
-SUPPORT_OPTIONS = {
-    "controller": "feedforward",
-    "write_vector": "key",
-    "write_target": "per_head",
-    "order": "read_first",
-}
-
-
 def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
         return LSTMClassifier(input_size, num_outputs, config.hidden_size)
-    if isinstance(config, MemoryConfig):
-        options = {"controller": config.controller, **config.memory_options}
-    else:
+    options: dict[str, Any] = {}
+    if isinstance(config, TrainConfig):
         options = encoder_options(config)
         if options["encoder"] is not None:
             options["normalize_features"] = True  # docs/few-shot.md has what it brings
         if own_encoder(config):
             options["encoder"] = make_own(config.encoder)
-        options |= SUPPORT_OPTIONS if config.layout == "support" else STREAM_OPTIONS
     return MANN(
         input_size,
         num_outputs,
         config.hidden_size,
-        num_slots=config.slots,
-        slot_size=config.slot_size,
-        num_heads=config.heads,
+        controller=config.controller,
+        addressing=config.addressing,
+        **config.memory_options,
         **options,
     )
 

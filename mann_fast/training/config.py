@@ -9,7 +9,7 @@ from typing import Any
 from .._state import SIZE_MAX
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
-from ..layers.registry import PRESETS
+from ..layers.registry import PRESETS, make_memory, options_of
 from ..models.backbones import is_backbone, recipe_of
 from ..models.encoders import ENCODERS, check_image_shape, is_own
 from ..reference.cell import CONTROLLERS
@@ -20,16 +20,36 @@ LABELS = ("onehot", "string")
 LAYOUTS = ("stream", "support")  # of an episode
 NO_ENCODER = "none"
 ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {"conv4": {"image_size": 28}}  # the field's
-# A step of few episodes with many classes tells more apart than one of many with few; measuring takes more images.
+# Of a stream, shared slots take off in fewer steps than slots per head: docs/omniglot.md. Of support and queries, a step of few
+# episodes with many classes tells more apart than one of many with few; measuring takes more images. What is written is the
+# key, which holds image and label, so images that look alike find one another from the first step; the controller has no past,
+# which would only tell of the order of the examples. docs/few-shot.md has what was tried.
 LAYOUT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "support": {"shots": 5, "batch": 2, "lr": 2e-3, "log_every": 250, "eval_episodes": 200}
+    "stream": {"memory": "write_target=shared"},
+    "support": {
+        "controller": "feedforward",
+        "memory": "write_vector=key write_target=per_head order=read_first",
+        "shots": 5,
+        "batch": 2,
+        "lr": 2e-3,
+        "log_every": 250,
+        "eval_episodes": 200,
+    },
 }
 # Of so many steps an encoder has one to learn in. It took 7.5 times as long as one of the memory, and then come the features:
 # both have about half of the time.
 ENCODER_SHARE = 10
 BABI = "babi"  # the name of its task
-# Of the DNC, options by the letters of Csordas and Schmidhuber 2019: DNC-MD has masks and de-allocation.
-REPAIRS = {"m": "masks", "d": "deallocate", "s": "link_sharpening"}
+SIZES = {
+    "num_slots": "slots",
+    "slot_size": "slot_size",
+    "num_heads": "heads",
+}  # of a memory, by the names of settings
+WORDS: dict[str, Any] = {
+    "true": True,
+    "false": False,
+    "none": None,
+}  # in "NAME=VALUE ...", beside numbers and names
 MOST_NUMBERS = (
     2**28
 )  # of one sample's memory: 1 GiB in float32. No parameter has this size, so no file bounds it
@@ -47,6 +67,9 @@ class RunConfig:
     slots: int = Memory.num_slots
     slot_size: int = Memory.slot_size
     heads: int = Memory.num_heads
+    addressing: str = "lrua"
+    memory: str = ""  # options of the memory, "NAME=VALUE ..."
+    controller: str = "lstm"
 
     steps: int = 20_000
     batch: int = 16  # episodes or sequences per step
@@ -86,6 +109,11 @@ class RunConfig:
         numbers = self.slots * self.slot_size
         _require(numbers <= MOST_NUMBERS, "slots * slot_size", f"at most {MOST_NUMBERS}", numbers)
         _require(self.heads <= self.slots, "heads", f"at most slots = {self.slots}", self.heads)
+        _require(self.addressing in MEMORIES, "addressing", f"one of {', '.join(MEMORIES)}", self.addressing)
+        _require(
+            self.controller in CONTROLLERS, "controller", f"one of {', '.join(CONTROLLERS)}", self.controller
+        )
+        self._check_memory()
         _require(self.model in MODELS, "model", f"one of {', '.join(MODELS)}", self.model)
         _require(math.isfinite(self.lr) and self.lr > 0, "lr", "a number above 0", self.lr)
         _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
@@ -93,6 +121,24 @@ class RunConfig:
         _require(self.clip > 0, "clip", "above 0", self.clip)
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1", self.seed)
+
+    def _check_memory(self) -> None:
+        own = [name for name in options_of(MEMORIES[self.addressing]) if name not in SIZES]
+        options = dict(_memory_option(part) for part in self.memory.split())
+        for name in options:
+            _require(name in own, "memory", f"options of {self.addressing!r}, {', '.join(own)}", self.memory)
+        twice = len(options) < len(self.memory.split())
+        _require(not twice, "memory", "options that are given once", self.memory)
+        try:
+            make_memory(self.addressing, self.memory_options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"memory must be options of {self.addressing!r}: {error}") from error
+
+    @property
+    def memory_options(self) -> dict[str, Any]:
+        """Those of the memory, sizes among them."""
+        sizes = {option: getattr(self, name) for option, name in SIZES.items()}
+        return {**sizes, **dict(_memory_option(part) for part in self.memory.split())}
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of one step, counted from 0: linear rise, constant, linear fall.
@@ -135,6 +181,7 @@ class TrainConfig(RunConfig):
     # "stream": every image is asked about, and its label follows one step late, as in the paper. "support": first up to `shots`
     # examples of each class, each with its label, then queries, every one judged apart from the others.
     layout: str = "stream"
+    memory: str = LAYOUT_DEFAULTS["stream"]["memory"]
     augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
 
     def __post_init__(self) -> None:
@@ -178,7 +225,8 @@ class TrainConfig(RunConfig):
         of_encoder = ENCODER_DEFAULTS.get(encoder, {})
         if is_backbone(encoder):
             of_encoder = {"image_size": recipe_of(encoder).image_size, "colour": True, "augment": False}
-        defaults = {**of_encoder, **LAYOUT_DEFAULTS.get(layout, {}), **changes}
+        of_layout = {"addressing": cls.addressing, **LAYOUT_DEFAULTS.get(layout, {})}
+        defaults = _of_addressing({**of_layout, **of_encoder}, changes)
         if trainable(encoder):
             steps = defaults.get("steps", cls.steps)
             defaults.setdefault("encoder_steps", min(max(1, steps // ENCODER_SHARE), steps - 1))
@@ -190,11 +238,16 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The same; checkpoints from before there were encoders have none, older ones a stream, and none in which an encoder
-        learned with the memory steps of its own.
+        """The same; checkpoints from before there were encoders have none, older ones a stream, none in which an encoder
+        learned with the memory steps of its own, and memory and controller went by the layout.
         """
         before = {"colour": False, "encoder": NO_ENCODER, "encoder_steps": 0, "layout": "stream"}
-        return super().from_dict({**before, **values})
+        values = {**before, **values}
+        of_layout = LAYOUT_DEFAULTS.get(str(values["layout"]), {})
+        made = {
+            name: of_layout.get(name, getattr(cls, name)) for name in ("addressing", "memory", "controller")
+        }
+        return super().from_dict({**made, **values})
 
     def learning_rate(self, step: int) -> float:
         """The same, once over the steps of the encoder and once over the others."""
@@ -231,45 +284,13 @@ def trainable(encoder: str) -> bool:
 
 
 @dataclass(frozen=True)
-class MemoryConfig(RunConfig):
-    """Of a run in which the memory and its controller may be chosen."""
-
-    addressing: str = GRAVES["addressing"]
-    controller: str = "lstm"
-    repairs: str = ""  # of addressing "dnc": letters of REPAIRS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choices = (("addressing", tuple(MEMORIES)), ("controller", tuple(CONTROLLERS)))
-        for name, known in choices:
-            value = getattr(self, name)
-            _require(value in known, name, f"one of {', '.join(known)}", value)
-        letters = sorted(self.repairs)
-        named = ", ".join(f"{letter} ({option})" for letter, option in REPAIRS.items())
-        known = set(letters) <= REPAIRS.keys() and len(set(letters)) == len(letters)
-        _require(known, "repairs", f"some of the letters {named}", self.repairs)
-        if self.addressing != "dnc":
-            _require(not letters, "repairs", f"empty with addressing {self.addressing!r}", self.repairs)
-
-    @property
-    def memory_options(self) -> dict[str, Any]:
-        """Of MemoryLayer, but for the sizes."""
-        repairs = {option: letter in self.repairs for letter, option in REPAIRS.items()}
-        return {"addressing": self.addressing, **(repairs if self.addressing == "dnc" else {})}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The same; checkpoints from before there were repairs have none."""
-        return super().from_dict({"repairs": "", **values})
-
-
-@dataclass(frozen=True)
-class SequenceConfig(MemoryConfig):
+class SequenceConfig(RunConfig):
     """Of a run on a task of `mann_fast.data.sequences`; `of_task` gives each its own defaults."""
 
     task: str = "copy"
     length: int = 20  # the longest of training, in the task's own unit
 
+    addressing: str = GRAVES["addressing"]
     hidden_size: int = GRAVES["hidden_size"]
     slot_size: int = GRAVES["slot_size"]
     heads: int = GRAVES["num_heads"]
@@ -293,18 +314,22 @@ class SequenceConfig(MemoryConfig):
 
     @classmethod
     def of_task(cls, task: str, **changes: Any) -> SequenceConfig:
-        return cls(task=task, **{**TASK_DEFAULTS.get(task, {}), **changes})
+        return cls(task=task, **_of_addressing(TASK_DEFAULTS.get(task, {}), changes))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        return super().from_dict(_with_memory(values))
 
 
 @dataclass(frozen=True)
-class BabiConfig(MemoryConfig):
+class BabiConfig(RunConfig):
     """Of a run on the bAbI tasks, all at once; sizes, learning rate and batch of Csordas and Schmidhuber 2019."""
 
     task: str = BABI
     data: str = ""  # the path of the files: `mann_fast.data.babi.load_babi`
 
     addressing: str = "dnc"
-    repairs: str = "md"  # the best of the paper's table 1
+    memory: str = "masks=true deallocate=true"  # the best of the paper's table 1
     hidden_size: int = 256
     slots: int = 256
     slot_size: int = 64
@@ -321,6 +346,15 @@ class BabiConfig(MemoryConfig):
         _require(self.task == BABI, "task", repr(BABI), self.task)
         _require(bool(self.data), "data", "the path of the bAbI files", self.data)
 
+    @classmethod
+    def of(cls, **changes: Any) -> BabiConfig:
+        """With no options of the memory where another than the DNC is among the changes, unless these are too."""
+        return cls(**_of_addressing({"addressing": cls.addressing, "memory": cls.memory}, changes))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        return super().from_dict(_with_memory(values))
+
 
 # Sizes of Graves et al. 2014 for their tasks, of Santoro et al. 2016 for regression; steps and learning rates: docs/tasks.md.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -330,7 +364,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "key-value": {
         "length": 4,
         "addressing": "dnc",
-        "repairs": "mds",
+        "memory": "masks=true deallocate=true link_sharpening=true",
         "hidden_size": 64,
         "slots": 8,  # fewer than pairs: what was asked for has to make room
         "slot_size": 16,
@@ -358,6 +392,39 @@ def config_kind(task: str | None) -> type[RunConfig]:
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """The settings of a checkpoint."""
     return config_kind(values.get("task")).from_dict(values)
+
+
+def _of_addressing(defaults: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The defaults with changes; those of a memory's options are for the addressing that they stand beside."""
+    if changes.get("addressing", defaults.get("addressing")) != defaults.get("addressing"):
+        defaults = {**defaults, "memory": ""}
+    return {**defaults, **changes}
+
+
+def _with_memory(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint; older ones have options of the DNC alone, by the letters of Csordas and Schmidhuber 2019."""
+    if "memory" in values:
+        return values
+    repairs = {"m": "masks", "d": "deallocate", "s": "link_sharpening"}
+    letters = values.get("repairs", "")
+    if not isinstance(letters, str) or not set(letters) <= repairs.keys():
+        raise ValueError(f"repairs must be some of the letters {', '.join(repairs)}, got {letters!r}")
+    memory = " ".join(f"{repairs[letter]}=true" for letter in sorted(set(letters)))
+    return {"memory": memory, **{name: value for name, value in values.items() if name != "repairs"}}
+
+
+def _memory_option(part: str) -> tuple[str, Any]:
+    """NAME=VALUE: true, false, none, a number, or the name of a choice."""
+    name, equals, text = part.partition("=")
+    _require(bool(name and equals and text), "memory", "NAME=VALUE ...", part)
+    if text.lower() in WORDS:
+        return name, WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return name, kind(text)
+        except ValueError:
+            continue
+    return name, text
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

@@ -15,7 +15,7 @@ from ..data.babi import Babi
 from . import processes
 from .babi import BabiTrainer, has_learned_babi, measure_babi
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import NO_ENCODER, BabiConfig, MemoryConfig, RunConfig, SequenceConfig, TrainConfig
+from .config import NO_ENCODER, BabiConfig, RunConfig, SequenceConfig, TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted
 from .files import append_json_line, read_json_lines, remove_temporaries, replacing, write_json
 from .lock import only_run
@@ -170,16 +170,14 @@ def draw_curve(trainer: Run, out: Path) -> None:
     """curve.png from metrics.jsonl; nothing before the first line is written."""
     config = trainer.config
     if records := read_metrics(out):
-        plot = plot_sequence_curve if isinstance(config, MemoryConfig) else plot_learning_curve
+        plot = plot_learning_curve if isinstance(config, TrainConfig) else plot_sequence_curve
         plot(out / CURVE, records, config, describe(config))
 
 
 def describe(config: RunConfig, source: str | None = None) -> str:
     """A run in a few words, for titles; `source` if it is measured on other data than it was trained on."""
-    if isinstance(config, MemoryConfig):
-        repairs = f" with repairs {config.repairs}" if config.repairs else ""
-        memory = f"{_spelt(config.addressing)} memory{repairs}, {_spelt(config.controller)} controller"
-        model = memory if config.model == "mann" else f"{config.model.upper()} without memory"
+    if not isinstance(config, TrainConfig):
+        model = _memory(config) if config.model == "mann" else f"{config.model.upper()} without memory"
         if isinstance(config, BabiConfig):
             return f"{model}, on bAbI"
         task = task_of(config)
@@ -189,12 +187,19 @@ def describe(config: RunConfig, source: str | None = None) -> str:
     labels = ", string labels" if config.labels == "string" else ""
     if config.layout == "support":
         labels += ", support and queries"
-    encoder = (
-        ""
-        if config.encoder == NO_ENCODER
-        else f" ({config.encoder}, {config.image_size} x {config.image_size})"
-    )
-    return f"{config.model.upper()}{encoder} on {data}, {config.ways}-way{labels}"
+    unusual = []
+    if config.encoder != NO_ENCODER:
+        unusual += [config.encoder, f"{config.image_size} x {config.image_size}"]
+    if config.model == "mann" and _memory(config) != _memory(TrainConfig.of(NO_ENCODER, config.layout)):
+        unusual.append(_memory(config))
+    model = config.model.upper() + (f" ({', '.join(unusual)})" if unusual else "")
+    return f"{model} on {data}, {config.ways}-way{labels}"
+
+
+def _memory(config: RunConfig) -> str:
+    options = ", ".join(part.removesuffix("=true") for part in config.memory.split())
+    memory = f"{_spelt(config.addressing)} memory" + (f" ({options})" if options else "")
+    return f"{memory}, {_spelt(config.controller)} controller"
 
 
 def _spelt(name: str) -> str:

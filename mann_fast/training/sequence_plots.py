@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import BabiConfig, MemoryConfig, SequenceConfig
+from .config import BabiConfig, RunConfig, SequenceConfig
 from .files import replacing
 from .plots import (
     WRONG,
@@ -25,14 +25,14 @@ from .plots import (
 from .sequences import SequenceTrace, SizeResult, task_of
 
 
-def unit(config: MemoryConfig) -> str:
+def unit(config: RunConfig) -> str:
     """What an error counts."""
     if isinstance(config, BabiConfig):
         return "share of wrong answers"
     return "wrong bits per answer" if task_of(config).binary else "squared error"
 
 
-def loss_unit(config: MemoryConfig) -> str:
+def loss_unit(config: RunConfig) -> str:
     """What the loss of training is."""
     if isinstance(config, BabiConfig):
         return "loss (nats per answer)"
@@ -40,7 +40,7 @@ def loss_unit(config: MemoryConfig) -> str:
 
 
 def plot_sequence_curve(
-    path: str | os.PathLike, records: Sequence[dict[str, Any]], config: MemoryConfig, title: str
+    path: str | os.PathLike, records: Sequence[dict[str, Any]], config: RunConfig, title: str
 ) -> None:
     """Errors on sequences of every size with their 95% interval, or of all bAbI tasks, and training loss, over steps; from the
     lines of metrics.jsonl.
