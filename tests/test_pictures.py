@@ -11,12 +11,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mann_fast.cli import main
-from mann_fast.training import SequenceConfig, TrainConfig
+from mann_fast.training import InstanceAccuracy, SequenceConfig, TrainConfig
 from mann_fast.training.loop import describe
-from mann_fast.training.plots import RIGHT, WRONG, plot_learning_curve, plot_predictions
+from mann_fast.training.plots import (
+    RIGHT,
+    WRONG,
+    plot_accuracy,
+    plot_episode,
+    plot_learning_curve,
+    plot_predictions,
+)
 from mann_fast.training.sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
 from mann_fast.training.sequences import SequenceTrace, SizeResult, task_of
-from mann_fast.training.trace import Slots
+from mann_fast.training.trace import Slots, Trace
 
 
 @pytest.fixture
@@ -140,9 +147,33 @@ def test_long_titles_are_not_cut(task, addressing, drawn, tmp_path):
     lines = [{"step": step, "loss": 0.6, "test_error": {"100 vectors": 1.0}} for step in (1, 2)]
     plot_sequence_curve(tmp_path / "b.png", lines, config, title)
     for figure in drawn:
-        figure.canvas.draw()  # it was saved with other pixels than it has
-        box, whole = figure.axes[0].title.get_window_extent(), figure.bbox
-        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+        assert_whole(figure, figure.axes[0].title)
+
+
+def assert_whole(figure, *texts):
+    """None of them is cut off by the edge of the picture."""
+    figure.canvas.draw()  # it was saved with other pixels than it has
+    for text in texts:
+        box, whole = text.get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, text
+
+
+def test_long_titles_and_legends_of_images_are_not_cut(drawn, tmp_path):
+    memory = "masks=true deallocate=true link_sharpening=true"
+    config = TrainConfig.of("conv4", "support", data="omniglot", addressing="dnc", memory=memory, shots=2)
+    title = describe(config)
+    plot_accuracy(tmp_path / "a.png", InstanceAccuracy(2, [0.1, 0.2], [0.0, 0.1], [0.2, 0.3]), config, title)
+    line = {"loss": 0.6, "heldout_accuracy": [0.5, 0.5], "heldout_interval": [[0.4, 0.6]] * 2}
+    plot_learning_curve(tmp_path / "b.png", [{"step": step, **line} for step in (1, 2)], config, title)
+    for figure in drawn:
+        assert_whole(figure, figure.axes[0].title)
+    asked = torch.tensor([False, True, True])  # few steps make a narrow picture
+    weights = torch.full((3, 2), 0.5)
+    slots = Slots(weights, weights, weights, None, None)
+    right = asked & (torch.arange(3) > 1)
+    trace = Trace(["x", "y"], torch.tensor([0, 1, 0]), asked, right, weights, slots)
+    plot_episode(tmp_path / "c.png", torch.rand(3, 1, 4, 4), asked.long(), trace, title)
+    assert_whole(drawn[-1], drawn[-1]._suptitle, drawn[-1].axes[1].get_legend())
 
 
 def test_answers_are_framed_by_whether_they_are_right(drawn, tmp_path):

@@ -73,7 +73,8 @@ def plot_learning_curve(
         linewidth=1,
         label=f"chance ({_percent(config.chance)})",
     )
-    top.set(title=f"{title}:\naccuracy on held-out classes", ylabel="right answers (%)", ylim=(0, 101))
+    top.set_title(f"{title}:\naccuracy on held-out classes", wrap=True)
+    top.set(ylabel="right answers (%)", ylim=(0, 101))
     draw_legend(top, "shaded: 95% interval")
     if of_encoder:
         places = [record["step"] for record in of_encoder]
@@ -161,8 +162,8 @@ def plot_accuracy(
     axes.axhline(
         100 * chance, color="black", linestyle=":", linewidth=1, label=f"chance ({_percent(chance)})"
     )
+    axes.set_title(f"{title}:\naccuracy on held-out classes", wrap=True)
     axes.set(
-        title=f"{title}:\naccuracy on held-out classes",
         xlabel="how many times the class has been shown, this image included"
         if stream
         else f"examples of each class, before {QUERIES} queries of each",
@@ -232,10 +233,10 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     if trace.slots.usage is not None:
         panels.append(("usage", trace.slots.usage, "Purples"))
     of_slots = [2.0] * (len(panels) - 1)
-    figure = _figure(max(7.0, 0.27 * steps + 2), 3.5 + 2.5 * len(of_slots))
+    figure = _figure(max(9.0, 0.27 * steps + 2), 3.5 + 2.5 * len(of_slots))  # the legend takes 7
     heights = (0.6, 0.5 + 0.12 * classes, *of_slots)
     rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(f"{title}: {int(trace.right.sum())} of {int(trace.asked.sum())} right")
+    figure.suptitle(f"{title}: {int(trace.right.sum())} of {int(trace.asked.sum())} right", wrap=True)
     strip = images.permute(2, 0, 3, 1).reshape(size, steps * size, channels).squeeze(2)
     rows[0].imshow(strip, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1), vmin=0, vmax=1)
     rows[0].set(yticks=[], ylabel="image")
