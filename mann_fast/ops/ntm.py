@@ -29,7 +29,7 @@ def _head(prefix: str, heads: str, like: str, half: bool = False) -> tuple[Argum
     )
 
 
-# The raw op takes the heads of both kinds together: H = R + W, those that read first.
+# The raw op takes the heads of both kinds together: R + W of them, those that read first.
 NTM_SCAN = declare(
     Op(
         "ntm_scan",
@@ -64,7 +64,7 @@ NTM_SCAN = declare(
 )
 
 # What the public functions take, named as their callers know it.
-ADDRESS = (MEMORY, Argument("previous", "B H N", like="memory"), *_head("head.", "H", "memory", half=True))
+ADDRESS = (MEMORY, Argument("previous", "B R N", like="memory"), *_head("head.", "R", "memory", half=True))
 STEP = (
     Argument("state.memory", "B N D"),
     Argument("state.read_weights", "B R N", like="state.memory"),
@@ -84,7 +84,7 @@ def _check_moves(name: str, sizes: Sizes) -> None:
 
 
 def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Where H heads attend to (Graves et al. 2014, arXiv 1410.5401, eqs. 5-9).
+    """Where R heads of either kind attend to (Graves et al. 2014, arXiv 1410.5401, eqs. 5-9).
 
     ``w_c = softmax over slots of sharpness * cosine(key, slot)`` as in :func:`mann_fast.ops.content_read`;
     ``w_g = gate * w_c + (1 - gate) * previous``; ``w_s[i] = sum over j from -S to S of shift[j + S] * w_g[(i - j) mod N]``;
@@ -92,14 +92,14 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
 
     Args:
         memory: [B, N, D], float32 or float64; N, D >= 1.
-        head: :class:`NTMHead`: key [B, H, D]; sharpness, gate and sharpening [B, H]; shift [B, H, 2S + 1]. Of the dtype of
+        head: :class:`NTMHead`: key [B, R, D]; sharpness, gate and sharpening [B, R]; shift [B, R, 2S + 1]. Of the dtype of
             memory, or all bfloat16 or float16 beside a float32 memory. gate in [0, 1], shifts that sum to 1 and
             sharpening >= 1 are the caller's to ensure. 2S + 1 may exceed N: the shift then goes round.
-        previous: [B, H, N] of memory's dtype, the weights of the step before.
+        previous: [B, R, N] of memory's dtype, the weights of the step before.
         eps: > 0, as in :func:`mann_fast.ops.content_read`.
 
     Returns:
-        weights [B, H, N] of memory's dtype. Differentiable once in all tensors.
+        weights [B, R, N] of memory's dtype. Differentiable once in all tensors.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.

@@ -13,10 +13,10 @@ from .sequences import Steps
 
 
 class NTMHead(NamedTuple):
-    """What H heads address a memory with, squashed already; for a scan each with a leading T.
+    """What R heads, or W that write, address a memory with, squashed already; for a scan each with a leading T.
 
-    key [B, H, D]; sharpness [B, H], the factor on the similarity; gate [B, H] in [0, 1], the share of content addressing;
-    shift [B, H, 2S + 1], a distribution over moves by -S to S slots; sharpening [B, H], at least 1.
+    key [B, R, D]; sharpness [B, R], the factor on the similarity; gate [B, R] in [0, 1], the share of content addressing;
+    shift [B, R, 2S + 1], a distribution over moves by -S to S slots; sharpening [B, R], at least 1.
     """
 
     key: Tensor
