@@ -63,6 +63,42 @@ def test_a_learned_start_gets_its_gradient():
 
 
 @needs_cpp
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+@pytest.mark.parametrize(
+    "given, start",
+    [("resets", "constant"), ("resets", "learned"), ("lengths", "constant"), ("both", "learned")],
+)
+def test_resets_and_lengths_in_place(given, controller, start, monkeypatch):
+    """As the reference has them, and nothing of the padding reaches anything; no step copies the memory."""
+    layer, x = make(controller=controller, memory_start=start), torch.randn(8, 4, 4, dtype=torch.float64)
+    state = layer(torch.randn(3, 4, 4, dtype=torch.float64))[1].detach()
+    sequences = {}
+    if given != "lengths":
+        sequences["resets"] = torch.zeros(8, 4, dtype=torch.bool)
+        for t, b in ((0, 1), (3, 1), (3, 2), (4, 1), (7, 3)):
+            sequences["resets"][t, b] = True
+    if given != "resets":
+        sequences["lengths"] = torch.tensor([8, 5, 0, 1])
+        for b, length in enumerate([8, 5, 0, 1]):
+            x[length:, b] = 1e3
+    expected = run(layer, x, state, "reference", **sequences)
+
+    def copies(*arguments, **options):
+        raise AssertionError("a step that copies the memory")
+
+    monkeypatch.setattr("mann_fast.ops.sparse_cell.sparse_step", copies)
+    assert_close(run(layer, x, state, **sequences), expected)
+    if given == "resets":
+        return
+    for b, length in enumerate([8, 5, 0, 1]):
+        x[length:, b] = torch.nan
+    padded = run(layer, x, state, **sequences)
+    assert_close(padded, expected)
+    of_x = padded[1][-2]
+    assert not any(of_x[length:, b].any() for b, length in enumerate([8, 5, 0, 1]))
+
+
+@needs_cpp
 def test_backward_twice_and_in_part():
     """The gradient of the memory is changed in place: nothing of one backward may be left for the next."""
     layer, x = make(), torch.randn(6, 2, 4, dtype=torch.float64)
@@ -97,7 +133,8 @@ def test_what_changes_in_place_refuses_what_it_cannot_do():
     state = ops.SparseState.initial(2, 5, 3, 2, 2, dtype=torch.float64)
     memory, slots, weights, times, clock = state
     key, gate = torch.randn(2, 2, 3).double().requires_grad_(), torch.randn(2, 2).double()
-    values = (memory, slots, weights, times, clock, key, key.detach(), gate, gate, gate, 0.005, 1e-6)
+    told = (key, key.detach(), gate, gate, gate)
+    values = (memory, slots, weights, times, clock, *told, None, None, None, 0.005, 1e-6)
     with pytest.raises(NotImplementedError, match="sparse_step_ has no gradient; use the public functions"):
         op(*values)
     with torch.no_grad():

@@ -144,11 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spars
 
 // One step that changes memory and last_access where they are; for mann_fast/ops/sparse_cell.py, which owns them.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(Tensor memory, Tensor read_slots, Tensor read_weights,
-                                                                        Tensor last_access, Tensor clock, Tensor key,
-                                                                        Tensor write_vector, Tensor gate_logit,
-                                                                        Tensor sharpness, Tensor write_gate_logit,
-                                                                        double threshold, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
+    Tensor memory, Tensor read_slots, Tensor read_weights, Tensor last_access, Tensor clock, Tensor key, Tensor write_vector,
+    Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, std::optional<Tensor> resets, std::optional<Tensor> lengths,
+    std::optional<Tensor> start, double threshold, double eps) {
   const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = read_slots.size(1), K = read_slots.size(2);
   STD_TORCH_CHECK(R >= 1 && R <= N && K >= 1 && K <= N, "R and K must be within [1, N]");
   STD_TORCH_CHECK(memory.is_contiguous() && last_access.is_contiguous(), "memory and last_access must be contiguous");
@@ -158,12 +157,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(Tensor m
   last_access = integers(last_access, {B, N});
   clock = integers(clock, {B});
   const SparseTold told({B, R, D}, {B, R}, key, write_vector, gate_logit, sharpness, write_gate_logit);
+  const SequenceTensors sequences(resets, lengths, start, {B}, B, memory);
   Tensor read = empty(key, {B, R, D}), out_read_slots = empty_slots(memory, {B, R, K}), out_clock = empty_slots(memory, {B});
   Tensor out_read_weights = empty(memory, {B, R, K}), oldest = empty_slots(memory, {B, R});
   Tensor slots = empty_slots(memory, {B, R, K}), weights = empty(memory, {B, R, K}), rows = empty(memory, {B, R, K, D});
   Device(memory).run(SparseScan{1, B, N, D, R, K, dtype_of(memory), dtype_of(key), threshold, eps, data(memory),
                                 read_slots.const_data_ptr<int64_t>(), data(read_weights), slots_of(last_access),
-                                clock.const_data_ptr<int64_t>(), told.arguments(), Sequences{nullptr, nullptr, nullptr},
+                                clock.const_data_ptr<int64_t>(), told.arguments(), sequences.arguments(),
                                 // results
                                 read.mutable_data_ptr(), memory.mutable_data_ptr(), slots_of(out_read_slots),
                                 out_read_weights.mutable_data_ptr(), slots_of(last_access), slots_of(out_clock),
@@ -171,12 +171,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(Tensor m
   return {read, out_read_slots, out_read_weights, out_clock, oldest, rows};
 }
 
-// Back through it, the gradient of the memory changed where it is.
+// Back through it, the gradient of the memory changed where it is. That of the start [B, N, D] is made where it is wanted.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_backward_(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_backward_(
     std::optional<Tensor> grad_read, Tensor grad_memory, std::optional<Tensor> grad_weights, Tensor slots_before,
     Tensor weights_before, Tensor key, Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit,
-    Tensor oldest, Tensor slots, Tensor weights, Tensor rows, double eps) {
+    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor oldest, Tensor slots,
+    Tensor weights, Tensor rows, double eps, bool of_start) {
   const int64_t B = grad_memory.size(0), N = grad_memory.size(1), D = grad_memory.size(2), R = slots.size(1), K = slots.size(2);
   STD_TORCH_CHECK(grad_memory.is_contiguous(), "grad_memory must be contiguous");
   const Shape vectors = {B, R, D}, gates = {B, R}, reads = {B, R, K};
@@ -185,22 +186,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_backward_
   slots_before = integers(slots_before, reads);
   weights_before = input(weights_before, reads);
   const SparseTold told(vectors, gates, key, write_vector, gate_logit, sharpness, write_gate_logit);
+  const SequenceTensors sequences(resets, lengths, start, {B}, B, grad_memory);
   oldest = integers(oldest, gates);
   slots = integers(slots, reads);
   weights = input(weights, reads);
   rows = input(rows, {B, R, K, D});
   Tensor grad_before = empty(weights, reads), grad_key = empty(key, vectors), grad_vector = empty(key, vectors);
   Tensor grad_gate = empty(key, gates), grad_sharpness = empty(key, gates), grad_write_gate = empty(key, gates);
+  Tensor grad_start = start && of_start ? sequences.gradient(grad_memory) : empty(grad_memory, {0});
   Device(key).run(SparseScanBackward{
       1, B, N, D, R, K, dtype_of(weights), dtype_of(key), eps, data(grad_read), data(grad_memory), data(grad_weights),
-      slots_before.const_data_ptr<int64_t>(), data(weights_before), told.arguments(), Sequences{nullptr, nullptr, nullptr},
+      slots_before.const_data_ptr<int64_t>(), data(weights_before), told.arguments(), sequences.arguments(),
       oldest.const_data_ptr<int64_t>(), slots.const_data_ptr<int64_t>(), data(weights), data(rows),
       // results
       grad_memory.mutable_data_ptr(), grad_before.mutable_data_ptr(),
       SparseInputs<void*>{grad_key.mutable_data_ptr(), grad_vector.mutable_data_ptr(), grad_gate.mutable_data_ptr(),
                           grad_sharpness.mutable_data_ptr(), grad_write_gate.mutable_data_ptr()},
-      nullptr});
-  return {grad_before, grad_key, grad_vector, grad_gate, grad_sharpness, grad_write_gate};
+      pointer(grad_start, start && of_start)});
+  return {grad_before, grad_key, grad_vector, grad_gate, grad_sharpness, grad_write_gate, grad_start};
 }
 
 }  // namespace

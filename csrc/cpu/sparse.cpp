@@ -407,7 +407,7 @@ void scan_backward_sample(const SparseScanBackward& a, int64_t b, ScanBackwardSc
     if (a.grad_told.sharpness) narrow(s.grad_sharpness, R, a.grad_told.sharpness, a.input, row * R);
     if (a.grad_told.write_gate_logits) narrow(s.grad_write_gates, R, a.grad_told.write_gate_logits, a.input, row * R);
     if (!a.sequences.begins(t, a.B, b)) continue;
-    add_scaled(grad_memory, T(1), ND, grad_start);
+    if (grad_start) add_scaled(grad_memory, T(1), ND, grad_start);
     std::memset(grad_memory, 0, ND * sizeof(T));
     std::memset(s.grad_weights, 0, R * K * sizeof(T));
   }

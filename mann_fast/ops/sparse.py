@@ -91,14 +91,16 @@ SPARSE_SCAN = declare(
 # For sparse_cell.py: they change a memory, a gradient and times that nobody else sees.
 define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
-    "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, float threshold, float eps) -> "
-    "(Tensor read, Tensor read_slots, Tensor read_weights, Tensor clock, Tensor oldest, Tensor rows)"
+    "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, Tensor? resets, Tensor? lengths, "
+    "Tensor? start, float threshold, float eps) -> (Tensor read, Tensor read_slots, Tensor read_weights, Tensor clock, "
+    "Tensor oldest, Tensor rows)"
 )
 define_in_place(
     "sparse_step_backward_(Tensor? grad_read, Tensor(a!) grad_memory, Tensor? grad_weights, Tensor slots_before, "
     "Tensor weights_before, Tensor key, Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, "
-    "Tensor oldest, Tensor slots, Tensor weights, Tensor rows, float eps) -> (Tensor grad_weights, Tensor grad_key, "
-    "Tensor grad_write_vector, Tensor grad_gate_logit, Tensor grad_sharpness, Tensor grad_write_gate_logit)"
+    "Tensor? resets, Tensor? lengths, Tensor? start, Tensor oldest, Tensor slots, Tensor weights, Tensor rows, float eps, "
+    "bool of_start) -> (Tensor grad_weights, Tensor grad_key, Tensor grad_write_vector, Tensor grad_gate_logit, "
+    "Tensor grad_sharpness, Tensor grad_write_gate_logit, Tensor grad_start)"
 )
 
 # What the public functions take, named as their callers know it.

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference.cell import sequence, split_sparse_heads
-from ..reference.sequences import Steps
+from ..reference.sequences import AnyState, Steps
 from ..reference.sparse import SparseState
 from . import _backend
-from ._sequences import may_look, raw_sequences
+from ._sequences import NO_SEQUENCES, may_look, raw_sequences
 from .sparse import SPARSE_SCAN, check_slots, check_times, sparse_step
 
 _RAW = torch.ops.mann_fast
@@ -32,19 +32,23 @@ class _Step(torch.autograd.Function):
         last: bool,
         threshold: float,
         eps: float,
+        resets: Tensor | None,
+        lengths: Tensor | None,
+        start: Tensor | None,
         memory: Tensor,
         last_access: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         slots_before, weights_before, clock, *told = tensors
+        sequences = (resets, lengths, start)
         with torch._C._AutoDispatchBelowAutograd():
             read, slots, weights, clock, oldest, rows = _RAW.sparse_step_(
-                memory, slots_before, weights_before, last_access, clock, *told, threshold, eps
+                memory, slots_before, weights_before, last_access, clock, *told, *sequences, threshold, eps
             )
         ctx.mark_dirty(memory)
         ctx.mark_non_differentiable(slots, clock)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(slots_before, weights_before, *told, oldest, slots, weights, rows)
+        ctx.save_for_backward(slots_before, weights_before, *told, *sequences, oldest, slots, weights, rows)
         ctx.last, ctx.eps, ctx.shape = last, eps, memory.shape
         return read, memory, slots, weights, clock
 
@@ -73,11 +77,16 @@ class _Step(torch.autograd.Function):
             grad_memory = tensors[1].new_zeros(ctx.shape)
         elif ctx.last or not grad_memory.is_contiguous():
             grad_memory = grad_memory.clone(memory_format=torch.contiguous_format)
-        of_weights, *of_told = _RAW.sparse_step_backward_(
-            grad_read, grad_memory, grad_weights, *tensors, ctx.eps
+        of_start, of_memory = ctx.needs_input_grad[5:7]
+        of_weights, *of_told, grad_start = _RAW.sparse_step_backward_(
+            grad_read, grad_memory, grad_weights, *tensors, ctx.eps, of_start
         )
-        needed = ctx.needs_input_grad[3]
-        return None, None, None, grad_memory if needed else None, None, None, of_weights, None, *of_told
+        return (
+            *(None, None, None, None, None),
+            grad_start.sum(0) if of_start else None,
+            grad_memory if of_memory else None,
+            *(None, None, of_weights, None, *of_told),
+        )
 
 
 class _Once(torch.autograd.Function):
@@ -95,6 +104,25 @@ class _Once(torch.autograd.Function):
         )
 
 
+class _InPlace(Steps):
+    """For a memory that is changed where it is: its kernel begins and ends samples by what is said of the step, and resets cost
+    nothing at the steps that have none."""
+
+    def __init__(self, steps: int, resets: Tensor | None, lengths: Tensor | None, start: Tensor | None):
+        super().__init__(resets, lengths, start)
+        self.any_begins = [False] * steps if resets is None else resets.any(1).tolist()
+        self.now: tuple[Tensor | None, ...] = NO_SEQUENCES
+
+    def begin(self, t: int, state: AnyState) -> AnyState:
+        resets = self.resets[t] if self.resets is not None and self.any_begins[t] else None
+        lengths = None if self.lengths is None else (t < self.lengths).to(torch.int64)
+        self.now = (resets, lengths, None if resets is None else self.start)
+        return state
+
+    def finish(self, t: int, after: AnyState, before: AnyState) -> AnyState:
+        return after
+
+
 def sparse_cell(
     gates: Tensor,
     state: tuple[Tensor, ...],
@@ -110,35 +138,34 @@ def sparse_cell(
 ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
     """As :func:`mann_fast.ops.cell`, with a sparse memory; for :class:`mann_fast.layers.Sparse`, which has checked what comes.
 
-    A loop of steps. On a CPU, in eager mode and without resets and lengths, the memory is copied once and then changed in
-    place, and so is its gradient; else each step copies it.
+    A loop of steps. On a CPU and in eager mode the memory is copied once and then changed in place, and so is its gradient;
+    else each step copies it.
     """
     steps = gates.shape[0]
     check_slots(memory.read_slots, memory.memory.shape[1])
     check_times(memory.last_access, memory.clock)
-    sequences = raw_sequences(memory.memory, steps, resets, lengths, start)
-    in_place = (
+    resets, lengths, start = raw_sequences(memory.memory, steps, resets, lengths, start)
+    sequences = Steps(resets, lengths, start)
+    step: Any = partial(sparse_step, threshold=threshold, eps=eps)
+    known = [x for x in (resets, lengths) if x is not None]
+    if (
         _backend.serving(gates.device, SPARSE_SCAN) == "cpp"
-        and resets is None
-        and lengths is None
         and steps > 0
         and forward_ad._current_level < 0
-        and all(may_look(x) for x in (gates, reads, *memory))
-    )
-    taken = 0
-
-    def changed_in_place(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
-        nonlocal taken
-        taken += 1
-        options = (taken == steps, threshold, eps)
-        tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
-        read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
-        return read, SparseState(rows, slots, weights, state.last_access, clock)
-
-    step: Any = partial(sparse_step, threshold=threshold, eps=eps)
-    if in_place:
+        and all(may_look(x) for x in (gates, reads, *memory, *known))
+    ):
         memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
-        step = changed_in_place
+        sequences = in_place = _InPlace(steps, resets, lengths, start)
+        taken = 0
+
+        def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
+            nonlocal taken
+            taken += 1
+            options = (taken == steps, threshold, eps, *in_place.now)
+            tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
+            read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
+            return read, SparseState(rows, slots, weights, state.last_access, clock)
+
     heads, slot_size = reads.shape[1:]
 
     def of_memory(memory: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
@@ -147,7 +174,7 @@ def sparse_cell(
     with _backend.without_autocast(gates.device.type):
         options: dict[str, Any] = {
             "controller": controller,
-            "sequences": Steps(*sequences),
+            "sequences": sequences,
             "step": of_memory,
         }
         return sequence(gates, state, memory, reads, *weights, **options)

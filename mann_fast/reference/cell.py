@@ -300,7 +300,6 @@ def sequence(
 ) -> tuple[Tensor, tuple[Tensor, ...], Any, Tensor]:
     """The whole sequence; ``step`` is the memory's, from its state and the heads' values."""
     batch, heads, slot_size = reads.shape
-    kind = type(memory)
     if gates.shape[0] == 0:
         output = gates.new_empty(0, batch, head_weight.shape[1] + heads * slot_size)
         return output, tuple(x.clone() for x in state), memory.clone(), reads.clone()
@@ -323,7 +322,7 @@ def sequence(
         values = torch.addmm(head_bias, hidden, head_weight.t())
         reads, memory = step(memory, values)
         outputs += sequences.outputs(t, torch.cat([hidden, reads.flatten(1)], dim=1))
-        memory = kind(*sequences.end(t, memory, before))
+        memory = sequences.finish(t, memory, before)
         reads, *parts = sequences.end(t, (reads, *state), kept)
         state = tuple(parts)
     return torch.stack(outputs), state, memory, reads

@@ -68,6 +68,11 @@ class Steps:
             return parts
         return tuple(where(t < self.lengths, x, 0) for x in parts)
 
+    def finish(self, t: int, after: AnyState, before: AnyState) -> AnyState:
+        """The memory's state after step t."""
+        states: tuple[Any, Any] = (after, before)
+        return type(states[0])(*self.end(t, *states))
+
     def end(self, t: int, after: Iterable[Any], before: Iterable[Any]) -> Iterable[Any]:
         """The tensors of a state after step t: those before it where the sample has ended; None stays."""
         if self.lengths is None:
