@@ -4,6 +4,7 @@
 # make nightly make check with nothing left out
 # make fuzz    random cases of the ops against the reference (CASES=10000)
 # make build   the C++ extension again, as far as its sources have changed
+# make instructions   whether an op takes more instructions than at another commit (BASE=HEAD~1)
 # make site    the pages of docs/ and of the API, in build/site
 # make draw    the tests of the page and of the notebook, which need a browser and packages that the others do not
 # make clean   removes all of it, the virtual environment too
@@ -38,7 +39,7 @@ WHOLE ?=
 MARKS = $(if $(filter once,$(WHOLE)),,-m "not once$(if $(filter $@,$(WHOLE)),, and not thorough)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check due nightly fuzz draw build site lint abi isas triton cuda emulate sanitize wheel clean
+.PHONY: demo test check due nightly fuzz instructions draw build site lint abi isas triton cuda emulate sanitize wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py Makefile mann_fast/__init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
@@ -81,6 +82,11 @@ due:
 CASES ?= 10000
 fuzz: build
 	$(BIN)/python tests/fuzz.py --cases $(CASES)
+
+# At this size a single op is mostly the way from Python to its kernel, a scan mostly its kernel.
+BASE ?= HEAD~1
+instructions: build
+	$(BIN)/mann-fast bench --instructions --base $(BASE) --shape T=8,B=2
 
 nightly:
 	$(MAKE) --jobs 2 --output-sync=target $(CHECKS) isas WHOLE="once $(PARTS)"

@@ -5,8 +5,7 @@
 For a change that is to leave every result as it was. Raw ops have the inputs that tests/test_contract.py draws from the
 declarations, public functions those of tests/fuzz_cases.py; layers all options of all memories, their own, and the presets,
 each with and without resets and lengths. What the other commit cannot run is told as new. It is built under build/base, as for
-`mann-fast bench --base`; with MANN_FAST_OBJECTS="$PWD/build/objects" what is the same is not compiled again. Exit status 1 if
-a bit differs, a result of the other commit is gone, or a case fails here.
+`mann-fast bench --base`. Exit status 1 if a bit differs, a result of the other commit is gone, or a case fails here.
 """
 
 from __future__ import annotations

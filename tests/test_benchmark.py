@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -157,6 +158,11 @@ def test_a_commit_that_cannot_be_measured_is_named(tmp_path):
     (tmp_path / "mann_fast" / "__init__.py").write_text("def backends(): return {'cpp': 'was not built'}")
     with pytest.raises(ValueError, match="cannot be measured: ImportError: the kernels in .* was not built"):
         base.measure_beside(tmp_path, "old", REQUEST, seconds=0.1)
+    if shutil.which("valgrind"):
+        with pytest.raises(
+            ValueError, match="cannot be counted: ImportError: the kernels in .* was not built"
+        ):
+            instructions.count(tmp_path, [REQUEST])
 
 
 def test_base_builds_a_commit_once_or_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -191,7 +197,49 @@ def test_base_builds_a_commit_once_or_leaves_nothing(tmp_path, monkeypatch, caps
 def test_instructions_need_valgrind(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match="--instructions needs valgrind"):
-        instructions.count("lrua_step", "forward", Shape(), "float32", "auto")
+        instructions.count(base.ROOT, [REQUEST])
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_instructions_are_those_of_the_calls_and_repeat():
+    few = {**REQUEST, "op": "least_used", "shape": "B=2,N=12"}
+    many = {**few, "shape": "B=2,N=1012"}
+    answers = instructions.count(base.ROOT, [few, {**few, "op": "softmax"}, many, few])
+    assert answers[1].startswith("ValueError: op must be one of")
+    assert 10_000 < answers[0] and abs(answers[3] / answers[0] - 1) < instructions.MARGIN / 3
+    assert 0.1 * 2 * 1000 < answers[2] - answers[0] < 10 * 2 * 1000  # about one for each number more
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "status", "printed"),
+    [
+        ([1020, 990], [1000, 1000], 0, "least_used forward: 1.020 times the instructions at old\n"),
+        (
+            [1000, 1040],
+            [1000, 1000],
+            1,
+            "lrua_step forward: 1.040 times the instructions at old, a regression",
+        ),
+        ([1000, 1000], ["AttributeError: least_used", 1000], 0, "AttributeError: least_used"),
+        (["TypeError: ours", 1000], [1000, 1000], 1, "TypeError: ours"),
+        ([1000, 1000], ["AttributeError", "AttributeError"], 2, "there is nothing to compare with old"),
+    ],
+)
+def test_more_instructions_than_another_commit_are_a_regression(
+    capsys, monkeypatch, tmp_path, ours, theirs, status, printed
+):
+    asked = []
+
+    def count(tree, requests):
+        asked.append([(request["op"], request["direction"], request["shape"]) for request in requests])
+        return {base.ROOT: ours, tmp_path: theirs}[tree]
+
+    monkeypatch.setattr(base, "build", {"old": tmp_path}.get)
+    monkeypatch.setattr(instructions, "count", count)
+    arguments = ["--op", "least_used", "--op", "lrua_step", "--direction", "forward", "--shape", SMALL]
+    assert cli.main(["bench", "--instructions", "--base", "old", *arguments]) == status
+    assert printed in "".join(capsys.readouterr())
+    assert asked == 2 * [[(op, "forward", str(Shape.parse(SMALL))) for op in ("least_used", "lrua_step")]]
 
 
 def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
@@ -240,6 +288,7 @@ def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
             "--instructions counts those of a processor, got --device cuda",
         ),
         (["--base", "HEAD", "--sweep"], "--base and --sweep cannot be had in one run"),
+        (["--instructions", "--sweep"], "--instructions and --sweep cannot be had in one run"),
         (["--device", "cuda"], "--device cuda cannot be had: no CUDA device is available"),
         (["--backend", "opencl"], "backend must be one of"),
         (["--backend", "cuda"], "--backend cuda cannot run here: no CUDA device is available"),

@@ -21,6 +21,7 @@ examples:
   mann-fast bench --op lrua_scan --sweep --report sweep.html  (how the time grows with B, T, N, D, R and threads)
   mann-fast bench --compare before.json now.json
   mann-fast bench --op lrua_scan --base HEAD~1                (beside the kernels of another commit, in a git checkout)
+  mann-fast bench --instructions --base HEAD~1 --shape T=8,B=2    (the same by instructions, on however busy a machine)
 
 Contestants run in turn, in random order, round by round: ratios within one run hold, absolute times of a shared machine
 mean little. A result is checked against the reference before it is timed.
@@ -96,7 +97,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--instructions",
         action="store_true",
-        help="instead, count instructions per call with valgrind's callgrind, a minute for each op and direction",
+        help="instead, count instructions per call with valgrind's callgrind, two minutes for all ops at T=8,B=2; with "
+        "--base at both commits",
     )
     setting("--json", type=expand_user, metavar="FILE", help="write the figures to a file, for --compare")
     setting(
@@ -193,9 +195,9 @@ def check(args: argparse.Namespace) -> None:
     for mode in args.compile:
         if mode not in MODES:
             raise ValueError(f"--compile takes {', '.join(MODES)}, got {mode!r}")
-    instead = [name for name in ("base", "instructions", "sweep") if getattr(args, name)]
-    if len(instead) > 1:
-        raise ValueError(f"--{instead[0]} and --{instead[1]} cannot be had in one run")
+    for name in ("base", "instructions"):
+        if args.sweep and getattr(args, name):
+            raise ValueError(f"--{name} and --sweep cannot be had in one run")
     if args.instructions and args.device != "cpu":
         raise ValueError(f"--instructions counts those of a processor, got --device {args.device}")
 
@@ -246,44 +248,69 @@ def measure_op(
     return rows
 
 
+def requests(names, shape, directions: tuple[str, ...], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What another process is to measure, as of benchmark/worker.py."""
+    import torch
+
+    from ..benchmark.cases import has
+
+    return [
+        {
+            "op": name, "direction": direction, "shape": str(shape), "dtype": args.dtype, "device": args.device,
+            "backend": args.backend, "threads": torch.get_num_threads(),
+        }
+        for name in names
+        for direction in directions
+        if has(name, direction)
+    ]  # fmt: skip
+
+
 def rows_beside_base(
     names, shape, directions: tuple[str, ...], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    import torch
-
     from ..benchmark.base import build, measure_beside
-    from ..benchmark.cases import has
 
     tree, rows = build(args.base), []
-    for name in names:
-        for direction in directions:
-            if not has(name, direction):
-                continue
-            print(f"{name} {direction}, {shape} ...", file=sys.stderr)
-            request = {
-                "op": name, "direction": direction, "shape": str(shape), "dtype": args.dtype, "device": args.device,
-                "backend": args.backend, "threads": torch.get_num_threads(),
-            }  # fmt: skip
-            rows += measure_beside(tree, args.base, request, seconds=args.seconds)
+    for request in requests(names, shape, directions, args):
+        print(f"{request['op']} {request['direction']}, {shape} ...", file=sys.stderr)
+        rows += measure_beside(tree, args.base, request, seconds=args.seconds)
     return rows
 
 
 def count_instructions(names, shape, directions: tuple[str, ...], args: argparse.Namespace) -> int:
+    """One line per op and direction; exit status 1 where one cannot be called, or takes more than at --base by MARGIN."""
     from rich.table import Table
 
-    from ..benchmark.cases import has
-    from ..benchmark.instructions import count
+    from ..benchmark.base import ROOT, build
+    from ..benchmark.instructions import MARGIN, count
     from ._report import print_table
 
-    table = Table("op", "direction", "instructions per call, one thread", title=f"{shape}, {args.dtype}")
-    for name in names:
-        for direction in directions:
-            if has(name, direction):
-                print(f"{name} {direction} under callgrind ...", file=sys.stderr)
-                counted = count(name, direction, shape, args.dtype, args.backend)
-                table.add_row(name, direction, f"{counted:,}")
+    asked = requests(names, shape, directions, args)
+    trees = {"instructions per call": ROOT}
+    if args.base:
+        trees[f"at {args.base}"] = build(args.base)
+    print(f"{len(asked)} cases under callgrind, a minute or more for each commit ...", file=sys.stderr)
+    columns = [count(tree, asked) for tree in trees.values()]
+    table = Table("op", "direction", *trees, title=f"{shape}, {args.dtype}, one thread")
+    for request, *counted in zip(asked, *columns, strict=True):
+        cells = (f"{x:,}" if isinstance(x, int) else x for x in counted)
+        table.add_row(request["op"], request["direction"], *cells)
     print_table(table)
-    return 0
+    failed = any(isinstance(x, str) for x in columns[0])
+    if args.base:
+        ratios = {
+            f"{request['op']} {request['direction']}": ours / base
+            for request, ours, base in zip(asked, *columns, strict=True)
+            if isinstance(ours, int) and isinstance(base, int)
+        }
+        if not ratios:
+            raise ValueError(f"there is nothing to compare with {args.base}")
+        for name, ratio in ratios.items():
+            print(
+                f"{name}: {ratio:.3f} times the instructions at {args.base}{', a regression' * (ratio > 1 + MARGIN)}"
+            )
+        failed |= max(ratios.values()) > 1 + MARGIN
+    return 1 if failed else 0
 
 
 def tables(rows: list[dict[str, Any]]):
