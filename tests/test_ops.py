@@ -116,7 +116,7 @@ def test_the_reference_takes_non_contiguous_and_expanded_inputs():
 
 
 def test_a_gpu_takes_triton_where_cuda_cannot_and_the_reference_where_neither_can(monkeypatch):
-    backend, gpu = mann_fast.ops._backend, torch.device("cuda")
+    backend, gpu = mann_fast.ops._backend, "cuda"
     monkeypatch.setattr(backend, "_said", set())
     reasons = {"cuda": None, "triton": None}
     monkeypatch.setattr(backend, "missing", reasons.get)

@@ -429,7 +429,7 @@ class MemoryLayer(nn.Module):
         one_call = self.memory.fused and self.kind != "module" and not return_weights
         # Where that call would be a loop, a compiler takes one step for all sooner.
         if one_call and self.memory.scans:
-            one_call = chosen(x.device) == "cpp" or not self._scans(x)
+            one_call = chosen(x.device.type) == "cpp" or not self._scans(x)
         if one_call and not self._has_to_call():
             output, state = self._run(x, state, known)
         else:

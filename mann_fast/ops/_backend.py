@@ -24,15 +24,15 @@ _default: str | None = None  # None: MANN_FAST_BACKEND has not been read yet
 _said: set[str] = set()
 
 
-def unable(backend: str, device: torch.device) -> str | None:
-    """None if the kernels of this backend take tensors of this device, else why not."""
-    if device.type == "cpu" and backend == "cuda" and not EMULATION:
+def unable(backend: str, device: str) -> str | None:
+    """None if the kernels of this backend take tensors of this type of device, else why not."""
+    if device == "cpu" and backend == "cuda" and not EMULATION:
         return "CUDA kernels take CUDA tensors"
-    if device.type == "cpu" and backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device == "cpu" and backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels take CPU tensors only under TRITON_INTERPRET=1"
-    if device.type not in ("cpu", "meta", DEVICES[backend]):
+    if device not in ("cpu", "meta", DEVICES[backend]):
         kind = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}[backend]
-        return f"tensors on {device.type} have no {kind} kernels"
+        return f"tensors on {device} have no {kind} kernels"
     return missing(backend)
 
 
@@ -74,10 +74,10 @@ def backend(name: str) -> Iterator[None]:
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run here, else the reason why it cannot."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    no_cuda = None if EMULATION or device.type == "cuda" else "no CUDA device is available"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    no_cuda = None if EMULATION or device == "cuda" else "no CUDA device is available"
     return {
-        "cpp": unable("cpp", torch.device("cpu")),
+        "cpp": unable("cpp", "cpu"),
         "cuda": no_cuda or unable("cuda", device),
         "triton": unable("triton", device),
         "reference": None,
@@ -99,14 +99,15 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 def serving(device: torch.device, op: Op) -> str:
     """The backend that serves a call of an op on tensors of this device: "cpp", "cuda", "triton" or "reference"."""
-    backend = chosen(device)
-    if backend != "reference" and not has_kernels(op.name, backend, device.type):
+    kind = device.type  # once: torch writes it anew each time, which takes as long as all the rest of this
+    backend = chosen(kind)
+    if backend != "reference" and not has_kernels(op.name, backend, kind):
         return "reference"
     return backend
 
 
-def chosen(device: torch.device) -> str:
-    """The backend that serves all ops that it has kernels for on tensors of this device."""
+def chosen(device: str) -> str:
+    """The backend that serves all ops that it has kernels for on tensors of this type of device."""
     selected = _selected or _from_environment()
     if selected == "reference" or (selected == "auto" and exporting()):
         return "reference"
@@ -116,7 +117,7 @@ def chosen(device: torch.device) -> str:
             return selected
         raise RuntimeError(f"backend {selected!r} cannot serve this call: {reason}")
     reasons = []
-    for name in ("cuda", "triton") if device.type == "cuda" else ("cpp",):
+    for name in ("cuda", "triton") if device == "cuda" else ("cpp",):
         reason = unable(name, device)
         if reason is None:
             return name
