@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import operator
 import os
 import sys
 import warnings
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .data.images import expand_user, is_light
-from .data.pictures import as_pixels
-from .training.checkpoint import PRETRAINED, load_checkpoint, restore_model, save_weights
+from .data.pictures import as_items, as_pixels, plain_label
+from .training.checkpoint import PRETRAINED, WEIGHTS, load_checkpoint, restore_model, save_weights
 from .training.config import TrainConfig
 from .training.features import encoder_of
 from .training.files import write_json
@@ -34,7 +35,7 @@ else:
 
 # Of 255, how far red, green and blue of a picture lie apart on average. Coloured ink on paper is less, for most of it is paper.
 COLOURED = 32
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"  # what save_pretrained writes; huggingface_hub's names
+SETTINGS = "config.json"  # what save_pretrained writes beside the weights; huggingface_hub's name
 
 
 class _Averages(TypedDict):
@@ -62,9 +63,9 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
     do not change.
 
     Args:
-        checkpoint: path of a ``checkpoint.pt`` or ``.safetensors`` of ``mann-fast train``, or of the folder of a run; None: the
-            model that comes with mann_fast, for 2 to 20 classes of drawn characters; "omniglot-stream": the one that came with
-            version 0.1, for 2 to 5.
+        checkpoint: path of a ``checkpoint.pt`` of ``mann-fast train`` or of a ``.safetensors``, or of the folder of a run or of
+            :meth:`save_pretrained`; None: the model that comes with mann_fast, for 2 to 20 classes of drawn characters;
+            "omniglot-stream": the one that came with version 0.1, for 2 to 5.
         orders: how many random orders of the examples (and assignments of labels to classes) an answer is the mean of, at
             least 1. One alone is noise.
         views: how many views of every image its features are the mean over, at least 1: as it is, and turned, stretched and
@@ -78,10 +79,10 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
 
     An *image* is a path, a PIL image, a NumPy array [H, W], [H, W, C] or [C, H, W], or a tensor of such a shape, of any size;
     C is 1, 3 or 4 (transparency). Integers of three channels go from 0 to 255, floats from 0 to 1; of one channel
-    the contrast is stretched whatever its range. *Images* are a sequence of them, or one array [M, ...], of flat squares also
-    [M, S * S] (as scikit-learn's digits are). Each becomes a square of the model's size as
-    :func:`mann_fast.data.read_image` says, and for a model of drawings dark ink on light paper is inverted: all images, where
-    the borders of the examples are light.
+    the contrast is stretched whatever its range. *Images* are a sequence of them (a column of pandas, too), or one array
+    [M, ...], of flat squares also [M, S * S] (as scikit-learn's digits are; a DataFrame will do). Each becomes a square of the
+    model's size as :func:`mann_fast.data.read_image` says, and for a model of drawings dark ink on light paper is inverted: all
+    images, where the borders of the examples are light.
 
     An estimator of scikit-learn, which need not be there: ``fit``, ``score``, ``get_params``, ``set_params``, ``clone``.
     With huggingface_hub installed ``from_pretrained`` takes a repository's name too, and ``push_to_hub`` is there.
@@ -120,10 +121,12 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
     def learn(self, images: Any, labels: Iterable[Hashable]) -> FewShotLearner:
         """Remember images with their labels, beside those of earlier calls: more examples, or more classes.
 
-        labels: one for each image, of any kind that can be hashed. Returns itself.
+        labels: one for each image, of any kind that can be hashed: a list, an array, a tensor, [M] or [M, 1], or a column of
+            pandas. Numbers and strings of NumPy and torch become those of Python. Returns itself.
 
-        Raises ValueError for more classes than the model tells apart, another number of labels than of images, or an image that
-        cannot be read, which it names; TypeError for what is no image or label. Nothing is learned then.
+        Raises ValueError for more classes than the model tells apart, another number of labels than of images, NaN for a label,
+        an image that cannot be read, which it names, or where ``checkpoint`` has become a model of another image size since;
+        TypeError for what is no image or label. Nothing is learned then.
         """
         if labels is None:
             raise ValueError(
@@ -132,19 +135,16 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         config = self.config
         if isinstance(images, Iterator):
             images = list(images)
-        pixels, named = as_pixels(images, config.image_size, config.colour), _as_list(labels)
+        pixels, named = as_pixels(images, config.image_size, config.colour), _as_list(labels, "labels")
         if len(named) != len(pixels):
             raise ValueError(f"labels must be one for each of {len(pixels)} images, got {len(named)}")
-        for label in named:
-            try:
-                hash(label)
-            except TypeError:
-                raise TypeError(f"labels must be hashable, got {type(label).__name__}") from None
         if not named:
             raise ValueError("images must be at least one, got none: 0 sample(s)")
         if self._content()["data"]["drawn"] and not config.colour:
             self._warn_of_colour(images)
         before = getattr(self, "_examples", None)
+        if before is not None:
+            self._require_same_size(before, pixels)
         every = [*self._labels, *named] if before is not None else named
         classes = sorted_labels(every)
         require_ways(len(classes), config)
@@ -208,10 +208,14 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         return recall(*self._question(images), **self._averages())
 
     def score(self, X: Any, y: Iterable[Hashable]) -> float:
-        """The share of images whose prediction is the label given; raises as :meth:`predict`, ValueError for another number."""
-        answers, wanted = self.predict(X).tolist(), _as_list(y)
+        """The share of images whose prediction is the label given; raises as :meth:`predict`, ValueError for another number of
+        labels than of images, or none.
+        """
+        answers, wanted = self.predict(X).tolist(), _as_list(y, "y")
         if len(answers) != len(wanted):
             raise ValueError(f"y must be one label for each of {len(answers)} images, got {len(wanted)}")
+        if not answers:
+            raise ValueError("X must be at least one image, got none")
         return float(np.mean([a == b for a, b in zip(answers, wanted, strict=True)]))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -250,6 +254,29 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
             input_tags=InputTags(two_d_array=False, three_d_array=True),
         )
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> Any:
+        """Write the model to a folder, made if need be, and no examples. options: of huggingface_hub's mixin, where it is."""
+        return super().save_pretrained(expand_user(os.fspath(save_directory)), **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> FewShotLearner:
+        """A learner with the model of a folder of :meth:`save_pretrained`, or, with huggingface_hub installed, of a repository
+        user/name; options: arguments of the class, and of huggingface_hub.
+
+        Raises FileNotFoundError where there is no such folder; else as :meth:`load`.
+        """
+        folder = expand_user(os.fspath(pretrained_model_name_or_path))
+        of_hub = len(folder.parts) <= 2 and not folder.is_absolute()
+        if not folder.is_dir() and not (of_hub and HUB_MIXIN is not None):
+            hint = ", or a repository with huggingface_hub (pip install 'mann_fast[hub]')" if of_hub else ""
+            raise FileNotFoundError(f"{folder} does not exist; expected a folder of save_pretrained{hint}")
+        # A repository's name has a slash whatever the system.
+        return super().from_pretrained(
+            folder if folder.is_dir() else pretrained_model_name_or_path, **options
+        )
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """The model, its settings among it, and not what was learned: for that, pickle the learner."""
         content = self._content()
@@ -279,6 +306,7 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         content = self._content()
         config = content["config"]
         queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
+        self._require_same_size(examples, queries)
         if content["data"]["drawn"] and is_light(list(examples.mean(1) if config.colour else examples)):
             queries, examples = 255 - queries, 255 - examples
         place = {label: at for at, label in enumerate(self.classes_.tolist())}
@@ -291,7 +319,11 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
     def _averages(self) -> _Averages:
         """What an answer is the mean over."""
         views = self.views if self.config.augment else 1
-        return {"orders": self.orders, "views": views, "seed": self.random_state}
+        return {
+            "orders": _whole("orders", self.orders),
+            "views": _whole("views", views),
+            "seed": _whole("random_state", self.random_state),
+        }
 
     def _content(self) -> dict[str, Any]:
         """The checkpoint that ``checkpoint`` names now, and in ``_model`` what it makes."""
@@ -323,6 +355,14 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
                 stacklevel=3,
             )
 
+    def _require_same_size(self, examples: np.ndarray, pixels: np.ndarray) -> None:
+        """The examples are kept as the model of their time reads them, and ``checkpoint`` may be another one now."""
+        if examples.shape[1:] != pixels.shape[1:]:
+            raise ValueError(
+                f"what was learned are images {list(examples.shape[1:])}, and the model of checkpoint={self.checkpoint!r} "
+                f"reads {list(pixels.shape[1:])}: call forget(), then learn again"
+            )
+
     def _require_learned(self) -> None:
         if self.__sklearn_is_fitted__():
             return
@@ -351,8 +391,19 @@ def sorted_labels(labels: Sequence[Hashable]) -> np.ndarray:
     return found
 
 
-def _as_list(labels: Any) -> list[Any]:
-    """Of an array or tensor its numbers or strings, as Python has them."""
-    if isinstance(labels, str) or not isinstance(labels, Iterable):
-        raise TypeError(f"labels must be a sequence, one for each image, got {labels!r}")
-    return labels.tolist() if hasattr(labels, "tolist") else list(labels)
+def _as_list(labels: Any, name: str) -> list[Any]:
+    """The labels, of an array, a tensor or a column of pandas as of a list, as Python has them."""
+    if (
+        hasattr(labels, "to_numpy") and labels.ndim > 1
+    ):  # a DataFrame, whose items would be the names of its columns
+        labels = labels.to_numpy()
+    return [
+        plain_label(label, f"{name}[{at}]") for at, label in enumerate(as_items(labels, name, "of labels"))
+    ]
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None

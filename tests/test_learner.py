@@ -207,6 +207,42 @@ def test_pictures_of_every_kind_are_the_same(glyphs, tmp_path):
     assert (as_pixels((x for x in [ink]), 20) == as_pixels([ink], 20)).all()
 
 
+def test_lists_of_pictures_of_every_kind_are_the_same(glyphs, tmp_path):
+    pictures = glyphs[:3, 0]
+    expected = as_pixels(pictures, 20)
+    files = [tmp_path / f"{at}.png" for at in range(3)]
+    for file, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture).save(file)
+    of_objects = np.empty(3, object)
+    of_objects[:] = [Image.fromarray(picture) for picture in pictures]
+    lists = [
+        of_objects, np.array([str(file) for file in files]), np.array(files), tuple(pictures), iter(pictures),
+        torch.from_numpy(pictures), torch.from_numpy(pictures).unsqueeze(1), torch.from_numpy(pictures).bfloat16(),
+    ]  # fmt: skip
+    for images in lists:
+        assert np.abs(as_pixels(images, 20).astype(int) - expected).max() <= 2  # bfloat16 has eight bits
+
+
+class Table:
+    """As much of a DataFrame of pandas as is asked of one; iterating gives names of columns."""
+
+    def __init__(self, values):
+        self.values, self.ndim = values, values.ndim
+
+    def __iter__(self):
+        return iter(f"column{at}" for at in range(self.values.shape[1]))
+
+    def to_numpy(self):
+        return self.values
+
+
+def test_tables_are_their_values(learner, glyphs):
+    flat, labels = glyphs[:2, :2].reshape(4, -1), np.array([["a"], ["a"], ["b"], ["b"]], object)
+    wanted = learner.fit(flat, ["a", "a", "b", "b"]).predict_proba(flat)
+    assert (learner.fit(Table(flat), Table(labels)).predict_proba(Table(flat)) == wanted).all()
+    assert learner.classes_.tolist() == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
@@ -223,11 +259,21 @@ def test_pictures_of_every_kind_are_the_same(glyphs, tmp_path):
         ([np.full((4, 4), np.nan)], ValueError, "not finite"),
         ([np.full((4, 4, 3), 2.0)], ValueError, "colours must go from 0 to 1, got 2 to 2"),
         (
-            np.zeros((3, 7)),
+            [np.zeros(7)],
             ValueError,
             r"images\[0\] cannot be read as an image: its shape must be .* got \[7\]",
         ),
+        (
+            np.zeros((3, 7)),
+            ValueError,
+            r"flat squares \[M, S \* S\], got \[3, 7\]; a single image .* \[image\]",
+        ),
         (np.zeros(4), ValueError, r"images must be an array \[M, H, W\]"),
+        ({"a": np.zeros((4, 4))}, TypeError, "images must be a sequence of images, got dict"),
+        ({3}, TypeError, "images must be a sequence of images, got set"),
+        (np.array(None), TypeError, "images must be a sequence of images, got ndarray"),
+        (torch.zeros(1, 4, 4).to_sparse(), TypeError, "images must be a dense tensor"),
+        ([torch.zeros(4, 4, device="meta")], TypeError, r"images\[0\] must have values, got .* meta"),
     ],
 )
 def test_what_is_no_image_is_named(learner, images, error, message):
@@ -251,12 +297,17 @@ def test_limits_are_said(learner, glyphs, tmp_path):
     assert learner.classes_.tolist() == list(range(20))  # nothing of it was learned
     with pytest.raises(ValueError, match="labels must be one for each of 2 images, got 1"):
         learner.learn(glyphs[0, :2], [1])
-    with pytest.raises(TypeError, match="labels must be hashable, got list"):
+    with pytest.raises(TypeError, match=r"labels\[0\] must be hashable, got list"):
         learner.learn(glyphs[0, :1], [[1]])
     with pytest.raises(TypeError, match="labels must be a sequence"):
         learner.learn(glyphs[0, :1], "a")
     with pytest.raises(ValueError, match="orders must be at least 1, got 0"):
         learner.set_params(orders=0).predict(glyphs[0])
+    for name, value in (("orders", 2.5), ("orders", "2"), ("views", None), ("random_state", None)):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}"):
+            FewShotLearner(**{name: value}).learn(glyphs[:2, 0], [0, 1]).predict(glyphs[0])
+    with pytest.raises(ValueError, match="X must be at least one image"):
+        learner.set_params(orders=1).score(glyphs[0, :0], [])
     with pytest.raises(ValueError, match="Invalid parameter 'order': must be one of checkpoint, orders"):
         learner.set_params(order=3)
     with pytest.raises(FileNotFoundError):
@@ -271,6 +322,47 @@ def test_limits_are_said(learner, glyphs, tmp_path):
 def test_labels_of_any_kind(learner, glyphs, labels):
     answers = learner.learn(glyphs[:2, 0], labels).predict(glyphs[:2, 0]).tolist()
     assert answers == labels and set(learner.classes_.tolist()) == set(labels)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([5, 3]), [np.int64(5), np.int64(3)], torch.tensor([5, 3]), [torch.tensor(5), torch.tensor(3)],
+        np.array([[5], [3]]), torch.tensor([[5], [3]]), [np.array([5]), np.array([3])], (label for label in (5, 3)),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_and_torch_are_labels_like_those_of_python(learner, glyphs, labels):
+    learner.learn(glyphs[:2, 0], labels).learn(glyphs[:2, 1], [5, 3])  # of the same two classes
+    assert learner.classes_.tolist() == [3, 5] and learner.classes_.dtype.kind == "i"
+    assert learner.score(glyphs[:2, 0], [np.float64(5), torch.tensor([3])]) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([1, float("nan")], ValueError, r"labels\[1\] must be a label, got nan"),
+        (np.array([np.nan, 1]), ValueError, r"labels\[0\] must be a label, got nan"),
+        ([torch.tensor([1, 2]), 1], TypeError, r"labels\[0\] must be a single label, got Tensor \[2\]"),
+        (np.zeros((2, 3)), TypeError, r"labels\[0\] must be a single label, got ndarray \[3\]"),
+        ({"a", "b"}, TypeError, "labels must be a sequence of labels, got set"),
+        ({"a": 1, "b": 2}, TypeError, "labels must be a sequence of labels, got dict"),
+        (torch.tensor(3), TypeError, "labels must be a sequence of labels, got Tensor"),
+    ],
+)
+def test_what_is_no_label_is_named(learner, glyphs, labels, error, message):
+    with pytest.raises(error, match=message):
+        learner.learn(glyphs[:2, 0], labels)
+    assert not hasattr(learner, "classes_")
+
+
+def test_another_checkpoint_of_other_images_is_said(learner, glyphs):
+    learner.learn(glyphs[:2, 0], ["a", "b"]).set_params(checkpoint="omniglot-stream")
+    for ask in (lambda: learner.predict(glyphs[0]), lambda: learner.learn(glyphs[2, :1], ["c"])):
+        with pytest.raises(
+            ValueError, match=r"images \[28, 28\], .*'omniglot-stream' reads \[20, 20\]: call forget"
+        ):
+            ask()
+    assert learner.forget().learn(glyphs[:2, 0], ["a", "b"]).predict(glyphs[0, :1]).tolist() == ["a"]
 
 
 def test_a_model_of_colour_gets_colour_and_photographs_stay_as_they_are(tmp_path, monkeypatch):
@@ -311,11 +403,25 @@ def test_it_can_be_saved_and_loaded(learner, glyphs, tmp_path):
     assert again.orders == 3 and not hasattr(again, "classes_")
     assert (again.learn(glyphs[:3, 0], ["a", "b", "c"]).predict_proba(glyphs[0, 1:4]) == wanted).all()
     assert FewShotLearner.from_pretrained(tmp_path / "saved", orders=1).orders == 1
+    assert FewShotLearner.load(tmp_path / "saved").config == again.config
     content = load_checkpoint()
     content["config"] = dataclasses.replace(content["config"], data="/home/somebody/letters")
     save_weights(tmp_path / "mine.safetensors", content)
     FewShotLearner.load(tmp_path / "mine.safetensors").save_pretrained(tmp_path / "public")
     assert b"somebody" not in (tmp_path / "public" / "model.safetensors").read_bytes()
+
+
+def test_folders_may_lie_in_the_home_folder_or_nowhere(learner, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    learner.save_pretrained("~/saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    assert FewShotLearner.from_pretrained("~/saved").config == learner.config
+    with pytest.raises(FileNotFoundError, match="none does not exist; expected a folder of save_pretrained$"):
+        FewShotLearner.from_pretrained(tmp_path / "none")
+    monkeypatch.setattr(mann_fast.learner, "HUB_MIXIN", None)
+    with pytest.raises(FileNotFoundError, match="a repository with huggingface_hub"):
+        FewShotLearner.from_pretrained("user/name")
 
 
 @pytest.mark.once

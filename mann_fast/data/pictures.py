@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from ..ops._checks import check_dense
 from .images import UNREADABLE, read_image, reason, to_square
 
 
@@ -22,21 +24,57 @@ def as_pixels(images: Any, image_size: int, colour: bool = False) -> np.ndarray:
     """
     if isinstance(images, (str, os.PathLike, Image.Image)):
         raise TypeError(f"images must be a sequence of images, got one {type(images).__name__}: give [image]")
+    if hasattr(images, "to_numpy"):  # of pandas
+        images = images.to_numpy()
     if isinstance(images, Tensor):
-        images = images.detach().cpu().numpy()
-    if isinstance(images, np.ndarray) and images.ndim < 2:
+        images = _numbers(images, "images")
+    if not (
+        isinstance(images, np.ndarray) and images.dtype.kind in "biufc"
+    ):  # of numbers it is images itself
+        images = as_items(images, "images", "of images")
+    elif images.ndim < 2 or (images.ndim == 2 and not _is_square(images.shape[1])):
         raise ValueError(
-            f"images must be an array [M, H, W], or of flat squares [M, S * S], got {list(images.shape)}"
+            "images must be an array [M, H, W], [M, H, W, C], [M, C, H, W], or of flat squares [M, S * S], "
+            f"got {list(images.shape)}; a single image is given as [image]"
         )
-    if not isinstance(images, np.ndarray):
-        if not isinstance(images, Iterable):
-            raise TypeError(f"images must be a sequence of images, got {type(images).__name__}")
-        images = list(images)
     shape = (*((3,) if colour else ()), image_size, image_size)
     found = np.empty((len(images), *shape), np.uint8)
     for at, image in enumerate(images):
         found[at] = to_pixels(image, f"images[{at}]", image_size, colour)
     return found
+
+
+def as_items(values: Any, name: str, kind: str) -> list[Any]:
+    """The items of a sequence ``name``; TypeError for what has none, or none in an order. kind: what it is a sequence of."""
+    unordered = isinstance(values, (str, bytes, Mapping, Set))
+    if unordered or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"{name} must be a sequence {kind}, got {type(values).__name__}")
+    return list(values)
+
+
+def plain_label(label: Any, name: str) -> Any:
+    """A label as Python has it: of a number or string of NumPy or torch, [] or [1], what it holds.
+
+    Raises TypeError for what cannot be hashed, or holds several, ValueError for what is not even equal to itself (NaN): as a
+    label it would never be found again.
+    """
+    if hasattr(label, "item"):
+        try:
+            label = label.item()
+        except (ValueError, RuntimeError):
+            came = f"{type(label).__name__} {list(label.shape)}"
+            raise TypeError(f"{name} must be a single label, got {came}") from None
+    try:
+        hash(label)
+    except TypeError:
+        raise TypeError(f"{name} must be hashable, got {type(label).__name__}") from None
+    try:
+        known = bool(label == label)
+    except TypeError:  # pandas' NA
+        known = False
+    if not known:
+        raise ValueError(f"{name} must be a label, got {label!r}")
+    return label
 
 
 def to_pixels(image: Any, name: str, image_size: int, colour: bool) -> np.ndarray:
@@ -59,12 +97,12 @@ def to_pixels(image: Any, name: str, image_size: int, colour: bool) -> np.ndarra
 def _picture(image: Any, name: str) -> Image.Image:
     """An array or tensor as Pillow has it."""
     if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
+        image = _numbers(image, name)
     if not isinstance(image, np.ndarray) or image.dtype.kind not in "biuf":
         came = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise TypeError(f"{name} must be a path, a PIL image, or an array or tensor of numbers, got {came}")
     shape = list(image.shape)
-    if image.ndim == 1 and round(image.size**0.5) ** 2 == image.size:
+    if image.ndim == 1 and _is_square(image.size):
         image = image.reshape(round(image.size**0.5), -1)
     channels = (1, 3, 4)
     if image.ndim == 3 and image.shape[2] not in channels and image.shape[0] in channels:
@@ -85,3 +123,15 @@ def _picture(image: Any, name: str) -> Image.Image:
     if image.min() < 0 or image.max() > most:
         raise ValueError(f"colours must go from 0 to {most:g}, got {image.min():g} to {image.max():g}")
     return Image.fromarray(np.uint8(np.rint(image * (255 / most))))
+
+
+def _numbers(tensor: Tensor, name: str) -> np.ndarray:
+    check_dense(name, tensor)
+    if tensor.is_meta:
+        raise TypeError(f"{name} must have values, got a tensor of device meta")
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
+
+
+def _is_square(size: int) -> bool:
+    return round(size**0.5) ** 2 == size

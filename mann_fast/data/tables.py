@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .images import ClassImages, expand_user, is_light, load_images
-from .pictures import to_pixels
+from .pictures import plain_label, to_pixels
 
 
 def load_csv(
@@ -77,7 +77,7 @@ def load_pairs(
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"dataset[{at}] must be an image and its label, got {type(pair).__name__}")
         image, label = pair
-        label = label.item() if hasattr(label, "item") else label  # of a tensor or NumPy
+        label = plain_label(label, f"the label of dataset[{at}]")
         if not isinstance(label, (int, str)):
             raise TypeError(
                 f"the label of dataset[{at}] must be an integer or a string, got {type(label).__name__}"

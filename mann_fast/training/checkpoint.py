@@ -42,6 +42,7 @@ SHIPPED = {
     name: _FOLDER / f"{name}.safetensors" for name in ("omniglot", "omniglot-stream")
 }  # with the package
 PRETRAINED = SHIPPED["omniglot"]  # where none is named
+WEIGHTS = "model.safetensors"  # in a folder of save_pretrained; huggingface_hub's name
 
 OF_ENCODER = "encoder."  # begins the names of its tensors
 MODEL_CLASSES = {"mann": MANN, "lstm": LSTMClassifier}
@@ -130,8 +131,9 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
     """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig, SequenceConfig or
     BabiConfig.
 
-    path: a file, the folder of a run, or the name of a model that comes with the package, all trained on Omniglot's background
-        set: "omniglot" (the default, 20-way, support and queries) or "omniglot-stream" (5-way, labels one step late).
+    path: a file, the folder of a run or of ``save_pretrained``, or the name of a model that comes with the package, all trained
+        on Omniglot's background set: "omniglot" (the default, 20-way, support and queries) or "omniglot-stream" (5-way, labels
+        one step late).
 
     Raises FileNotFoundError where there is no file, and ValueError, which names the file, where it is no checkpoint, is of a
     newer format, is damaged, or holds what no run of its settings has: other names, types or shapes, or numbers that are not
@@ -139,7 +141,8 @@ def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
     """
     path = checkpoint_path(path)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        saved = path / WEIGHTS
+        path = saved if saved.is_file() and not (path / "checkpoint.pt").exists() else path / "checkpoint.pt"
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no checkpoint {path}; `mann-fast train --out DIR` writes DIR/checkpoint.pt"
