@@ -201,7 +201,7 @@ def test_tensorboard_has_every_number_of_a_line(tmp_path):
         for step in (10, 20)
     ]  # fmt: skip
     for _ in range(2):  # the second time what the first has written is gone
-        writer = TensorBoardWriter(tmp_path / "tensorboard", lines[:1])
+        writer = TensorBoardWriter(tmp_path / "tensorboard", TrainConfig(shots=2), lines[:1])
         writer(lines[1])
         writer.close()
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
