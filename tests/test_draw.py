@@ -84,6 +84,15 @@ def test_it_answers_and_shows_where_from():
     assert "Draw something" in judge(learner, known, None)
 
 
+@pytest.mark.parametrize("shipped", ["omniglot", "omniglot-stream"])
+def test_shares_of_what_was_read_make_a_whole(shipped):
+    learner = FewShotLearner.load(shipped, orders=2, views=1)
+    said = judge(learner, (Example(ink(CROSS), "a"), Example(ink(TENT), "b")), ink(TENT))
+    shares = [int(share) for share in re.findall(r"(?:figcaption>|had written |other )(\d+)%", said)]
+    assert len(shares) == 3 + (shipped == "omniglot-stream")  # which alone writes before it reads
+    assert sum(shares) == pytest.approx(100, abs=2)
+
+
 def test_what_cannot_be_remembered_is_said():
     known = tuple(Example(ink(CROSS), str(at)) for at in range(5))
     for arguments, message in (
@@ -153,7 +162,7 @@ def test_symbols_drawn_with_the_mouse_are_learned_and_known_again(tmp_path, requ
         sync_playwright() as playwright,
         playwright.chromium.launch(executable_path=browser, args=FLAGS) as chromium,
     ):
-        page = chromium.new_page(viewport={"width": 1000, "height": 790})
+        page = chromium.new_page(viewport={"width": 1000, "height": 885})
         asked, wrong = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(error))
@@ -182,8 +191,10 @@ def test_symbols_drawn_with_the_mouse_are_learned_and_known_again(tmp_path, requ
                 count += 1
                 expect(page.locator("#examples img")).to_have_count(count)
                 expect(answer).to_contain_text("Draw something")
+        place = canvas.bounding_box()
         draw(TENT, 0.05, 0.95)
         expect(answer.locator(".answer")).to_have_text("tent")
+        assert canvas.bounding_box() == place  # it stays below the pen
         page.screenshot(path=os.environ.get("MANN_FAST_PICTURE", tmp_path / "draw.png"))
         page.get_by_text("Undo").click()
         expect(answer).to_contain_text("Draw something")

@@ -116,12 +116,16 @@ def show_answer(learner: FewShotLearner, examples: Sequence[Example], ink: np.nd
         thumbnail(examples[at].ink, colours[examples[at].name], f"{shares[at]:.0%}")
         for at in np.argsort(-shares, kind="stable")[:6]
     )
+    own = (found.slots * found.holds[..., -1]).sum(2).mean().item()
+    rest = (
+        f"The drawing itself had written {own:.0%}. " if own else ""
+    )  # of a memory that writes before it reads
+    rest += f"The other {max(0, 1 - shares.sum() - own):.0%} was there before all of them."
     return (
         f'<div class="answer" style="color: {colours[names[best]]}">{html.escape(names[best])}</div>{bars}'
         f'<p class="hint">Probability, ± deviation over {learner.orders} orders of the examples.</p>'
         f"<h4>Read from</h4><div class='row'>{sources}</div>"
-        f"<p class='hint'>Share of what was read that each example had written; the other {1 - shares.sum():.0%} the drawing "
-        "itself wrote, or nothing.</p>"
+        f"<p class='hint'>Share of what was read that each example had written. {rest}</p>"
         f"<h4>Slots of the memory</h4>{show_slots(found, examples, colours)}"
         "<p class='hint'>In one of the orders: the darker a slot, the more was read there; the colour is that of the example "
         "which wrote most of it.</p>"
@@ -171,6 +175,8 @@ STYLE = """
 .gradio-container main { max-width: 1000px !important; margin: 0 auto !important; padding: 1rem !important; }
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container h1 { font-weight: 500; margin-bottom: 0; }
+/* gradio centres the shorter column, and the canvas would move below the pen as an answer comes. */
+#desk { align-items: flex-start; }
 .hint { color: #7a7f87; font-size: 0.85rem; margin: 0.3rem 0; }
 h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
 .answer { font-size: 2.6rem; line-height: 1.2; font-weight: 500; margin-bottom: 0.4rem; overflow-wrap: anywhere; }
@@ -179,12 +185,12 @@ h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar i { background: #ece9e3; border-radius: 4px; height: 0.7rem; overflow: hidden; }
 .bar em { display: block; background: var(--of); height: 100%; transition: width 0.25s; }
-#answer { margin: 0 0 0 1.5rem !important; }
+#answer { margin: 0 0 0 clamp(0rem, 5vw - 1.5rem, 1.5rem) !important; }  /* none below the canvas on a phone */
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.2rem 0; }
 .row.of { margin-right: 1.6rem; }
 .row b { font-weight: 600; margin-right: 0.3rem; }
 .row figure { margin: 0; text-align: center; font-size: 0.8rem; color: #7a7f87; }
-.row img { width: 56px; height: 56px; border: 1px solid #ddd8cf; border-bottom: 3px solid var(--of); border-radius: 6px; }
+.row img { display: block; width: 56px; height: 56px; border: 1px solid #ddd8cf; border-bottom: 3px solid var(--of); border-radius: 6px; }
 .slots { display: grid; grid-template-columns: repeat(32, 1fr); gap: 2px; }
 .slots i { aspect-ratio: 1; border-radius: 2px;
     background: color-mix(in srgb, var(--of) calc(8% + 92% * var(--much)), #f6f3ee); }
@@ -269,7 +275,7 @@ def make_page(learner: FewShotLearner) -> tuple[Any, dict[str, Any]]:
             "<h1>Draw and remember</h1><p class='hint'>Teach a memory symbols of your own, then draw one again. "
             "Nothing is trained, and nothing leaves this computer.</p>"
         )
-        with gradio.Row():
+        with gradio.Row(elem_id="desk"):
             with gradio.Column(scale=0, min_width=360):
                 canvas = gradio.HTML(
                     "[]",
