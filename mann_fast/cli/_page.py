@@ -190,7 +190,8 @@ h4 { font-weight: 600; margin: 0.9rem 0 0.3rem; }
 .row.of { margin-right: 1.6rem; }
 .row b { font-weight: 600; margin-right: 0.3rem; }
 .row figure { margin: 0; text-align: center; font-size: 0.8rem; color: #7a7f87; }
-.row img { display: block; width: 56px; height: 56px; border: 1px solid #ddd8cf; border-bottom: 3px solid var(--of); border-radius: 6px; }
+.row img { display: block; width: 56px; height: 56px; border: 1px solid #ddd8cf; border-bottom: 3px solid var(--of);
+    border-radius: 6px; }
 .slots { display: grid; grid-template-columns: repeat(32, 1fr); gap: 2px; }
 .slots i { aspect-ratio: 1; border-radius: 2px;
     background: color-mix(in srgb, var(--of) calc(8% + 92% * var(--much)), #f6f3ee); }
