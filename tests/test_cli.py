@@ -895,7 +895,7 @@ def test_advice_fits_what_was_learned():
     for found in (guessing, later):  # what more steps would not mend
         assert "20 classes to train on are too few" in advice(config, {**found, "train_classes": 80})
         photographs = {**found, "drawn": False}
-        assert "hundreds (of photographs, with an encoder)" in advice(
+        assert "hundreds of classes of other photographs, by a pretrained network" in advice(
             config, {**photographs, "train_classes": 5}
         )
         two = "--encoder conv4 --colour --image-size 84, or a pretrained one, --encoder torchvision/resnet18"

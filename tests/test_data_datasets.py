@@ -1,5 +1,6 @@
 """Every source is split into training and test classes that never overlap."""
 
+import dataclasses
 import io
 import warnings
 import zipfile
@@ -58,11 +59,17 @@ def test_few_classes_are_warned_about():
 
 
 @pytest.mark.parametrize(
-    ("count", "advice"), [(2, "mann-fast predict --support"), (3, "predict"), (9, "lower --ways to 4")]
+    ("count", "drawn", "advice"),
+    [
+        (2, True, "Omniglot or the glyphs, .*mann-fast predict --support"),
+        (2, False, "other photographs, .*--encoder torchvision/.*mann-fast predict --support"),
+        (9, False, "lower --ways to 4"),
+    ],
 )
-def test_too_few_classes_say_what_to_do(count, advice):
+def test_too_few_classes_say_what_to_do(count, drawn, advice):
+    classes = dataclasses.replace(classes_named([f"class{i}" for i in range(count)]), inverted=drawn)
     with pytest.raises(ValueError, match=f"{count} classes are too few .* 10 in all.*{advice}"):
-        split_classes(classes_named([f"class{i}" for i in range(count)]))
+        split_classes(classes)
 
 
 def test_folder_of_classes(tmp_path):
@@ -104,10 +111,17 @@ def write_classes(folder, names, images=2, value=0):
 
 
 @pytest.mark.parametrize(
-    ("others", "tested"), [(("val", "test"), "test"), (("val",), "val"), (("test",), "test")]
+    ("train", "others", "tested"),
+    [
+        ("train", ("val", "test"), "test"),
+        ("train", ("val",), "val"),
+        ("train", ("test",), "test"),
+        ("Train", ("Validation", "Test"), "Test"),
+        ("training", ("testing",), "testing"),
+    ],
 )
-def test_a_split_that_others_have_made_is_kept(tmp_path, others, tested):
-    write_classes(tmp_path / "train", ["a", "b"], value=250)
+def test_a_split_that_others_have_made_is_kept(tmp_path, train, others, tested):
+    write_classes(tmp_path / train, ["a", "b"], value=250)
     for part in others:
         write_classes(tmp_path / part, [f"{part}1", f"{part}2"], value=250)
     data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)

@@ -73,6 +73,64 @@ def test_one_list_alone_is_split(mini):
     assert data.train.num_classes == data.test.num_classes == 2
 
 
+@pytest.mark.parametrize(
+    ("first", "line"),
+    [
+        ("label,filename", "{label},{file}"),
+        (",filename,label", "{at},{file},{label}"),  # as pandas writes it, with its index
+        ("file;breed", "{file};{label}"),
+        ("file\tbreed", "{file}\t{label}"),
+        ("filename,split,class", "{file},train,{label}"),
+    ],
+)
+def test_columns_may_be_named_in_any_order(mini, first, line):
+    expected = load_csv(mini / "train.csv", image_size=8)
+    rows = [row.split(",") for row in (mini / "train.csv").read_text().split()[1:]]
+    lines = [line.format(at=at, file=file, label=label) for at, (file, label) in enumerate(rows)]
+    (mini / "train.csv").write_text("\n".join([first, *lines]))
+    found = load_csv(mini / "train.csv", image_size=8)
+    assert found.names == expected.names and torch.equal(found.images, expected.images)
+
+
+def test_a_label_is_not_guessed(mini):
+    (mini / "train.csv").write_text("filename,split,breed\nn0000.png,train,cat\n")
+    with pytest.raises(ValueError, match="label or class, .* its columns are filename, split, breed"):
+        load_csv(mini / "train.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"gone.png,a\nn0000.png,a\n", FileNotFoundError, "gone.png in line 1"),  # no names of columns
+        (b"file,label\n,a\n", ValueError, "line 2 of .* must have a file and its label, got ,a"),
+        (b"n0000.png,\xe4\n", ValueError, "train.csv must be text in UTF-8"),
+        (b"n0000.png,a\n" + b"x" * 200_000, ValueError, "line 2 of .* cannot be read: field larger than"),
+        (b"n0000.png,a\n" + b"x" * 5_000 + b",a", FileNotFoundError, "x{200} in line 2 of .* does not exist"),
+    ],
+)
+def test_what_is_no_list_is_one_line(mini, content, error, message):
+    (mini / "train.csv").write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        load_csv(mini / "train.csv")
+    assert len(str(caught.value)) < 700
+
+
+def test_a_list_to_train_on_may_stand_alone(mini):
+    for part in ("val", "test"):
+        (mini / f"{part}.csv").unlink()
+    data = load_dataset(mini, image_size=8, ways=2, shots=4)
+    assert sorted([*data.train.names, *data.test.names]) == ["train0", "train1", "train2", "train3"]
+    folders = mini.parent / "folders" / "train"
+    (folders / "train.csv").write_text(
+        "of something else\n"
+    )  # beside folders of classes it is no list of them
+    assert load_dataset(folders, image_size=8, ways=2, shots=4).train.num_classes == 2
+    with pytest.raises(
+        NotADirectoryError, match="n0000.png is a file; expected a folder .*, a .csv, or an .npz"
+    ):
+        load_dataset(mini / "images" / "n0000.png")
+
+
 def test_the_command_line_trains_on_lists(mini, tmp_path, capsys):
     small = "--ways 2 --shots 4 --hidden-size 8 --slots 8 --slot-size 4 --heads 1 --steps 2 --batch 2 --eval-episodes 4"
     assert main(["train", "--data", str(mini), "--out", str(tmp_path / "run"), *small.split()]) == 0, (

@@ -90,7 +90,8 @@ def say_which_model(checkpoint: Path) -> None:
     if checkpoint in SHIPPED.values():
         print(
             "mann-fast: a model that comes with mann_fast, trained on drawn characters (Omniglot) and on nothing else; "
-            "for photographs train one of your own (mann-fast train --data FOLDER) and name it with --checkpoint",
+            "for photographs train one of your own (mann-fast train --data FOLDER --encoder torchvision/resnet18) and name it "
+            "with --checkpoint",
             file=sys.stderr,
         )
 

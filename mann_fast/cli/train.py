@@ -14,7 +14,7 @@ from typing import Any
 from .._cache import cache_folder
 from ..data import Dataset
 from ..data.babi import load_babi
-from ..data.datasets import FEW_CLASSES
+from ..data.datasets import FEW_CLASSES, better_source
 from ..data.images import counted, expand_user
 from ..data.sequences import TASKS
 from ..layers import MEMORIES
@@ -401,10 +401,9 @@ def lacking(config: TrainConfig, summary: dict[str, Any]) -> str:
     turned = 4 if config.augment and summary["drawn"] else 1
     classes = summary["train_classes"] // turned
     if classes < FEW_CLASSES:
-        alike = "omniglot, glyphs" if summary["drawn"] else "of photographs, with an encoder"
         return (
-            f"{counted(classes, 'class', 'classes')} to train on are too few to learn how to learn: train on hundreds "
-            f"({alike}), and show yours to that model (mann-fast predict --support)"
+            f"{counted(classes, 'class', 'classes')} to train on are too few to learn how to learn: train on "
+            f"{better_source(summary['drawn'])}, and show yours to that model (mann-fast predict --support)"
         )
     if summary["drawn"]:
         return ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .fetch import fetch_omniglot
-from .folder import PARTS, class_folders, load_folder
+from .folder import class_folders, load_folder, part_of
 from .glyphs import generate_glyphs
 from .images import ClassImages, counted, expand_user
 from .npz import load_npz
@@ -62,6 +62,9 @@ def load_dataset(
     of MedMNIST (``load_npz``): its classes, split as above. A map-style data set of images and labels in Python
     (``load_pairs``): likewise. ``colour`` and ``invert`` as in ``load_folder``.
 
+    Names of parts may also be training, valid, validation or testing, in any case. Of train.csv alone, beside no folders of
+    classes, the classes are split as above.
+
     Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
     one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
     """
@@ -84,23 +87,29 @@ def load_dataset(
         )
         kind = "omniglot"
     else:
-        if not expand_user(source).exists():
-            raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
-        options = {"image_size": image_size, "colour": colour}
         path = expand_user(source)
-        folders = {part: path / part for part in PARTS if (path / part).is_dir()}
-        tables = {part: path / f"{part}.csv" for part in PARTS if (path / f"{part}.csv").is_file()}
-        listed = len(tables) >= 2 and "train" in tables
-        if len(folders) >= 2 and "train" in folders and not (listed and not class_folders(folders["train"])):
+        if not path.exists():
+            raise FileNotFoundError(f"{source} does not exist; expected 'glyphs', 'omniglot' or a path")
+        suffix = "" if path.is_dir() else path.suffix.lower()
+        options = {"image_size": image_size, "colour": colour}
+        folders = _parts(class_folders(path)) if path.is_dir() else {}
+        tables = _parts(path.glob("*.[cC][sS][vV]"))
+        if len(tables) == 1 and not {folder.name for folder in class_folders(path)} <= {"images", "train"}:
+            tables = {}  # a list beside folders of classes
+        if len(folders) >= 2 and not (tables and not any(map(class_folders, folders["train"]))):
             parts = _split_before(load_folder, folders, options, invert)
-        elif listed:
+        elif tables:
             parts = _split_before(load_csv, tables, options, invert)
-        elif path.suffix == ".csv":
+        elif suffix == ".csv":
             parts = (load_csv(path, **options, invert=invert),)
-        elif path.suffix == ".npz":
+        elif suffix == ".npz":
             parts = (load_npz(path, **options),)
+        elif path.is_dir():
+            parts = (load_folder(path, **options, min_images=shots, invert=invert),)
         else:
-            parts = (load_folder(source, **options, min_images=shots, invert=invert),)
+            raise NotADirectoryError(
+                f"{source} is a file; expected a folder with one sub-folder of images per class, a .csv, or an .npz of MedMNIST"
+            )
         if len(parts) == 1:
             parts = split_classes(parts[0], ways=ways, seed=seed)
         kind = "folder"
@@ -109,20 +118,31 @@ def load_dataset(
     return Dataset(*parts, kind)
 
 
+def _parts(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Those that are a part of data which others have split, by the part; none without a part to train on."""
+    parts: dict[str, list[Path]] = {}
+    for path in sorted(paths):
+        if part := part_of(path):
+            parts.setdefault(part, []).append(path)
+    return parts if "train" in parts else {}
+
+
 def _split_before(
-    load: Callable[..., ClassImages], paths: dict[str, Path], options: dict[str, Any], invert: bool | None
+    load: Callable[..., ClassImages],
+    paths: dict[str, list[Path]],
+    options: dict[str, Any],
+    invert: bool | None,
 ) -> tuple[ClassImages, ...]:
-    """(train, test) where no class is in two of the parts, else all classes in one."""
-    train = load(paths["train"], **options, invert=invert)
-    others = {
-        part: load(path, **options, invert=train.inverted)  # as the training images
-        for part, path in paths.items()
-        if part != "train"
-    }
-    every = [train, *others.values()]
-    if len({name for part in every for name in part.names}) < sum(part.num_classes for part in every):
-        return (ClassImages.merged(every),)
-    return train, others["test"] if "test" in others else next(iter(others.values()))
+    """(train, test) where no class is in two of the parts, else all classes in one; so where there is but one part."""
+    parts: dict[str, ClassImages] = {}
+    for part in ("train", "val", "test"):
+        if part in paths:
+            parts[part] = ClassImages.merged([load(path, **options, invert=invert) for path in paths[part]])
+            invert = parts["train"].inverted  # as the training images
+    whole = ClassImages.merged([*parts.values()])
+    if len(parts) == 1 or whole.num_classes < sum(part.num_classes for part in parts.values()):
+        return (whole,)
+    return parts["train"], parts["test" if "test" in parts else "val"]
 
 
 def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tuple[ClassImages, ClassImages]:
@@ -134,7 +154,7 @@ def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tupl
     """
     count = classes.num_classes
     if count < 2 * ways:
-        raise TooFewClasses(_too_few(count, ways), classes)
+        raise TooFewClasses(_too_few(count, ways, classes.inverted), classes)
     hashes = [
         hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in classes.names
     ]
@@ -144,21 +164,27 @@ def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tupl
         warnings.warn(
             f"only {counted(count - held_out, 'class', 'classes')} to train on: a model then learns these "
             f"classes rather than how to learn new ones, which takes {FEW_CLASSES} at the very least and better "
-            "hundreds. Consider training on Omniglot or the glyphs, and showing your classes to the trained model "
+            f"hundreds. Consider training on {better_source(classes.inverted)}, and showing your classes to that model "
             "(mann-fast predict --support)",
             stacklevel=2,
         )
     return classes.select(sorted(order[held_out:])), classes.select(sorted(order[:held_out]))
 
 
-def _too_few(count: int, ways: int) -> str:
+def better_source(drawn: bool) -> str:
+    """What to train on, where one's own classes are too few; of drawings or of photographs."""
+    if drawn:
+        return "Omniglot or the glyphs"
+    return (
+        "hundreds of classes of other photographs, by a pretrained network (--encoder torchvision/resnet18)"
+    )
+
+
+def _too_few(count: int, ways: int, drawn: bool) -> str:
     needed = (
         f"{counted(count, 'class is', 'classes are')} too few to train with episodes of {ways} (--ways): that takes {ways} to "
         f"train on and {ways} others to test on, {2 * ways} in all"
     )
     if count >= 4:
         return f"{needed}. Add classes, or lower --ways to {count // 2}"
-    return (
-        f"{needed}. With so few, train on Omniglot or the glyphs and show your classes to the trained model "
-        "(mann-fast predict --support)"
-    )
+    return f"{needed}. With so few, train on {better_source(drawn)}, and show yours to that model (mann-fast predict --support)"

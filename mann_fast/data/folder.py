@@ -19,7 +19,12 @@ from .images import (
     shortened,
 )
 
-PARTS = ("train", "val", "valid", "test")  # folders of classes, in data that others have split
+# Folders of classes, or lists, in data that others have split: what part each is, by its name in lower case.
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
@@ -55,7 +60,7 @@ def load_folder(
         )
     folders = class_folders(path)
     files = {folder: image_files(folder) for folder in folders}
-    if not any(files.values()) and not any(folder.name in PARTS for folder in folders):
+    if not any(files.values()) and not any(part_of(folder) for folder in folders):
         outer, folders = folders, [inner for folder in folders for inner in class_folders(folder)]
         files = {folder: image_files(folder) for folder in folders}
         if not any(files.values()):
@@ -76,6 +81,11 @@ def load_folder(
     classes = ClassImages(images, starts, tuple(f.relative_to(path).as_posix() for f in folders), inverted)
     classes.require(min_images, f"add images in {path}, remove these folders, or lower the number (--shots)")
     return classes
+
+
+def part_of(path: Path) -> str | None:
+    """Which part of data that others have split a folder or list is by its name: "train", "val", "test" or none."""
+    return PARTS.get(path.stem.lower() if path.is_file() else path.name.lower())
 
 
 def image_files(folder: str | Path) -> list[Path]:

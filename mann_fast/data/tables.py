@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .images import ClassImages, expand_user, is_light, load_images
+from .images import ClassImages, expand_user, is_light, load_images, readable_suffixes
 from .pictures import plain_label, to_pixels
 
 
@@ -18,42 +18,90 @@ def load_csv(
     path: str | Path, *, image_size: int = 20, colour: bool = False, invert: bool | None = None
 ) -> ClassImages:
     """The images that a CSV file lists, a line each: the file, then its label, which names the class; further columns are
-    passed over, and so is a first line that names no file. Classes are sorted by name.
+    passed over. Where a first line names the columns, the label is that of ``label`` or ``class``, of two columns the other
+    one, and the file may stand in any. Classes are sorted by name. Commas, semicolons or tabs part the columns.
 
     A file lies where its name leads from the folder of the CSV file, or from the folder ``images`` in it (mini-ImageNet, Ravi
     and Larochelle 2017), or one called as the CSV file is, ``train`` of train.csv. ``image_size``, ``colour`` and
     ``invert`` as in :func:`mann_fast.data.load_folder`.
 
     Raises FileNotFoundError for a ``path`` or a listed file that does not exist, by its line, ValueError for a line that has no
-    label, or a file without lines.
+    label, columns of which none is known to be the label, a file without lines, or one that is no text in UTF-8.
     """
     path = expand_user(path)
+    folders = (path.parent, path.parent / "images", path.with_suffix(""))
     groups: dict[str, list[Path]] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        for cells in reader:
-            if not cells:
+    of_file, of_label = 0, 1
+    names: list[str] = []
+    for line, cells in _lines(path):
+        where = f"line {line} of {path}"
+        if not groups and not names and not any(_is_image_name(cell) for cell in cells):
+            if _found(folders, cells[0]) is None:  # names of columns
+                names = [cell.strip().lower() for cell in cells]
                 continue
-            where = f"line {reader.line_num} of {path}"
-            folders = (path.parent, path.parent / "images", path.with_suffix(""))
-            found = next((folder / cells[0] for folder in folders if (folder / cells[0]).is_file()), None)
-            if found is None and reader.line_num == 1:
-                continue  # names of columns
-            if found is None:
-                raise FileNotFoundError(
-                    f"{cells[0]} in {where} does not exist, in {path.parent} or its folders images and {path.stem}"
-                )
-            if len(cells) < 2 or not cells[1].strip():
-                raise ValueError(f"{where} must have a file and its label, got {','.join(cells)}")
-            groups.setdefault(cells[1].strip(), []).append(found)
+        if not groups and names:
+            of_file = next((at for at, cell in enumerate(cells) if _found(folders, cell)), 0)
+            of_label = _label_column(path, names, of_file)
+        if len(cells) <= max(of_file, of_label) or not cells[of_file].strip() or not cells[of_label].strip():
+            raise ValueError(f"{where} must have a file and its label, got {','.join(cells)}")
+        found = _found(folders, cells[of_file])
+        if found is None:
+            raise FileNotFoundError(
+                f"{cells[of_file][:200]} in {where} does not exist, in {path.parent} or its folders images and {path.stem}"
+            )
+        groups.setdefault(cells[of_label].strip(), []).append(found)
     if not groups:
         raise ValueError(f"{path} lists no images; expected lines of a file and its label")
-    names = sorted(groups)
-    order = [image for name in names for image in groups[name]]
+    classes = sorted(groups)
+    order = [image for name in classes for image in groups[name]]
     images, read, inverted = load_images(order, image_size=image_size, colour=colour, invert=invert)
     readable = set(read)
-    counts = [sum(image in readable for image in groups[name]) for name in names]
-    return ClassImages(images, torch.tensor([0, *counts]).cumsum(0), tuple(names), inverted)
+    counts = [sum(image in readable for image in groups[name]) for name in classes]
+    return ClassImages(images, torch.tensor([0, *counts]).cumsum(0), tuple(classes), inverted)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every line that has any; ValueError for what is no text in UTF-8, or no CSV."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True)
+            yield from ((reader.line_num, cells) for cells in reader if cells)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} must be text in UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {path} cannot be read: {error}") from None
+
+
+def _is_image_name(cell: str) -> bool:
+    """Whether it has a suffix of images: such a file may be missing, but is no name of a column."""
+    return Path(cell).suffix.lower() in readable_suffixes()
+
+
+def _found(folders: Iterable[Path], name: str) -> Path | None:
+    """The file of that name in the first folder that has it; None where there is none, or can be none."""
+    for folder in folders:
+        file = folder / expand_user(name)
+        try:
+            if file.is_file():
+                return file
+        except (OSError, ValueError):  # too long, or with a character that no name has
+            return None
+    return None
+
+
+def _label_column(path: Path, names: list[str], of_file: int) -> int:
+    """Which of the named columns is the label. ValueError where that is a guess."""
+    known = [at for at, name in enumerate(names) if name in ("label", "class")]
+    if known:
+        return known[0]
+    others = [at for at in range(len(names)) if at != of_file]
+    if len(others) != 1:
+        raise ValueError(
+            f"{path} must have a column label or class, or two columns in all; its columns are {', '.join(names)}"
+        )
+    return others[0]
 
 
 def load_pairs(
