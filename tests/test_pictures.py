@@ -137,6 +137,60 @@ def test_intervals_are_drawn_where_a_run_has_them(drawn, tmp_path):
         assert top.lines[0].get_xydata().tolist() == [[2, 50]] * (number - 2)
 
 
+def labels_of(axis):
+    low, high = axis.get_view_interval()
+    ticks = [
+        tick for tick in axis.get_major_ticks() + axis.get_minor_ticks() if low <= tick.get_loc() <= high
+    ]
+    return [text for tick in ticks if (text := tick.label1.get_text())]
+
+
+def test_ticks_can_be_told_apart_and_steps_are_whole(drawn, tmp_path):
+    config = SequenceConfig.of_task(task="copy")
+    lines = [
+        {"step": step, "loss": loss, "test_error": {"a": 1.0}} for step, loss in ((2, 0.69379), (7, 0.69254))
+    ]
+    plot_sequence_curve(tmp_path / "a.png", lines, config, "a model")
+    bottom = drawn[0].axes[1]
+    drawn[0].canvas.draw()
+    assert len(set(labels_of(bottom.yaxis))) == len(labels_of(bottom.yaxis)) >= 2
+    assert len(labels_of(bottom.xaxis)) >= 2 and all("." not in text for text in labels_of(bottom.xaxis))
+
+
+def test_the_interval_of_a_single_line_is_drawn(drawn, tmp_path):
+    line = {"step": 5, "loss": 1.0, "heldout_accuracy": [0.5, 1], "heldout_interval": [[0.4, 0], [0.7, 1]]}
+    plot_learning_curve(tmp_path / "a.png", [line], TrainConfig(shots=2, ways=2), "a model")
+    bar = drawn[0].axes[0].collections[0]
+    assert bar.get_segments()[0].tolist() == [[5, 40], [5, 70]]
+
+
+def test_what_is_wanted_and_answered_has_one_scale(drawn, tmp_path):
+    config = SequenceConfig.of_task(task="regression", length=3)
+    targets, outputs = torch.tensor([[-1.0], [3.0], [0.5]]), torch.tensor([[-2.0], [0.5], [0.5]])
+    trace = SequenceTrace("3 points", targets, targets, outputs, torch.ones(3, dtype=torch.bool), None, 1.0)
+    plot_sequence(tmp_path / "a.png", trace, config, "a model")
+    assert [bounds for _, *bounds in bars(drawn[0])] == [[-1, 3], [-2, 3], [-2, 3]]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 60])
+def test_an_episode_shows_whole_squares_and_a_whole_legend(steps, drawn, tmp_path):
+    asked = torch.arange(steps) >= steps // 2
+    weights = torch.rand(steps, 8)
+    found = Trace(
+        ["label 1", "label 2"], torch.arange(steps) % 2, asked, asked & (torch.arange(steps) % 3 > 0),
+        torch.rand(steps, 2), Slots(weights, weights, weights, None, None),
+    )  # fmt: skip
+    plot_episode(tmp_path / "a.png", torch.rand(steps, 3, 9, 9), asked.long(), found, "a model " * 12)
+    (figure,) = drawn
+    figure.canvas.draw()
+    strip, answers = figure.axes[:2]
+    box = strip.get_window_extent()
+    assert box.width / steps == pytest.approx(box.height, rel=0.25)
+    for part in (answers.get_legend(), figure._suptitle):
+        extent = part.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("task, addressing", [("copy", "ntm"), ("repeat-copy", "dnc"), ("key-value", "dnc")])
 def test_long_titles_are_not_cut(task, addressing, drawn, tmp_path):
     memory = "masks=true deallocate=true link_sharpening=true" if addressing == "dnc" else ""
@@ -158,7 +212,7 @@ def assert_whole(figure, *texts):
         assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, text
 
 
-def test_long_titles_and_legends_of_images_are_not_cut(drawn, tmp_path):
+def test_long_titles_of_images_are_not_cut(drawn, tmp_path):
     memory = "masks=true deallocate=true link_sharpening=true"
     config = TrainConfig.of("conv4", "support", data="omniglot", addressing="dnc", memory=memory, shots=2)
     title = describe(config)
@@ -167,13 +221,6 @@ def test_long_titles_and_legends_of_images_are_not_cut(drawn, tmp_path):
     plot_learning_curve(tmp_path / "b.png", [{"step": step, **line} for step in (1, 2)], config, title)
     for figure in drawn:
         assert_whole(figure, figure.axes[0].title)
-    asked = torch.tensor([False, True, True])  # few steps make a narrow picture
-    weights = torch.full((3, 2), 0.5)
-    slots = Slots(weights, weights, weights, None, None)
-    right = asked & (torch.arange(3) > 1)
-    trace = Trace(["x", "y"], torch.tensor([0, 1, 0]), asked, right, weights, slots)
-    plot_episode(tmp_path / "c.png", torch.rand(3, 1, 4, 4), asked.long(), trace, title)
-    assert_whole(drawn[-1], drawn[-1]._suptitle, drawn[-1].axes[1].get_legend())
 
 
 def test_answers_are_framed_by_whether_they_are_right(drawn, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,9 @@ def draw_band(
 ) -> None:
     """Between two bounds at each step; none where a line of metrics.jsonl, of an older release, has no interval."""
     shown = [(step, *bound) for step, bound in zip(steps, bounds, strict=True) if bound is not None]
-    if shown:
+    if len(shown) == 1:  # which has no width to shade
+        axes.vlines(*shown[0], color=colour, alpha=0.3, linewidth=3)
+    elif shown:
         axes.fill_between(*zip(*shown, strict=True), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -111,12 +114,21 @@ def readable_log(axes: Axes) -> None:
         """It knows which ticks to label; its own labels of less than 1 are 7e-01 for 0.66."""
 
         def __call__(self, x, pos=None):
-            return f"{x:.3g}" if super().__call__(x, pos) else ""
+            low, high = sorted(self.axis.get_view_interval())
+            digits = max(3, 2 - floor(log10((high - low) / high)))  # as many as tell two ticks apart
+            return f"{x:.{digits}g}" if super().__call__(x, pos) else ""
 
     axes.set(yscale="log")
     axes.yaxis.set_major_formatter(Plain())
     axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
     axes.tick_params(axis="y", which="minor", labelsize=8)
+
+
+def whole_ticks(axes: Axes) -> None:
+    """At whole numbers of the x axis: there is no half a step."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 5, 10), integer=True))
 
 
 def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None:
@@ -125,6 +137,7 @@ def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None
     losses = [record["loss"] for record in records]
     axes.plot(steps, losses, color="#444444", marker=_marker(steps), label="training loss")
     axes.set(xlabel="training step", ylabel=label, xlim=(0, None))
+    whole_ticks(axes)
     draw_legend(axes)
 
 
@@ -232,14 +245,19 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
     panels += [(f"weight {name}\n(sum over heads)", *drawn) for name, *drawn in slot_panels(trace.slots)]
     if trace.slots.usage is not None:
         panels.append(("usage", trace.slots.usage, "Purples"))
-    of_slots = [2.0] * (len(panels) - 1)
-    figure = _figure(max(9.0, 0.27 * steps + 2), 3.5 + 2.5 * len(of_slots))  # the legend takes 7
-    heights = (0.6, 0.5 + 0.12 * classes, *of_slots)
+    width = max(7.0, 0.27 * steps + 2)
+    heights = (
+        (width - 2.2) / steps,
+        0.7 + 0.17 * classes,
+        *[2.6] * (len(panels) - 1),
+    )  # inches; images are squares
+    figure = _figure(width, sum(heights) + 0.3 * len(heights) + 1)
     rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}: {int(trace.right.sum())} of {int(trace.asked.sum())} right", wrap=True)
     strip = images.permute(2, 0, 3, 1).reshape(size, steps * size, channels).squeeze(2)
     rows[0].imshow(strip, cmap="gray", aspect="auto", extent=(-0.5, steps - 0.5, 0, 1), vmin=0, vmax=1)
-    rows[0].set(yticks=[], ylabel="image")
+    rows[0].set(yticks=[])
+    rows[0].set_ylabel("image", rotation=0, ha="right", va="center")
     if trace.asked.all():  # else examples come first, as many of each class
         for t in range(steps):
             rows[0].text(t, 1.06, int(instance[t]), ha="center", fontsize=7)
@@ -261,7 +279,15 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
                 at, trace.classes[at], marker=mark, s=22, facecolors=face, edgecolors=edge, label=name
             )
     rows[1].set(yticks=range(classes), yticklabels=trace.names, ylabel="")
-    rows[1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
+    rows[1].legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+        columnspacing=1,
+        handletextpad=0.1,
+    )
     rows[-1].set(xlabel="step")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -278,16 +304,21 @@ def slot_panels(slots: Slots) -> list[tuple[str, Tensor, Colours]]:
     return [("written", *written), ("read", *read)]
 
 
-def draw_steps(axes: Axes, values: Tensor, colours: Colours, label: str) -> Colorbar:
+def draw_steps(
+    axes: Axes, values: Tensor, colours: Colours, label: str, beside: Sequence[Tensor] = ()
+) -> Colorbar:
     """Step by step values [T, K] in a colour map; or of several kinds, [T, K, kinds], all of them at least 0: the more in all
-    the darker, in a mixture of their colours. From 0 to 1, further only where a value is, so that pictures compare."""
+    the darker, in a mixture of their colours. From 0 to 1, further only where a value is, of these or of those ``beside``, so
+    that pictures compare."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize, to_rgb
     from matplotlib.patches import Patch
 
     options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
     in_all = values if isinstance(colours, str) else values.sum(2)
-    least, most = min(0.0, in_all.min().item()), max(1.0, in_all.max().item())
+    least = min(0.0, *(x.min().item() for x in (in_all, *beside)))
+    most = max(1.0, *(x.max().item() for x in (in_all, *beside)))
+    whole_ticks(axes)
     if isinstance(colours, str):
         drawn: ScalarMappable = axes.imshow(values.T, cmap=colours, vmin=least, vmax=most, **options)
     else:

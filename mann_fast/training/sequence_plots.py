@@ -110,8 +110,9 @@ def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, config: Sequenc
     figure = _figure(max(7.0, 0.09 * len(trace.inputs) + 3), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}\n{trace.name}: {trace.error:.3g} {unit(config)}", wrap=True)
+    wanted = (trace.targets, trace.outputs * trace.answered.unsqueeze(1))
     for axes, (label, values, colours, of_bar, marks) in zip(rows, panels, strict=True):
-        draw_steps(axes, values, colours, of_bar)
+        draw_steps(axes, values, colours, of_bar, wanted if label in ("wanted", "answered") else ())
         axes.set_ylabel(label)
         if label != "memory slot":
             size = values.shape[1]
