@@ -193,6 +193,12 @@ def test_a_data_set_is_as_a_folder(mini, colour):
         assert torch.equal(found.images, expected.images)
 
 
+def test_a_part_of_a_data_set_has_the_names_of_the_whole():
+    whole = Pairs([(picture(at, (8, 8)), at % 3) for at in range(6)], np.array(["ka", "ro", "mu"]))
+    part = torch.utils.data.Subset(torch.utils.data.Subset(whole, range(1, 6)), [0, 1])
+    assert load_pairs(part, image_size=8).names == ("ro", "mu")
+
+
 def test_episodes_of_a_data_set():
     items = [(picture(at, (8, 8)), np.int64(at % 12)) for at in range(48)]
     data = load_dataset(Pairs(items), image_size=8, colour=True, ways=3, shots=4)

@@ -111,14 +111,15 @@ def load_pairs(
     ``torchvision.datasets``, or any ``torch.utils.data.Dataset``, or a list.
 
     An image is what :class:`mann_fast.FewShotLearner` calls one. A class has the name that ``dataset.classes`` gives its
-    number, where there is such a list; else the label is the name, a number as in "label03". ``image_size``, ``colour`` and
-    ``invert`` as in :func:`mann_fast.data.load_folder`; all images are held at that size at once.
+    number, where there is such a list (of a ``Subset`` that of the whole); else the label is the name, a number as in
+    "label03". ``image_size``, ``colour`` and ``invert`` as in :func:`mann_fast.data.load_folder`; all images are held at that
+    size at once.
 
     Raises TypeError for what is no such data set or pair, ValueError for an image that cannot be read, by its place.
     """
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset must have a length and items, got {type(dataset).__name__}")
-    names = getattr(dataset, "classes", None)
+    names = _class_names(dataset)
     groups: dict[Hashable, list[np.ndarray]] = {}
     for at in range(len(dataset)):
         pair = dataset[at]
@@ -142,9 +143,16 @@ def load_pairs(
     return ClassImages.from_groups(named, image_size, invert)
 
 
+def _class_names(dataset: Any) -> Any:
+    """Those that it has, or that it is a part of, as ``torch.utils.data.Subset`` is of its ``dataset``; else None."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
+
+
 def _name(label: Any, names: Any) -> str:
     if isinstance(label, str):
         return label
-    if isinstance(names, (list, tuple)) and 0 <= label < len(names):
+    if isinstance(names, (list, tuple, np.ndarray)) and 0 <= label < len(names):
         return str(names[label])
     return f"label{label:02d}"
