@@ -29,7 +29,7 @@ class Recall(NamedTuple):
     @property
     def examples(self) -> Tensor:
         """The share of what was read that came from each example, the mean over the orders: [Q, n], rows sum to at most 1."""
-        return torch.einsum("qks,qksn->qn", self.slots, self.holds[..., :-1]) / self.slots.shape[1]
+        return (self.slots.unsqueeze(3) * self.holds[..., :-1]).sum(2).mean(1)
 
 
 def displace(holds: Tensor, written: Tensor, source: Tensor) -> Tensor:
