@@ -177,7 +177,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--controller",
         choices=tuple(CONTROLLERS),
-        help=f"(default: {default.controller}; with --layout support {LAYOUT_DEFAULTS['support']['controller']})",
+        help=f"what drives the memory (default: {default.controller}; "
+        f"with --layout support {LAYOUT_DEFAULTS['support']['controller']})",
     )
     setting(
         "--hidden-size",

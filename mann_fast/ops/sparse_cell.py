@@ -110,6 +110,7 @@ class _InPlace(Steps):
 
     def __init__(self, steps: int, resets: Tensor | None, lengths: Tensor | None, start: Tensor | None):
         super().__init__(resets, lengths, start)
+        self.steps, self.last = steps, False
         self.any_begins = [False] * steps if resets is None else resets.any(1).tolist()
         self.now: tuple[Tensor | None, ...] = NO_SEQUENCES
 
@@ -117,6 +118,7 @@ class _InPlace(Steps):
         resets = self.resets[t] if self.resets is not None and self.any_begins[t] else None
         lengths = None if self.lengths is None else (t < self.lengths).to(torch.int64)
         self.now = (resets, lengths, None if resets is None else self.start)
+        self.last = t == self.steps - 1
         return state
 
     def finish(self, t: int, after: AnyState, before: AnyState) -> AnyState:
@@ -156,12 +158,9 @@ def sparse_cell(
     ):
         memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
         sequences = in_place = _InPlace(steps, resets, lengths, start)
-        taken = 0
 
         def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
-            nonlocal taken
-            taken += 1
-            options = (taken == steps, threshold, eps, *in_place.now)
+            options = (in_place.last, threshold, eps, *in_place.now)
             tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
             read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
             return read, SparseState(rows, slots, weights, state.last_access, clock)

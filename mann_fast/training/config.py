@@ -159,6 +159,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The inverse of `to_dict`; ValueError where settings are missing or unknown."""
+        values = _with_memory(values)
         names = {field.name for field in fields(cls)}
         if differing := names ^ set(values):
             raise ValueError(f"settings of another version of mann_fast: {', '.join(sorted(differing))}")
@@ -316,10 +317,6 @@ class SequenceConfig(RunConfig):
     def of_task(cls, task: str, **changes: Any) -> SequenceConfig:
         return cls(task=task, **_of_addressing(TASK_DEFAULTS.get(task, {}), changes))
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        return super().from_dict(_with_memory(values))
-
 
 @dataclass(frozen=True)
 class BabiConfig(RunConfig):
@@ -350,10 +347,6 @@ class BabiConfig(RunConfig):
     def of(cls, **changes: Any) -> BabiConfig:
         """With no options of the memory where another than the DNC is among the changes, unless these are too."""
         return cls(**_of_addressing({"addressing": cls.addressing, "memory": cls.memory}, changes))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        return super().from_dict(_with_memory(values))
 
 
 # Sizes of Graves et al. 2014 for their tasks, of Santoro et al. 2016 for regression; steps and learning rates: docs/tasks.md.
