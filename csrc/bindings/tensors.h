@@ -47,10 +47,25 @@ const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 const void* data(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 void* pointer(Tensor& tensor, bool there) { return there ? tensor.mutable_data_ptr() : nullptr; }
 
-Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
-Tensor empty_slots(const Tensor& like, const Shape& shape) {
-  return torch::stable::new_empty(like, shape, std::make_optional(ScalarType::Long));
+// On the device of another tensor, contiguous, with nothing in it yet. (torch::stable::new_empty goes by the name of an op and
+// boxes its arguments; a step has a dozen results.)
+Tensor allocate(const Tensor& like, const Shape& shape, int32_t dtype) {
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 1 ? shape[i] : 1) strides[i] = stride;
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle allocated;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device,
+                                                  like.get_device_index(), &allocated));
+  return Tensor(allocated);
 }
+Tensor empty(const Tensor& like, const Shape& shape) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return allocate(like, shape, dtype);
+}
+Tensor empty_slots(const Tensor& like, const Shape& shape) { return allocate(like, shape, aoti_torch_dtype_int64()); }
 
 // resets [T, B] (of a step [B]), lengths [B] and start [N, D], as they came; made contiguous.
 struct SequenceTensors {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from .._onnx import exporting
-from .._state import check_dense, check_size, is_dense
+from .._state import check_dense, check_size
 from ..ops._backend import chosen
 from ..ops._checks import HALF_DTYPES, STATE_DTYPES, check_choice, check_flag
 from . import controllers, sequences
@@ -377,24 +377,24 @@ class MemoryLayer(nn.Module):
         """A step of a rollout, whose time is Python's: where the state is one that a layer gives, what
         :func:`mann_fast.ops.cell` checks is all that there is to check. None where it is not, or does not fit, which the long
         way says."""
-        if (
-            type(x) is not Tensor
-            or x.layout is not torch.strided
-            or x.dim() != 3
-            or type(state) is not MemoryState
-            or type(state.memory) is not self.memory.state_like.type
-            or not is_dense(state.memory[0])
-            or state.memory[0].shape[1:] != self.memory.state_like.parts[0][1]
-            or not self.memory.fused
-            or self.kind == "module"
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined]
-            or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-            or self._obstacle()
-            or (x.dtype, x.device) != self._dtype_and_device()
-        ):
-            return None
+        weight: Any = self._modules["heads"]._parameters.get("weight")  # type: ignore[union-attr]
         try:
+            if (
+                type(x) is not Tensor
+                or x.dtype != weight.dtype  # None of a parametrized one
+                or x.layout is not torch.strided
+                or x.dim() != 3
+                or type(state) is not MemoryState
+                or type(state.memory) is not self.memory.state_like.type
+                or state.memory[0].shape[1:] != self.memory.state_like.parts[0][1]
+                or not self.memory.fused
+                or self.kind == "module"
+                or torch.compiler.is_compiling()
+                or torch.jit.is_tracing()  # type: ignore[attr-defined]
+                or torch._C._is_any_autocast_enabled()
+                or self._obstacle()
+            ):
+                return None
             if self.batch_first:
                 x, resets = x.transpose(0, 1), None if resets is None else resets.t()
             output, state = self._run(x, state, Sequences(resets))
