@@ -60,6 +60,20 @@ def test_it_learns_and_goes_on_learning(learner, glyphs):
     assert learner.predict(glyphs[0, :1]).tolist() == ["new"]
 
 
+def test_what_torch_makes_by_default_changes_nothing(glyphs):
+    def answers():
+        new = FewShotLearner.load().learn(glyphs[:3, :2].reshape(6, 40, 40), [0, 0, 1, 1, 2, 2])
+        return new.predict_proba(glyphs[:3, 2:5].reshape(9, 40, 40))
+
+    expected = answers()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = answers()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("shipped", ["omniglot", "omniglot-stream"])
 def test_recall_follows_the_writes_of_every_example(shipped, glyphs):
     """Beside one order at a time, step by step, of the weights that the layer returns."""
@@ -269,6 +283,7 @@ def test_tables_are_their_values(learner, glyphs):
             r"flat squares \[M, S \* S\], got \[3, 7\]; a single image .* \[image\]",
         ),
         (np.zeros(4), ValueError, r"images must be an array \[M, H, W\]"),
+        (np.zeros((9, 8, 3)), ValueError, r"\[9, 8, 3\], which looks like a single image .* give \[image\]"),
         ({"a": np.zeros((4, 4))}, TypeError, "images must be a sequence of images, got dict"),
         ({3}, TypeError, "images must be a sequence of images, got set"),
         (np.array(None), TypeError, "images must be a sequence of images, got ndarray"),

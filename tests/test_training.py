@@ -452,6 +452,25 @@ def test_the_seed_decides_everything(tmp_path, dataset):
     assert not torch.equal(a["model"]["state"][weights], c["model"]["state"][weights])
 
 
+@pytest.mark.parametrize("layout", ["stream", "support"])
+def test_the_dtype_that_torch_makes_by_default_decides_nothing(tmp_path, layout):
+    glyphs = generate_glyphs(12, 8, image_size=16)
+    dataset = Dataset(glyphs.select(range(8)), glyphs.select(range(8, 12)), "glyphs")
+    config = tiny(image_size=16, encoder="conv4", encoder_steps=2, steps=4, layout=layout)
+
+    def run(name):
+        train(Trainer(config, dataset), tmp_path / name)
+        return load_checkpoint(tmp_path / name)
+
+    expected = run("float32")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run("float64")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(found["model"]["state"], expected["model"]["state"])
+
+
 def test_metrics_are_averages_over_their_interval(tmp_path, dataset):
     results = []
     train(start_run(tiny(steps=6), dataset, tmp_path), tmp_path, on_step=results.append)

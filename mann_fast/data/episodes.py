@@ -251,7 +251,8 @@ def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = 
     places = previous.unsqueeze(-1) if labels == "onehot" else previous
     onehot = (places.unsqueeze(-1) == torch.arange(size, device=previous.device)).flatten(2)
     pixels = images.flatten(2)
-    inputs = torch.empty(*pixels.shape[:2], pixels.shape[2] + onehot.shape[2], device=images.device)
+    width = pixels.shape[2] + onehot.shape[2]
+    inputs = torch.empty(*pixels.shape[:2], width, dtype=torch.float32, device=images.device)
     torch.div(pixels, 255, out=inputs[..., : pixels.shape[2]])
     inputs[..., pixels.shape[2] :] = onehot
     return inputs

@@ -37,6 +37,11 @@ def as_pixels(images: Any, image_size: int, colour: bool = False) -> np.ndarray:
             "images must be an array [M, H, W], [M, H, W, C], [M, C, H, W], or of flat squares [M, S * S], "
             f"got {list(images.shape)}; a single image is given as [image]"
         )
+    elif images.ndim == 3 and images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
+        raise ValueError(
+            f"images must be an array [M, H, W], [M, H, W, C] or [M, C, H, W], got {list(images.shape)}, which looks like a "
+            "single image in colour: give [image]"
+        )
     shape = (*((3,) if colour else ()), image_size, image_size)
     found = np.empty((len(images), *shape), np.uint8)
     for at, image in enumerate(images):

@@ -67,7 +67,7 @@ class Copy:
 
     def sample(self, batch: int, generator: Generator, length: int) -> Sequences:
         bits = _bits(length, batch, self.bits, generator)
-        inputs = torch.zeros(2 * length + 2, batch, self.input_size)
+        inputs = torch.zeros(2 * length + 2, batch, self.input_size, dtype=torch.float32)
         inputs[0, :, self.bits] = 1
         inputs[1 : length + 1, :, : self.bits] = bits
         inputs[length + 1, :, self.bits + 1] = 1
@@ -108,11 +108,11 @@ class RepeatCopy:
 
     def sample(self, batch: int, generator: Generator, length: int, repeats: int) -> Sequences:
         bits = _bits(length, batch, self.bits, generator)
-        inputs = torch.zeros(length + 2 + length * repeats + 1, batch, self.input_size)
+        inputs = torch.zeros(length + 2 + length * repeats + 1, batch, self.input_size, dtype=torch.float32)
         inputs[0, :, self.bits] = 1
         inputs[1 : length + 1, :, : self.bits] = bits
         inputs[length + 1, :, self.bits + 1] = repeats / self.length
-        answer = torch.zeros(length * repeats + 1, batch, self.output_size)
+        answer = torch.zeros(length * repeats + 1, batch, self.output_size, dtype=torch.float32)
         answer[:-1, :, : self.bits] = bits.repeat(repeats, 1, 1)
         answer[-1, :, self.bits] = 1
         return _answer(inputs, answer)
@@ -153,7 +153,9 @@ class AssociativeRecall:
         bits = torch.randint(2, (items, self.vectors, batch, self.bits), generator=generator).float()
         asked = torch.randint(items - 1, (batch,), generator=generator)
         size = self.vectors + 1
-        inputs = torch.zeros((items + 1) * size + 1 + self.vectors, batch, self.input_size)
+        inputs = torch.zeros(
+            (items + 1) * size + 1 + self.vectors, batch, self.input_size, dtype=torch.float32
+        )
         shown = inputs[: items * size].view(items, size, batch, self.input_size)
         shown[:, 0, :, self.bits] = 1
         shown[:, 1:, :, : self.bits] = bits
@@ -210,11 +212,11 @@ class KeyValue:
         first, second = bits.transpose(2, 3).unbind(1)  # [rounds, pairs, B, half]
         asked_first, asked_second = bits.gather(3, order.expand_as(bits)).transpose(2, 3).unbind(1)
         by_second = torch.randint(2, (rounds, pairs, batch, 1), generator=generator).float()
-        inputs = torch.zeros(rounds, 2 * pairs, batch, self.input_size)
+        inputs = torch.zeros(rounds, 2 * pairs, batch, self.input_size, dtype=torch.float32)
         inputs[:, :pairs, :, : 2 * half] = torch.cat([first, second], 3)
         question = [asked_first * (1 - by_second), asked_second * by_second, 1 - by_second, by_second]
         inputs[:, pairs:] = torch.cat(question, 3)
-        targets = torch.zeros(rounds, 2 * pairs, batch, half)
+        targets = torch.zeros(rounds, 2 * pairs, batch, half, dtype=torch.float32)
         targets[:, pairs:] = torch.where(by_second == 1, asked_first, asked_second)
         answered = torch.arange(2 * pairs).repeat(rounds) >= pairs
         return Sequences(inputs.flatten(0, 1), targets.flatten(0, 1), answered)
@@ -262,7 +264,7 @@ class Regression:
         values = root @ z
         # y = L z: given the values before it, y_t has mean y_t - L_tt z_t (Rasmussen and Williams 2006, appendix A.2).
         ideal = (root.diagonal(dim1=1, dim2=2).unsqueeze(2) * z).square()
-        before = torch.cat([torch.zeros(batch, 1, 1), values[:, :-1].float()], dim=1)
+        before = torch.cat([torch.zeros(batch, 1, 1, dtype=torch.float32), values[:, :-1].float()], dim=1)
         inputs = torch.cat([x.float(), before], dim=2).transpose(0, 1)
         answered = torch.ones(length, dtype=torch.bool)
         return Sequences(inputs, values.float().transpose(0, 1), answered, ideal.float().squeeze(2).T)

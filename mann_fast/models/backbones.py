@@ -111,7 +111,9 @@ class Backbone:
                 f"the weights of {encoder} cannot be had ({type(error).__name__}: {error}); they are downloaded once and kept, "
                 "so run this once with a connection, or put the file into the library's cache folder"
             ) from error
-        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.mean, recipe.std))
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (recipe.mean, recipe.std)
+        )
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -122,5 +124,5 @@ class Backbone:
     def features(self, images: Tensor) -> Tensor:
         """float32 [M, E] of images uint8 [M, 3, S, S], or grey ones [M, S, S]."""
         images = images if images.dim() == 4 else images.unsqueeze(1).expand(-1, 3, -1, -1)
-        parts = ((part / 255 - self._mean) / self._std for part in images.split(_BATCH))
+        parts = ((part.float() / 255 - self._mean) / self._std for part in images.split(_BATCH))
         return torch.cat([self._model(part).flatten(1) for part in parts])

@@ -15,6 +15,8 @@ import math
 import os
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,18 @@ def checkpoint_path(name: str | os.PathLike) -> Path:
     return path if path.exists() else SHIPPED.get(os.fspath(name), path)
 
 
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Runs compute in float32, whatever dtype torch makes by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_in_float32()
 def load_checkpoint(path: str | os.PathLike = PRETRAINED) -> dict[str, Any]:
     """Read a checkpoint, or weights with the ending .safetensors; its "config" comes back as a TrainConfig, SequenceConfig or
     BabiConfig.
@@ -369,6 +383,7 @@ def own_encoder(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and is_own(config.encoder)
 
 
+@_in_float32()
 def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Module:
     """A new model of the configured kind and sizes, initialised from torch's global generator."""
     if config.model == "lstm":
@@ -391,6 +406,7 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
     )
 
 
+@_in_float32()
 def restore_model(content: dict[str, Any], encoder: nn.Module | None = None) -> nn.Module:
     """The trained model of a loaded checkpoint, in evaluation mode.
 

@@ -59,7 +59,7 @@ def encoder_of(content: dict[str, Any]) -> FeatureEncoder | None:
             f"the weights of {config.encoder} here are not those that the model was trained with: install the version of the "
             "library that has them, or train anew"
         )
-    return FeatureEncoder(backbone, torch.tensor(features["mean"]))
+    return FeatureEncoder(backbone, torch.tensor(features["mean"], dtype=torch.float32))
 
 
 def encode_dataset(dataset: Dataset, backbone: Backbone) -> Dataset:

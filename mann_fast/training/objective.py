@@ -35,5 +35,5 @@ def right_by_instance(right: Tensor, instance: Tensor, shots: int) -> Tensor:
 
     right bool [T, B], instance int64 [T, B] counted from 1 -> float32 [B, shots].
     """
-    counts = torch.zeros(right.shape[1], shots)
+    counts = torch.zeros(right.shape[1], shots, dtype=torch.float32)
     return counts.scatter_add_(1, instance.T - 1, right.T.float())

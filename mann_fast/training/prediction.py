@@ -44,7 +44,7 @@ def encoded_once(model: Answering, *images: Tensor, views: int = 1) -> tuple[Ans
         return model, list(images)
     shape = model.image_shape
     assert shape is not None
-    ways = 2 * torch.rand(views - 1, 6, generator=torch.Generator().manual_seed(0)) - 1
+    ways = 2 * torch.rand(views - 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float32) - 1
 
     def features(part: Tensor) -> Tensor:
         lead = part.shape[: part.dim() - (2 if shape[0] == 1 else 3)]
@@ -52,7 +52,7 @@ def encoded_once(model: Answering, *images: Tensor, views: int = 1) -> tuple[Ans
         found = []
         for some in each:
             seen = [some.float(), *(distorted(some, way.expand(len(some), -1)) for way in ways)]
-            found.append(model.features(*(view / 255 for view in seen)))
+            found.append(model.features(*(view.float() / 255 for view in seen)))
         # Multiplied by 255 like pixels, which `encode_inputs` takes away.
         return 255 * torch.cat(found).unflatten(0, lead)
 
@@ -92,7 +92,7 @@ def logits_apart(
         )
         logits, _ = model(inputs, state if count == 1 else _repeated(state, count))  # one more step
         found.append(logits[0].unflatten(0, (count, -1)))
-    return torch.cat(found) if found else torch.empty(0, images.shape[1], 0)
+    return torch.cat(found) if found else torch.empty(0, images.shape[1], 0, dtype=torch.float32)
 
 
 def labels_beside(config: TrainConfig, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def log_probabilities_apart(
     """
     found = logits_apart(model, config, examples, shown, images)
     if not len(found):
-        return torch.empty(0, *labels.shape[:2])
+        return torch.empty(0, *labels.shape[:2], dtype=torch.float32)
     each = [class_log_probabilities(logits, labels, config.labels) for logits in found]
     return torch.stack(each)
 
@@ -200,7 +200,7 @@ def require_ways(num_classes: int, config: TrainConfig) -> None:
 
 def random_order(rows: int, n: int, generator: torch.Generator) -> Tensor:
     """`rows` permutations of 0 .. n - 1, int64 [rows, n]."""
-    return torch.rand(rows, n, generator=generator).argsort(1)
+    return torch.rand(rows, n, generator=generator, dtype=torch.float32).argsort(1)
 
 
 def draw_labels(config: TrainConfig, num_classes: int, orders: int, generator: torch.Generator) -> Tensor:

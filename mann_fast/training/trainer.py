@@ -97,7 +97,7 @@ class Trainer(Run):
 
     def _start_interval(self) -> None:
         self._interval_loss = 0.0
-        self._interval_accuracy = torch.zeros(self.config.shots)
+        self._interval_accuracy = torch.zeros(self.config.shots, dtype=torch.float32)
         self._interval_steps = 0
 
     @property
@@ -131,7 +131,7 @@ class Trainer(Run):
         ways = min(max(2, PAIR_CLASSES // batch), self.num_classes)
         shots = min(PAIR_IMAGES, images_of_class(self.config))
         drawn = self.episodes.sample_images(batch, self.part, ways=ways, shots=shots)
-        pixels = drawn.images.reshape(-1, *self.config.image_shape) / 255
+        pixels = drawn.images.reshape(-1, *self.config.image_shape).float() / 255
         loss = pair_loss(self.model.features(pixels), drawn.classes.flatten())
         return loss, torch.full((self.config.shots,), math.nan)
 
@@ -170,7 +170,7 @@ class Trainer(Run):
         """Give the model the mean of the features, of which it then sees how they differ."""
         some = classes.images[:: 1 + len(classes.images) // AVERAGED].reshape(-1, *self.config.image_shape)
         with torch.no_grad():
-            parts = [self.model.encoder(part / 255).flatten(1).double() for part in some.split(256)]
+            parts = [self.model.encoder(part.float() / 255).flatten(1).double() for part in some.split(256)]
         self.model.feature_mean.copy_(torch.cat(parts).mean(0))
 
     def _ask(self) -> tuple[Tensor, Tensor]:
@@ -284,8 +284,8 @@ def varied(*features: Tensor) -> list[Tensor]:
     classes they are, the memory cannot know. All are scaled to a root mean square of 1.
     """
     batch, width = features[0].shape[1:]
-    places = torch.rand(batch, width).argsort(1)
-    signs = torch.randint(0, 2, (batch, width)) * 2.0 - 1
+    places = torch.rand(batch, width, dtype=torch.float32).argsort(1)
+    signs = 2 * torch.randint(0, 2, (batch, width)).float() - 1
     found = []
     for x in features:
         moved = F.rms_norm(x, x.shape[-1:]).gather(2, places.expand(x.shape)) * signs
