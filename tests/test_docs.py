@@ -62,7 +62,7 @@ def test_examples_of_rl_run():
 
 
 def test_examples_of_sequences_run():
-    assert run_examples(DOCS / "sequences.md", 6)["logits"].shape == (20, 4, 3)
+    assert run_examples(DOCS / "sequences.md", 7)["logits"].shape == (20, 4, 3)
 
 
 def test_examples_of_sparse_run():

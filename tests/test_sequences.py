@@ -21,7 +21,7 @@ from cases import (
 from test_dnc import dnc_inputs
 from test_sparse import sparse_inputs
 
-from mann_fast import ops, reference
+from mann_fast import MemoryLayer, ops, reference
 from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
 
 SLOTS, WIDTH, HEADS, HIDDEN = 7, 5, 2, 6
@@ -452,3 +452,36 @@ def test_half_precision():
     assert worst_error(reads[None], expected[None]) < 2e-2
     assert worst_error(after[0], states[0]) < 1e-4
     assert isinstance(reference.LRUAState(*after), ops.LRUAState)
+
+
+def test_a_rollout_as_a_cuda_graph():
+    """As docs/sequences.md has it: every step is a replay of one, whose tensors stay where they are."""
+    device = torch.get_default_device()
+    if device.type != "cuda":
+        pytest.skip("a CUDA graph takes a GPU")
+    layer = MemoryLayer(3, 6, num_slots=7, slot_size=5, num_heads=2, memory_start="learned")
+    inputs, resets = torch.randn(12, 1, 4, 3), torch.rand(12, 1, 4) < 0.3
+    resets[0] = True
+    x, begins, state = inputs[0].clone(), resets[0].clone(), layer.initial_state(4)
+    beside = torch.cuda.Stream()
+    with torch.no_grad():
+        with torch.cuda.stream(beside):
+            layer(x, state, resets=begins)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output, after = layer(x, state, resets=begins)
+            for old, new in zip(state.flatten(), after.flatten(), strict=True):
+                old.copy_(new)
+        expected, outputs = [], []
+        plain = None
+        for now, begin in zip(inputs, resets, strict=True):
+            x.copy_(now)
+            begins.copy_(begin)
+            graph.replay()
+            outputs.append(output.clone())
+            step, plain = layer(now, plain, resets=begin)
+            expected.append(step)
+    assert torch.equal(torch.cat(outputs), torch.cat(expected))
+    for part, want in zip(state.flatten(), plain.flatten(), strict=True):
+        assert torch.equal(part, want)
