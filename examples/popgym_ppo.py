@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import gymnasium
@@ -24,6 +23,7 @@ from gymnasium.wrappers import FlattenObservation
 from popgym.wrappers import Antialias, PreviousAction
 from torch import Tensor, nn
 from torch.distributions import Categorical
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from mann_fast import MemoryLayer, MemoryState
 
@@ -31,7 +31,7 @@ MODELS = ("lrua", "ntm", "lstm", "gru")
 
 
 class Recurrent(nn.Module):
-    """nn.LSTM or nn.GRU, called once for every stretch of steps in which no episode begins."""
+    """nn.LSTM or nn.GRU over the parts of episodes, each part a sequence of one packed batch, as nn.LSTM has no resets."""
 
     def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], size: int):
         super().__init__()
@@ -44,13 +44,25 @@ class Recurrent(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...], resets: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        outputs = []
-        for start, end in pairwise(sorted({0, *resets.any(1).nonzero().flatten().tolist(), len(x)})):
-            state = tuple(torch.where(resets[start].view(1, -1, 1), 0.0, part) for part in state)
-            output, after = self.rnn(x[start:end], state if len(state) == 2 else state[0])
-            outputs.append(output)
-            state = after if isinstance(after, tuple) else (after,)
-        return torch.cat(outputs), state
+        length, batch = resets.shape
+        goes_on = ~resets.t()  # [B, T], as all that follows
+        starts = ~goes_on
+        starts[:, 0] = True
+        sample, step = starts.nonzero(as_tuple=True)
+        first = sample * length + step
+        parts = (
+            x.transpose(0, 1).flatten(0, 1).split(first.diff(append=torch.tensor([batch * length])).tolist())
+        )
+        kept = goes_on[sample, step].view(
+            1, -1, 1
+        )  # where a part begins with no reset, the state that came in
+        state = tuple(torch.where(kept, of[:, sample], 0.0) for of in state)
+        packed, after = self.rnn(
+            pack_sequence(parts, enforce_sorted=False), state if len(state) == 2 else state[0]
+        )
+        output = torch.cat(unpack_sequence(packed)).unflatten(0, (batch, length)).transpose(0, 1)
+        last = starts.sum(1).cumsum(0) - 1  # of each sample, its last part
+        return output, tuple(of[:, last] for of in (after if isinstance(after, tuple) else (after,)))
 
 
 def make_core(model: str, size: int, memory: dict[str, int]) -> nn.Module:
@@ -181,15 +193,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     for name, value, what in (
-        ("envs", 16, "environments side by side"),
+        ("envs", 64, "environments side by side"),
         ("rollout", 128, "steps of each before it is learned from"),
         ("epochs", 4, "over each rollout"),
-        ("minibatches", 4, "of whole environments"),
+        ("minibatches", 8, "of whole environments"),
         ("size", 128, "of the encoder, the hidden state and the output"),
         ("slots", 32, "of the memory"),
         ("slot-size", 32, "of the memory"),
         ("heads", 2, "of the memory"),
-        ("lr", 1e-3, "which falls to 0 over the run"),
+        ("lr", 2e-3, "which falls to 0 over the run"),
         ("gamma", 0.99, "discount"),
         ("gae-lambda", 0.95, "of the advantages"),
         ("clip", 0.2, "of the ratio of probabilities"),
