@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast, CPU, m) {
 #define MANN_FAST_REGISTER(op, Arguments) m.impl(#op, TORCH_BOX(&mann_fast::op<mann_fast::Cpu>));
   MANN_FAST_CPU_OPS(MANN_FAST_REGISTER)
 #undef MANN_FAST_REGISTER
+  m.impl("sparse_lists", TORCH_BOX(&mann_fast::sparse_lists<mann_fast::Cpu>));
   m.impl("sparse_step_", TORCH_BOX(&mann_fast::sparse_step_<mann_fast::Cpu>));
   m.impl("sparse_step_backward_", TORCH_BOX(&mann_fast::sparse_step_backward_<mann_fast::Cpu>));
 }

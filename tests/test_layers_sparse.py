@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from cases import needs_cpp, served_by
+from cases import needs_cpp, served_by, worst_error
 
 from mann_fast import MANN, MemoryLayer, ops
 from mann_fast.layers import Sparse
@@ -134,7 +134,7 @@ def test_what_changes_in_place_refuses_what_it_cannot_do():
     memory, slots, weights, times, clock = state
     key, gate = torch.randn(2, 2, 3).double().requires_grad_(), torch.randn(2, 2).double()
     told = (key, key.detach(), gate, gate, gate)
-    values = (memory, slots, weights, times, clock, *told, None, None, None, 0.005, 1e-6)
+    values = (memory, slots, weights, times, clock, *told, None, None, None, None, 0.005, 1e-6)
     with pytest.raises(NotImplementedError, match="sparse_step_ has no gradient; use the public functions"):
         op(*values)
     with torch.no_grad():
@@ -238,3 +238,30 @@ def test_samples_mapped_over():
     each = torch.func.vmap(torch.func.grad(loss), 1, 1)(x)
     leaf = x.clone().requires_grad_()
     assert (each - torch.autograd.grad(loss(leaf), leaf)[0]).abs().max() < 1e-10
+
+
+@needs_cpp
+def test_steps_of_one_call_hand_on_what_they_know():
+    """Against calls of one step, each of which compares all slots: outputs, gradients and state, in which more rows have been
+    written at the end than are listed."""
+    torch.manual_seed(3)
+    layer = MemoryLayer(
+        3, 5, addressing="sparse", num_slots=1030, slot_size=4, num_heads=2, num_reads=3, dtype=torch.float64
+    )
+    x = torch.randn(160, 2, 3, dtype=torch.float64, requires_grad=True)
+    resets, lengths = torch.rand(160, 2) < 0.01, torch.tensor([160, 101])
+    output, state = layer(x, resets=resets, lengths=lengths)
+    outputs, now = [], None
+    for t in range(160):
+        step, now = layer(x[t : t + 1], now, resets=resets[t : t + 1], lengths=(lengths > t).long())
+        outputs.append(step)
+    assert worst_error(output, torch.cat(outputs)) < 1e-11
+    for part, want in zip(state.flatten(), now.flatten(), strict=True):
+        assert worst_error(part, want) < 1e-11 if part.is_floating_point() else torch.equal(part, want)
+    given = [x, *layer.parameters()]
+    for grad, want in zip(
+        torch.autograd.grad(output.square().sum() + state.memory.memory.sum(), given),
+        torch.autograd.grad(torch.cat(outputs).square().sum() + now.memory.memory.sum(), given),
+        strict=True,
+    ):
+        assert worst_error(grad.reshape(1, -1), want.reshape(1, -1)) < 1e-11

@@ -306,6 +306,39 @@ def test_steps_are_a_scan():
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", ["alike", "a few others", "none alike", "not finite"])
+def test_where_rows_are_alike_a_scan_finds_what_a_search_of_all_finds(start, dtype):
+    """A scan compares the rows that differ, as far as they are a quarter of the slots; a step by itself compares all."""
+    T, B, N, D, R, K = 300, 2, 1030, 5, 1, 3
+    inputs = cast(sparse_inputs((T, B, N, D, R, K)), dtype)
+    state = ops.SparseState.initial(B, N, D, R, K, dtype=dtype)
+    few = torch.randperm(N)[:40]
+    if start == "a few others":
+        state.memory[0, few] = torch.randn(40, D, dtype=dtype)
+        state.memory[1, few[:20]] = -state.memory[1, few[:20]]  # of equal cosine but for the sign
+    elif start == "none alike":
+        state.memory.copy_(inputs[0])
+    elif start == "not finite":
+        state.memory[:] = float("nan")
+        state.memory[0, few] = torch.randn(40, D, dtype=dtype)
+        state.memory[1, few] = float("inf")
+    told = [x.detach() for x in inputs[5:]]
+    told[0][7] = told[0][6]  # a key that finds what was written for it
+    resets, begin = torch.rand(T, B) < 0.004, torch.full((N, D), 0.5, dtype=dtype)
+    with ops.backend("cpp"):
+        reads, after = ops.sparse_scan(state, *told, resets=resets, start=begin)
+        alone, now = [], state
+        for t in range(T):
+            one = [x[t : t + 1] for x in (*told, resets)]
+            read, now = ops.sparse_scan(now, *one[:-1], resets=one[-1], start=begin)
+            alone.append(read)
+    assert torch.equal(reads.nan_to_num(7), torch.cat(alone).nan_to_num(7))
+    for name, part, want in zip(after._fields, after, now, strict=True):
+        assert torch.equal(part.nan_to_num(7), want.nan_to_num(7)), name
+
+
+@needs_cpp
 def test_what_is_kept_does_not_grow_with_the_slots():
     kept = []
     for N in (50, 500):

@@ -142,13 +142,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spars
           grad_sharpness, grad_write_gate_logits, grad_start};
 }
 
+// What the steps of a sequence hand on beside the state: for sparse_step_, which fills it in the first of them.
+template <class Device>
+Tensor sparse_lists(Tensor memory) {
+  const int64_t B = memory.size(0), count = lists_size(memory.size(1));
+  Tensor lists = empty_slots(memory, {B, count});
+  for (int64_t b = 0; b < B; ++b) slots_of(lists)[b * count] = unmade;
+  return lists;
+}
+
 // One step that changes memory and last_access where they are; for mann_fast/ops/sparse_cell.py, which owns them.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
     Tensor memory, Tensor read_slots, Tensor read_weights, Tensor last_access, Tensor clock, Tensor key, Tensor write_vector,
     Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, std::optional<Tensor> resets, std::optional<Tensor> lengths,
-    std::optional<Tensor> start, double threshold, double eps) {
+    std::optional<Tensor> start, std::optional<Tensor> lists, double threshold, double eps) {
   const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = read_slots.size(1), K = read_slots.size(2);
+  STD_TORCH_CHECK(!lists || lists->is_contiguous(), "what steps hand on must be contiguous");
+  if (lists) lists = integers(*lists, {B, lists_size(N)});
   STD_TORCH_CHECK(R >= 1 && R <= N && K >= 1 && K <= N, "R and K must be within [1, N]");
   STD_TORCH_CHECK(memory.is_contiguous() && last_access.is_contiguous(), "memory and last_access must be contiguous");
   memory = input(memory, {B, N, D});
@@ -161,13 +172,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
   Tensor read = empty(key, {B, R, D}), out_read_slots = empty_slots(memory, {B, R, K}), out_clock = empty_slots(memory, {B});
   Tensor out_read_weights = empty(memory, {B, R, K}), oldest = empty_slots(memory, {B, R});
   Tensor slots = empty_slots(memory, {B, R, K}), weights = empty(memory, {B, R, K}), rows = empty(memory, {B, R, K, D});
-  Device(memory).run(SparseScan{1, B, N, D, R, K, dtype_of(memory), dtype_of(key), threshold, eps, data(memory),
-                                read_slots.const_data_ptr<int64_t>(), data(read_weights), slots_of(last_access),
-                                clock.const_data_ptr<int64_t>(), told.arguments(), sequences.arguments(),
-                                // results
-                                read.mutable_data_ptr(), memory.mutable_data_ptr(), slots_of(out_read_slots),
-                                out_read_weights.mutable_data_ptr(), slots_of(last_access), slots_of(out_clock),
-                                slots_of(oldest), slots_of(slots), weights.mutable_data_ptr(), rows.mutable_data_ptr()});
+  Device(memory).run(SparseScan{
+      1, B, N, D, R, K, dtype_of(memory), dtype_of(key), threshold, eps, data(memory), read_slots.const_data_ptr<int64_t>(),
+      data(read_weights), slots_of(last_access), clock.const_data_ptr<int64_t>(), told.arguments(), sequences.arguments(),
+      // results
+      read.mutable_data_ptr(), memory.mutable_data_ptr(), slots_of(out_read_slots), out_read_weights.mutable_data_ptr(),
+      slots_of(last_access), slots_of(out_clock), slots_of(oldest), slots_of(slots), weights.mutable_data_ptr(),
+      rows.mutable_data_ptr(), lists ? slots_of(*lists) : nullptr});
   return {read, out_read_slots, out_read_weights, out_clock, oldest, rows};
 }
 

@@ -56,8 +56,8 @@ Tensor allocate(const Tensor& like, const Shape& shape, int32_t dtype) {
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle allocated;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device,
-                                                  like.get_device_index(), &allocated));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                                  device, like.get_device_index(), &allocated));
   return Tensor(allocated);
 }
 Tensor empty(const Tensor& like, const Shape& shape) {

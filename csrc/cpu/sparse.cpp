@@ -1,6 +1,6 @@
 // sparse_read and sparse_scan. A scan copies the memory once and then changes rows of it; a step reads all of it once, in the
-// search, for all heads; the square of each slot's norm is kept from the first step on. Backward goes over the rows that were
-// kept, and needs no memory.
+// search, for all heads; the square of each slot's norm is kept from the first step on. Where nearly all rows are alike it reads
+// the others alone. Backward goes over the rows that were kept, and needs no memory.
 #include "sparse_step.h"
 
 namespace mann_fast {
@@ -29,15 +29,17 @@ struct Searching {
       if (parts != nullptr) parts[p] = part;
     }
   }
-  // The best of each head.
+  // The best of each head, among all slots, or the first n of a list.
   const Best<T>* run(const T* memory, const T* keys, int64_t R, int64_t D, T eps, T* squares, bool known,
-                     const Parallel& parallel) {
+                     const Parallel& parallel, const int64_t* list = nullptr, int64_t n = 0) {
     pad_slots(keys, R, D, R, ld, padded_keys);
     for (int64_t r = 0; r < R; ++r) key_squares[r] = dot_of(keys + r * D, keys + r * D, D);
     const Keys<T> given = {padded_keys, key_squares, R, D, eps};
-    parallel_run(parallel, count,
-                 [&](int64_t p) { search_slots(memory, part_of(N, count, p, tile), given, squares, known, parts[p]); });
-    join_parts(parts, count, R);
+    const int64_t slots = list ? n : N, used = list && n < 16 * tile ? 1 : count;
+    parallel_run(parallel, used, [&](int64_t p) {
+      search_slots(memory, list, part_of(slots, used, p, tile), given, squares, known, parts[p]);
+    });
+    join_parts(parts, used, R);
     return parts[0].best;
   }
 };
@@ -157,21 +159,36 @@ struct Told {
 
 template <class T>
 struct ScanScratch {
-  bool listed;  // whether there is a list of the slots by age: not for a single step
+  bool listed;  // whether there are lists of the slots by age and of those that differ: not for a single step alone
   Told<T> told;
   T *reads, *squares, *rows, *write_weights;  // [R, D], [N], [K, D], [R, K + 1]
   int64_t *oldest, *write_slots;              // [R], [R, K + 1]
   int64_t* touched;                           // those read before, erased, and read; then each once, ascending
   T *total, *of_head;                         // of the touched: sums of weights
   T* changed;                                 // rows whose norms are made anew
-  Ages ages;
+  int64_t *lists, *candidates;                // [lists_size(N)], what one sample's steps hand on; [different_limit(N) + K]
+  int32_t* spare;
+  Ages ages{};
+  Different different{};
   Searching<T> searching;
   ScanScratch(Arena& arena, const SparseScan& a, int64_t parts)
-      : listed(a.T > 1), told(arena, a), reads(arena.take<T>(a.R * a.D)), squares(arena.take<T>(a.N)),
+      : listed(a.T > 1 || a.lists), told(arena, a), reads(arena.take<T>(a.R * a.D)), squares(arena.take<T>(a.N)),
         rows(arena.take<T>(a.K * a.D)), write_weights(arena.take<T>(a.R * (a.K + 1))), oldest(arena.take<int64_t>(a.R)),
         write_slots(arena.take<int64_t>(a.R * (a.K + 1))), touched(arena.take<int64_t>(a.R * (2 * a.K + 1))),
         total(arena.take<T>(a.R * (2 * a.K + 1))), of_head(arena.take<T>(a.R * (2 * a.K + 1))),
-        changed(arena.take<T>(padded<T>(a.D) * width<T>)), ages(arena, listed ? a.N : 0), searching(arena, a, parts) {}
+        changed(arena.take<T>(padded<T>(a.D) * width<T>)), lists(arena.take<int64_t>(listed && !a.lists ? lists_size(a.N) : 0)),
+        candidates(arena.take<int64_t>(listed ? different_limit(a.N) + a.K : 0)), spare(arena.take<int32_t>(listed ? a.N : 0)),
+        searching(arena, a, parts) {}
+  // The lists of sample b; whether they have to be made.
+  bool begin_lists(const SparseScan& a, int64_t b) {
+    if (!listed) return false;
+    int64_t* of_sample = a.lists ? a.lists + b * lists_size(a.N) : lists;
+    const int64_t limit = different_limit(a.N);
+    int32_t* next = reinterpret_cast<int32_t*>(of_sample + 1 + limit);
+    different = {of_sample, of_sample + 1, limit};
+    ages = {next, next + a.N + 1, spare, a.N};
+    return !a.lists || *of_sample == unmade;
+  }
 };
 
 // One sample's state, which is changed where it comes out.
@@ -246,6 +263,8 @@ void write(const SparseScan& a, ScanScratch<T>& s, const Sample<T>& x) {
     slots[K] = s.oldest[r];
     for (int64_t k = 0; k <= K; ++k) add_scaled(s.told.vectors + r * D, weights[k], D, x.memory + slots[k] * D);
   }
+  if (s.listed)
+    for (int64_t j = 0; j < a.R * (K + 1); ++j) s.different.add(s.write_slots[j]);
   if (x.known) renew_squares(a, s, x);
 }
 
@@ -288,15 +307,26 @@ void scan_sample(const SparseScan& a, int64_t b, const Parallel& parallel, ScanS
   const int64_t D = a.D, R = a.R, K = a.K, length = a.sequences.length(a.T, b);
   Sample<T> x(a, b);
   begin_sample(a, b, parallel, s, x);
+  const bool unlisted = s.begin_lists(a, b);
   for (int64_t t = 0; t < length; ++t) {
     const int64_t row = t * a.B + b;
     const bool begins = a.sequences.begins(t, a.B, b);
     if (begins) restart_sample(a, parallel, s, x);
-    if (s.listed && (begins || t == 0)) s.ages.sort(x.last_access);
+    if (s.listed && (begins || (t == 0 && unlisted))) {
+      s.ages.sort(x.last_access);
+      s.different.find(x.memory, a.N, D);
+    }
     s.told.load(a, row);
     write(a, s, x);
-    const Best<T>* best = s.searching.run(x.memory, s.told.keys, R, D, static_cast<T>(a.eps), s.squares, x.known, parallel);
-    x.known = true;
+    const T eps = static_cast<T>(a.eps);
+    const Best<T>* best;
+    if (s.listed && *s.different.count >= 0) {
+      const int64_t count = s.different.candidates(a.N, K, s.candidates);
+      best = s.searching.run(x.memory, s.told.keys, R, D, eps, nullptr, false, parallel, s.candidates, count);
+    } else {
+      best = s.searching.run(x.memory, s.told.keys, R, D, eps, s.squares, x.known, parallel);
+      x.known = true;
+    }
     for (int64_t r = 0; r < R; ++r) {
       T* rows = a.rows ? static_cast<T*>(a.rows) + (row * R + r) * K * D : s.rows;
       std::memcpy(x.slots + r * K, best[r].slot, K * sizeof(int64_t));

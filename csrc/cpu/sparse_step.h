@@ -105,10 +105,12 @@ struct Keys {
   T eps;
 };
 
-// Offers slots [lo, hi) of memory [N][D] to the best of each head: the memory is read once. squares [N] holds the square of
-// each slot's norm where `known`, else it is made; where it is null it is not kept.
+// Offers slots [lo, hi) of memory [N][D], or where there is a list the slots at these places of it, ascending, to the best of
+// each head: the memory is read once. squares [N] holds the square of each slot's norm where `known`, else it is made; where it
+// is null, as with a list, it is not kept.
 template <class T>
-void search_slots(const T* memory, Range slots, const Keys<T>& keys, T* squares, bool known, SearchPart<T>& s) {
+void search_slots(const T* memory, const int64_t* list, Range slots, const Keys<T>& keys, T* squares, bool known,
+                  SearchPart<T>& s) {
   constexpr int W = width<T>;
   const int64_t ld = padded<T>(keys.D);
   const T infinity = std::numeric_limits<T>::infinity();
@@ -116,7 +118,11 @@ void search_slots(const T* memory, Range slots, const Keys<T>& keys, T* squares,
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded<T>(valid);
     const T* rows = memory + lo * keys.D;
-    if (ld != keys.D || valid != count) {
+    if (list) {
+      for (int64_t i = 0; i < count; ++i)
+        pad_slots(memory + list[lo + (i < valid ? i : 0)] * keys.D, i < valid, keys.D, 1, ld, s.rows + i * ld);
+      rows = s.rows;
+    } else if (ld != keys.D || valid != count) {
       pad_slots(rows, valid, keys.D, count, ld, s.rows);
       rows = s.rows;
     }
@@ -127,7 +133,7 @@ void search_slots(const T* memory, Range slots, const Keys<T>& keys, T* squares,
     // All that is asked of a vector of slots in one go, and as many of the next tile on their way meanwhile: the processor
     // does not see by itself that one tile follows the other.
     for (int64_t i = 0; i < count; i += W) {
-      if (end < slots.hi) prefetch(memory + (lo + tile + i) * keys.D, W * keys.D);
+      if (end < slots.hi && !list) prefetch(memory + (lo + tile + i) * keys.D, W * keys.D);
       if (!known) dot_with_rows(rows + i * ld, ld, W, static_cast<const T*>(nullptr), s.squares + i);
       for (int64_t r = 0; r < keys.R; ++r)
         dot_with_rows(rows + i * ld, ld, W, keys.padded_keys + r * ld, s.scores + r * tile + i);
@@ -145,7 +151,7 @@ void search_slots(const T* memory, Range slots, const Keys<T>& keys, T* squares,
         rejected &= c <= least;
       }
       if (best.count == best.K && (least != least || least_lane<T>(-rejected) == 1)) continue;
-      for (int64_t i = 0; i < valid; ++i) best.insert(scores[i], lo + i);
+      for (int64_t i = 0; i < valid; ++i) best.insert(scores[i], list ? list[lo + i] : lo + i);
     }
   }
 }
@@ -172,14 +178,62 @@ void read_rows(const T* scores, const T* rows, int64_t K, int64_t D, T beta, T* 
   }
 }
 
+// ---- the slots that differ -----------------------------------------------------------------------------------------------
+
+// Those whose rows may differ from one that all others hold to the bit, as nearly all do in the steps after the start of a
+// sequence. A search then compares these and K of the others, and finds what it would find among all.
+struct Different {
+  int64_t* count;  // -1: more than the limit, so that all are compared
+  int64_t* slots;  // [limit], ascending
+  int64_t limit;
+
+  // By the last row: it is the one that is written last where none has been accessed.
+  template <class T>
+  void find(const T* memory, int64_t N, int64_t D) const {
+    const T* last = memory + (N - 1) * D;
+    *count = 0;
+    for (int64_t i = 0; i < N && *count >= 0; ++i)
+      if (std::memcmp(memory + i * D, last, D * sizeof(T)) != 0) insert(*count, i);
+  }
+  void add(int64_t slot) const {
+    int64_t lo = 0, hi = *count < 0 ? 0 : *count;
+    while (lo < hi) {
+      const int64_t middle = (lo + hi) / 2;
+      if (slots[middle] < slot) lo = middle + 1;
+      else hi = middle;
+    }
+    if (*count >= 0 && (lo == *count || slots[lo] != slot)) insert(lo, slot);
+  }
+  // Into `list` [limit + K], ascending, these and the first K of the others; how many.
+  int64_t candidates(int64_t N, int64_t K, int64_t* list) const {
+    int64_t n = 0, at = 0;
+    for (int64_t others = 0; others < K && n < N; ++n) {
+      list[n] = n;
+      if (at < *count && slots[at] == n) ++at;
+      else ++others;
+    }
+    std::memcpy(list + n, slots + at, (*count - at) * sizeof(int64_t));
+    return n + *count - at;
+  }
+
+ private:
+  void insert(int64_t place, int64_t slot) const {
+    if (*count == limit) {
+      *count = -1;
+      return;
+    }
+    std::memmove(slots + place + 1, slots + place, (*count - place) * sizeof(int64_t));
+    slots[place] = slot;
+    ++*count;
+  }
+};
+
 // ---- the slots by age ----------------------------------------------------------------------------------------------------
 
 // A doubly linked list of the slots, ascending by (last access, slot); place N stands before the first and after the last.
 struct Ages {
-  int32_t *next, *previous, *spare;
+  int32_t *next, *previous, *spare;  // [N + 1], [N + 1], [N]
   int64_t N;
-  Ages(Arena& arena, int64_t N)
-      : next(arena.take<int32_t>(N + 1)), previous(arena.take<int32_t>(N + 1)), spare(arena.take<int32_t>(N)), N(N) {}
 
   // A radix sort, byte by byte from the lowest, of times as they differ from the least; few bytes differ.
   void sort(const int64_t* times) const {

@@ -361,7 +361,15 @@ struct SparseScan {
   // they held, [T, B, R, K] and [T, B, R, K, D].
   int64_t *oldest, *slot_history;
   void *weight_history, *rows;
+  // Of a single step of several that follow one another: what they know of the memory, [B, lists_size(N)]; null: nothing.
+  int64_t* lists = nullptr;
 };
+
+// How many slots may differ from all others before all are compared (cpu/sparse_step.h).
+constexpr int64_t different_limit(int64_t N) { return N < 1024 ? 0 : N / 4; }
+// Numbers that steps hand on: how many slots differ (unmade: nothing is there yet), these, and the slots by age.
+constexpr int64_t lists_size(int64_t N) { return 1 + different_limit(N) + (N + 1); }
+constexpr int64_t unmade = -2;
 
 struct SparseScanBackward {
   int64_t T, B, N, D, R, K;

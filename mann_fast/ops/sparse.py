@@ -11,7 +11,7 @@ from .. import reference
 from ..reference.sparse import SparseState
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output
-from ._register import call, declare, define_in_place
+from ._register import LIBRARIES, call, declare, define_in_place
 from ._sequences import NAMES, NO_SEQUENCES, may_look, raw_sequences
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
@@ -88,12 +88,13 @@ SPARSE_SCAN = declare(
     )
 )
 
-# For sparse_cell.py: they change a memory, a gradient and times that nobody else sees.
+# For sparse_cell.py: they change a memory, a gradient and times that nobody else sees, and lists of slots that steps hand on.
+LIBRARIES["cpp"].define("sparse_lists(Tensor memory) -> Tensor")
 define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
     "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, Tensor? resets, Tensor? lengths, "
-    "Tensor? start, float threshold, float eps) -> (Tensor read, Tensor read_slots, Tensor read_weights, Tensor clock, "
-    "Tensor oldest, Tensor rows)"
+    "Tensor? start, Tensor(c!)? lists, float threshold, float eps) -> (Tensor read, Tensor read_slots, Tensor read_weights, "
+    "Tensor clock, Tensor oldest, Tensor rows)"
 )
 define_in_place(
     "sparse_step_backward_(Tensor? grad_read, Tensor(a!) grad_memory, Tensor? grad_weights, Tensor slots_before, "

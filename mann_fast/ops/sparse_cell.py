@@ -35,6 +35,7 @@ class _Step(torch.autograd.Function):
         resets: Tensor | None,
         lengths: Tensor | None,
         start: Tensor | None,
+        lists: Tensor | None,
         memory: Tensor,
         last_access: Tensor,
         *tensors: Tensor,
@@ -43,7 +44,8 @@ class _Step(torch.autograd.Function):
         sequences = (resets, lengths, start)
         with torch._C._AutoDispatchBelowAutograd():
             read, slots, weights, clock, oldest, rows = _RAW.sparse_step_(
-                memory, slots_before, weights_before, last_access, clock, *told, *sequences, threshold, eps
+                *(memory, slots_before, weights_before, last_access, clock, *told),
+                *(*sequences, lists, threshold, eps),
             )
         ctx.mark_dirty(memory)
         ctx.mark_non_differentiable(slots, clock)
@@ -77,13 +79,14 @@ class _Step(torch.autograd.Function):
             grad_memory = tensors[1].new_zeros(ctx.shape)
         elif ctx.last or not grad_memory.is_contiguous():
             grad_memory = grad_memory.clone(memory_format=torch.contiguous_format)
-        of_start, of_memory = ctx.needs_input_grad[5:7]
+        of_start, _, of_memory = ctx.needs_input_grad[5:8]
         of_weights, *of_told, grad_start = _RAW.sparse_step_backward_(
             grad_read, grad_memory, grad_weights, *tensors, ctx.eps, of_start
         )
         return (
             *(None, None, None, None, None),
             grad_start.sum(0) if of_start else None,
+            None,
             grad_memory if of_memory else None,
             *(None, None, of_weights, None, *of_told),
         )
@@ -158,9 +161,10 @@ def sparse_cell(
     ):
         memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
         sequences = in_place = _InPlace(steps, resets, lengths, start)
+        lists = _RAW.sparse_lists(memory.memory.detach()) if steps > 1 else None
 
         def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
-            options = (in_place.last, threshold, eps, *in_place.now)
+            options = (in_place.last, threshold, eps, *in_place.now, lists)
             tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
             read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
             return read, SparseState(rows, slots, weights, state.last_access, clock)
