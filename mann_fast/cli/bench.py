@@ -68,9 +68,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting("--backend", default="auto", metavar="NAME", help="of mann_fast (default: auto)")
     setting("--direction", choices=("forward", "both"), help="only forward, or only forward+backward")
     setting("--threads", type=int, metavar="N", help="of PyTorch (default: as it is)")
-    setting(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu); cuda has not been tried yet"
-    )
+    setting("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
     setting(
         "--compile",
         nargs="?",
