@@ -1,6 +1,6 @@
 """PPO of examples/popgym_ppo.py on tasks of POPGym with every kind of memory and several seeds, and the table of docs/rl.md.
 
-python benchmarks/popgym.py runs.jsonl [--steps S] [--seeds K] [--processes P]
+python benchmarks/popgym_table.py runs.jsonl [--steps S] [--seeds K] [--processes P]
 
 Runs what the file does not have yet, one thread each, and then prints the table of all that it has.
 """
