@@ -86,7 +86,7 @@ def test_popgym_ppo(example, model, tmp_path, monkeypatch):
 
 
 def test_popgym_ppo_cores_begin_anew_alike(example):
-    """The stretches of an LSTM against its steps."""
+    """The parts of episodes that an LSTM gets against its steps."""
     pytest.importorskip("popgym", exc_type=ImportError)
     core = example("popgym_ppo").make_core("lstm", 5, {}).double()
     x, resets = torch.randn(7, 3, 5, dtype=torch.float64), torch.rand(7, 3) < 0.3

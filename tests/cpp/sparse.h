@@ -4,12 +4,16 @@
 
 namespace {
 
-// sparse_read and sparse_scan, with sharpness and write gates or without (c.sharp); shared_target: with both gradients of a read.
+// sparse_read and sparse_scan, with sharpness and write gates or without (c.sharp); shared_target: of a memory whose rows are
+// alike but for the first few, and with both gradients of a read.
 [[maybe_unused]] Results sparse(const Kernels& k, const Case& c) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
   const int64_t K = std::min<int64_t>(c.N, 3), rows = c.T * c.B * c.R, heads = c.B * c.R;
   const Array memory = random.normal(c.state, c.B * c.N * c.D), weights = random.positive(c.state, heads * K);
+  const int64_t row = c.D * size_of(c.state), alike = c.shared_target && c.N > 9 ? 9 : c.N;
+  for (int64_t i = 0; i < c.B * c.N; ++i)
+    if (i % c.N > alike) std::memcpy(memory.data.get() + i * row, memory.data.get() + (i - 1) * row, row);
   Array keys = random.normal(c.input, rows * c.D), vectors = random.normal(c.input, rows * c.D);
   Array gates = random.normal(c.input, rows);
   auto sharpness = optional(c.sharp, random.positive(c.input, rows)), open = optional(c.sharp, random.normal(c.input, rows));
