@@ -326,13 +326,12 @@ def test_where_rows_are_alike_a_scan_finds_what_a_search_of_all_finds(start, dty
     told = [x.detach() for x in inputs[5:]]
     told[0][7] = told[0][6]  # a key that finds what was written for it
     resets, begin = torch.rand(T, B) < 0.004, torch.full((N, D), 0.5, dtype=dtype)
-    with ops.backend("cpp"):
-        reads, after = ops.sparse_scan(state, *told, resets=resets, start=begin)
-        alone, now = [], state
-        for t in range(T):
-            one = [x[t : t + 1] for x in (*told, resets)]
-            read, now = ops.sparse_scan(now, *one[:-1], resets=one[-1], start=begin)
-            alone.append(read)
+    reads, after = ops.sparse_scan(state, *told, resets=resets, start=begin)
+    alone, now = [], state
+    for t in range(T):
+        one = [x[t : t + 1] for x in (*told, resets)]
+        read, now = ops.sparse_scan(now, *one[:-1], resets=one[-1], start=begin)
+        alone.append(read)
     assert torch.equal(reads.nan_to_num(7), torch.cat(alone).nan_to_num(7))
     for name, part, want in zip(after._fields, after, now, strict=True):
         assert torch.equal(part.nan_to_num(7), want.nan_to_num(7)), name
