@@ -93,7 +93,7 @@ def plot(path: str, sizes: list[int], rows: dict[str, list[tuple[float, float, f
         axis.set(title=title, xlabel="slots N")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(rows))
     figure.savefig(path, dpi=100)
 
 
