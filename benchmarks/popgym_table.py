@@ -16,6 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,7 @@ def run(task: str, model: str, seed: int, steps: int, out: Path) -> None:
         file.write(line)
 
 
+@cache
 def chance(task: str) -> float:
     """The mean return of actions drawn evenly."""
     import popgym.envs

@@ -50,12 +50,10 @@ class Recurrent(nn.Module):
         starts[:, 0] = True
         sample, step = starts.nonzero(as_tuple=True)
         first = sample * length + step
-        parts = (
-            x.transpose(0, 1).flatten(0, 1).split(first.diff(append=torch.tensor([batch * length])).tolist())
-        )
-        kept = goes_on[sample, step].view(
-            1, -1, 1
-        )  # where a part begins with no reset, the state that came in
+        lengths = first.diff(append=torch.tensor([batch * length])).tolist()
+        parts = x.transpose(0, 1).flatten(0, 1).split(lengths)
+        # Where a part begins with no reset, the state that came in.
+        kept = goes_on[sample, step].view(1, -1, 1)
         state = tuple(torch.where(kept, of[:, sample], 0.0) for of in state)
         packed, after = self.rnn(
             pack_sequence(parts, enforce_sorted=False), state if len(state) == 2 else state[0]
