@@ -8,10 +8,11 @@ import torch
 from torch import Generator
 
 from mann_fast import cli
-from mann_fast.data.sequences import TASKS, AssociativeRecall, Copy, KeyValue, Regression, RepeatCopy
+from mann_fast.data.sequences import TASKS, AssociativeRecall, Copy, KeyValue, Pairs, Regression, RepeatCopy
 from mann_fast.training import SequenceConfig, SequenceTrainer, load_checkpoint, restore_model
 from mann_fast.training.checkpoint import build_model
 from mann_fast.training.loop import resume_run, start_run, train
+from mann_fast.training.sequence_plots import plot_sequence_curve
 from mann_fast.training.sequences import errors, measure, sequence_loss, task_of, trace_sequence
 
 TINY = {
@@ -96,6 +97,22 @@ def test_key_value_asks_for_each_pair_of_the_round_by_one_half_and_wants_the_oth
         KeyValue(4).sample(1, random(), 17, 1)
 
 
+def test_pairs_asks_for_some_by_the_first_bits_and_wants_the_others():
+    inputs, targets, answered, _ = Pairs(40).sample(5, random(), 20)
+    assert inputs.shape == (20 + 16, 5, 41) and targets.shape == (36, 5, 8)
+    assert answered.tolist() == [False] * 20 + [True] * 16
+    shown, asked = inputs[:20], inputs[20:]
+    assert shown[:, :, 40].sum() == 0 and (asked[:, :, 40] == 1).all() and asked[:, :, 32:40].sum() == 0
+    for b in range(5):
+        at = [
+            [torch.equal(pair[:32], question[:32]) for pair in shown[:, b]].index(True)
+            for question in asked[:, b]
+        ]
+        assert len(set(at)) == 16 and torch.equal(targets[answered][:, b], shown[at, b, 32:40])
+    assert not torch.equal(asked[:, 0], asked[:, 1])
+    assert Pairs(40).sample(2, random(), 3).answered.tolist() == [False] * 3 + [True] * 3
+
+
 def test_regression_is_a_gaussian_process_and_its_best_prediction_is_that_process_s_own():
     task = Regression(length=12)
     sequences = task.sample(400, random(), 12)
@@ -119,7 +136,8 @@ def test_regression_is_a_gaussian_process_and_its_best_prediction_is_that_proces
 def test_sizes_of_training_are_drawn_from_the_whole_range(name):
     task = TASKS[name](length=4)
     generator = random()
-    drawn = {task.draw(generator) for _ in range(200)}
+    drawn = {task.draw(generator, 4) for _ in range(200)}
+    assert {max(task.draw(generator, 2)) for _ in range(50)} <= {1, 2, 3}
     assert task.longest in drawn and task.longest in task.tests
     assert all(max(size) <= 4 for size in drawn)
     if name != "regression":
@@ -164,11 +182,15 @@ def test_errors_count_wrong_bits_of_answers_alone():
     [
         (
             {"task": "sort"},
-            "task must be one of copy, repeat-copy, recall, key-value, regression, got 'sort'",
+            "task must be one of copy, repeat-copy, recall, key-value, pairs, regression, got 'sort'",
         ),
         ({"task": "recall", "length": 1}, "length must be at least 2, got 1"),
         ({"task": "key-value", "length": 17}, "length must be at most 16, as many as can differ, got 17"),
         ({"length": 0}, "length must be at least 1, got 0"),
+        ({"curriculum": 21}, "curriculum must be 0 or from 1 to length = 20, got 21"),
+        ({"curriculum": -1}, "curriculum must be 0 or from 1 to length = 20, got -1"),
+        ({"task": "recall", "curriculum": 1}, "curriculum must be 0 or from 2 to length = 20, got 1"),
+        ({"task": "regression", "curriculum": 2}, "curriculum must be 0 with task regression, got 2"),
         ({"addressing": "random"}, "addressing must be one of lrua, ntm, content, dnc, sparse, got 'random'"),
         ({"controller": "rnn"}, "controller must be one of lstm, gru, feedforward, got 'rnn'"),
         (
@@ -207,6 +229,50 @@ def test_settings_of_a_task_are_its_own_and_can_be_changed():
     assert other.memory == "" and SequenceConfig.of_task("key-value", slots=9).memory.startswith(
         "masks=true "
     )
+
+
+def test_slots_and_curriculum_of_pairs_go_by_the_length():
+    for length, found in ((1024, (4, 4096)), (3, (3, 12))):
+        config = SequenceConfig.of_task("pairs", length=length)
+        assert (config.curriculum, config.slots) == found and config.addressing == "sparse"
+    config = SequenceConfig.of_task("pairs", length=8, slots=20, curriculum=0, addressing="lrua")
+    assert (config.curriculum, config.slots, config.addressing) == (0, 20, "lrua")
+
+
+def test_a_curriculum_doubles_its_length_where_it_is_learned_and_goes_on_in_a_resumed_run(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mann_fast.training.sequences.LEARNED_STEPS", 2)
+    config = SequenceConfig(task="copy", **{**TINY, "steps": 9, "log_every": 1}, length=5, curriculum=2)
+    trainer = start_run(config, None, tmp_path)
+    wrong = iter([0.0, 0.5, 0.1, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0])  # of 8 bits; a twentieth of a guess is 0.2
+    lengths = []
+
+    def errors_of(outputs, sequences, binary):
+        lengths.append(len(sequences.answered))
+        return torch.full((1, 1), next(wrong))
+
+    def steps(trainer, count):
+        for _ in range(count):
+            with monkeypatch.context() as only:
+                only.setattr("mann_fast.training.sequences.errors", errors_of)
+                result = trainer.train_step()
+            assert lengths[-1] <= 2 * result.length + 2
+            yield result.length
+
+    assert list(steps(trainer, 5)) == [2, 2, 2, 2, 4]  # (0.5 + 0.1) / 2 is too much, (0.1 + 0) / 2 is not
+    assert trainer.metrics()["length"] == 4
+    state = trainer.state_dict()
+    resumed = SequenceTrainer(config)
+    resumed.load_state_dict(state)
+    assert resumed.length == 4
+    assert list(steps(resumed, 4)) == [4, 4, 4, 5]  # 3.0 counts, then two in a row; 5 is the most
+    assert resumed.length == 5
+    records = [
+        {"step": k, "length": n, "loss": 1.0, "test_error": {"2 vectors": 1.0}} for k, n in ((1, 2), (2, 4))
+    ]
+    plot_sequence_curve(tmp_path / "curve.png", records, config, "copy")
+    assert (tmp_path / "curve.png").stat().st_size > 0
 
 
 def test_options_of_a_memory_are_read_as_what_they_look_like():

@@ -38,6 +38,7 @@ class TrainingProgress:
         self.averaged = 0
         self._encoder_steps = config.encoder_steps if isinstance(config, TrainConfig) else 0
         self.values: Sequence[float] = ()
+        self.length: int | None = None  # of the sequences of a curriculum
         self.first_step, self.started = step, time.monotonic()
         self.next_line = self.started + QUIET_SECONDS
         self.progress = Progress(
@@ -63,7 +64,10 @@ class TrainingProgress:
         self.progress.stop()
 
     def update(self, result: StepResult | SequenceStep) -> None:
-        values = [result.error] if isinstance(result, SequenceStep) else result.accuracy.tolist()
+        if isinstance(result, SequenceStep):
+            values, self.length = [result.error], result.length
+        else:
+            values = result.accuracy.tolist()
         if self.loss is None or result.step == self._encoder_steps + 1:
             self.loss, self.values, self.averaged = result.loss, values, 0
         self.averaged += 1
@@ -87,7 +91,8 @@ class TrainingProgress:
 
     def _numbers(self) -> str:
         if not isinstance(self.config, TrainConfig):
-            return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}"
+            longest = f" up to length {self.length}" if getattr(self.config, "curriculum", 0) else ""
+            return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}{longest}"
         shown = " ".join(
             f"{name_of_answer(self.config, k).removesuffix(' image')} {self.values[k - 1]:.0%}"
             for k in shown_instances(self.config.shots)

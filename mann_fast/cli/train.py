@@ -158,8 +158,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--length",
         type=int,
         metavar="N",
-        help="of a sequence task, the longest of training: vectors to copy, items to recall, pairs of a round, points of a "
-        f"function (default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
+        help="of a sequence task, the longest of training: vectors to copy, items to recall, pairs of a round, pairs, points "
+        f"of a function (default: {', '.join(f'{SequenceConfig.of_task(task).length} for {task}' for task in TASKS)})",
+    )
+    setting(
+        "--curriculum",
+        type=int,
+        metavar="N",
+        help="of a sequence task, begin with sequences of at most this length, and double it, up to --length, each time that "
+        f"they are learned; 0: none (default: {SequenceConfig.of_task('pairs').curriculum} for pairs, else 0)",
     )
     setting(
         "--addressing",

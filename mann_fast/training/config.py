@@ -290,6 +290,9 @@ class SequenceConfig(RunConfig):
 
     task: str = "copy"
     length: int = 20  # the longest of training, in the task's own unit
+    # Where above 0, training begins with sequences of at most this length, and the limit doubles, up to `length`, each time
+    # that they are learned (Rae et al. 2016): see SequenceTrainer.
+    curriculum: int = 0
 
     addressing: str = GRAVES["addressing"]
     hidden_size: int = GRAVES["hidden_size"]
@@ -307,6 +310,11 @@ class SequenceConfig(RunConfig):
         _require(self.length >= self.least, "length", f"at least {self.least}", self.length)
         fits = self.task != "key-value" or self.length <= KeyValue.most
         _require(fits, "length", f"at most {KeyValue.most}, as many as can differ", self.length)
+        if self.task == "regression":
+            _require(self.curriculum == 0, "curriculum", "0 with task regression", self.curriculum)
+        elif self.curriculum:
+            within = f"0 or from {self.least} to length = {self.length}"
+            _require(self.least <= self.curriculum <= self.length, "curriculum", within, self.curriculum)
 
     @property
     def least(self) -> int:
@@ -315,7 +323,20 @@ class SequenceConfig(RunConfig):
 
     @classmethod
     def of_task(cls, task: str, **changes: Any) -> SequenceConfig:
-        return cls(task=task, **_of_addressing(TASK_DEFAULTS.get(task, {}), changes))
+        """With the task's own defaults; of pairs these go by the length."""
+        defaults = dict(TASK_DEFAULTS.get(task, {}))
+        if task == "pairs":
+            length = changes.get("length", defaults["length"])
+            defaults |= {
+                "curriculum": min(4, length),
+                "slots": 4 * length,
+            }  # twice the longest that is measured
+        return cls(task=task, **_of_addressing(defaults, changes))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The same; older checkpoints have no curriculum."""
+        return super().from_dict({"curriculum": 0, **values})
 
 
 @dataclass(frozen=True)
@@ -362,6 +383,13 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "slots": 8,  # fewer than pairs: what was asked for has to make room
         "slot_size": 16,
         "steps": 2000,
+        "lr": 3e-3,
+    },
+    "pairs": {
+        "length": 1024,
+        "addressing": "sparse",
+        "hidden_size": 64,
+        "slot_size": 32,
         "lr": 3e-3,
     },
     "regression": {

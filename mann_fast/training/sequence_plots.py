@@ -24,6 +24,8 @@ from .plots import (
 )
 from .sequences import SequenceTrace, SizeResult, task_of
 
+MOST_WIDE = 30.0  # inches of a picture of one sequence; steps of a longer one share columns of pixels
+
 
 def unit(config: RunConfig) -> str:
     """What an error counts."""
@@ -42,12 +44,15 @@ def loss_unit(config: RunConfig) -> str:
 def plot_sequence_curve(
     path: str | os.PathLike, records: Sequence[dict[str, Any]], config: RunConfig, title: str
 ) -> None:
-    """Errors on sequences of every size with their 95% interval, or of all bAbI tasks, and training loss, over steps; from the
-    lines of metrics.jsonl.
+    """Errors on sequences of every size with their 95% interval, or of all bAbI tasks, training loss, and with a curriculum how
+    long its sequences were, over steps; from the lines of metrics.jsonl.
     """
     steps = [record["step"] for record in records]
-    figure = _figure(8.5, 6.0)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    lengths = [record["length"] for record in records if "length" in record]
+    figure = _figure(8.5, 7.2 if lengths else 6.0)
+    top, bottom, *rest = figure.subplots(
+        *(3 if lengths else 2, 1), sharex=True, height_ratios=(2, 1, 0.8) if lengths else (2, 1)
+    )
     for name in records[-1]["test_error"]:
         values = [record["test_error"][name] for record in records]
         (line,) = top.plot(steps, values, label=name, marker=_marker(steps))
@@ -60,7 +65,14 @@ def plot_sequence_curve(
     draw_legend(top, None if isinstance(config, BabiConfig) else "shaded: 95% interval")
     plot_loss(bottom, records, loss_unit(config))
     readable_log(bottom)
-    for axes in (top, bottom):
+    for axes in rest:
+        axes.step(steps, lengths, color="#444444", marker=_marker(steps), label="longest drawn")
+        bottom.set_xlabel("")
+        axes.set(xlabel="training step", ylabel="length")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        draw_legend(axes)
+    for axes in (top, bottom, *rest):
         axes.grid(alpha=0.25)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -107,7 +119,7 @@ def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, config: Sequenc
             for name, drawn, colours in slot_panels(trace.slots)
         ]
     heights = [0.7 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, *_ in panels]
-    figure = _figure(max(7.0, 0.09 * len(trace.inputs) + 3), sum(heights) + 1.6)
+    figure = _figure(min(max(7.0, 0.09 * len(trace.inputs) + 3), MOST_WIDE), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}\n{trace.name}: {trace.error:.3g} {unit(config)}", wrap=True)
     wanted = (trace.targets, trace.outputs * trace.answered.unsqueeze(1))
