@@ -1,12 +1,13 @@
 """Encoders between the images and the memory: every image through one module, in one call."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from mann_fast import MANN
+from mann_fast import MANN, cli
 from mann_fast.data import Dataset, Episodes, generate_glyphs
 from mann_fast.data.images import ClassImages
 from mann_fast.models.encoders import Conv4, make_own
@@ -236,10 +237,10 @@ def test_to_answer_an_encoder_sees_every_picture_once(colour):
     assert (found[0] - found[1]).abs().max() > 1e-4  # or the images would not matter
 
 
-def dataset():
+def dataset(colour=True):
     classes = generate_glyphs(12, 8, image_size=16, seed=3)
     coloured = [
-        ClassImages(part.images.unsqueeze(1).repeat(1, 3, 1, 1), part.starts, part.names)
+        ClassImages(part.images.unsqueeze(1).repeat(1, 3, 1, 1), part.starts, part.names) if colour else part
         for part in (classes.select(range(8)), classes.select(range(8, 12)))
     ]
     return Dataset(*coloured, "folder")
@@ -300,6 +301,79 @@ def test_a_checkpoint_keeps_the_encoder_and_a_run_goes_on_with_it_bit_for_bit(at
         ValueError, match="model.config must have encoder = None by its settings, got 'conv4'"
     ):
         load_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("layout", ["stream", "support"])
+def test_the_encoder_of_another_run_is_taken_as_it_is(layout, tmp_path):
+    """Of other labels, and without it at hand when the run goes on."""
+    data = dataset()
+    first = start_run(TrainConfig(**TINY, encoder_steps=1), data, tmp_path / "first")
+    assert train(first, tmp_path / "first")
+    sizes = {**TINY, "ways": 3, "steps": 4, "layout": layout, "seed": 1}
+    config = TrainConfig.of(**sizes, encoder_from=str(tmp_path / "first"))
+    assert config.encoder_steps == 0 and TrainConfig.from_dict(config.to_dict()) == config
+    whole = start_run(config, data, tmp_path / "whole")
+    assert train(whole, tmp_path / "whole")
+    second = start_run(config, data, tmp_path / "second")
+    assert train(second, tmp_path / "second", stop=lambda: second.step == 2) is False
+    (tmp_path / "first" / "checkpoint.pt").rename(tmp_path / "away.pt")
+    resumed = resume_run(config, data, tmp_path / "second")
+    assert train(resumed, tmp_path / "second")
+    for name, x in whole.model.state_dict().items():
+        assert torch.equal(x, resumed.model.state_dict()[name])
+    restored = restore_model(load_checkpoint(tmp_path / "whole"))
+    for name, x in first.model.encoder.state_dict().items():
+        assert torch.equal(x, restored.encoder.state_dict()[name])
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        start_run(config, data, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_an_encoder_of_another_kind_is_not_taken(tmp_path):
+    data, run = dataset(), tmp_path / "first"
+    config = TrainConfig(**TINY, encoder_steps=1)
+    assert train(start_run(config, data, run), run)
+    grey = dataset(colour=False)
+    with pytest.raises(
+        ValueError, match="encoder_from must be a checkpoint with colour = False, got True in"
+    ):
+        Trainer(TrainConfig(**{**TINY, "colour": False}, encoder_from=str(run)), grey)
+    with pytest.raises(ValueError, match="encoder_from must be empty with encoder none, got 'omniglot'"):
+        TrainConfig(encoder_from="omniglot")
+    plain = tmp_path / "plain"
+    settings = {**TINY, "colour": False, "encoder": "none"}
+    assert train(start_run(TrainConfig(**settings), grey, plain), plain)
+    with pytest.raises(ValueError, match="plain holds no encoder that a run has trained"):
+        Trainer(TrainConfig(**TINY, encoder_from=str(plain)), data)
+
+
+def test_the_command_takes_an_encoder_with_its_image_size(capsys, tmp_path):
+    run = [
+        "train",
+        "--data",
+        "glyphs",
+        "--steps",
+        "2",
+        "--batch",
+        "1",
+        "--eval-episodes",
+        "2",
+        "--ways",
+        "2",
+        "--shots",
+        "2",
+    ]
+    first = [*run, "--out", str(tmp_path / "a"), "--encoder", "conv4", "--image-size", "16"]
+    assert cli.main([*first, "--hidden-size", "8", "--slots", "6"]) == 0
+    capsys.readouterr()
+    second = [*run, "--out", str(tmp_path / "b"), "--encoder-from", str(tmp_path / "a")]
+    assert cli.main([*second, "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["encoder"], config["image_size"], config["encoder_steps"]) == ("conv4", 16, 0)
+    states = [load_checkpoint(tmp_path / name)["model"]["state"] for name in "ab"]
+    assert torch.equal(*(state["encoder.0.weight"] for state in states))
+    assert cli.main([*second, "--out", str(tmp_path / "c"), "--encoder", "none"]) == 2
+    assert "encoder_from must be empty with encoder none" in capsys.readouterr().err
 
 
 def test_episodes_of_colour_hold_every_channel():

@@ -36,7 +36,7 @@ from ..training import (
     summarise_task,
 )
 from ..training import train as train_loop
-from ..training.checkpoint import own_encoder
+from ..training.checkpoint import load_encoder, own_encoder
 from ..training.config import (
     BABI,
     ENCODER_DEFAULTS,
@@ -152,7 +152,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="how many of the steps, the first, train the encoder alone; it stays as it is in the others, 0: as it comes "
-        f"(default: 1 of {ENCODER_SHARE} with conv4 or your own)",
+        f"(default: 1 of {ENCODER_SHARE} with conv4 or your own, 0 with --encoder-from)",
+    )
+    setting(
+        "--encoder-from",
+        metavar="RUN",
+        help="take the encoder that another run has trained: its folder, its checkpoint, or omniglot for that of the model "
+        "that comes with mann_fast; image size and colour are that run's",
     )
     setting(
         "--length",
@@ -290,7 +296,11 @@ def configured(args: argparse.Namespace) -> RunConfig:
         return BabiConfig.of(**given)
     if "data" not in given:
         raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
-    return TrainConfig.of(**{"encoder": NO_ENCODER, "layout": "stream", **given})
+    defaults: dict[str, Any] = {"encoder": NO_ENCODER, "layout": "stream"}
+    if "encoder_from" in given:
+        other, _ = load_encoder(given["encoder_from"])
+        defaults |= {"encoder": other.encoder, "image_size": other.image_size, "colour": other.colour}
+    return TrainConfig.of(**{**defaults, **given})
 
 
 def train_and_report(

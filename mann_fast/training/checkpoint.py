@@ -32,7 +32,7 @@ from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
 from ..models.backbones import is_backbone
 from ..models.encoders import is_own, make_own
-from .config import NO_ENCODER, BabiConfig, RunConfig, TrainConfig, config_from_dict
+from .config import NO_ENCODER, BabiConfig, RunConfig, TrainConfig, config_from_dict, trainable
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -338,7 +338,7 @@ def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) ->
         raise ValueError("optimizer.state lacks the parameters that have been learned")
     if content["step"] > alone:
         for index, name in enumerate(parameters):
-            if index not in moments:
+            if index not in moments and (alone or not name.startswith(OF_ENCODER)):
                 raise ValueError(f"optimizer.state lacks {index}, {name}")
     for index, kept in moments.items():
         if type(index) is not int or index < 0 or not isinstance(kept, dict):
@@ -404,6 +404,37 @@ def build_model(config: RunConfig, input_size: int, num_outputs: int) -> nn.Modu
         **config.memory_options,
         **options,
     )
+
+
+def load_encoder(path: str | os.PathLike) -> tuple[TrainConfig, dict[str, Tensor]]:
+    """Settings of the checkpoint and the tensors of its encoder; errors as of :func:`load_checkpoint`, and ValueError where it
+    has no encoder, or keeps none because it was made elsewhere."""
+    content = load_checkpoint(path)
+    config = content["config"]
+    if not isinstance(config, TrainConfig) or not trainable(config.encoder):
+        raise ValueError(
+            f"{path} holds no encoder that a run has trained; expected one of --encoder conv4 or your own"
+        )
+    named = content["model"]["state"].items()
+    return config, {name.removeprefix(OF_ENCODER): x for name, x in named if name.startswith(OF_ENCODER)}
+
+
+def take_encoder(model: nn.Module, config: TrainConfig) -> None:
+    """Give the encoder of the model the weights of that of ``config.encoder_from``; ValueError where it is another kind."""
+    other, weights = load_encoder(config.encoder_from)
+    for name in ("encoder", "image_size", "colour"):
+        if (wanted := getattr(config, name)) != (found := getattr(other, name)):
+            raise ValueError(
+                f"encoder_from must be a checkpoint with {name} = {wanted!r}, got {found!r} in {config.encoder_from}"
+            )
+    assert isinstance(model.encoder, nn.Module)
+    try:
+        model.encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise ValueError(
+            f"encoder must have the parameters of that in {config.encoder_from}: {lines}"
+        ) from error
 
 
 @_in_float32()

@@ -175,6 +175,7 @@ class TrainConfig(RunConfig):
     colour: bool = False  # three channels, else grey
     encoder: str = NO_ENCODER  # or one of ENCODERS, LIBRARY/NAME or MODULE:FACTORY, between the pixels and the controller
     encoder_steps: int = 0  # of the steps, in which the encoder learns alone; in the others it stays as it is
+    encoder_from: str = ""  # the checkpoint whose encoder this one begins as
 
     ways: int = 5  # classes per episode
     shots: int = 10  # images of each class per episode
@@ -198,6 +199,8 @@ class TrainConfig(RunConfig):
         elif self.encoder != NO_ENCODER:
             _require(self.model == "mann", "encoder", f"{NO_ENCODER!r} with model lstm", self.encoder)
             check_image_shape(self.image_shape, self.encoder)
+        taken = not self.encoder_from or trainable(self.encoder)
+        _require(taken, "encoder_from", f"empty with encoder {self.encoder}", self.encoder_from)
         most = self.steps - 1 if trainable(self.encoder) else 0
         why = (
             f"from 0 to {most}, below steps" if trainable(self.encoder) else f"0 with encoder {self.encoder}"
@@ -230,7 +233,8 @@ class TrainConfig(RunConfig):
         defaults = _of_addressing({**of_layout, **of_encoder}, changes)
         if trainable(encoder):
             steps = defaults.get("steps", cls.steps)
-            defaults.setdefault("encoder_steps", min(max(1, steps // ENCODER_SHARE), steps - 1))
+            learning = 0 if defaults.get("encoder_from") else min(max(1, steps // ENCODER_SHARE), steps - 1)
+            defaults.setdefault("encoder_steps", learning)
         config = cls(encoder=encoder, layout=layout, **defaults)
         if layout == "support" and "slots" not in changes:  # one for every head and example
             examples = config.heads * config.ways * config.shots
@@ -243,7 +247,7 @@ class TrainConfig(RunConfig):
         learned with the memory steps of its own, and memory and controller went by the layout.
         """
         before = {"colour": False, "encoder": NO_ENCODER, "encoder_steps": 0, "layout": "stream"}
-        values = {**before, **values}
+        values = {**before, "encoder_from": "", **values}
         of_layout = LAYOUT_DEFAULTS.get(str(values["layout"]), {})
         made = {
             name: of_layout.get(name, getattr(cls, name)) for name in ("addressing", "memory", "controller")

@@ -45,10 +45,12 @@ def require_no_run(out: str | os.PathLike) -> None:
 AnyTrainer = Trainer | SequenceTrainer | BabiTrainer
 
 
-def make_trainer(config: RunConfig, dataset: Dataset | Babi | None) -> AnyTrainer:
+def make_trainer(config: RunConfig, dataset: Dataset | Babi | None, *, resumes: bool = False) -> AnyTrainer:
     if isinstance(config, SequenceConfig):
         return SequenceTrainer(config)
-    return (BabiTrainer if isinstance(config, BabiConfig) else Trainer)(config, dataset)
+    if isinstance(config, BabiConfig):
+        return BabiTrainer(config, dataset)
+    return Trainer(config, dataset, resumes=resumes)
 
 
 def start_run(
@@ -92,7 +94,7 @@ def resume_run(config: RunConfig, dataset: Dataset | Babi | None, out: str | os.
                 f"the run in {out} is at step {state['step']} already; "
                 f"steps must be at least that, got {config.steps}"
             )
-        trainer = make_trainer(config, dataset)
+        trainer = make_trainer(config, dataset, resumes=True)
         trainer.load_state_dict(state)
         if processes.rank() == 0:
             for name in FILES:

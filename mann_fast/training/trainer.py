@@ -18,7 +18,7 @@ from ..data.episodes import distorted
 from ..models.backbones import is_backbone
 from ..models.encoders import ENCODERS
 from . import processes
-from .checkpoint import build_model
+from .checkpoint import build_model, take_encoder
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, episode_accuracy
 from .metric import pair_loss
@@ -63,11 +63,12 @@ class Trainer(Run):
     An encoder learns alone in the first ``config.encoder_steps`` steps, from pairs of images. From there on it stays as it is:
     its features of every image are made once, and the memory learns from them in the other steps.
 
-    Makes its model from torch's global generator, which it seeds with ``config.seed``. Raises ValueError
-    where the dataset has too few classes or images for the configured episodes.
+    Makes its model from torch's global generator, which it seeds with ``config.seed``; the encoder has the weights of
+    ``config.encoder_from``, but for a run that ``resumes``, whose state brings all weights. Raises ValueError where the dataset
+    has too few classes or images for the configured episodes, or the other checkpoint no such encoder.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset):
+    def __init__(self, config: TrainConfig, dataset: Dataset, *, resumes: bool = False):
         if (dataset.features is not None) != is_backbone(config.encoder):
             raise ValueError(
                 f"dataset must hold {'features (encode_dataset)' if is_backbone(config.encoder) else 'images'} with encoder "
@@ -82,7 +83,9 @@ class Trainer(Run):
         self._classes, self._heldout = classes, dataset.test
         torch.manual_seed(config.seed)
         super().__init__(config, build_model(config, self.episodes.input_size, self.episodes.num_outputs))
-        if config.encoder in ENCODERS and not config.encoder_steps:
+        if config.encoder_from and not resumes:
+            take_encoder(self.model, config)
+        if config.encoder in ENCODERS and not config.encoder_steps and not config.encoder_from:
             raise ValueError(
                 f"encoder_steps must be at least 1 with encoder {config.encoder}, which starts from nothing, got 0"
             )
