@@ -7,14 +7,15 @@ namespace mann_fast {
 namespace MANN_FAST_ISA {
 namespace {
 
-// ---- forward: the slots as they lie, [count][ld], ld a multiple of the vector width -------------------------------
-// To transpose a memory that is gone over once would take as long as the rest.
+// ---- the slots as they lie, [count][ld], ld a multiple of the vector width ----------------------------------------
+// To transpose a memory that is gone over once or twice would take longer than all else.
 
-// dots[r][i] and squares[i] of slots [0, count), count a multiple of the width, for keys [R][ld]. The slots that come `next`,
-// [count][D] or null, are sent for meanwhile: the processor does not see by itself that one tile follows the other.
+// Of slots [0, count), count a multiple of the width, with vectors [R][ld]: dots[r][i], and unless it is null squares[i]. The
+// slots that come `next`, [count][D] or null, are sent for meanwhile: the processor does not see by itself that one tile
+// follows the other.
 template <class T>
-inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* keys, T* dots, T* squares,
-                                const T* next, int64_t D) {
+inline void dot_rows_of_slots(const T* rows, int64_t ld, int64_t count, int64_t R, const T* vectors, T* dots, T* squares,
+                              const T* next, int64_t D) {
   constexpr int W = width<T>;
   for (int64_t i = 0; i < count; i += W) {
     if (next) prefetch(next + i * D, W * D);
@@ -23,11 +24,12 @@ inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_
     for (int64_t r = 0; r < R; ++r) {
       for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
       for (int64_t d = 0; d < ld; d += W) {
-        const Vec<T> key = load(keys + r * ld + d);
-        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * key;
+        const Vec<T> vector = load(vectors + r * ld + d);
+        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * vector;
       }
       store(dots + r * tile + i, sum_lanes<T>(part));
     }
+    if (squares == nullptr) continue;
     for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
     for (int64_t d = 0; d < ld; d += W) {
       for (int lane = 0; lane < W; ++lane) {
@@ -39,17 +41,25 @@ inline void dot_and_square_rows(const T* rows, int64_t ld, int64_t count, int64_
   }
 }
 
+// Calls body(d, chunks) for the columns [0, ld) in as many vectors at once, a type, as there are registers for.
+template <class T, int MOST, class Body>
+inline void for_columns(int64_t ld, Body body) {
+  int64_t d = 0;
+  for (; d + MOST * width<T> <= ld; d += MOST * width<T>) body(d, std::integral_constant<int, MOST>());
+  for (; d < ld; d += width<T>) body(d, std::integral_constant<int, 1>());
+}
+
 // sums[r][d] += sum over slots [0, count) of weights[r][i] * rows[i][d], for sums [R][ld].
 template <class T>
 inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* weights, T* sums) {
   constexpr int W = width<T>;
   for_heads<T>(R, [&](int64_t first, auto group) {
     constexpr int HEADS = decltype(group)::value;
-    const auto columns = [&](int64_t d, auto chunks) {
+    for_columns<T, vector_registers == 32 ? 4 : 2>(ld, [&](int64_t d, auto chunks) {
       constexpr int C = decltype(chunks)::value;
       Vec<T> sum[HEADS][C];
       for (int r = 0; r < HEADS; ++r)
-        for (int c = 0; c < C; ++c) sum[r][c] = load(sums + (first + r) * ld + d + c * W);
+        for (int c = 0; c < C; ++c) sum[r][c] = Vec<T>{};
       for (int64_t i = 0; i < count; ++i) {
         Vec<T> m[C];
         for (int c = 0; c < C; ++c) m[c] = load(rows + i * ld + d + c * W);
@@ -57,14 +67,67 @@ inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t 
           for (int c = 0; c < C; ++c) sum[r][c] += m[c] * weights[(first + r) * tile + i];
       }
       for (int r = 0; r < HEADS; ++r)
-        for (int c = 0; c < C; ++c) store(sums + (first + r) * ld + d + c * W, sum[r][c]);
-    };
-    constexpr int C = vector_registers == 32 ? 4 : 2;
-    int64_t d = 0;
-    for (; d + C * W <= ld; d += C * W) columns(d, std::integral_constant<int, C>());
-    for (; d < ld; d += W) columns(d, std::integral_constant<int, 1>());
+        for (int c = 0; c < C; ++c) {
+          T* to = sums + (first + r) * ld + d + c * W;
+          store(to, load(to) + sum[r][c]);
+        }
+    });
   });
 }
+
+// The gradient of slots [0, count): to[i][d] = sum over heads of weights[r][i] * grad_reads[r][d] (READ) + of grad_dots[r][i] *
+// keys[r][d], + 2 grad_squares[i] * rows[i][d]; vectors are [R][ld].
+template <class T, bool READ>
+inline void gradient_of_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* weights, const T* grad_reads,
+                             const T* grad_dots, const T* keys, const T* grad_squares, T* to) {
+  constexpr int W = width<T>;
+  for_heads<T>(R, [&](int64_t first, auto group) {
+    constexpr int HEADS = decltype(group)::value;
+    for_columns<T, vector_registers == 32 ? 2 : 1>(ld, [&](int64_t d, auto chunks) {
+      constexpr int C = decltype(chunks)::value;
+      Vec<T> grad_read[HEADS][C], key[HEADS][C];
+      for (int r = 0; r < HEADS; ++r)
+        for (int c = 0; c < C; ++c) {
+          const int64_t at = (first + r) * ld + d + c * W;
+          if (READ) grad_read[r][c] = load(grad_reads + at);
+          key[r][c] = load(keys + at);
+        }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = i * ld + d;
+        Vec<T> sum[C];
+        for (int c = 0; c < C; ++c)
+          sum[c] = first == 0 ? load(rows + at + c * W) * (2 * grad_squares[i]) : load(to + at + c * W);
+        for (int r = 0; r < HEADS; ++r) {
+          const int64_t slot = (first + r) * tile + i;
+          for (int c = 0; c < C; ++c) {
+            if (READ) sum[c] += grad_read[r][c] * weights[slot];
+            sum[c] += key[r][c] * grad_dots[slot];
+          }
+        }
+        for (int c = 0; c < C; ++c) store(to + at + c * W, sum[c]);
+      }
+    });
+  });
+}
+
+template <class T>
+void pad_rows(const T* from, int64_t rows, int64_t D, int64_t padded_rows, int64_t ld, T* to) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    const int64_t valid = i < rows ? D : 0;
+    if (valid > 0) std::memcpy(to + i * ld, from + i * D, D * sizeof(T));
+    for (int64_t d = valid; d < ld; ++d) to[i * ld + d] = 0;
+  }
+}
+
+// A tile of slots from `lo` on: where they lie if they are whole vectors there, else in `room`.
+template <class T>
+inline const T* rows_of_tile(const T* memory, int64_t D, int64_t lo, int64_t valid, int64_t count, T* room) {
+  if (padded<T>(D) == D && valid == count) return memory + lo * D;
+  pad_rows(memory + lo * D, valid, D, count, padded<T>(D), room);
+  return room;
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct ReadScratch {
@@ -77,15 +140,6 @@ struct ReadScratch {
         sums(arena.take<T>(a.R * a.D)), maximum(arena.take<T>(a.R)), total(arena.take<T>(a.R)),
         read(arena.take<T>(a.R * padded<T>(a.D))) {}
 };
-
-template <class T>
-void pad_rows(const T* from, int64_t rows, int64_t D, int64_t padded_rows, int64_t ld, T* to) {
-  for (int64_t i = 0; i < padded_rows; ++i) {
-    const int64_t valid = i < rows ? D : 0;
-    if (valid > 0) std::memcpy(to + i * ld, from + i * D, D * sizeof(T));
-    for (int64_t d = valid; d < ld; ++d) to[i * ld + d] = 0;
-  }
-}
 
 template <class T>
 void read_part(const ContentRead& a, int64_t b, Range slots, ReadScratch<T>& s) {
@@ -102,13 +156,9 @@ void read_part(const ContentRead& a, int64_t b, Range slots, ReadScratch<T>& s) 
   for (int64_t j = 0; j < a.R * ld; ++j) s.read[j] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
-    const T* rows = memory + lo * a.D;
-    if (ld != a.D || valid != count) {
-      pad_rows(rows, valid, a.D, count, ld, s.rows);
-      rows = s.rows;
-    }
-    dot_and_square_rows(rows, ld, count, a.R, static_cast<const T*>(s.padded_key), s.dots, s.squares,
-                        end < slots.hi ? memory + end * a.D : nullptr, a.D);
+    const T* rows = rows_of_tile(memory, a.D, lo, valid, count, s.rows);
+    dot_rows_of_slots(rows, ld, count, a.R, static_cast<const T*>(s.padded_key), s.dots, s.squares,
+                      end < slots.hi ? memory + end * a.D : nullptr, a.D);
     for (int64_t r = 0; r < a.R; ++r) {
       T* row = s.dots + r * tile;
       const T maximum = score_slots<T>(row, s.squares, count, valid, square_sum(key + r * a.D, a.D),
@@ -166,13 +216,13 @@ bool content_read(const ContentRead& a, const Parallel& parallel) {
 // mean must come from the very same bits: a product of the read's gradient and the read would do but for its rounding, which a
 // great sharpness would magnify where one slot has all the weight and nothing is left of the difference.
 
-// dL/dw of slots [lo, lo + count) for every head, of which `valid` there are; block gets the slots in lanes.
+// dL/dw of the slots of a tile from `lo` on for every head, of which `valid` there are, and grad_read [R][ld] or null.
 template <class T>
-void weight_gradients(const ContentReadBackward& a, int64_t b, int64_t lo, int64_t valid, const T* grad_read, T* block,
-                      T* grad_weights) {
-  const int64_t count = padded_slots(valid);
-  load_slots(static_cast<const T*>(a.memory) + b * a.N * a.D, a.N, a.D, lo, lo + count, block, tile);
-  if (grad_read) dot_slots(static_cast<const T*>(block), tile, count, a.D, a.R, grad_read, grad_weights);
+void weight_gradients(const ContentReadBackward& a, int64_t b, const T* rows, int64_t lo, int64_t valid, const T* grad_read,
+                      const T* next, T* grad_weights) {
+  if (grad_read)
+    dot_rows_of_slots(rows, padded<T>(a.D), padded_slots(valid), a.R, grad_read, grad_weights, static_cast<T*>(nullptr), next,
+                      a.D);
   else std::memset(grad_weights, 0, a.R * tile * sizeof(T));
   if (a.grad_weights == nullptr) return;
   const T* more = static_cast<const T*>(a.grad_weights) + b * a.R * a.N + lo;
@@ -180,23 +230,33 @@ void weight_gradients(const ContentReadBackward& a, int64_t b, int64_t lo, int64
     for (int64_t i = 0; i < valid; ++i) grad_weights[r * tile + i] += more[r * a.N + i];
 }
 
+// grad_read of a sample [R][D], as T in rows of `padded` numbers; null where there is none.
+template <class T>
+const T* padded_grad_read(const ContentReadBackward& a, int64_t b, T* room, T* to) {
+  if (a.grad_read == nullptr) return nullptr;
+  pad_rows(widen(a.grad_read, a.input, b * a.R * a.D, a.R * a.D, room), a.R, a.D, a.R, padded<T>(a.D), to);
+  return to;
+}
+
 template <class T>
 struct MeanScratch {
-  T *block, *weights, *grad_weights, *grad_read, *mean;
+  T *rows, *weights, *grad_weights, *wide, *grad_read, *mean;
   MeanScratch(Arena& arena, const ContentReadBackward& a)
-      : block(arena.take<T>(a.D * tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
-        grad_read(arena.take<T>(a.R * a.D)), mean(arena.take<T>(a.R)) {}
+      : rows(arena.take<T>(padded<T>(a.D) * tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
+        wide(arena.take<T>(a.R * a.D)), grad_read(arena.take<T>(a.R * padded<T>(a.D))), mean(arena.take<T>(a.R)) {}
 };
 
 // A part's share of sum over slots of w dL/dw.
 template <class T>
 void mean_part(const ContentReadBackward& a, int64_t b, Range slots, MeanScratch<T>& s) {
+  const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
-  const T* grad_read = a.grad_read ? widen(a.grad_read, a.input, b * a.R * a.D, a.R * a.D, s.grad_read) : nullptr;
+  const T* grad_read = padded_grad_read(a, b, s.wide, s.grad_read);
   for (int64_t r = 0; r < a.R; ++r) s.mean[r] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
-    const int64_t valid = (lo + tile < slots.hi ? lo + tile : slots.hi) - lo, count = padded_slots(valid);
-    weight_gradients(a, b, lo, valid, grad_read, s.block, s.grad_weights);
+    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
+    const T* rows = rows_of_tile(memory, a.D, lo, valid, count, s.rows);
+    weight_gradients(a, b, rows, lo, valid, grad_read, end < slots.hi ? memory + end * a.D : nullptr, s.grad_weights);
     load_tile_rows(weights + lo, a.R, a.N, valid, count, s.weights);
     for (int64_t r = 0; r < a.R; ++r)
       s.mean[r] +=
@@ -206,35 +266,39 @@ void mean_part(const ContentReadBackward& a, int64_t b, Range slots, MeanScratch
 
 template <class T>
 struct BackwardScratch {
-  T *block, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *key, *sharpness, *grad_read;
-  T *grad_key, *grad_sharpness, *grad_key_square;  // of one part of a sample's slots: [R, D], [R], [R]
+  T *rows, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *wide, *key, *sharpness, *grad_read;
+  T *grad_key, *grad_sharpness, *grad_key_square;  // of one part of a sample's slots: [R, ld], [R], [R]
   BackwardScratch(Arena& arena, const ContentReadBackward& a)
-      : block(arena.take<T>(a.D * tile)), grad(arena.take<T>(a.D * tile)), dots(arena.take<T>(a.R * tile)),
+      : rows(arena.take<T>(padded<T>(a.D) * tile)), grad(arena.take<T>(padded<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)),
         q(arena.take<T>(tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
-        squares(arena.take<T>(tile)), grad_squares(arena.take<T>(tile)), key(arena.take<T>(a.R * a.D)),
-        sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * a.D)), grad_key(arena.take<T>(a.R * a.D)),
-        grad_sharpness(arena.take<T>(a.R)), grad_key_square(arena.take<T>(a.R)) {}
+        squares(arena.take<T>(tile)), grad_squares(arena.take<T>(tile)), wide(arena.take<T>(a.R * a.D)),
+        key(arena.take<T>(a.R * padded<T>(a.D))), sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * padded<T>(a.D))),
+        grad_key(arena.take<T>(a.R * padded<T>(a.D))), grad_sharpness(arena.take<T>(a.R)), grad_key_square(arena.take<T>(a.R)) {
+  }
 };
 
 template <class T>
 void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T* mean, BackwardScratch<T>& s) {
-  const int64_t numbers = a.R * a.D;
+  const int64_t ld = padded<T>(a.D);
+  const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
   T* grad_memory = static_cast<T*>(a.grad_memory) + b * a.N * a.D;
-  const T* key = widen(a.key, a.input, b * numbers, numbers, s.key);
+  pad_rows(widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.wide), a.R, a.D, a.R, ld, s.key);
+  const T* key = s.key;
   const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
-  const T* grad_read = a.grad_read ? widen(a.grad_read, a.input, b * numbers, numbers, s.grad_read) : nullptr;
+  const T* grad_read = padded_grad_read(a, b, s.wide, s.grad_read);
   for (int64_t r = 0; r < a.R; ++r) s.grad_sharpness[r] = s.grad_key_square[r] = 0;
-  for (int64_t j = 0; j < numbers; ++j) s.grad_key[j] = 0;
+  for (int64_t j = 0; j < a.R * ld; ++j) s.grad_key[j] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
-    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, count = padded_slots(end - lo);
-    weight_gradients(a, b, lo, end - lo, grad_read, s.block, s.grad_weights);
-    dot_and_square_slots(static_cast<const T*>(s.block), tile, count, a.D, a.R, key, s.dots, s.squares);
-    load_tile_rows(weights + lo, a.R, a.N, end - lo, count, s.weights);
+    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
+    const T* rows = rows_of_tile(memory, a.D, lo, valid, count, s.rows);
+    weight_gradients(a, b, rows, lo, valid, grad_read, static_cast<const T*>(grad_memory) + lo * a.D, s.grad_weights);
+    dot_rows_of_slots(rows, ld, count, a.R, key, s.dots, s.squares, end < slots.hi ? memory + end * a.D : nullptr, a.D);
+    load_tile_rows(weights + lo, a.R, a.N, valid, count, s.weights);
     std::memset(s.grad_squares, 0, tile * sizeof(T));
     for (int64_t r = 0; r < a.R; ++r) {
       T *w = s.weights + r * tile, *g = s.grad_weights + r * tile;
-      const T key_square = square_sum(key + r * a.D, a.D), beta = sharpness ? sharpness[r] : T(1);
+      const T key_square = square_sum(key + r * ld, ld), beta = sharpness ? sharpness[r] : T(1);
       for (int64_t i = 0; i < count; i += width<T>)
         store(s.q + i, inverse_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
       const ScoreGradient<T> grad =
@@ -242,32 +306,30 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T
       s.grad_sharpness[r] += grad.beta;
       s.grad_key_square[r] += grad.key_square;
     }
-    std::memset(s.grad, 0, a.D * tile * sizeof(T));
+    T* to = rows == s.rows ? s.grad : grad_memory + lo * a.D;
     if (grad_read)
-      add_gradient<T, true, true>(s.block, s.grad, tile, count, a.D, a.R, s.weights, grad_read, s.grad_weights, key,
-                                  s.grad_squares);
-    else
-      add_gradient<T, false, true>(s.block, s.grad, tile, count, a.D, a.R, nullptr, nullptr, s.grad_weights, key,
-                                   s.grad_squares);
-    weighted_sums<T, true>(s.block, tile, count, a.D, a.R, s.grad_weights, s.grad_key);
-    store_slots(static_cast<const T*>(s.grad), tile, a.N, a.D, lo, lo + count, grad_memory);
+      gradient_of_rows<T, true>(rows, ld, count, a.R, s.weights, grad_read, s.grad_weights, key, s.grad_squares, to);
+    else gradient_of_rows<T, false>(rows, ld, count, a.R, nullptr, nullptr, s.grad_weights, key, s.grad_squares, to);
+    for (int64_t i = 0; to == s.grad && i < valid; ++i) std::memcpy(grad_memory + (lo + i) * a.D, to + i * ld, a.D * sizeof(T));
+    add_weighted_rows(rows, ld, count, a.R, static_cast<const T*>(s.grad_weights), s.grad_key);
   }
 }
 
 template <class T>
 void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardScratch<T>* parts, int64_t count) {
   const BackwardScratch<T>& sum = parts[0];
-  const T* key = widen(a.key, a.input, b * a.R * a.D, a.R * a.D, sum.key);
+  const int64_t ld = padded<T>(a.D);
   for (int64_t p = 1; p < count; ++p) {
-    for (int64_t j = 0; j < a.R * a.D; ++j) sum.grad_key[j] += parts[p].grad_key[j];
+    for (int64_t j = 0; j < a.R * ld; ++j) sum.grad_key[j] += parts[p].grad_key[j];
     for (int64_t r = 0; r < a.R; ++r) {
       sum.grad_sharpness[r] += parts[p].grad_sharpness[r];
       sum.grad_key_square[r] += parts[p].grad_key_square[r];
     }
   }
   for (int64_t r = 0; r < a.R; ++r)
-    for (int64_t d = 0; d < a.D; ++d) sum.grad_key[r * a.D + d] += 2 * sum.grad_key_square[r] * key[r * a.D + d];
-  narrow(sum.grad_key, a.R * a.D, a.grad_key, a.input, b * a.R * a.D);
+    for (int64_t d = 0; d < a.D; ++d)
+      sum.wide[r * a.D + d] = sum.grad_key[r * ld + d] + 2 * sum.grad_key_square[r] * sum.key[r * ld + d];
+  narrow(sum.wide, a.R * a.D, a.grad_key, a.input, b * a.R * a.D);
   if (a.grad_sharpness) narrow(sum.grad_sharpness, a.R, a.grad_sharpness, a.input, b * a.R);
 }
 
