@@ -210,7 +210,9 @@ every_family = pytest.mark.parametrize(
         pytest.param(
             family,
             marks=[pytest.mark.thorough]
-            if name.endswith(("gru", "feedforward")) or INTERPRETED and name not in ("lrua", "ntm", "dnc")
+            if name.endswith(("gru", "feedforward"))
+            or INTERPRETED
+            and name not in ("lrua", "ntm", "dnc", "sparse")
             else [],
         )
         for name, family in FAMILIES.items()
