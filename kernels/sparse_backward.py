@@ -42,8 +42,8 @@ def _read_backward(
     grad_read, key, sharpness, weights, slots, rows, grad_memory, grad_weights, grad_key, grad_sharpness, row, d,
     EPS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, SHARP: tl.constexpr, OF_READ: tl.constexpr,
 ):  # fmt: skip
-    """Back through the read of one head, which is the row of all arrays but two: the sample's gradient of the memory [N, D], to
-    which it adds, and grad_weights [K], what the steps after have given, which is changed."""
+    """Back through the read of one head, a ``row`` of all arrays but two: the sample's gradient of the memory [N, D], to which
+    it adds, and grad_weights [K], that of the head's weights as the steps after give it, to which it adds the read's."""
     dtype = weights.dtype.element_ty
     g, k = _load_width(grad_read, OF_READ, row, d, D, dtype), _load_width(key, True, row, d, D, dtype)
     beta = tl.full([], 1.0, dtype)
@@ -93,11 +93,11 @@ def _read_backward(
 @triton.jit
 def _write_backward(
     grad_memory, slots, weights, first_slots, first_weights, begins, vectors, gates, gates_of_write, oldest, grad_weights,
-    grad_vectors, grad_gates, grad_gates_of_write, row, head, t, d, D: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr,
+    grad_vectors, grad_gates, grad_gates_of_write, row, t, d, D: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """Back through the write of one head; grad_weights [K] becomes that of the weights of the step before. Of these and their
-    slots, the head's row is ``slots`` and ``weights``, at the first step ``first_slots`` and ``first_weights``."""
+    """Back through the write of one head; grad_weights [K] becomes that of the weights of the step before. What the head read
+    there are ``slots`` and ``weights`` [K], before the first step ``first_slots`` and ``first_weights``."""
     dtype = first_weights.dtype.element_ty
     gate, rest, write, closed = write_gates(gates, gates_of_write, row, dtype, GATED)
     vector = _load_width(vectors, True, row, d, D, dtype)
@@ -173,17 +173,12 @@ def _sparse_scan_backward_kernel(
             _write_backward(
                 grad_memory, slots + before, weights + before, first_slots + first, first_weights + first, begins, vectors,
                 gates, gates_of_write, oldest, grad_weights + first, grad_vectors, grad_gates, grad_gates_of_write,
-                row * R + h, h, t, d, D, K, PIECE, GATED,
+                row * R + h, t, d, D, K, PIECE, GATED,
             )  # fmt: skip
         tl.debug_barrier()
+        erased = tl.zeros([DP], grad_memory.dtype.element_ty)
         for h in range(0, R):
-            _store_width(
-                grad_memory,
-                tl.zeros(d.shape, grad_memory.dtype.element_ty),
-                tl.load(oldest + row * R + h),
-                d,
-                D,
-            )
+            _store_width(grad_memory, erased, tl.load(oldest + row * R + h), d, D)
         tl.debug_barrier()
         if RESETS:
             if begins != 0:

@@ -210,9 +210,7 @@ every_family = pytest.mark.parametrize(
         pytest.param(
             family,
             marks=[pytest.mark.thorough]
-            if name.endswith(("gru", "feedforward"))
-            or INTERPRETED
-            and name not in ("lrua", "ntm", "dnc", "sparse")
+            if name.endswith(("gru", "feedforward")) or INTERPRETED and name not in ("lrua", "ntm", "dnc")
             else [],
         )
         for name, family in FAMILIES.items()
