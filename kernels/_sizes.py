@@ -89,8 +89,8 @@ def tile_slots(num_slots: int, slot_size: int, heads: int) -> int:
 def split(
     batch: int, num_slots: int, slot_size: int, heads: int, device: torch.device, each: int = 1
 ) -> tuple[dict[str, int], int, int]:
-    """Constants of the kernel, programs per sample, and slots of each. One program, unless the samples alone leave
-    multiprocessors without ``each`` so many programs."""
+    """Constants of the kernel, programs per sample, and slots of each. One program, unless the samples alone would be fewer
+    than ``each`` to a multiprocessor."""
     tile = tile_slots(num_slots, slot_size, heads)
     tiles = triton.cdiv(num_slots, tile)
     programs = 8  # in the interpreter: as many as a GPU might take, so that tests see them combined
