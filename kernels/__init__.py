@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from . import content, dnc, lrua, lrua_scan, ntm
+from . import content, dnc, lrua, lrua_scan, ntm, sparse, sparse_backward
 
-FAMILIES = (content, lrua, lrua_scan, ntm, dnc)  # each names the raw ops that it implements in RAW
+FAMILIES = (
+    content,
+    lrua,
+    lrua_scan,
+    ntm,
+    dnc,
+    sparse,
+    sparse_backward,
+)  # each names the raw ops that it implements in RAW
 
 
 def register(library: torch.library.Library) -> None:

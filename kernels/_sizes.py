@@ -87,15 +87,16 @@ def tile_slots(num_slots: int, slot_size: int, heads: int) -> int:
 
 
 def split(
-    batch: int, num_slots: int, slot_size: int, heads: int, device: torch.device
+    batch: int, num_slots: int, slot_size: int, heads: int, device: torch.device, each: int = 1
 ) -> tuple[dict[str, int], int, int]:
-    """Constants of the kernel, programs per sample, and slots of each. One program, unless the samples alone leave
-    multiprocessors idle."""
+    """Constants of the kernel, programs per sample, and slots of each. One program, unless the samples alone would be fewer
+    than ``each`` to a multiprocessor."""
     tile = tile_slots(num_slots, slot_size, heads)
     tiles = triton.cdiv(num_slots, tile)
     programs = 8  # in the interpreter: as many as a GPU might take, so that tests see them combined
     if device.type == "cuda":
-        programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // max(batch, 1))
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = max(1, each * multiprocessors // max(batch, 1))
     span = triton.cdiv(tiles, min(tiles, programs)) * tile
     padded = {"DP": power_of_two(slot_size), "RP": power_of_two(heads), "TILE": tile}
     return {"D": slot_size, "R": heads, **padded}, triton.cdiv(num_slots, span), span

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from mann_fast import kernels
 from mann_fast._anchors import lrua_interval, ntm_interval
-from mann_fast.kernels import content, dnc, lrua, lrua_scan, ntm
+from mann_fast.kernels import content, dnc, lrua, lrua_scan, ntm, sparse, sparse_backward
 from mann_fast.kernels._sizes import fits_one_program
 
 # Bytes that a launch is known to spill, by its name, keys and compute capability; any other may spill none. ntm_scan: a number
@@ -51,7 +51,7 @@ MANY_HEADS = (64, 24, 9)  # padded to 16, of which Triton may make matrix produc
 SHAPES = [PAPER, (64, 32, 1), (256, 64, 4), (4096, 64, 4), MANY_HEADS]  # N, D, R
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
-    torch.bool: "i1",
+    torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -86,7 +86,7 @@ class Launch:
             "MASKED": ", masks",
             "SHARPENED": ", sharpening",
         }
-        options |= {"DEALLOCATE": ", deallocate", "RESETS": ", resets and lengths"}
+        options |= {"DEALLOCATE": ", deallocate", "STEP": ", step", "LENGTHS": ", resets and lengths"}
         return name + "".join(words for option, words in options.items() if self.constants.get(option))
 
     @property
@@ -129,6 +129,8 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
     lrua.lrua_write_backward(new, write_weights, weights, key, gate, chosen, False)
     whole = (None, None, None)
     cut = (empty(20, 2, dtype=torch.bool), empty(2, dtype=torch.int64), empty(slots, size))
+    for sequences in (whole, cut) if shape == PAPER else [whole]:
+        sparse_launches(empty, dtype, slots, size, heads, sequences)
     if fits_one_program(slots, size):
         variants = list(itertools.product((False, True), (whole, cut)))
         keys, gates = key.expand(20, -1, -1, -1), gate.expand(20, -1, -1)
@@ -199,6 +201,21 @@ def dnc_launches(empty, dtype, slots, size, heads, sequences, links, repaired, d
     outputs = dnc.dnc_scan(*state, *interface, *sequences, deallocate, 1e-6, 1)
     given = [None if x is None else y for x, y in zip([weights, *state], outputs[:7], strict=True)]
     dnc.dnc_scan_backward(*given, *state, *interface, *sequences, *outputs[7:], deallocate, 1e-6, 1)
+
+
+def sparse_launches(empty, dtype, slots, size, heads, sequences):
+    """Forward and backward of sparse_scan, and where sequences are whole of sparse_read."""
+    memory, reads = empty(2, slots, size), 4
+    integers = [empty(2, *sizes, dtype=torch.int64) for sizes in ((heads, reads), (slots,), ())]
+    keys, gates = empty(20, 2, heads, size, dtype=dtype), empty(20, 2, heads, dtype=dtype)
+    told = keys, keys, gates, gates, gates, *sequences
+    state = memory, integers[0], empty(2, heads, reads), *integers[1:]
+    out, memory, _, weights, _, _, *kept = sparse.sparse_scan(*state, *told, slots, 0.005, 1e-6, 1)
+    sparse_backward.sparse_scan_backward(out, memory, weights, *state[1:3], *told, *kept, slots, 1e-6, 1)
+    if not any(x is not None for x in sequences):
+        read, chosen, weights, rows = sparse.sparse_read(memory, keys[0], gates[0], slots, reads, 1e-6)
+        kept = keys[0], gates[0], weights, chosen, rows
+        sparse_backward.sparse_read_backward(read, weights, *kept, slots, reads, 1e-6)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

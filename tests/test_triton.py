@@ -20,7 +20,18 @@ from mann_fast.ops._register import OPS, has_kernels
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from mann_fast import kernels  # noqa: E402
-from mann_fast.kernels import _launch, _sizes, _tuning, content, dnc, lrua, lrua_scan, ntm  # noqa: E402
+from mann_fast.kernels import (  # noqa: E402
+    _launch,
+    _sizes,
+    _tuning,
+    content,
+    dnc,
+    lrua,
+    lrua_scan,
+    ntm,
+    sparse,
+    sparse_backward,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -120,6 +131,16 @@ def run_both_ways(op, slots, size, heads):
         ntm.ntm_scan_backward(
             None, memory, None, memory, weights, *inputs, *whole, history, anchors, True, 1e-6, every
         )
+    elif op == "sparse_read":
+        read, chosen, weights, rows = sparse.sparse_read(memory, key, None, slots, 2, 1e-6)
+        sparse_backward.sparse_read_backward(read, None, key, None, weights, chosen, rows, slots, 2, 1e-6)
+    elif op.startswith("sparse"):
+        state = ops.SparseState.initial(1, slots, size, heads, 2)
+        told = [*(x.expand(1, *x.shape) for x in (key, key, scalar)), *[None] * 5]
+        outputs = sparse.sparse_scan(*state, *told, slots, 0.005, 1e-6, 1)
+        sparse_backward.sparse_scan_backward(
+            outputs[0], None, None, *state[1:3], *told, *outputs[6:], slots, 1e-6, 1
+        )
     elif op.startswith("dnc"):
         state = [memory, usage, None, None, weights, usage]
         shapes = [(heads, size), (heads,), (size,), (), (size,), (size,), (heads,), (), ()]
@@ -139,7 +160,7 @@ def run_both_ways(op, slots, size, heads):
         )
 
 
-@pytest.mark.parametrize("op", [op for op in _explain.PUBLIC if not op.startswith("sparse")])
+@pytest.mark.parametrize("op", _explain.PUBLIC)
 @pytest.mark.parametrize("sizes", [(128, 40, 4), (256, 64, 2), (512, 33, 1), (4096, 64, 4), (400, 50, 65)])
 def test_explain_says_what_the_launchers_do(monkeypatch, op, sizes):
     launched, sentence = Launches(monkeypatch), _explain.explain(op, *sizes)["triton"]
@@ -155,11 +176,17 @@ def test_explain_says_what_the_launchers_do(monkeypatch, op, sizes):
     elif op.startswith("dnc"):
         assert "PyTorch operations: a program would hold" in sentence and not names
     else:
-        assert {"read", "backward"} <= set(names) or op == "lrua_write"
+        if op.startswith("sparse"):
+            forward = ["sparse_oldest"][op == "sparse_read" :] + ["sparse_search", "sparse_read"]
+            last = "sparse_read_backward" if op == "sparse_read" else "sparse_scan_backward"
+            assert names == [*forward, last]
+            assert sentence.startswith("a launch for" if op == "sparse_read" else "three launches a step")
+        else:
+            assert {"read", "backward"} <= set(names) or op == "lrua_write"
         tiles = {constants["TILE"] for _, _, constants in launched if "TILE" in constants}
         assert len(tiles) == 1 and f"tiles of {tiles.pop()} slots" in sentence
         assert ("loop of steps" in sentence or "a step of" in sentence) == (
-            op.endswith(("_scan", "_step", "_address"))
+            op.endswith(("_scan", "_step", "_address")) and not op.startswith("sparse")
         )
 
 
