@@ -30,7 +30,8 @@ from mann_fast.kernels._sizes import fits_one_program
 
 # Bytes that a launch is known to spill, by its name, keys and compute capability; any other may spill none. ntm_scan: a number
 # that is needed once a step, that of the steps. dnc_scan_backward: a memory and its gradient are held beside the blocks of
-# links and, where keys have masks, beside the masked terms of a head.
+# links and, where keys have masks, beside the masked terms of a head. sparse_read and sparse_scan_backward: one number, with
+# more than 150 registers to spare.
 REPAIRED_BACKWARD = "dnc_scan_backward, links, masks, sharpening, deallocate"
 KNOWN_SPILLS = {
     ("ntm_scan, read_first, resets and lengths", "fp32", 80): 8,
@@ -44,6 +45,11 @@ KNOWN_SPILLS = {
     (REPAIRED_BACKWARD, "bf16", 80): 280,
     (REPAIRED_BACKWARD, "bf16", 90): 40,
     (REPAIRED_BACKWARD, "bf16", 100): 16,
+    ("sparse_read, step", "fp32", 80): 8,
+    ("sparse_read, step", "bf16", 80): 8,
+    ("sparse_read, step, resets and lengths", "fp32", 80): 8,
+    ("sparse_read, step, resets and lengths", "bf16", 80): 8,
+    ("sparse_scan_backward, resets and lengths", "bf16", 100): 8,
 }
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # of one block, by compute capability
 PAPER = (128, 40, 4)
