@@ -40,20 +40,26 @@ __device__ inline Ranked<double> of_lane(const Ranked<double>& own, int lane) {
   return {gpu::shuffle(own.high, lane), gpu::shuffle(own.number, lane)};
 }
 
-// Puts those of the lanes that are among the K best in their places, by a whole warp.
+// Puts those of the lanes that are among the K best in their places, by a whole warp: 32 places at a time are in registers, and
+// what falls out of these is offered to the next.
 template <class T>
 __device__ void offer(Ranked<T> own, Ranked<T>* best, int K, int lane) {
-  for (;;) {
-    const unsigned first = gpu::warp_min(own < best[K - 1] ? lane : 32);
-    if (first == 32) return;
-    const Ranked<T> given = of_lane(own, static_cast<int>(first));
-    if (lane == static_cast<int>(first)) own = nobody<T>();
-    for (int k = (K - 1) / 32 * 32 + lane; k - lane >= 0; k -= 32) {  // those after it move on by one
-      const Ranked<T> here = k < K ? best[k] : nobody<T>(), before = k > 0 && k < K ? best[k - 1] : given;
-      gpu::sync_warp();
-      if (k < K && given < here) best[k] = given < before ? before : given;
-      gpu::sync_warp();
+  for (int begin = 0; begin < K; begin += 32) {
+    const int count = K - begin < 32 ? K - begin : 32;
+    Ranked<T> mine = lane < count ? best[begin + lane] : nobody<T>();
+    bool changed = false;
+    for (;; changed = true) {
+      const Ranked<T> last = of_lane(mine, count - 1);
+      const int first = static_cast<int>(gpu::warp_min(own < last ? lane : 32));
+      if (first == 32) break;
+      const Ranked<T> given = of_lane(own, first), before = of_lane(mine, lane > 0 ? lane - 1 : 0);
+      if (lane == first) own = last;
+      if (given < mine) mine = lane > 0 && given < before ? before : given;
     }
+    if (!changed) continue;
+    gpu::sync_warp();
+    if (lane < count) best[begin + lane] = mine;
+    gpu::sync_warp();
   }
 }
 
@@ -194,12 +200,11 @@ struct Block : Arrays<T> {
 
   // The best of what all parts of a sample have left, [R, parts, K], in each warp's lists.
   __device__ void gather(const Ranked<T>* of_parts) const {
-    const int count = plan.parts * plan.K;
+    const int64_t count = static_cast<int64_t>(plan.parts) * plan.K;
     clear_lists();
     for (int r = 0; r < plan.R; ++r)
-      for (int i = warp * 32; i < count; i += most_threads)
-        offer(i + lane < count ? of_parts[static_cast<int64_t>(r) * count + i + lane] : nobody<T>(), own_lists() + r * plan.K,
-              plan.K, lane);
+      for (int64_t i = warp * 32; i < count; i += most_threads)
+        offer(i + lane < count ? of_parts[r * count + i + lane] : nobody<T>(), own_lists() + r * plan.K, plan.K, lane);
   }
 
   // Those of all warps in the first one's lists.
@@ -364,7 +369,8 @@ struct Sample : Block<T> {
     for (int64_t chunk = part * block_warps + warp; chunk < chunks; chunk += parts * block_warps) {
       const int64_t first = chunk << chunk_bits, end = first + (1 << chunk_bits) < a.N ? first + (1 << chunk_bits) : a.N;
       if (from != memory) copy(from + first * D, (end - first) * D, memory + first * D);
-      for (int64_t i = first + lane; i < end; i += 32) times[i] = !anew ? a.last_access[b * a.N + i] : i == 0 ? 0 : -1;
+      if (anew || a.last_access != a.out_last_access)
+        for (int64_t i = first + lane; i < end; i += 32) times[i] = !anew ? a.last_access[b * a.N + i] : i == 0 ? 0 : -1;
       const Age oldest = first_of_chunk(chunk, nullptr);  // of times that each lane has written for itself
       if (lane == 0) oldest_of_chunks[chunk] = oldest;
     }
@@ -451,9 +457,10 @@ struct Sample : Block<T> {
     this->store_reads(read_slots, read_weights);
     if (a.slot_history) this->store_reads(a.slot_history + row * RK, static_cast<T*>(a.weight_history) + row * RK);
     note_access(clock);
-    gpu::sync();
     if (gpu::thread() == 0) a.out_clock[b] = clock;
-    if (t + 1 < length) renew_chunks();
+    if (t + 1 == length) return;
+    gpu::sync();
+    renew_chunks();
   }
 
   // last_access of the slots whose weights, summed over the heads in the reference's order, exceed the threshold.
