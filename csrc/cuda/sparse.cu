@@ -276,8 +276,8 @@ __device__ void leave(const Block<T>& block, int64_t b, int part, Ranked<T>* of_
 
 template <class T, int HEADS>
 __global__ void __launch_bounds__(most_threads, search_blocks<T>)
-    search_kernel(const T* memory, const void* keys, const int64_t* lengths, int64_t t, int64_t B,
-                  const __grid_constant__ Search plan, Room room, Ranked<T>* of_parts) {
+    sparse_search_kernel(const T* memory, const void* keys, const int64_t* lengths, int64_t t, int64_t B,
+                         const __grid_constant__ Search plan, Room room, Ranked<T>* of_parts) {
   const int64_t b = gpu::block() / plan.parts;
   const int part = static_cast<int>(gpu::block() % plan.parts);
   if (lengths && t >= lengths[b]) return;
@@ -293,9 +293,9 @@ __global__ void __launch_bounds__(most_threads, search_blocks<T>)
 
 // Searches where nobody has.
 template <class T, int HEADS>
-__global__ void __launch_bounds__(most_threads, 2)
-    read_kernel(const __grid_constant__ SparseRead a, const __grid_constant__ Search plan, Room room,
-                const Ranked<T>* of_parts) {
+__global__ void __launch_bounds__(most_threads, search_blocks<T>)
+    sparse_read_kernel(const __grid_constant__ SparseRead a, const __grid_constant__ Search plan, Room room,
+                       const Ranked<T>* of_parts) {
   const int64_t b = gpu::block(), RK = a.R * a.K;
   const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   Carver carver(room.own());
@@ -502,7 +502,8 @@ struct Sample : Block<T> {
 // All steps of a sample that has one block.
 template <class T, int HEADS>
 __global__ void __launch_bounds__(most_threads, search_blocks<T>)
-    scan_kernel(const __grid_constant__ SparseScan a, const __grid_constant__ Search plan, Room room, Between<T> between) {
+    sparse_scan_kernel(const __grid_constant__ SparseScan a, const __grid_constant__ Search plan, Room room,
+                       Between<T> between) {
   Carver carver(room.own());
   const Sample<T> sample(carver, a, plan, between, gpu::block());
   sample.begin(0, 0, 1);
@@ -525,7 +526,8 @@ __global__ void __launch_bounds__(most_threads, search_blocks<T>)
 // Of a sample that has several: `begin`,
 template <class T>
 __global__ void __launch_bounds__(most_threads, 2)
-    begin_kernel(const __grid_constant__ SparseScan a, const __grid_constant__ Search plan, Between<T> between, int64_t t) {
+    sparse_begin_kernel(const __grid_constant__ SparseScan a, const __grid_constant__ Search plan, Between<T> between,
+                        int64_t t) {
   Carver carver(nullptr);
   const Sample<T> sample(carver, a, plan, between, gpu::block() / plan.parts);
   sample.begin(t, static_cast<int>(gpu::block() % plan.parts), plan.parts);
@@ -534,8 +536,8 @@ __global__ void __launch_bounds__(most_threads, 2)
 // and, around the search, the end of one step and the write of another; none: -1.
 template <class T>
 __global__ void __launch_bounds__(most_threads, 2)
-    step_kernel(const __grid_constant__ SparseScan a, const __grid_constant__ Search plan, Room room, Between<T> between,
-                int64_t finished, int64_t written) {
+    sparse_step_kernel(const __grid_constant__ SparseScan a, const __grid_constant__ Search plan, Room room, Between<T> between,
+                       int64_t finished, int64_t written) {
   Carver carver(room.own());
   const Sample<T> sample(carver, a, plan, between, gpu::block());
   if (finished >= 0 && finished >= sample.length) {
@@ -594,10 +596,11 @@ const char* read(const SparseRead& a, const Queue& queue) {
     constexpr int HEADS = decltype(heads)::value;
     if (of_parts)
       if (const char* why =
-              gpu::launch(search_kernel<T, HEADS>, {a.B * plan.parts, most_threads, 1, room.shared(), queue.stream},
+              gpu::launch(sparse_search_kernel<T, HEADS>, {a.B * plan.parts, most_threads, 1, room.shared(), queue.stream},
                           static_cast<const T*>(a.memory), a.key, nullptr, 0, a.B, plan, room, of_parts))
         return why;
-    return gpu::launch(read_kernel<T, HEADS>, {a.B, most_threads, 1, room.shared(), queue.stream}, a, plan, room, of_parts);
+    return gpu::launch(sparse_read_kernel<T, HEADS>, {a.B, most_threads, 1, room.shared(), queue.stream}, a, plan, room,
+                       of_parts);
   });
 }
 
@@ -617,19 +620,19 @@ const char* scan(const SparseScan& a, const Queue& queue) {
   const gpu::Launch all = {a.B * plan.parts, most_threads, 1, room.shared(), queue.stream};
   return with_heads(plan, [&](auto heads) -> const char* {
     constexpr int HEADS = decltype(heads)::value;
-    if (plan.parts == 1) return gpu::launch(scan_kernel<T, HEADS>, one, a, plan, room, between);
+    if (plan.parts == 1) return gpu::launch(sparse_scan_kernel<T, HEADS>, one, a, plan, room, between);
     const char* why = nullptr;
     const auto begin = [&](int64_t t) {
-      if (!why) why = gpu::launch(begin_kernel<T>, {all.blocks, most_threads, 1, 0, queue.stream}, a, plan, between, t);
+      if (!why) why = gpu::launch(sparse_begin_kernel<T>, {all.blocks, most_threads, 1, 0, queue.stream}, a, plan, between, t);
     };
     const auto step = [&](int64_t finished, int64_t written) {
-      if (!why) why = gpu::launch(step_kernel<T>, one, a, plan, room, between, finished, written);
+      if (!why) why = gpu::launch(sparse_step_kernel<T>, one, a, plan, room, between, finished, written);
     };
     begin(0);
     if (a.T > 0) step(-1, 0);
     for (int64_t t = 0; t < a.T && !why; ++t) {
-      why = gpu::launch(search_kernel<T, HEADS>, all, static_cast<const T*>(a.out_memory), a.told.keys, a.sequences.lengths, t,
-                        a.B, plan, room, between.of_parts);
+      why = gpu::launch(sparse_search_kernel<T, HEADS>, all, static_cast<const T*>(a.out_memory), a.told.keys,
+                        a.sequences.lengths, t, a.B, plan, room, between.of_parts);
       const bool last = t + 1 == a.T;
       if (last || a.sequences.resets == nullptr) {
         step(t, last ? -1 : t + 1);

@@ -128,7 +128,7 @@ struct Block : Arrays<T> {
 
 template <class T>
 __global__ void __launch_bounds__(most_threads, 2)
-    read_backward_kernel(const __grid_constant__ SparseReadBackward a, const __grid_constant__ Sizes n, Room room) {
+    sparse_read_backward_kernel(const __grid_constant__ SparseReadBackward a, const __grid_constant__ Sizes n, Room room) {
   const int64_t b = gpu::block(), RK = a.R * a.K;
   Carver carver(room.own());
   const Block<T> block(carver, n, static_cast<T*>(a.grad_memory) + b * a.N * a.D);
@@ -256,8 +256,8 @@ __device__ void through_start(const SparseScanBackward& a, int64_t t, int64_t b,
 // Steps [first, last], from the last one on. alone: there are all of them, and nobody else sees to what comes to the start.
 template <class T>
 __global__ void __launch_bounds__(most_threads, 2)
-    scan_backward_kernel(const __grid_constant__ SparseScanBackward a, const __grid_constant__ Sizes n, Room room,
-                         int64_t first, int64_t last, bool alone) {
+    sparse_scan_backward_kernel(const __grid_constant__ SparseScanBackward a, const __grid_constant__ Sizes n, Room room,
+                                int64_t first, int64_t last, bool alone) {
   const int64_t b = gpu::block(), RK = a.R * a.K;
   Carver carver(room.own());
   const Sample<T> sample(carver, a, n, b);
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(most_threads, 2)
 // Of a sample that is more than one block goes through in the time of a launch: between the launches of two steps.
 template <class T>
 __global__ void __launch_bounds__(most_threads, 4)
-    start_kernel(const __grid_constant__ SparseScanBackward a, int64_t t, int64_t parts) {
+    sparse_start_kernel(const __grid_constant__ SparseScanBackward a, int64_t t, int64_t parts) {
   through_start<T>(a, t, gpu::block() / parts, gpu::block() % parts, parts);
 }
 
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(most_threads, 4)
 // Numbers from one array to another, or where that is null 0; and 0 to a third, where there is one.
 template <class T>
 __global__ void __launch_bounds__(most_threads, 4)
-    begin_kernel(const T* __restrict__ from, int64_t count, T* __restrict__ to, T* __restrict__ zeros) {
+    sparse_copy_kernel(const T* __restrict__ from, int64_t count, T* __restrict__ to, T* __restrict__ zeros) {
   const int64_t stride = 4 * most_threads, first = gpu::block() * stride + gpu::thread();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -302,9 +302,10 @@ __global__ void __launch_bounds__(most_threads, 4)
   }
 }
 template <class T>
-const char* begin(const void* from, int64_t count, void* to, void* zeros, const Queue& queue) {
+const char* copy(const void* from, int64_t count, void* to, void* zeros, const Queue& queue) {
   if (from == to && zeros == nullptr) return nullptr;
-  return gpu::launch(begin_kernel<T>, {(count + 4 * most_threads - 1) / (4 * most_threads), most_threads, 1, 0, queue.stream},
+  return gpu::launch(sparse_copy_kernel<T>,
+                     {(count + 4 * most_threads - 1) / (4 * most_threads), most_threads, 1, 0, queue.stream},
                      static_cast<const T*>(from), count, static_cast<T*>(to), static_cast<T*>(zeros));
 }
 
@@ -324,8 +325,8 @@ const char* read_backward(const SparseReadBackward& a, const Queue& queue) {
   if (const char* why = too_many_rows(a.D, a.R, a.K)) return why;
   const Sizes n = sizes_of<T>(a);
   const Room room = make_room<T>(n, a.B, queue);
-  if (const char* why = begin<T>(nullptr, a.B * a.N * a.D, a.grad_memory, nullptr, queue)) return why;
-  return gpu::launch(read_backward_kernel<T>, {a.B, most_threads, 1, room.shared(), queue.stream}, a, n, room);
+  if (const char* why = copy<T>(nullptr, a.B * a.N * a.D, a.grad_memory, nullptr, queue)) return why;
+  return gpu::launch(sparse_read_backward_kernel<T>, {a.B, most_threads, 1, room.shared(), queue.stream}, a, n, room);
 }
 
 template <class T>
@@ -333,16 +334,16 @@ const char* scan_backward(const SparseScanBackward& a, const Queue& queue) {
   if (const char* why = too_many_rows(a.D, a.R, a.K)) return why;
   const Sizes n = sizes_of<T>(a);
   const Room room = make_room<T>(n, a.B, queue);
-  if (const char* why = begin<T>(a.grad_memory, a.B * a.N * a.D, a.grad_in_memory, a.grad_start, queue)) return why;
+  if (const char* why = copy<T>(a.grad_memory, a.B * a.N * a.D, a.grad_in_memory, a.grad_start, queue)) return why;
   const auto steps = [&](int64_t first, int64_t last, bool alone) {
-    return gpu::launch(scan_backward_kernel<T>, {a.B, most_threads, 1, room.shared(), queue.stream}, a, n, room, first, last,
-                       alone);
+    return gpu::launch(sparse_scan_backward_kernel<T>, {a.B, most_threads, 1, room.shared(), queue.stream}, a, n, room, first,
+                       last, alone);
   };
   const int64_t parts = sparse_blocks(a.B, a.N, a.D);
   if (parts == 1 || a.sequences.resets == nullptr || a.T == 0) return steps(0, a.T - 1, true);
   for (int64_t t = a.T - 1; t >= 0; --t) {
     if (const char* why = steps(t, t, false)) return why;
-    if (const char* why = gpu::launch(start_kernel<T>, {a.B * parts, most_threads, 1, 0, queue.stream}, a, t, parts))
+    if (const char* why = gpu::launch(sparse_start_kernel<T>, {a.B * parts, most_threads, 1, 0, queue.stream}, a, t, parts))
       return why;
   }
   return nullptr;
