@@ -1,9 +1,10 @@
 // sparse_read and sparse_scan forward. sparse_backward.cu has the way back.
 //
-// The search reads the memory once for all heads. A warp takes 16 slots at a time and keeps the K best that it has met, of which a
-// block leaves K. A sample of few numbers has one block, which goes through all steps in one launch; a larger one has several for
-// the search, and then a step is two launches: the search, and one block that joins what they found, reads, and makes the next
-// step's write. What is compared is a similarity and a slot as one number: so it makes no difference who meets which slot when.
+// The search reads the memory once for all heads. A warp takes 16 slots at a time and keeps the K best that it has met, of
+// which a block leaves K. A sample of few numbers has one block, which goes through all steps in one launch. A larger one has
+// several for the search, and a step is two launches: the search, and one block that joins what they found, reads, and makes
+// the next step's write. What is compared is a similarity and a slot as one number: so it makes no difference who meets which
+// slot when.
 #include "sparse.cuh"
 
 namespace mann_fast {
