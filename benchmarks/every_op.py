@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def every_op(backend: str) -> None:
     """Both orders, one program and several per sample, with and without what samples begin and end with."""
+    from mann_fast import MemoryLayer, ops
     from mann_fast import backend as use
-    from mann_fast import ops
     from mann_fast.reference.cell import CONTROLLERS, head_sizes
 
     torch.manual_seed(0)
@@ -94,6 +94,20 @@ def every_op(backend: str) -> None:
                 for sequences in ({}, cut(11, slots, size)):
                     reads, end = ops.dnc_scan(begin, told, deallocate=True, **sequences)
                     (reads.sum() + end.memory.sum()).backward()
+        for slots, size, heads, reads in ((128, 40, 4, 4), (33, 17, 3, 33), (20_000, 32, 1, 4)):
+            state = ops.SparseState.initial(2, slots, size, heads, reads)
+            state = state._replace(memory=torch.randn(2, slots, size, requires_grad=True))
+            keys, gates = torch.randn(5, 2, heads, size, requires_grad=True), torch.randn(5, 2, heads)
+            for sequences in ({}, cut(5, slots, size)):
+                found, end = ops.sparse_scan(state, keys, keys, gates, gates.exp(), gates, **sequences)
+                read, _, weights = ops.sparse_read(state.memory, keys[0], num_reads=reads)
+                (found.sum() + end.memory.sum() + read.sum() + weights.square().sum()).backward()
+            sizes = {"num_slots": slots, "slot_size": size, "num_heads": heads, "num_reads": reads}
+            layer = MemoryLayer(
+                3, 10, addressing="sparse", memory_start="learned", **sizes
+            )  # its steps in place
+            flags = {name: x for name, x in cut(5, 1).items() if name != "start"}
+            layer(torch.randn(5, 2, 3), **flags)[0].sum().backward()
     if on_gpu:
         torch.cuda.synchronize()
 

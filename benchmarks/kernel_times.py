@@ -63,6 +63,19 @@ def content(B: int, N: int = 128, D: int = 40, R: int = 4):
     return lambda: ops.content_read(memory, key)[0]
 
 
+def sparse(B: int, T: int = 50, N: int = 128, D: int = 40, R: int = 4, K: int = 4):
+    state = ops.SparseState.initial(B, N, D, R, K)
+    state = state._replace(memory=torch.randn(B, N, D, requires_grad=True))
+    keys, vectors = (torch.randn(T, B, R, D, requires_grad=True) for _ in range(2))
+    gates = torch.randn(T, B, R, requires_grad=True)
+    return lambda: ops.sparse_scan(state, keys, vectors, gates)[0]
+
+
+def sparse_read(B: int, N: int, D: int = 64, R: int = 4, K: int = 4):
+    memory, key = torch.randn(B, N, D), torch.randn(B, R, D, requires_grad=True)
+    return lambda: ops.sparse_read(memory, key, num_reads=K)[0]
+
+
 def least(B: int, N: int):
     usage = torch.rand(B, N)
     return lambda: ops.least_used(usage, 4)
@@ -81,6 +94,9 @@ CASES: dict[str, Callable[[], Callable[[], Tensor]]] = {
     "content_read B=16": lambda: content(16),
     "content_read B=1 N=65536 D=64": lambda: content(1, 65536, 64),
     "content_read B=2048": lambda: content(2048),
+    **{f"sparse_scan B={B}": lambda B=B: sparse(B) for B in (1, 16, 256)},
+    **{f"sparse_scan B=1 N={N} T=10": lambda N=N: sparse(1, 10, N) for N in (1024, 4096, 65536, 1 << 20)},
+    "sparse_read B=1 N=1048576 D=64": lambda: sparse_read(1, 1 << 20),
     "least_used B=16 N=128": lambda: least(16, 128),
     "least_used B=1 N=65536": lambda: least(1, 65536),
     "least_used B=1 N=1048576": lambda: least(1, 1 << 20),

@@ -32,7 +32,9 @@ CUDA_KERNELS = [
     "ntm_scan",
     "dnc_scan",
     "content",
+    "sparse",
     "lrua",
+    "sparse_backward",
 ]
 ISA_FLAGS = {  # by processor; any other has the baseline only
     "x86_64": {

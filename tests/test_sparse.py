@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import INTERPRETED, RAW_OPS, fixed_noise, implemented, needs_cpp, shorter, worst_error
+from cases import INTERPRETED, RAW_OPS, fixed_noise, needs_kernels, shorter, worst_error
 
 from mann_fast import ops, reference
 
@@ -17,9 +17,6 @@ SHAPES = [  # T, B, N, D, R, K
     pytest.param((3, 0, 4, 3, 1, 2), id="empty-batch"),
     pytest.param(shorter((4, 1, 5000, 33, 5, 20), (2, 1, 100, 33, 5, 20)), id="one-large-sample"),
 ]
-needs_kernels = pytest.mark.skipif(
-    not implemented("sparse_scan"), reason="no kernels for sparse access can run here"
-)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 OPTIONAL = [(True, True), (False, False), (True, False)]  # sharpness, write gates
 INTEGERS = (1, 3, 4)  # of the state
@@ -329,6 +326,46 @@ def test_lists_and_rows_in_several_parts(monkeypatch):
 
 
 @needs_kernels
+def test_a_sample_that_several_blocks_or_threads_search():
+    """With samples that begin anew, and more reads than a warp has lanes."""
+    torch.manual_seed(0)
+    shape = shorter((4, 2, 2100, 32, 2, 37), (2, 2, 40, 8, 2, 37))
+    steps, batch, N, D, R, K = shape
+    inputs = sparse_inputs(shape)
+    inputs[0][:, N // 2 :] = inputs[0][:, : N - N // 2]  # the same rows twice
+    start = torch.randn(N, D, dtype=torch.float64)
+    options = {
+        "resets": torch.arange(steps * batch).view(steps, batch) % 3 == 2,
+        "lengths": torch.tensor([steps, steps - 1]),
+        "start": start,
+    }
+    actual = results_and_gradients(ops.sparse_scan, inputs, **options)
+    expected = results_and_gradients(reference.sparse_scan, inputs, **options)
+    for x, y in zip(actual[0], expected[0], strict=True):
+        assert worst_error(x, y) < 1e-11 if x.is_floating_point() else torch.equal(x, y)
+    for x, y in zip(actual[1], expected[1], strict=True):
+        assert worst_error(x.flatten()[None], y.flatten()[None]) < 1e-9
+    equal, key = inputs[0].detach()[:, : N // 9].repeat(1, 9, 1).float(), inputs[5].detach()[0].float()
+    slots, weights = ops.sparse_read(equal, key, num_reads=9)[1:]
+    assert torch.equal(
+        slots.diff(), torch.full_like(slots[..., 1:], N // 9)
+    )  # one row in all its places, in their order
+    assert weights.unique().numel() == 1
+
+
+@needs_kernels
+def test_all_of_many_slots_read():
+    """More than a block of a GPU has shared memory for."""
+    torch.manual_seed(0)
+    N = shorter(600, 20)
+    memory, key = torch.randn(1, N, 3, dtype=torch.float64), torch.randn(1, 4, 3, dtype=torch.float64)
+    actual = ops.sparse_read(memory, key, num_reads=N)
+    expected = reference.sparse_read(memory, key, num_reads=N)
+    assert torch.equal(actual[1], expected[1])
+    assert worst_error(actual[0], expected[0]) < 1e-11 and worst_error(actual[2], expected[2]) < 1e-11
+
+
+@needs_kernels
 def test_steps_are_a_scan():
     """To the bit, and in halves: the order of the slots by age is made anew for each call."""
     torch.manual_seed(0)
@@ -347,7 +384,7 @@ def test_steps_are_a_scan():
         assert torch.equal(x, y)
 
 
-@needs_cpp
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("start", ["alike", "a few others", "none alike", "not finite"])
 def test_where_rows_are_alike_a_scan_finds_what_a_search_of_all_finds(start, dtype):

@@ -126,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
   m.impl("lrua_scan_layout", TORCH_BOX(&mann_fast::lrua_scan_layout));
   m.impl("ntm_scan_layout", TORCH_BOX(&mann_fast::ntm_scan_layout));
   m.impl("dnc_scan_layout", TORCH_BOX(&mann_fast::dnc_scan_layout));
+  m.impl("sparse_blocks", TORCH_BOX(&mann_fast::cuda::sparse_blocks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
@@ -133,4 +134,6 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, MANN_FAST_KEY, m) {
 #define MANN_FAST_REGISTER(op, Arguments) m.impl(#op, TORCH_BOX(&mann_fast::op<mann_fast::Cuda>));
   MANN_FAST_OPS(MANN_FAST_REGISTER)
 #undef MANN_FAST_REGISTER
+  m.impl("sparse_step_", TORCH_BOX(&mann_fast::sparse_step_<mann_fast::Cuda>));
+  m.impl("sparse_step_backward_", TORCH_BOX(&mann_fast::sparse_step_backward_<mann_fast::Cuda>));
 }

@@ -39,5 +39,8 @@ const char* ntm_scan_backward_layout(const NtmScanBackward&, Layout&);
 const char* dnc_scan_layout(const DncScan&, Layout&);  // of its pointers, looks at which there are
 const char* dnc_scan_backward_layout(const DncScanBackward&, Layout&);
 
+// Blocks of the current device that share the search in each of B sparse memories.
+int64_t sparse_blocks(int64_t B, int64_t N, int64_t D);
+
 }  // namespace cuda
 }  // namespace mann_fast

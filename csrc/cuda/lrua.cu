@@ -23,26 +23,6 @@ __global__ void __launch_bounds__(most_threads, 1) least_used_kernel(LeastUsed a
   if (mine < a.N && before < a.n) a.slots[sample * a.n + before] = mine;
 }
 
-// Of more: a slot and its usage as one number. No two are equal, so their order is the stable one however they are moved about.
-template <class T>
-struct Ranked;
-template <>
-struct Ranked<float> {
-  uint64_t bits;
-  __device__ static Ranked of(uint32_t order, uint32_t slot) { return {static_cast<uint64_t>(order) << 32 | slot}; }
-  __device__ uint32_t slot() const { return static_cast<uint32_t>(bits); }
-  __device__ bool operator<(const Ranked& other) const { return bits < other.bits; }
-};
-template <>
-struct alignas(16) Ranked<double> {
-  uint64_t order, number;
-  __device__ static Ranked of(uint64_t order, uint32_t slot) { return {order, slot}; }
-  __device__ uint32_t slot() const { return static_cast<uint32_t>(number); }
-  __device__ bool operator<(const Ranked& other) const {
-    return order < other.order || (order == other.order && number < other.number);
-  }
-};
-
 constexpr int chunk = 2048;  // slots that a block puts in order, in shared memory
 constexpr int ways = 4;      // runs in order of which one is made at a time
 

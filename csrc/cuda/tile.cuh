@@ -45,6 +45,28 @@ __device__ inline typename Order<T>::Bits order_of(T usage) {
   return u == u ? (bits & sign ? ~bits : bits | sign) : taken<T> - 1;
 }
 
+// A slot and its usage as one number. No two are equal, so their order is the stable one however they are moved about.
+template <class T>
+struct Ranked;
+template <>
+struct Ranked<float> {
+  uint64_t bits;
+  __device__ static Ranked of(uint32_t order, uint32_t slot) { return {static_cast<uint64_t>(order) << 32 | slot}; }
+  __device__ uint32_t order() const { return static_cast<uint32_t>(bits >> 32); }
+  __device__ uint32_t slot() const { return static_cast<uint32_t>(bits); }
+  __device__ bool operator<(const Ranked& other) const { return bits < other.bits; }
+};
+template <>
+struct alignas(16) Ranked<double> {
+  uint64_t high, number;
+  __device__ static Ranked of(uint64_t order, uint32_t slot) { return {order, slot}; }
+  __device__ uint64_t order() const { return high; }
+  __device__ uint32_t slot() const { return static_cast<uint32_t>(number); }
+  __device__ bool operator<(const Ranked& other) const {
+    return high < other.high || (high == other.high && number < other.number);
+  }
+};
+
 __device__ inline uint32_t warp_least(uint32_t value) { return gpu::warp_min(value); }
 __device__ inline uint64_t warp_least(uint64_t value) {
   const uint32_t high = gpu::warp_min(static_cast<uint32_t>(value >> 32));

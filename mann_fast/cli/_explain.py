@@ -82,6 +82,15 @@ def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
     if op in ("content_read", "lrua_write"):
         backward = "; backward two passes" if op == "content_read" else ""
         return f"a block for some slots of a sample, a second launch where a sample has several{backward}"
+    if op.startswith("sparse"):
+        blocks = torch.ops.mann_fast_cuda.sparse_blocks(1, num_slots, slot_size)
+        alone = "one launch per direction, a block per sample"
+        if blocks == 1:
+            return alone
+        return (
+            f"{blocks} blocks search a sample, then one joins what they found: two launches a step; backward a block per "
+            f"sample; with as many samples as blocks run at once, {alone}"
+        )
     sizes = (num_slots, slot_size, num_heads)
     if op.startswith("dnc"):
         sizes += (True,)  # with links

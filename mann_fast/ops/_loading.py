@@ -26,6 +26,8 @@ for _scan, _sizes in (
         f"{_scan}_layout(int B, int N, int D, {_sizes}, int anchor_every)"
         " -> (int blocks, int warps, str memory, int shared)"
     )
+# Blocks of the current device that share the search in each of B sparse memories.
+LIBRARIES["cuda"].define("sparse_blocks(int B, int N, int D) -> int")
 
 EXTENSION = Path(__file__).parent.parent / "_C.abi3.so"
 CUDA_EXTENSION = EXTENSION.with_name("_C_cuda.abi3.so")

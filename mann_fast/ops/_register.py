@@ -235,18 +235,22 @@ def _refused(op: Op, backward_op: Any) -> type[_SingleLevelFunction]:
 
 
 def define_in_place(schema: str) -> None:
-    """A raw op of the C++ kernels that changes tensors of its one caller, who differentiates it himself: for all others it
-    raises where a gradient is asked for."""
-    library, name = LIBRARIES["cpp"], schema.split("(")[0]
-    library.define(schema)
-    op = getattr(getattr(torch.ops, NAMESPACES["cpp"]), name).default
+    """A raw op of the C++ and CUDA kernels that changes tensors of its one caller, who differentiates it himself: for all
+    others it raises where a gradient is asked for."""
+    name = schema.split("(")[0]
+    for backend in ("cpp", "cuda"):
+        library = LIBRARIES[backend]
+        library.define(schema)
+        op = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
-    def autograd(*values):
-        if forward_ad._current_level >= 0 or _asks_gradient(values):
-            raise NotImplementedError(f"{name} has no gradient; use the public functions of mann_fast.ops")
-        return _run(op, values)
+        def autograd(*values, op=op):
+            if forward_ad._current_level >= 0 or _asks_gradient(values):
+                raise NotImplementedError(
+                    f"{name} has no gradient; use the public functions of mann_fast.ops"
+                )
+            return _run(op, values)
 
-    library.impl(name, autograd, "Autograd")
+        library.impl(name, autograd, "Autograd")
 
 
 def _missing(output: Output, tensor: Tensor) -> bool:

@@ -54,13 +54,18 @@ def _traced() -> bool:
     )
 
 
-def may_look(x: Tensor) -> bool:
-    """Whether the values of a tensor can be asked for, and soon."""
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor has values of its own, and no compiler or transform looks at what is computed with it."""
     return (
-        x.device.type == "cpu"
+        x.device.type != "meta"
         and type(x) is Tensor  # not what a compiler traces with
         and not (_traced() or torch._C._are_functorch_transforms_active())
     )
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether the values of a tensor can be asked for, and soon."""
+    return x.device.type == "cpu" and is_plain(x)
 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:

@@ -13,10 +13,11 @@ from ..reference.cell import sequence, split_sparse_heads
 from ..reference.sequences import AnyState, Steps
 from ..reference.sparse import SparseState
 from . import _backend
-from ._sequences import NO_SEQUENCES, may_look, raw_sequences
+from ._register import NAMESPACES
+from ._sequences import NO_SEQUENCES, is_plain, may_look, raw_sequences
 from .sparse import SPARSE_SCAN, check_slots, check_times, sparse_step
 
-_RAW = torch.ops.mann_fast
+_RAW = {backend: getattr(torch.ops, NAMESPACES[backend]) for backend in ("cpp", "cuda")}
 _BATCHED: Any = torch._C._parse_dispatch_key(
     "Batched"
 )  # of is_grads_batched; torch.func takes no such Function at all
@@ -29,6 +30,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         last: bool,
         threshold: float,
         eps: float,
@@ -43,7 +45,7 @@ class _Step(torch.autograd.Function):
         slots_before, weights_before, clock, *told = tensors
         sequences = (resets, lengths, start)
         with torch._C._AutoDispatchBelowAutograd():
-            read, slots, weights, clock, oldest, rows = _RAW.sparse_step_(
+            read, slots, weights, clock, oldest, rows = _RAW[backend].sparse_step_(
                 *(memory, slots_before, weights_before, last_access, clock, *told),
                 *(*sequences, lists, threshold, eps),
             )
@@ -51,7 +53,7 @@ class _Step(torch.autograd.Function):
         ctx.mark_non_differentiable(slots, clock)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(slots_before, weights_before, *told, *sequences, oldest, slots, weights, rows)
-        ctx.last, ctx.eps, ctx.shape = last, eps, memory.shape
+        ctx.backend, ctx.last, ctx.eps, ctx.shape = backend, last, eps, memory.shape
         return read, memory, slots, weights, clock
 
     @staticmethod
@@ -79,12 +81,12 @@ class _Step(torch.autograd.Function):
             grad_memory = tensors[1].new_zeros(ctx.shape)
         elif ctx.last or not grad_memory.is_contiguous():
             grad_memory = grad_memory.clone(memory_format=torch.contiguous_format)
-        of_start, _, of_memory = ctx.needs_input_grad[5:8]
-        of_weights, *of_told, grad_start = _RAW.sparse_step_backward_(
+        of_start, _, of_memory = ctx.needs_input_grad[6:9]
+        of_weights, *of_told, grad_start = _RAW[ctx.backend].sparse_step_backward_(
             grad_read, grad_memory, grad_weights, *tensors, ctx.eps, of_start
         )
         return (
-            *(None, None, None, None, None),
+            *(None, None, None, None, None, None),
             grad_start.sum(0) if of_start else None,
             None,
             grad_memory if of_memory else None,
@@ -109,12 +111,14 @@ class _Once(torch.autograd.Function):
 
 class _InPlace(Steps):
     """For a memory that is changed where it is: its kernel begins and ends samples by what is said of the step, and resets cost
-    nothing at the steps that have none."""
+    nothing at the steps that have none. On a GPU the kernel alone knows which these are."""
 
     def __init__(self, steps: int, resets: Tensor | None, lengths: Tensor | None, start: Tensor | None):
         super().__init__(resets, lengths, start)
         self.steps, self.last = steps, False
-        self.any_begins = [False] * steps if resets is None else resets.any(1).tolist()
+        self.any_begins = [resets is not None] * steps
+        if resets is not None and may_look(resets):
+            self.any_begins = resets.any(1).tolist()
         self.now: tuple[Tensor | None, ...] = NO_SEQUENCES
 
     def begin(self, t: int, state: AnyState) -> AnyState:
@@ -143,8 +147,8 @@ def sparse_cell(
 ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
     """As :func:`mann_fast.ops.cell`, with a sparse memory; for :class:`mann_fast.layers.Sparse`, which has checked what comes.
 
-    A loop of steps. On a CPU and in eager mode the memory is copied once and then changed in place, and so is its gradient;
-    else each step copies it.
+    A loop of steps. With the C++ and CUDA kernels and in eager mode the memory is copied once and then changed in place, and so
+    is its gradient; else each step copies it.
     """
     steps = gates.shape[0]
     check_slots(memory.read_slots, memory.memory.shape[1])
@@ -153,18 +157,20 @@ def sparse_cell(
     sequences = Steps(resets, lengths, start)
     step: Any = partial(sparse_step, threshold=threshold, eps=eps)
     known = [x for x in (resets, lengths) if x is not None]
+    backend = _backend.serving(gates.device, SPARSE_SCAN)
     if (
-        _backend.serving(gates.device, SPARSE_SCAN) == "cpp"
+        backend in _RAW
         and steps > 0
         and forward_ad._current_level < 0
-        and all(may_look(x) for x in (gates, reads, *memory, *known))
+        and all(is_plain(x) for x in (gates, reads, *memory, *known))
     ):
         memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
         sequences = in_place = _InPlace(steps, resets, lengths, start)
-        lists = _RAW.sparse_lists(memory.memory.detach()) if steps > 1 else None
+        listed = backend == "cpp" and steps > 1
+        lists = _RAW["cpp"].sparse_lists(memory.memory.detach()) if listed else None
 
         def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
-            options = (in_place.last, threshold, eps, *in_place.now, lists)
+            options = (backend, in_place.last, threshold, eps, *in_place.now, lists)
             tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
             read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
             return read, SparseState(rows, slots, weights, state.last_access, clock)

@@ -1,7 +1,7 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan | cell | ntm | dnc] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | cell | ntm | dnc | sparse] [--seed N] [--few]    --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "../../csrc/cuda/gpu.h"
@@ -35,7 +35,7 @@ bool run(const Arguments& a, const Parallel&) {
 
 #define MANN_FAST_FUNCTION(op, Arguments) run<Arguments, cuda::op>,
 #define MANN_FAST_NONE(op, Arguments) nullptr,
-const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION) MANN_FAST_CPU_ONLY_OPS(MANN_FAST_NONE)};
+const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION) MANN_FAST_CPU_CELL_OPS(MANN_FAST_NONE)};
 
 template <class Run>
 void compare(const char* name, Run function, const Case& c) {
@@ -157,6 +157,7 @@ int main(int count, char** arguments) {
         if (only.empty() || only == "ntm") compare("ntm", ntm, c);
         if (known) continue;  // to the DNC's kernels all small sizes are the same
         if (only.empty() || only == "dnc") compare("dnc", dnc, c);
+        if (!read_first && (only.empty() || only == "sparse")) compare("sparse", sparse, c);  // which has one order
       }
       ++cases;
     }
@@ -194,6 +195,22 @@ int main(int count, char** arguments) {
       if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
         fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " +
              std::to_string(layout.cluster));
+      ++cases;
+    }
+  }
+  const Layout sparse_layouts[] = {{3, 1, 1030, 66, 3, single, single, all},               // several blocks search
+                                   {3, 2, 700, 130, 1, wide, wide, all},                   //
+                                   {4, 1, 8200, 7, 4, single, single, all},                // more chunks than a warp has lanes
+                                   {2, 1, 40, 20, 5, single, Dtype::bfloat16, 4 * 1024}};  // all in device memory
+  for (const Layout& n : sparse_layouts) {
+    if ((!only.empty() && only != "sparse") || (few && n.state != single)) continue;
+    settings.limits.shared = n.shared;
+    settings.limits.processors = 132;
+    for (const bool cut : {false, true}) {
+      const bool alike = n.N > 8192;  // so that few rows are put in a list
+      Case c = {n.T, n.B, n.N, n.D, n.R, n.state, n.input, true, false, alike, 2, 1};
+      c.cut = cut;
+      compare("sparse", sparse, c);
       ++cases;
     }
   }
