@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import INTERPRETED, RAW_OPS, fixed_noise, needs_kernels, shorter, worst_error
+from cases import INTERPRETED, RAW_OPS, fixed_noise, needs_cpp, needs_kernels, shorter, worst_error
 
 from mann_fast import ops, reference
 
@@ -17,6 +17,7 @@ SHAPES = [  # T, B, N, D, R, K
     pytest.param((3, 0, 4, 3, 1, 2), id="empty-batch"),
     pytest.param(shorter((4, 1, 5000, 33, 5, 20), (2, 1, 100, 33, 5, 20)), id="one-large-sample"),
 ]
+too_long_to_interpret = pytest.mark.skipif(INTERPRETED, reason="takes minutes in Triton's interpreter")
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 OPTIONAL = [(True, True), (False, False), (True, False)]  # sharpness, write gates
 INTEGERS = (1, 3, 4)  # of the state
@@ -326,6 +327,7 @@ def test_lists_and_rows_in_several_parts(monkeypatch):
 
 
 @needs_kernels
+@too_long_to_interpret
 def test_a_sample_that_several_blocks_or_threads_search():
     """With samples that begin anew, and more reads than a warp has lanes."""
     torch.manual_seed(0)
@@ -354,6 +356,7 @@ def test_a_sample_that_several_blocks_or_threads_search():
 
 
 @needs_kernels
+@too_long_to_interpret
 def test_all_of_many_slots_read():
     """More than a block of a GPU has shared memory for."""
     torch.manual_seed(0)
@@ -384,7 +387,7 @@ def test_steps_are_a_scan():
         assert torch.equal(x, y)
 
 
-@needs_kernels
+@needs_cpp  # which alone looks for rows that are alike
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("start", ["alike", "a few others", "none alike", "not finite"])
 def test_where_rows_are_alike_a_scan_finds_what_a_search_of_all_finds(start, dtype):
