@@ -16,6 +16,7 @@ from mann_fast.training.loop import describe
 from mann_fast.training.plots import (
     RIGHT,
     WRONG,
+    draw_steps,
     plot_accuracy,
     plot_episode,
     plot_learning_curve,
@@ -162,6 +163,24 @@ def test_the_interval_of_a_single_line_is_drawn(drawn, tmp_path):
     plot_learning_curve(tmp_path / "a.png", [line], TrainConfig(shots=2, ways=2), "a model")
     bar = drawn[0].axes[0].collections[0]
     assert bar.get_segments()[0].tolist() == [[5, 40], [5, 70]]
+
+
+def test_a_slot_among_very_many_is_seen():
+    """Rows of a picture that stand for several slots show the greatest weight of these, at their numbers."""
+    weights = torch.zeros(3, 1000)
+    weights[1, 777], weights[2, 999] = 0.5, 1.0
+    for values, colours in ((weights, "Blues"), (weights.unsqueeze(2), (("kind", "#000000"),))):
+        axes = Figure().subplots()
+        draw_steps(axes, values, colours, "weight")
+        (image,) = axes.images
+        left, right, bottom, top = image.get_extent()
+        assert (left, right, top) == (-0.5, 2.5, -0.5) and 999.5 <= bottom < 1004
+        drawn = torch.as_tensor(image.get_array())
+        if drawn.dim() == 3:
+            drawn = 1 - drawn[..., 0]
+        rows = drawn.shape[0]
+        assert rows <= 256 and drawn.count_nonzero() == 2
+        assert drawn[int(777.5 * rows / (bottom - top)), 1] == 0.5 and drawn[rows - 1, 2] == 1
 
 
 def test_what_is_wanted_and_answered_has_one_scale(drawn, tmp_path):

@@ -391,6 +391,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "pairs": {
         "length": 1024,
+        "steps": 2000,
         "addressing": "sparse",
         "hidden_size": 64,
         "slot_size": 32,

@@ -27,6 +27,7 @@ Colours = str | tuple[tuple[str, str], ...]  # a colour map, or of every kind it
 WRITTEN_BY = (("by allocation", "#e07b39"), ("by content", "#7b4fa3"))
 READ_BY = (("backward", "#c0392b"), ("by content", "#2471a3"), ("forward", "#1e8449"))
 RIGHT, WRONG = "#1e8449", "#c0392b"
+MOST_ROWS = 256  # of a picture of steps
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
 
 
@@ -309,12 +310,18 @@ def draw_steps(
 ) -> Colorbar:
     """Step by step values [T, K] in a colour map; or of several kinds, [T, K, kinds], all of them at least 0: the more in all
     the darker, in a mixture of their colours. From 0 to 1, further only where a value is, of these or of those ``beside``, so
-    that pictures compare."""
+    that pictures compare. Of more rows than a picture shows apart, the greatest of those that share one."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize, to_rgb
     from matplotlib.patches import Patch
 
-    options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    steps, rows = values.shape[:2]
+    extent = (-0.5, steps - 0.5, rows - 0.5, -0.5)
+    options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    if rows > MOST_ROWS:
+        share = -(-rows // MOST_ROWS)
+        values = torch.stack([part.amax(1) for part in values.split(share, 1)], 1)
+        options["extent"] = (*extent[:2], share * values.shape[1] - 0.5, -0.5)
     in_all = values if isinstance(colours, str) else values.sum(2)
     least = min(0.0, *(x.min().item() for x in (in_all, *beside)))
     most = max(1.0, *(x.max().item() for x in (in_all, *beside)))
