@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -324,6 +325,14 @@ def test_the_encoder_of_another_run_is_taken_as_it_is(layout, tmp_path):
     restored = restore_model(load_checkpoint(tmp_path / "whole"))
     for name, x in first.model.encoder.state_dict().items():
         assert torch.equal(x, restored.encoder.state_dict()[name])
+    further = replace(config, encoder_from=str(tmp_path / "away.pt"), encoder_steps=1)
+    learning = Trainer(further, data)  # the encoder goes on learning from there
+    weight = learning.model.encoder.state_dict()["0.weight"]
+    assert torch.equal(weight, first.model.encoder.state_dict()["0.weight"])
+    learning.train_step()
+    assert not torch.equal(
+        learning.model.encoder.state_dict()["0.weight"], first.model.encoder.state_dict()["0.weight"]
+    )
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         start_run(config, data, tmp_path / "third")
     assert not (tmp_path / "third").exists()

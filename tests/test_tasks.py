@@ -10,7 +10,7 @@ from torch import Generator
 from mann_fast import cli
 from mann_fast.data.sequences import TASKS, AssociativeRecall, Copy, KeyValue, Pairs, Regression, RepeatCopy
 from mann_fast.training import SequenceConfig, SequenceTrainer, load_checkpoint, restore_model
-from mann_fast.training.checkpoint import build_model
+from mann_fast.training.checkpoint import build_model, save_checkpoint
 from mann_fast.training.loop import resume_run, start_run, train
 from mann_fast.training.sequence_plots import plot_sequence_curve
 from mann_fast.training.sequences import errors, measure, sequence_loss, task_of, trace_sequence
@@ -268,6 +268,17 @@ def test_a_curriculum_doubles_its_length_where_it_is_learned_and_goes_on_in_a_re
     assert resumed.length == 4
     assert list(steps(resumed, 4)) == [4, 4, 4, 5]  # 3.0 counts, then two in a row; 5 is the most
     assert resumed.length == 5
+    good = {**state, "config": config.to_dict()}
+    save_checkpoint(tmp_path / "good.pt", good)
+    assert load_checkpoint(tmp_path / "good.pt")["curriculum"] == {"length": 4, "errors": [0.0]}
+    for damage, message in (
+        ({"length": 6, "errors": []}, "curriculum.length must be from 2 to 5 by its settings, got 6"),
+        ({"length": 4, "errors": ["a"]}, "curriculum.errors must be numbers from 0 up"),
+        ({"length": 4}, "it holds no curriculum.errors"),
+    ):
+        save_checkpoint(tmp_path / "damaged.pt", {**good, "curriculum": damage})
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "damaged.pt")
     records = [
         {"step": k, "length": n, "loss": 1.0, "test_error": {"2 vectors": 1.0}} for k, n in ((1, 2), (2, 4))
     ]

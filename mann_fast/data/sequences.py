@@ -35,27 +35,34 @@ class Sequences(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Copy:
-    """1 to ``length`` random vectors of 8 bits, then a mark; the answer is the vectors in the same order.
-
-    Inputs are the bits, a mark at the start and one at the end.
-    """
+class _OneLength:
+    """A task whose size is one length."""
 
     length: int
-    bits = 8
-    input_size = bits + 2
-    output_size = bits
-    marks = "start", "end"  # the last inputs, in words
-    binary = True
+    least = 1
 
     def draw(self, generator: Generator, length: int) -> tuple[int]:
         """The size of a batch of training, of at most this length."""
-        return (_randint(1, length, generator),)
+        return (_randint(self.least, length, generator),)
 
     @property
     def longest(self) -> tuple[int]:
         """The largest size of training."""
         return (self.length,)
+
+
+@dataclass(frozen=True)
+class Copy(_OneLength):
+    """1 to ``length`` random vectors of 8 bits, then a mark; the answer is the vectors in the same order.
+
+    Inputs are the bits, a mark at the start and one at the end.
+    """
+
+    bits = 8
+    input_size = bits + 2
+    output_size = bits
+    marks = "start", "end"  # the last inputs, in words
+    binary = True
 
     @property
     def tests(self) -> list[tuple[int]]:
@@ -120,27 +127,20 @@ class RepeatCopy:
 
 
 @dataclass(frozen=True)
-class AssociativeRecall:
+class AssociativeRecall(_OneLength):
     """2 to ``length`` items of three random vectors of 6 bits, then one of them again; the answer is the item that came after
     it.
 
     Inputs are the bits, a mark before each item, and a mark before and after the item that is asked for.
     """
 
-    length: int
+    least = 2
     bits = 6
     vectors = 3
     input_size = bits + 2
     output_size = bits
     marks = "item", "asked"
     binary = True
-
-    def draw(self, generator: Generator, length: int) -> tuple[int]:
-        return (_randint(2, length, generator),)
-
-    @property
-    def longest(self) -> tuple[int]:
-        return (self.length,)
 
     @property
     def tests(self) -> list[tuple[int]]:
@@ -224,7 +224,7 @@ class KeyValue:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(_OneLength):
     """1 to ``length`` pairs of 32 and 8 random bits, one a step; then 16 of them, or all where they are fewer, are asked for by
     their first bits, each once. The answer, at the step of the question, is the other 8.
 
@@ -232,20 +232,12 @@ class Pairs:
     same 32 bits happens once in 500 sequences.)
     """
 
-    length: int
     first, second = 32, 8
     questions = 16
     input_size = first + second + 1
     output_size = second
     marks = ("asked",)
     binary = True
-
-    def draw(self, generator: Generator, length: int) -> tuple[int]:
-        return (_randint(1, length, generator),)
-
-    @property
-    def longest(self) -> tuple[int]:
-        return (self.length,)
 
     @property
     def tests(self) -> list[tuple[int]]:

@@ -32,7 +32,15 @@ from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
 from ..models.backbones import is_backbone
 from ..models.encoders import is_own, make_own
-from .config import NO_ENCODER, BabiConfig, RunConfig, TrainConfig, config_from_dict, trainable
+from .config import (
+    NO_ENCODER,
+    BabiConfig,
+    RunConfig,
+    SequenceConfig,
+    TrainConfig,
+    config_from_dict,
+    trainable,
+)
 from .files import replacing
 
 FORMAT = "mann_fast checkpoint"
@@ -322,6 +330,13 @@ def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) ->
             _part(content, "data.fingerprint", str)
         averages += ["error"]
         generators += ["generator"]
+        if isinstance(config, SequenceConfig) and config.curriculum:
+            length = _part(content, "curriculum.length", int)
+            if not config.curriculum <= length <= config.length:
+                within = f"from {config.curriculum} to {config.length} by its settings"
+                raise ValueError(f"curriculum.length must be {within}, got {length}")
+            if not all(isinstance(x, float) and x >= 0 for x in _part(content, "curriculum.errors", list)):
+                raise ValueError("curriculum.errors must be numbers from 0 up")
     for name in averages:
         _part(content, f"interval.{name}", float)
     _part(content, "interval.steps", int)

@@ -323,7 +323,7 @@ class SequenceConfig(RunConfig):
     @property
     def least(self) -> int:
         """The shortest length of a sequence."""
-        return 2 if self.task == "recall" else 1
+        return getattr(TASKS[self.task], "least", 1)
 
     @classmethod
     def of_task(cls, task: str, **changes: Any) -> SequenceConfig:
