@@ -135,7 +135,7 @@ def test_what_changes_in_place_refuses_what_it_cannot_do():
     memory, slots, weights, times, clock = state
     key, gate = torch.randn(2, 2, 3).double().requires_grad_(), torch.randn(2, 2).double()
     told = (key, key.detach(), gate, gate, gate)
-    values = (memory, slots, weights, times, clock, *told, None, None, None, None, 0.005, 1e-6)
+    values = (memory, slots, weights, times, clock, *told, *(None,) * 5, 0.005, 1e-6)
     with pytest.raises(NotImplementedError, match="sparse_step_ has no gradient; use the public functions"):
         op(*values)
     with torch.no_grad():

@@ -156,10 +156,13 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
     Tensor memory, Tensor read_slots, Tensor read_weights, Tensor last_access, Tensor clock, Tensor key, Tensor write_vector,
     Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, std::optional<Tensor> resets, std::optional<Tensor> lengths,
-    std::optional<Tensor> start, std::optional<Tensor> lists, double threshold, double eps) {
+    std::optional<Tensor> start, std::optional<Tensor> lists, std::optional<Tensor> candidates, double threshold, double eps) {
   const int64_t B = memory.size(0), N = memory.size(1), D = memory.size(2), R = read_slots.size(1), K = read_slots.size(2);
   STD_TORCH_CHECK(!lists || lists->is_contiguous(), "what steps hand on must be contiguous");
   if (lists) lists = integers(*lists, {B, lists_size(N)});
+  STD_TORCH_CHECK(!candidates || lists, "candidates are of a step of several, which have lists");
+  const int64_t num_candidates = candidates ? candidates->size(1) : 0;
+  if (candidates) candidates = integers(*candidates, {B, num_candidates});
   STD_TORCH_CHECK(R >= 1 && R <= N && K >= 1 && K <= N, "R and K must be within [1, N]");
   STD_TORCH_CHECK(memory.is_contiguous() && last_access.is_contiguous(), "memory and last_access must be contiguous");
   memory = input(memory, {B, N, D});
@@ -178,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
       // results
       read.mutable_data_ptr(), memory.mutable_data_ptr(), slots_of(out_read_slots), out_read_weights.mutable_data_ptr(),
       slots_of(last_access), slots_of(out_clock), slots_of(oldest), slots_of(slots), weights.mutable_data_ptr(),
-      rows.mutable_data_ptr(), lists ? slots_of(*lists) : nullptr});
+      rows.mutable_data_ptr(), lists ? slots_of(*lists) : nullptr,
+      candidates ? candidates->const_data_ptr<int64_t>() : nullptr, num_candidates});
   return {read, out_read_slots, out_read_weights, out_clock, oldest, rows};
 }
 

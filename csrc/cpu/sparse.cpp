@@ -166,7 +166,8 @@ struct ScanScratch {
   int64_t* touched;                           // those read before, erased, and read; then each once, ascending
   T *total, *of_head;                         // of the touched: sums of weights
   T* changed;                                 // rows whose norms are made anew
-  int64_t *lists, *candidates;                // [lists_size(N)], what one sample's steps hand on; [different_limit(N) + K]
+  int64_t *lists, *found;                     // [lists_size(N)], what one sample's steps hand on; [num_candidates]
+  int64_t* candidates;                        // [different_limit(N) + K + num_candidates]
   int32_t* spare;
   Ages ages{};
   Different different{};
@@ -177,7 +178,8 @@ struct ScanScratch {
         write_slots(arena.take<int64_t>(a.R * (a.K + 1))), touched(arena.take<int64_t>(a.R * (2 * a.K + 1))),
         total(arena.take<T>(a.R * (2 * a.K + 1))), of_head(arena.take<T>(a.R * (2 * a.K + 1))),
         changed(arena.take<T>(padded<T>(a.D) * width<T>)), lists(arena.take<int64_t>(listed && !a.lists ? lists_size(a.N) : 0)),
-        candidates(arena.take<int64_t>(listed ? different_limit(a.N) + a.K : 0)), spare(arena.take<int32_t>(listed ? a.N : 0)),
+        found(arena.take<int64_t>(a.num_candidates)),
+        candidates(arena.take<int64_t>(listed ? different_limit(a.N) + a.K + a.num_candidates : 0)), spare(arena.take<int32_t>(listed ? a.N : 0)),
         searching(arena, a, parts) {}
   // The lists of sample b; whether they have to be made.
   bool begin_lists(const SparseScan& a, int64_t b) {
@@ -321,7 +323,11 @@ void scan_sample(const SparseScan& a, int64_t b, const Parallel& parallel, ScanS
     const T eps = static_cast<T>(a.eps);
     const Best<T>* best;
     if (s.listed && *s.different.count >= 0) {
-      const int64_t count = s.different.candidates(a.N, K, s.candidates);
+      const int64_t* found = a.candidates ? a.candidates + b * a.num_candidates : nullptr;
+      const bool indexed = found && a.num_candidates > 0 && found[0] >= 0;
+      if (indexed) std::memcpy(s.found, found, a.num_candidates * sizeof(int64_t));
+      const int64_t count = indexed ? s.different.candidates(a.N, K, s.found, a.num_candidates, s.candidates)
+                                    : s.different.candidates(a.N, K, s.candidates);
       best = s.searching.run(x.memory, s.told.keys, R, D, eps, nullptr, false, parallel, s.candidates, count);
     } else {
       best = s.searching.run(x.memory, s.told.keys, R, D, eps, s.squares, x.known, parallel);

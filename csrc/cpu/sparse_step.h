@@ -178,6 +178,16 @@ void read_rows(const T* scores, const T* rows, int64_t K, int64_t D, T beta, T* 
   }
 }
 
+inline void shell_sort(int64_t* x, int64_t count) {
+  for (const int64_t gap : {1750, 701, 301, 132, 57, 23, 10, 4, 1})
+    for (int64_t i = gap; i < count; ++i) {
+      const int64_t value = x[i];
+      int64_t j = i;
+      for (; j >= gap && x[j - gap] > value; j -= gap) x[j] = x[j - gap];
+      x[j] = value;
+    }
+}
+
 // ---- the slots that differ -----------------------------------------------------------------------------------------------
 
 // Those whose rows may differ from one that all others hold to the bit, as nearly all do in the steps after the start of a
@@ -214,6 +224,24 @@ struct Different {
     }
     std::memcpy(list + n, slots + at, (*count - at) * sizeof(int64_t));
     return n + *count - at;
+  }
+  // The same of these, of what an index has found, which is sorted here, below 0 left out, and of the first K slots, so that
+  // there are K.
+  int64_t candidates(int64_t N, int64_t K, int64_t* found, int64_t found_count, int64_t* list) const {
+    shell_sort(found, found_count);
+    int64_t n = 0, at = 0, first = 0, next = 0;
+    while (next < found_count && found[next] < 0) ++next;
+    while (at < *count || next < found_count || first < K) {
+      int64_t least = first < K ? first : N;
+      if (at < *count && slots[at] < least) least = slots[at];
+      if (next < found_count && found[next] < least) least = found[next];
+      if (least == N) break;  // what is left is no slot
+      list[n++] = least;
+      first += first == least;
+      at += at < *count && slots[at] == least;
+      while (next < found_count && found[next] == least) ++next;
+    }
+    return n;
   }
 
  private:
@@ -290,16 +318,6 @@ inline void find_oldest(const int64_t* times, int64_t N, int64_t count, int64_t*
     for (; place > 0 && times[i] < times[slots[place - 1]]; --place) slots[place] = slots[place - 1];
     slots[place] = i;
   }
-}
-
-inline void shell_sort(int64_t* x, int64_t count) {
-  for (const int64_t gap : {1750, 701, 301, 132, 57, 23, 10, 4, 1})
-    for (int64_t i = gap; i < count; ++i) {
-      const int64_t value = x[i];
-      int64_t j = i;
-      for (; j >= gap && x[j - gap] > value; j -= gap) x[j] = x[j - gap];
-      x[j] = value;
-    }
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------------

@@ -363,6 +363,10 @@ struct SparseScan {
   void *weight_history, *rows;
   // Of a single step of several that follow one another: what they know of the memory, [B, lists_size(N)]; null: nothing.
   int64_t* lists = nullptr;
+  // And what an index over the memory has found [B, num_candidates], below 0 where it found less: where a sample's first is a
+  // slot, these and the slots of its list, which have changed since the index was told, are all that it compares.
+  const int64_t* candidates = nullptr;
+  int64_t num_candidates = 0;
 };
 
 // How many slots may differ from all others before all are compared (cpu/sparse_step.h).

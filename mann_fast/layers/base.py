@@ -108,7 +108,14 @@ class Memory(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _ = self.state_like
+        self.make_cached()
+
+    def make_cached(self) -> None:
+        """All that is made once from the options."""
+        kind = type(self)
+        for name in dir(kind):
+            if isinstance(getattr(kind, name), cached_property):
+                getattr(self, name)
 
     @abstractmethod
     def head_sizes(self) -> list[int]:

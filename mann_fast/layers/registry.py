@@ -123,7 +123,7 @@ def make_memory(addressing: str | Memory, options: Mapping[str, Any]) -> Memory:
             has = f"addressing {name_of(memory)!r} has {', '.join(own)}"
             raise TypeError(f"{name} is no option here, got {value!r}; {has}")
     memory = replace(memory, **options)
-    _ = memory.state_like  # once: it is asked for at every call
+    memory.make_cached()  # which is asked for at every call
     return memory
 
 

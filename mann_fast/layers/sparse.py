@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..ops import SparseState
 from ..ops._checks import check_eps
 from ..ops.sparse import check_threshold
 from ..ops.sparse_cell import sparse_cell
+from ..ops.sparse_index import SearchRecall, SparseIndex, check_faiss
 from ..reference.cell import head_sizes, split_sparse_heads
 from ..reference.sparse import sparse_writes
 from .base import Memory, MemoryWeights
@@ -42,6 +44,7 @@ class Sparse(Memory):
     """
 
     num_reads: int = 4
+    probes: int | None = None
     threshold: float = 0.005
     eps: float = 1e-6
 
@@ -52,6 +55,9 @@ class Sparse(Memory):
         check_size("num_reads", self.num_reads, 1)
         if self.num_reads > self.num_slots:
             raise ValueError(f"num_reads must be at most num_slots = {self.num_slots}, got {self.num_reads}")
+        if self.probes is not None:
+            check_size("probes", self.probes, 1)
+            check_faiss()
         check_threshold(self.threshold)
         check_eps(self.eps)
 
@@ -88,4 +94,14 @@ class Sparse(Memory):
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
         options: dict[str, Any] = {"threshold": self.threshold, "eps": self.eps, **sequences}
-        return sparse_cell(*tensors, controller=controller, **options)
+        return sparse_cell(*tensors, controller=controller, index=self._index, **options)
+
+    @cached_property
+    def _index(self) -> SparseIndex | None:
+        return None if self.probes is None else SparseIndex(self.probes)
+
+    def recall(self) -> SearchRecall | None:
+        """How much of what exact search would read the approximate one has read, over the last 64 of the steps that were
+        compared, one of 256 in which an index had a part; None before the first, and with the exact search.
+        """
+        return None if self._index is None else self._index.recall()

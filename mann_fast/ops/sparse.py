@@ -93,8 +93,8 @@ LIBRARIES["cpp"].define("sparse_lists(Tensor memory) -> Tensor")
 define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
     "Tensor write_vector, Tensor gate_logit, Tensor sharpness, Tensor write_gate_logit, Tensor? resets, Tensor? lengths, "
-    "Tensor? start, Tensor(c!)? lists, float threshold, float eps) -> (Tensor read, Tensor read_slots, Tensor read_weights, "
-    "Tensor clock, Tensor oldest, Tensor rows)"
+    "Tensor? start, Tensor(c!)? lists, Tensor? candidates, float threshold, float eps) -> (Tensor read, Tensor read_slots, "
+    "Tensor read_weights, Tensor clock, Tensor oldest, Tensor rows)"
 )
 define_in_place(
     "sparse_step_backward_(Tensor? grad_read, Tensor(a!) grad_memory, Tensor? grad_weights, Tensor slots_before, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import _backend
 from ._register import NAMESPACES
 from ._sequences import NO_SEQUENCES, is_plain, may_look, raw_sequences
 from .sparse import SPARSE_SCAN, check_slots, check_times, sparse_step
+from .sparse_index import LEAST_SLOTS, SparseIndex
 
 _RAW = {backend: getattr(torch.ops, NAMESPACES[backend]) for backend in ("cpp", "cuda")}
 _BATCHED: Any = torch._C._parse_dispatch_key(
@@ -38,6 +40,7 @@ class _Step(torch.autograd.Function):
         lengths: Tensor | None,
         start: Tensor | None,
         lists: Tensor | None,
+        candidates: Tensor | None,
         memory: Tensor,
         last_access: Tensor,
         *tensors: Tensor,
@@ -47,18 +50,18 @@ class _Step(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             read, slots, weights, clock, oldest, rows = _RAW[backend].sparse_step_(
                 *(memory, slots_before, weights_before, last_access, clock, *told),
-                *(*sequences, lists, threshold, eps),
+                *(*sequences, lists, candidates, threshold, eps),
             )
         ctx.mark_dirty(memory)
-        ctx.mark_non_differentiable(slots, clock)
+        ctx.mark_non_differentiable(slots, clock, oldest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(slots_before, weights_before, *told, *sequences, oldest, slots, weights, rows)
         ctx.backend, ctx.last, ctx.eps, ctx.shape = backend, last, eps, memory.shape
-        return read, memory, slots, weights, clock
+        return read, memory, slots, weights, clock, oldest
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_read, grad_memory, _, grad_weights, _ = grads
+        grad_read, grad_memory, _, grad_weights, *_ = grads
         tensors = ctx.saved_tensors
         if any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in grads):
             raise NotImplementedError(
@@ -81,14 +84,14 @@ class _Step(torch.autograd.Function):
             grad_memory = tensors[1].new_zeros(ctx.shape)
         elif ctx.last or not grad_memory.is_contiguous():
             grad_memory = grad_memory.clone(memory_format=torch.contiguous_format)
-        of_start, _, of_memory = ctx.needs_input_grad[6:9]
+        of_start, _, _, of_memory = ctx.needs_input_grad[6:10]
         of_weights, *of_told, grad_start = _RAW[ctx.backend].sparse_step_backward_(
             grad_read, grad_memory, grad_weights, *tensors, ctx.eps, of_start
         )
         return (
             *(None, None, None, None, None, None),
             grad_start.sum(0) if of_start else None,
-            None,
+            *(None, None),
             grad_memory if of_memory else None,
             *(None, None, of_weights, None, *of_told),
         )
@@ -132,6 +135,14 @@ class _InPlace(Steps):
         return after
 
 
+def _own(x: Tensor) -> Tensor:
+    """A copy to change in place. In inference mode, too, one that counts its changes: an index asks for that."""
+    if not torch.is_inference_mode_enabled():
+        return x.clone()
+    with torch.inference_mode(False), torch.no_grad():
+        return x.clone()
+
+
 def sparse_cell(
     gates: Tensor,
     state: tuple[Tensor, ...],
@@ -141,6 +152,7 @@ def sparse_cell(
     controller: str,
     threshold: float,
     eps: float,
+    index: SparseIndex | None = None,
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     start: Tensor | None = None,
@@ -148,31 +160,38 @@ def sparse_cell(
     """As :func:`mann_fast.ops.cell`, with a sparse memory; for :class:`mann_fast.layers.Sparse`, which has checked what comes.
 
     A loop of steps. With the C++ and CUDA kernels and in eager mode the memory is copied once and then changed in place, and so
-    is its gradient; else each step copies it.
+    is its gradient; else each step copies it. With the C++ kernels an ``index`` may choose which slots are compared.
     """
-    steps = gates.shape[0]
-    check_slots(memory.read_slots, memory.memory.shape[1])
+    steps, num_slots = gates.shape[0], memory.memory.shape[1]
+    check_slots(memory.read_slots, num_slots)
     check_times(memory.last_access, memory.clock)
     resets, lengths, start = raw_sequences(memory.memory, steps, resets, lengths, start)
     sequences = Steps(resets, lengths, start)
     step: Any = partial(sparse_step, threshold=threshold, eps=eps)
     known = [x for x in (resets, lengths) if x is not None]
     backend = _backend.serving(gates.device, SPARSE_SCAN)
+    indexed: Any = nullcontext()
     if (
         backend in _RAW
         and steps > 0
         and forward_ad._current_level < 0
         and all(is_plain(x) for x in (gates, reads, *memory, *known))
     ):
-        memory = memory._replace(memory=memory.memory.clone(), last_access=memory.last_access.clone())
+        if index is not None and backend == "cpp" and num_slots >= LEAST_SLOTS:
+            indexed = index.call(memory, eps)
+        memory = memory._replace(memory=_own(memory.memory), last_access=_own(memory.last_access))
         sequences = in_place = _InPlace(steps, resets, lengths, start)
-        listed = backend == "cpp" and steps > 1
-        lists = _RAW["cpp"].sparse_lists(memory.memory.detach()) if listed else None
+        lists = _RAW["cpp"].sparse_lists(memory.memory.detach()) if backend == "cpp" and steps > 1 else None
 
         def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
-            options = (backend, in_place.last, threshold, eps, *in_place.now, lists)
+            handed = lists, None
+            if searching is not None:
+                handed = searching.lists, searching.candidates(told[0], in_place.now[0])
+            options = (backend, in_place.last, threshold, eps, *in_place.now, *handed)
             tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
-            read, rows, slots, weights, clock = _Step.apply(*options, *tensors, *told)
+            read, rows, slots, weights, clock, oldest = _Step.apply(*options, *tensors, *told)
+            if searching is not None:
+                searching.note(rows, told[0], told[3], slots, [state.read_slots, oldest], in_place.now[1])
             return read, SparseState(rows, slots, weights, state.last_access, clock)
 
     heads, slot_size = reads.shape[1:]
@@ -180,10 +199,13 @@ def sparse_cell(
     def of_memory(memory: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
         return step(memory, *split_sparse_heads(values, heads, slot_size))
 
-    with _backend.without_autocast(gates.device.type):
+    with _backend.without_autocast(gates.device.type), indexed as searching:
         options: dict[str, Any] = {
             "controller": controller,
             "sequences": sequences,
             "step": of_memory,
         }
-        return sequence(gates, state, memory, reads, *weights, **options)
+        output, state, memory, reads = sequence(gates, state, memory, reads, *weights, **options)
+        if searching is not None:
+            searching.keep(memory)
+    return output, state, memory, reads
