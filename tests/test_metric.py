@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from mann_fast.data import ClassImages, Dataset, generate_glyphs
 from mann_fast.training import TrainConfig, trainer
 from mann_fast.training.metric import SHARPNESS, pair_loss
-from mann_fast.training.support import size_of_step
+from mann_fast.training.support import ways_of_step
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:only .* classes to train on")]
 
@@ -146,11 +146,11 @@ def test_each_of_two_parts_of_training_has_a_rise_and_a_fall():
     rates = [config.learning_rate(step) for step in range(60)]
     alone = [TrainConfig(steps=n, warmup=4, lr=1.0) for n in (20, 40)]
     assert rates == [part.learning_rate(step) for part in alone for step in range(part.steps)]
-    assert [size_of_step(config, step)[0] for step in (0, 19, 20)] == [5, 5, 5]
+    assert [ways_of_step(config, step) for step in (0, 19, 20)] == [5, 5, 5]
     many = TrainConfig.of("conv4", "support", ways=20, steps=2000, encoder_steps=1000)
     plain = TrainConfig.of("none", "support", ways=20, steps=1000)
-    assert [size_of_step(many, 1000 + step)[0] for step in range(1000)] == [
-        size_of_step(plain, step)[0] for step in range(1000)
+    assert [ways_of_step(many, 1000 + step) for step in range(1000)] == [
+        ways_of_step(plain, step) for step in range(1000)
     ]
     assert TrainConfig.of("conv4", "stream").encoder_steps == 2000
     assert [TrainConfig.of("conv4", "stream", steps=n).encoder_steps for n in (1, 2, 9, 20)] == [0, 1, 1, 2]

@@ -11,20 +11,22 @@ from torch.testing import assert_close
 
 from mann_fast import FewShotLearner, cli
 from mann_fast.cli._options import load_data
-from mann_fast.data import encode_inputs, generate_glyphs
+from mann_fast.data import Episodes, encode_inputs, generate_glyphs
 from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, load_checkpoint, predict, resume_run, start_run, train
-from mann_fast.training.checkpoint import build_model, save_weights
+from mann_fast.training.checkpoint import build_model, save_checkpoint, save_weights
 from mann_fast.training.config import config_from_dict
+from mann_fast.training.plots import plot_learning_curve
 from mann_fast.training.prediction import encoded_classes, logits_apart
 from mann_fast.training.protocol import Protocol, evaluate_protocol
 from mann_fast.training.support import (
     make_episodes,
     measure_accuracy,
     sample_support,
-    size_of_step,
     support_accuracy,
+    ways_of_step,
 )
+from mann_fast.training.trainer import Trainer
 
 pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:only .* classes to train on")]
 
@@ -84,11 +86,59 @@ def test_examples_of_a_stream_have_their_labels_a_step_late(episodes, model):
 
 def test_steps_start_with_few_classes_and_come_to_all():
     config = replace(CONFIG, ways=20)
-    sizes = [size_of_step(config, step) for step in range(2000)]
-    ways = [way for way, _, _ in sizes]
+    ways = [ways_of_step(config, step) for step in range(2000)]
     assert ways[0] == 5 and ways[-1] == 20 and ways == sorted(ways)
-    assert {shots for _, shots, _ in sizes} == {1, 2}
-    assert all(way * batch <= 20 * config.batch for way, _, batch in sizes)
+
+
+@pytest.mark.parametrize("layout, labels", [("support", "string"), ("stream", "onehot")])
+def test_a_curriculum_has_few_classes_first_and_goes_on_in_a_resumed_run(
+    tmp_path, monkeypatch, layout, labels
+):
+    monkeypatch.setattr("mann_fast.training.curriculum.STEPS", 2)
+    sizes = {"ways": 6, "shots": 2, "hidden_size": 8, "image_size": 8, "slots": 12, "batch": 2, "steps": 9}
+    config = TrainConfig.of("none", layout, data="glyphs", labels=labels, curriculum=2, **sizes)
+    shares = iter([0.2, 0.7, 0.4, 0.7, 0.1, 0.6, 0.6, 0.9, 0.9])  # of right answers
+    drawn = []
+    descend, sample_images = Trainer.descend, Episodes.sample_images
+
+    def with_share(self, loss, accuracy):
+        loss, accuracy = descend(self, loss, accuracy)
+        accuracy[~accuracy.isnan()] = next(shares)
+        return loss, accuracy
+
+    def noted(self, batch, *arguments, **options):
+        drawn.append((batch, options["ways"]))
+        return sample_images(self, batch, *arguments, **options)
+
+    trainer = start_run(config, load_data(config), tmp_path)
+    monkeypatch.setattr(Trainer, "descend", with_share)
+    monkeypatch.setattr(Episodes, "sample_images", noted)
+    # (0.2 + 0.7) / 2 is too little, (0.7 + 0.4) / 2 is not; fewer classes are as many more episodes.
+    assert [trainer.train_step().ways for _ in range(4)] == [2, 2, 2, 4]
+    assert drawn == [(6, 2), (6, 2), (6, 2), (2, 4)]
+    state = trainer.state_dict()
+    resumed = Trainer(config, load_data(config))
+    resumed.load_state_dict(state)
+    drawn.clear()
+    assert [resumed.train_step().ways for _ in range(5)] == [4, 4, 4, 6, 6]
+    assert drawn == [(2, 4), (2, 4), (2, 4), (2, 6), (2, 6)]
+    monkeypatch.setattr(Episodes, "sample_images", sample_images)
+    record = resumed.metrics()
+    assert record["ways"] == 6
+    good = {**state, "config": config.to_dict()}
+    save_checkpoint(tmp_path / "good.pt", good)
+    assert load_checkpoint(tmp_path / "good.pt")["curriculum"]["ways"] == 4
+    for damage, message in (
+        ({"ways": 7, "errors": []}, "curriculum.ways must be from 2 to 6 by its settings, got 7"),
+        ({"ways": 4}, "it holds no curriculum.errors"),
+    ):
+        save_checkpoint(tmp_path / "damaged.pt", {**good, "curriculum": damage})
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "damaged.pt")
+    plot_learning_curve(tmp_path / "curve.png", [{**record, "step": 4, "ways": 4}, record], config, "glyphs")
+    for wrong in (1, 7, -2):
+        with pytest.raises(ValueError, match=f"curriculum must be 0 or from 2 to ways = 6, got {wrong}"):
+            replace(config, curriculum=wrong)
 
 
 def test_checkpoints_from_before_are_of_a_stream():

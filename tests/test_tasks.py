@@ -242,7 +242,7 @@ def test_slots_and_curriculum_of_pairs_go_by_the_length():
 def test_a_curriculum_doubles_its_length_where_it_is_learned_and_goes_on_in_a_resumed_run(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("mann_fast.training.sequences.LEARNED_STEPS", 2)
+    monkeypatch.setattr("mann_fast.training.curriculum.STEPS", 2)
     config = SequenceConfig(task="copy", **{**TINY, "steps": 9, "log_every": 1}, length=5, curriculum=2)
     trainer = start_run(config, None, tmp_path)
     wrong = iter([0.0, 0.5, 0.1, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0])  # of 8 bits; a twentieth of a guess is 0.2
@@ -265,9 +265,9 @@ def test_a_curriculum_doubles_its_length_where_it_is_learned_and_goes_on_in_a_re
     state = trainer.state_dict()
     resumed = SequenceTrainer(config)
     resumed.load_state_dict(state)
-    assert resumed.length == 4
+    assert resumed.curriculum.now == 4
     assert list(steps(resumed, 4)) == [4, 4, 4, 5]  # 3.0 counts, then two in a row; 5 is the most
-    assert resumed.length == 5
+    assert resumed.curriculum.now == 5
     good = {**state, "config": config.to_dict()}
     save_checkpoint(tmp_path / "good.pt", good)
     assert load_checkpoint(tmp_path / "good.pt")["curriculum"] == {"length": 4, "errors": [0.0]}

@@ -38,7 +38,9 @@ class TrainingProgress:
         self.averaged = 0
         self._encoder_steps = config.encoder_steps if isinstance(config, TrainConfig) else 0
         self.values: Sequence[float] = ()
-        self.length: int | None = None  # of the sequences of a curriculum
+        self.size: int | None = (
+            None  # with a curriculum, the length of sequences or the classes of an episode
+        )
         self.first_step, self.started = step, time.monotonic()
         self.next_line = self.started + QUIET_SECONDS
         self.progress = Progress(
@@ -65,9 +67,9 @@ class TrainingProgress:
 
     def update(self, result: StepResult | SequenceStep) -> None:
         if isinstance(result, SequenceStep):
-            values, self.length = [result.error], result.length
+            values, self.size = [result.error], result.length
         else:
-            values = result.accuracy.tolist()
+            values, self.size = result.accuracy.tolist(), result.ways
         if self.loss is None or result.step == self._encoder_steps + 1:
             self.loss, self.values, self.averaged = result.loss, values, 0
         self.averaged += 1
@@ -91,14 +93,15 @@ class TrainingProgress:
 
     def _numbers(self) -> str:
         if not isinstance(self.config, TrainConfig):
-            longest = f" up to length {self.length}" if getattr(self.config, "curriculum", 0) else ""
+            longest = f" up to length {self.size}" if getattr(self.config, "curriculum", 0) else ""
             return f"loss {self.loss:.4f} {unit(self.config)} {self.values[0]:.3f}{longest}"
         shown = " ".join(
             f"{name_of_answer(self.config, k).removesuffix(' image')} {self.values[k - 1]:.0%}"
             for k in shown_instances(self.config.shots)
             if not math.isnan(self.values[k - 1])
         )
-        return f"loss {self.loss:.3f} {shown}"
+        ways = f" of {self.size} classes" if self.config.curriculum and self.size else ""
+        return f"loss {self.loss:.3f} {shown}{ways}"
 
     def _left(self, step: int) -> str:
         done, left = (

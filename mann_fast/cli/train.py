@@ -171,8 +171,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--curriculum",
         type=int,
         metavar="N",
-        help="of a sequence task, begin with sequences of at most this length, and double it, up to --length, each time that "
-        f"they are learned; 0: none (default: {SequenceConfig.of_task('pairs').curriculum} for pairs, else 0)",
+        help="begin with episodes of so many classes, or of a sequence task with sequences of at most this length, and double "
+        f"it, up to --ways or --length, each time that they are learned; 0: none (default: "
+        f"{SequenceConfig.of_task('pairs').curriculum} for pairs, else 0)",
     )
     setting(
         "--addressing",

@@ -101,14 +101,15 @@ class Episodes:
         self._generator = torch.Generator().manual_seed(seed)
         self._worker = _worker_seed()  # where the generator was seeded
 
-    def sample(self, batch: int, part: slice = slice(None)) -> Episode:
+    def sample(self, batch: int, part: slice = slice(None), *, ways: int | None = None) -> Episode:
         """A batch of ``batch`` new episodes, on the CPU; of these the ``part`` alone, so that processes which draw the same
-        batch share the work of making it.
+        batch share the work of making it. Of fewer ``ways`` than its episodes have, but of the same labels.
 
         Raises ValueError where batch is no integer of at least 0.
         """
-        pixels, which, instance, classes = self.sample_images(batch, part)
-        targets = which if self.labels == "onehot" else self.deal(batch, which, part)
+        pixels, which, instance, classes = self.sample_images(batch, part, ways=ways)
+        all_labels = self.labels == "onehot" and ways in (None, self.ways)
+        targets = which if all_labels else self.deal(batch, which, part)
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
         inputs = encode_inputs(pixels, previous, ways=self.ways, labels=self.labels)
         return Episode(inputs, targets, instance, classes)

@@ -36,7 +36,6 @@ from .config import (
     NO_ENCODER,
     BabiConfig,
     RunConfig,
-    SequenceConfig,
     TrainConfig,
     config_from_dict,
     trainable,
@@ -330,13 +329,14 @@ def _require_progress(content: dict[str, Any], parameters: dict[str, Tensor]) ->
             _part(content, "data.fingerprint", str)
         averages += ["error"]
         generators += ["generator"]
-        if isinstance(config, SequenceConfig) and config.curriculum:
-            length = _part(content, "curriculum.length", int)
-            if not config.curriculum <= length <= config.length:
-                within = f"from {config.curriculum} to {config.length} by its settings"
-                raise ValueError(f"curriculum.length must be {within}, got {length}")
-            if not all(isinstance(x, float) and x >= 0 for x in _part(content, "curriculum.errors", list)):
-                raise ValueError("curriculum.errors must be numbers from 0 up")
+    first = getattr(config, "curriculum", 0)
+    if first:
+        name, last = ("ways", config.ways) if isinstance(config, TrainConfig) else ("length", config.length)
+        now = _part(content, f"curriculum.{name}", int)
+        if not first <= now <= last:
+            raise ValueError(f"curriculum.{name} must be from {first} to {last} by its settings, got {now}")
+        if not all(isinstance(x, float) and x >= 0 for x in _part(content, "curriculum.errors", list)):
+            raise ValueError("curriculum.errors must be numbers from 0 up")
     for name in averages:
         _part(content, f"interval.{name}", float)
     _part(content, "interval.steps", int)

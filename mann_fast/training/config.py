@@ -183,6 +183,9 @@ class TrainConfig(RunConfig):
     # "stream": every image is asked about, and its label follows one step late, as in the paper. "support": first up to `shots`
     # examples of each class, each with its label, then queries, every one judged apart from the others.
     layout: str = "stream"
+    # Where above 0, training begins with episodes of so many classes, and has twice as many, up to `ways`, each time that they
+    # are learned (Rae et al. 2016): see Trainer.
+    curriculum: int = 0
     memory: str = LAYOUT_DEFAULTS["stream"]["memory"]
     augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
 
@@ -215,6 +218,9 @@ class TrainConfig(RunConfig):
             least = "at least 2 (the first image of a class can only be guessed)"
             _require(self.shots >= 2, "shots", least, self.shots)
         _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
+        if self.curriculum:
+            within = f"0 or from 2 to ways = {self.ways}"
+            _require(2 <= self.curriculum <= self.ways, "curriculum", within, self.curriculum)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -244,10 +250,10 @@ class TrainConfig(RunConfig):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The same; checkpoints from before there were encoders have none, older ones a stream, none in which an encoder
-        learned with the memory steps of its own, and memory and controller went by the layout.
+        learned with the memory steps of its own, memory and controller went by the layout, and there was no curriculum.
         """
         before = {"colour": False, "encoder": NO_ENCODER, "encoder_steps": 0, "layout": "stream"}
-        values = {**before, "encoder_from": "", **values}
+        values = {**before, "encoder_from": "", "curriculum": 0, **values}
         of_layout = LAYOUT_DEFAULTS.get(str(values["layout"]), {})
         made = {
             name: of_layout.get(name, getattr(cls, name)) for name in ("addressing", "memory", "controller")

@@ -50,14 +50,14 @@ def shown_instances(shots: int) -> tuple[int, ...]:
 def plot_learning_curve(
     path: str | os.PathLike, records: Sequence[dict[str, Any]], config: TrainConfig, title: str
 ) -> None:
-    """Held-out accuracy by instance with its 95% interval, and training loss, over steps; from the lines of metrics.jsonl.
-    Of the steps in which an encoder learned alone the loss of its pairs.
+    """Held-out accuracy by instance with its 95% interval, training loss, and with a curriculum the classes of an episode, over
+    steps; from the lines of metrics.jsonl. Of the steps in which an encoder learned alone the loss of its pairs.
     """
     of_encoder = [record for record in records if "pair_loss" in record]
     records = [record for record in records if "pair_loss" not in record]
     steps = [record["step"] for record in records]
-    figure = _figure(8.5, 6.0)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    top, bottom, *rest = axes_of_curve(any("ways" in record for record in records))
+    figure = top.figure
     of_class = " of a class" if config.layout == "stream" else ""
     for k in shown_instances(config.shots):
         values = [100 * record["heldout_accuracy"][k - 1] for record in records]
@@ -85,10 +85,33 @@ def plot_learning_curve(
     plot_loss(bottom, records, "loss (nats per image)")
     highest = max(record.get("loss", record.get("pair_loss")) for record in [*of_encoder, *records])
     bottom.set(ylim=(0, 1.08 * highest))
-    for axes in (top, bottom):
+    for axes in rest:
+        draw_curriculum(axes, bottom, records, "ways", "classes of an episode")
+    for axes in (top, bottom, *rest):
         axes.grid(alpha=0.25)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def axes_of_curve(curriculum: bool) -> list[Axes]:
+    """For what is measured, for the loss below it, and for a curriculum where there is one."""
+    figure = _figure(8.5, 7.2 if curriculum else 6.0)
+    return list(
+        figure.subplots(2 + curriculum, 1, sharex=True, height_ratios=(2, 1, 0.8) if curriculum else (2, 1))
+    )
+
+
+def draw_curriculum(
+    axes: Axes, above: Axes, records: Sequence[dict[str, Any]], name: str, label: str
+) -> None:
+    """How much a run learned at once, over the steps of the axes above."""
+    steps, sizes = zip(*((record["step"], record[name]) for record in records), strict=True)
+    axes.step(steps, sizes, color="#444444", marker=_marker(steps), label=label)
+    above.set_xlabel("")
+    axes.set(xlabel="training step", ylabel=name)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    draw_legend(axes)
 
 
 def draw_band(

@@ -15,7 +15,9 @@ from .plots import (
     Colours,
     _figure,
     _marker,
+    axes_of_curve,
     draw_band,
+    draw_curriculum,
     draw_legend,
     draw_steps,
     plot_loss,
@@ -48,11 +50,8 @@ def plot_sequence_curve(
     long its sequences were, over steps; from the lines of metrics.jsonl.
     """
     steps = [record["step"] for record in records]
-    lengths = [record["length"] for record in records if "length" in record]
-    figure = _figure(8.5, 7.2 if lengths else 6.0)
-    top, bottom, *rest = figure.subplots(
-        *(3 if lengths else 2, 1), sharex=True, height_ratios=(2, 1, 0.8) if lengths else (2, 1)
-    )
+    top, bottom, *rest = axes_of_curve(any("length" in record for record in records))
+    figure = top.figure
     for name in records[-1]["test_error"]:
         values = [record["test_error"][name] for record in records]
         (line,) = top.plot(steps, values, label=name, marker=_marker(steps))
@@ -66,12 +65,7 @@ def plot_sequence_curve(
     plot_loss(bottom, records, loss_unit(config))
     readable_log(bottom)
     for axes in rest:
-        axes.step(steps, lengths, color="#444444", marker=_marker(steps), label="longest drawn")
-        bottom.set_xlabel("")
-        axes.set(xlabel="training step", ylabel="length")
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        draw_legend(axes)
+        draw_curriculum(axes, bottom, records, "length", "longest drawn")
     for axes in (top, bottom, *rest):
         axes.grid(alpha=0.25)
     with replacing(path) as temporary:

@@ -15,13 +15,13 @@ from ..data.sequences import TASKS, Sequences
 from ..models import MANN
 from .checkpoint import build_model
 from .config import SequenceConfig
+from .curriculum import Curriculum
 from .evaluation import Z95, Interrupted
 from .run import Run
 from .trace import Slots, slots_of
 
 MONITOR_SEQUENCES = 16  # of each size behind each point of the curve; always the same ones
-# A length is learned where the errors of so many steps in a row are this share of a guess's, on average.
-LEARNED_STEPS, LEARNED_SHARE = 50, 0.05
+LEARNED_SHARE = 0.05  # a length is learned where the errors are this share of a guess's
 BATCH = 50  # sequences at a time when measuring
 
 
@@ -65,8 +65,7 @@ def sequence_loss(outputs: Tensor, sequences: Sequences, binary: bool) -> Tensor
 
 class SequenceTrainer(Run):
     """Trains one model on sequences, new ones at every step, of a size drawn for each batch: of ``config.length`` at most, with
-    a curriculum of the attribute ``length``, which doubles each time that the errors since are a twentieth of a guess's, on
-    average over 50 steps.
+    a curriculum of the length that it has come to; a length is learned where the errors are a twentieth of a guess's.
 
     Makes its model from torch's global generator, which it seeds with ``config.seed``.
     """
@@ -81,34 +80,25 @@ class SequenceTrainer(Run):
             self.task.name(*size): self.task.sample(MONITOR_SEQUENCES, fixed, *size)
             for size in self.task.tests
         }
-        self.length = config.curriculum or config.length
-        self._recent: list[float] = []  # errors at this length
+        learned = LEARNED_SHARE * self.task.output_size / 2
+        self.curriculum = Curriculum("length", config.curriculum, config.length, learned)
         self._start_interval()
 
     def _start_interval(self) -> None:
         self._interval = {"loss": 0.0, "error": 0.0, "steps": 0}
 
-    def _lengthen(self, error: float) -> None:
-        """Go on with longer sequences where these are learned."""
-        if self.length == self.config.length:
-            return
-        self._recent = [*self._recent[1 - LEARNED_STEPS :], error]
-        learned = LEARNED_SHARE * self.task.output_size / 2
-        if len(self._recent) == LEARNED_STEPS and sum(self._recent) / LEARNED_STEPS < learned:
-            self.length = min(2 * self.length, self.config.length)
-            self._recent = []
-
     def train_step(self) -> SequenceStep:
         """Draw a batch of sequences and take one step of AdamW; TrainingDiverged where the loss or gradient is not finite."""
         started = time.perf_counter()
         self.model.train()
-        size = self.task.draw(self.generator, self.length)
+        length = self.curriculum.now
+        size = self.task.draw(self.generator, length)
         sequences = self.task.sample(self.config.batch, self.generator, *size).part(self.part)
         outputs, _ = self.model(sequences.inputs)
         error = errors(outputs.detach(), sequences, self.task.binary).mean()
         loss, error = self.descend(sequence_loss(outputs, sequences, self.task.binary), error)
-        error, length = error.item(), self.length
-        self._lengthen(error)
+        error = error.item()
+        self.curriculum.note(error)
         for name, value in (("loss", loss), ("error", error), ("steps", 1)):
             self._interval[name] += value
         self.seconds += time.perf_counter() - started
@@ -127,7 +117,7 @@ class SequenceTrainer(Run):
         }
         record = {
             "step": self.step,
-            **({"length": self.length} if self.config.curriculum else {}),
+            **({"length": self.curriculum.now} if self.config.curriculum else {}),
             "loss": self._interval["loss"] / steps,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_error": self._interval["error"] / steps,
@@ -143,7 +133,7 @@ class SequenceTrainer(Run):
             **super().state_dict(),
             "generator": self.generator.get_state(),
             "interval": dict(self._interval),
-            "curriculum": {"length": self.length, "errors": list(self._recent)},
+            "curriculum": self.curriculum.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,7 +141,7 @@ class SequenceTrainer(Run):
         self.generator.set_state(state["generator"])
         self._interval = dict(state["interval"])
         if self.config.curriculum:
-            self.length, self._recent = state["curriculum"]["length"], list(state["curriculum"]["errors"])
+            self.curriculum.load_state_dict(state["curriculum"])
 
 
 class SizeResult(NamedTuple):

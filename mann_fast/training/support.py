@@ -72,11 +72,10 @@ def as_stream(episode: Support, config: TrainConfig) -> Episode:
     return Episode(inputs, targets, asked.long().expand(-1, inputs.shape[1]), episode.classes)
 
 
-def size_of_step(config: TrainConfig, step: int) -> tuple[int, int, int]:
-    """Ways, shots and episodes of a training step, counted from 0. Few ways come in as many more episodes."""
+def ways_of_step(config: TrainConfig, step: int) -> int:
+    """Of a training step, counted from 0, without a curriculum."""
     of_memory = step - config.encoder_steps
-    ways = min(config.ways, FEWEST + max(0, of_memory - FEW_STEPS) // STEPS_PER_WAY)
-    return ways, 1 + step % config.shots, config.batch * (config.ways // ways)
+    return min(config.ways, FEWEST + max(0, of_memory - FEW_STEPS) // STEPS_PER_WAY)
 
 
 def steps_of_shots(config: TrainConfig, first: int, last: int) -> Tensor:

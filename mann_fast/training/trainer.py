@@ -20,6 +20,7 @@ from ..models.encoders import ENCODERS
 from . import processes
 from .checkpoint import build_model, take_encoder
 from .config import TrainConfig
+from .curriculum import Curriculum
 from .evaluation import InstanceAccuracy, episode_accuracy
 from .metric import pair_loss
 from .objective import is_right, label_loss, right_by_instance
@@ -29,9 +30,9 @@ from .support import (
     images_of_class,
     make_episodes,
     sample_support,
-    size_of_step,
     steps_of_shots,
     support_accuracy,
+    ways_of_step,
 )
 
 # Held-out episodes behind each point of the learning curve, always the same ones; of support for each number of shots.
@@ -42,6 +43,7 @@ PAIR_CLASSES, PAIR_IMAGES = 64, 4
 # memory the next time, and how many numbers they are at most together (1 GiB).
 COPIES, STEPS_OF_COPY, MOST_NUMBERS = 4, 1000, 2**28
 AVERAGED = 8192  # images at most whose features have the mean that is taken from all
+LEARNED = 0.5  # with a curriculum: episodes are learned where a smaller share of the answers that can be known is wrong
 NOISE = 0.8  # on the features that the memory learns from, as a share of their root mean square
 
 
@@ -49,19 +51,22 @@ NOISE = 0.8  # on the features that the memory learns from, as a share of their 
 class StepResult:
     """Of one training step: its number counted from 1, the loss of the answers, and accuracy by instance [shots]; on support
     and queries after so many shots, NaN but for those that the step had. Of a step of the encoder the loss of its pairs, and
-    NaN.
+    NaN. ways: the classes of its episodes, None of a step of the encoder.
     """
 
     step: int
     loss: float
     accuracy: Tensor
+    ways: int | None = None
 
 
 class Trainer(Run):
     """Trains one model on the training classes of a dataset.
 
     An encoder learns alone in the first ``config.encoder_steps`` steps, from pairs of images. From there on it stays as it is:
-    its features of every image are made once, and the memory learns from them in the other steps.
+    its features of every image are made once, and the memory learns from them in the other steps. These may have a curriculum
+    of the classes of an episode, which come in as many more episodes of a step; so many are learned where half of the answers
+    that can be known are right.
 
     Makes its model from torch's global generator, which it seeds with ``config.seed``; the encoder has the weights of
     ``config.encoder_from``, but for a run that ``resumes``, whose state brings all weights. Raises ValueError where the dataset
@@ -93,6 +98,7 @@ class Trainer(Run):
             raise ValueError(
                 f"encoder {config.encoder} has nothing to learn: give encoder_steps 0 (--encoder-steps 0)"
             )
+        self.curriculum = Curriculum("ways", config.curriculum, config.ways, LEARNED)
         self._answering: Answering = self.model
         self._seen: list[Episodes] = []  # of features, where the model has an encoder, once it has learned
         self._monitor = _draw_monitor(config, make_episodes(config, dataset.test, seed=0))
@@ -119,13 +125,22 @@ class Trainer(Run):
                 self._start_interval()
             self._take_features()
         self.model.train()
-        loss, accuracy = self._compare() if of_encoder else self._ask()
+        ways = None if of_encoder else self._ways()
+        loss, accuracy = self._compare() if ways is None else self._ask(ways)
         value, accuracy = self.descend(loss, accuracy)
+        if ways is not None:
+            self.curriculum.note(1 - accuracy[self.config.first_known :].nanmean().item())
         self._interval_loss += value
         self._interval_accuracy += accuracy.nan_to_num()
         self._interval_steps += 1
         self.seconds += time.perf_counter() - started
-        return StepResult(self.step, value, accuracy)
+        return StepResult(self.step, value, accuracy, ways)
+
+    def _ways(self) -> int:
+        """Of this step of the memory."""
+        if self.config.curriculum or self.config.layout == "stream":
+            return self.curriculum.now
+        return ways_of_step(self.config, self.step)
 
     def _compare(self) -> tuple[Tensor, Tensor]:
         """Loss of the encoder on the pairs of new images, of which nobody asks anything."""
@@ -176,12 +191,13 @@ class Trainer(Run):
             parts = [self.model.encoder(part.float() / 255).flatten(1).double() for part in some.split(256)]
         self.model.feature_mean.copy_(torch.cat(parts).mean(0))
 
-    def _ask(self) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy on a new batch."""
+    def _ask(self, ways: int) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy on a new batch. Fewer ways come in as many more episodes."""
         config = self.config
+        batch = config.batch * (config.ways // ways)
         if config.layout == "support":
-            return self._ask_queries()
-        episode = self.episodes.sample(config.batch, self.part)
+            return self._ask_queries(ways, batch)
+        episode = self.episodes.sample(batch, processes.part_of(batch), ways=ways)
         inputs = episode.inputs
         if self._seen:
             width = inputs.shape[2] - self.episodes.num_outputs
@@ -192,12 +208,12 @@ class Trainer(Run):
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
         )
         loss = label_loss(logits, episode.targets, config.labels)
-        return loss, right.mean(0) / config.ways
+        return loss, right.mean(0) / ways
 
-    def _ask_queries(self) -> tuple[Tensor, Tensor]:
+    def _ask_queries(self, ways: int, batch: int) -> tuple[Tensor, Tensor]:
         """The same, with accuracy by shots; the batch is of one number of shots."""
         config = self.config
-        ways, shots, batch = size_of_step(config, self.step)
+        shots = 1 + self.step % config.shots
         episode = sample_support(self.episodes, batch, processes.part_of(batch), ways=ways, shots=shots)
         examples, queries = episode.examples, episode.queries
         if self._seen:
@@ -234,6 +250,7 @@ class Trainer(Run):
         trained = (self._interval_accuracy / counts).tolist()
         record = {
             "step": self.step,
+            **({"ways": self.curriculum.now} if self.config.curriculum else {}),
             "loss": mean,
             "lr": rate,
             # None where no step of the interval had so many shots.
@@ -254,6 +271,7 @@ class Trainer(Run):
                 **({} if self.features is None else {"features": self.features}),
             },
             "episodes": self.episodes.state_dict(),
+            "curriculum": self.curriculum.state_dict(),
             "interval": {
                 "loss": self._interval_loss,
                 "accuracy": self._interval_accuracy,
@@ -276,6 +294,8 @@ class Trainer(Run):
             )
         super().load_state_dict(state)
         self.episodes.load_state_dict(state["episodes"])
+        if self.config.curriculum:
+            self.curriculum.load_state_dict(state["curriculum"])
         self._interval_loss = state["interval"]["loss"]
         self._interval_accuracy = state["interval"]["accuracy"].clone()
         self._interval_steps = state["interval"]["steps"]
