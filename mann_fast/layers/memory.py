@@ -64,7 +64,7 @@ class MemoryLayer(nn.Module):
         options: of the memory, with their defaults in its class. Of every memory: num_slots, slot_size, num_heads (N, D and R;
             128, 40 and 4). Of "lrua": sharpness, write_vector, order, write_target, usage_decay, eps; of "ntm":
             max_shift, order, eps; of "content": order, eps; of "dnc": link, masks, mask_min, deallocate, link_sharpening,
-            clip, eps; of "sparse": num_reads, threshold, eps. They are attributes of the layer, too.
+            clip, eps; of "sparse": num_reads, probes, threshold, eps. They are attributes of the layer, too.
 
     Attributes:
         controller: ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.Linear`` on [input, reads], or the module given.
