@@ -123,7 +123,8 @@ def test_with_every_list_searched_it_is_the_exact_search(start, soon, monkeypatc
             given = {"resets": torch.zeros(12, 2, dtype=torch.bool)}
             given["resets"][5, 0] = True
         if call == 2:
-            given = {"lengths": torch.tensor([9, 12])}
+            given = {"lengths": torch.tensor([9, 12]), "resets": torch.zeros(12, 2, dtype=torch.bool)}
+            given["resets"][10, 0] = True  # in the padding: it does not begin anew
         found = []
         for i, tested in enumerate((exact, layer)):
             output, after = tested(x, states[i], **given)
@@ -137,7 +138,7 @@ def test_with_every_list_searched_it_is_the_exact_search(start, soon, monkeypatc
             )  # a start gets no gradient where none begins
         used.append(in_use(layer))
     # A new constant start has nothing that an index is worth; a learned one has.
-    assert used == [[True, True], [start == "learned", True]] + [[start == "learned", True]] * 2
+    assert used == [[True, True]] + [[start == "learned", True]] * 3
     recall = layer.memory.recall()
     assert recall == (1, 1, 1) and exact.memory.recall() is None
 

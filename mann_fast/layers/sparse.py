@@ -37,9 +37,10 @@ class Sparse(Memory):
     Args:
         num_slots, slot_size, num_heads: N, D and R.
         num_reads: K, 1 <= K <= N.
-        probes: None for the exact search, or how many of about sqrt(N) lists of an index (faiss, the extra ``index``) are looked
-            through for slots to compare, >= 1; :meth:`recall` says how much is missed. On the CPU in eager mode, from 16,384 slots
-            on; elsewhere the search is exact. An index is built once that is worth it, and follows the state from call to call.
+        probes: None for the exact search, or how many of about sqrt(N) lists of an index (faiss, the extra ``index``) are
+            looked through for slots to compare, >= 1; :meth:`recall` says how much is missed. On the CPU in eager mode, from
+            16,384 slots on; elsewhere the search is exact. An index is built once that is worth it, and follows the state from
+            call to call.
         threshold, eps: see :func:`mann_fast.ops.sparse_step`.
 
     Raises:

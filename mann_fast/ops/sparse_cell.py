@@ -186,12 +186,13 @@ def sparse_cell(
         def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
             handed = lists, None
             if searching is not None:
-                handed = searching.lists, searching.candidates(told[0], in_place.now[0])
+                searching.begin(*in_place.now[:2])
+                handed = searching.lists, searching.candidates(told[0])
             options = (backend, in_place.last, threshold, eps, *in_place.now, *handed)
             tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
             read, rows, slots, weights, clock, oldest = _Step.apply(*options, *tensors, *told)
             if searching is not None:
-                searching.note(rows, told[0], told[3], slots, [state.read_slots, oldest], in_place.now[1])
+                searching.note(rows, told[0], told[3], slots, [state.read_slots, oldest])
             return read, SparseState(rows, slots, weights, state.last_access, clock)
 
     heads, slot_size = reads.shape[1:]

@@ -24,9 +24,8 @@ from .sparse import sparse_read
 
 _RAW = getattr(torch.ops, NAMESPACES["cpp"])
 LEAST_SLOTS = 1 << 14  # below, comparing all takes no longer than asking an index
-LEAST_TOLD = (
-    1024  # rows that an index is told at once, at least: as it starts, those that its lists are made from
-)
+# Rows that an index is told at once, at least: as it starts, those that its lists are made from.
+LEAST_TOLD = 1024
 # To tell an index of a row takes as long as to compare it so many times: it is told once that has been done, so that at most
 # twice the time is spent that the better of both would have taken.
 WORTH = 256
@@ -63,9 +62,8 @@ class _Sample:
         self.told[:] = False
         self.others = np.empty(0, np.int64)  # some of the rows that are alike, the last to be written
         self.compared = 0  # rows, since the index was last told
-        self.at_first = self.since = (
-            0  # rows that the lists were made from, and that the index was told since
-        )
+        self.at_first = 0  # rows that the lists were made from,
+        self.since = 0  # and that the index was told since
 
     def find(self, key: np.ndarray, count: int, room: np.ndarray) -> None:
         """The ``count`` candidates of each head's key [R, D], into the row of an int64 tensor, -1 where there are fewer."""
@@ -209,11 +207,17 @@ class IndexedCall:
         self._room = np.empty((len(samples), heads * self._count + ALIKE), np.int64)
         self._lists = lists.numpy()
 
-    def candidates(self, key: Tensor, resets: Tensor | None) -> Tensor | None:
-        """Of key [B, R, D], before the step that reads by it: int64 [B, M], -1 where there are fewer; None: of no sample."""
+    def begin(self, resets: Tensor | None, lengths: Tensor | None) -> None:
+        """A step: of the samples whose length [B] is not 0, those that begin anew where resets [B] says so."""
+        everyone = [True] * len(self.samples)
+        self._taken = everyone if lengths is None else lengths.bool().tolist()
         for b in () if resets is None else resets.nonzero().flatten().tolist():
-            self.samples[b].clear()
-        if not any(sample.index for sample in self.samples):
+            if self._taken[b]:  # what begins anew in the padding does not
+                self.samples[b].clear()
+
+    def candidates(self, key: Tensor) -> Tensor | None:
+        """Of key [B, R, D], before the step that reads by it: int64 [B, M], -1 where there are fewer; None: of no sample."""
+        if all(sample.index is None for sample in self.samples):
             return None
         keys = key.detach().float().numpy()
         for sample, of_sample, room in zip(self.samples, keys, self._room, strict=True):
@@ -221,18 +225,11 @@ class IndexedCall:
         return torch.from_numpy(self._room)
 
     def note(
-        self,
-        memory: Tensor,
-        key: Tensor,
-        sharpness: Tensor,
-        slots: Tensor,
-        written: list[Tensor],
-        lengths: Tensor | None,
+        self, memory: Tensor, key: Tensor, sharpness: Tensor, slots: Tensor, written: list[Tensor]
     ) -> None:
-        """After a step that has read ``slots`` [B, R, K] of ``memory`` [B, N, D], and written to some, each [B, ...]; of the
-        samples whose length [B] is not 0."""
-        taken = [True] * len(self.samples) if lengths is None else lengths.tolist()
-        searched = [b for b, sample in enumerate(self.samples) if taken[b] and sample.index]
+        """After a step that has read ``slots`` [B, R, K] of ``memory`` [B, N, D], and written to some, each [B, ...]."""
+        samples = [(b, sample) for b, sample in enumerate(self.samples) if self._taken[b]]
+        searched = [b for b, sample in samples if sample.index is not None]
         if searched:
             if self.index.steps % AUDIT_EVERY == 0:
                 b = searched[self.index.steps // AUDIT_EVERY % len(searched)]
@@ -240,9 +237,7 @@ class IndexedCall:
                 self.index.audits.append(_audit(*of_sample, eps=self.eps))
             self.index.steps += 1
         changed = torch.cat([x.flatten(1) for x in written], 1).numpy()
-        for b, sample in enumerate(self.samples):
-            if not taken[b]:
-                continue
+        for b, sample in samples:
             sample.note(memory[b].detach(), self._lists[b], changed[b], self.eps)
 
     def keep(self, state: SparseState) -> None:
