@@ -55,6 +55,7 @@ int main() {
         if (!read_first) {  // an option of the scan only
           check("content", content, *k, c);
           check("write", write, *k, c);
+          if (!shared_target) check("sparse steps", sparse_steps, *k, c);
         }
         for (const int variant : {0, 1, 2, 3}) {
           c.anchor_every = variant < 2 ? variant : 2;

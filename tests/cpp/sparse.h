@@ -82,4 +82,47 @@ namespace {
   return results;
 }
 
+// Steps in place that hand on what they know, with candidates as an index gives them: some twice, some none, the last of a sample
+// none at all.
+[[maybe_unused]] Results sparse_steps(const Kernels& k, const Case& c) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  const int64_t K = std::min<int64_t>(c.N, 3), heads = c.B * c.R, size = lists_size(c.N), count = 5;
+  Array memory = random.normal(c.state, c.B * c.N * c.D), weights = random.positive(c.state, heads * K);
+  std::vector<int64_t> slots(heads * K), times(c.B * c.N), clock(c.B, 3), lists(c.B * size, unmade), found(c.B * count);
+  for (int64_t j = 0; j < heads * K; ++j) slots[j] = (j % K + j / K) % c.N;
+  for (int64_t j = 0; j < c.B * c.N; ++j) times[j] = j * 7 % 5 - 1;
+  for (int64_t b = 0; b < c.B; ++b) {
+    const int64_t of_sample[] = {c.N - 1, 0, c.N - 1, -1, c.N / 2};
+    for (int64_t j = 0; j < count; ++j) found[b * count + j] = b % 2 == 1 ? -1 : of_sample[j];
+  }
+  Results results;
+  for (int64_t t = 0; t < c.T; ++t) {
+    const Array keys = random.normal(c.input, heads * c.D), vectors = random.normal(c.input, heads * c.D);
+    const Array gates = random.normal(c.input, heads);
+    const auto sharpness = optional(c.sharp, random.positive(c.input, heads)),
+               open = optional(c.sharp, random.normal(c.input, heads));
+    Array reads(c.input, heads * c.D), out_weights(c.state, weights.count);
+    std::vector<int64_t> out_slots(heads * K), out_clock(c.B);
+    const SparseInputs<const void*> told = {pointer(keys), pointer(vectors), pointer(gates), pointer(sharpness), pointer(open)};
+    succeeded(k.sparse_scan(
+        {1, c.B, c.N, c.D, c.R, K, c.state, c.input, 0.005, 1e-6, pointer(memory), slots.data(), pointer(weights), times.data(),
+         clock.data(), told, Sequences{},
+         // results
+         reads.data.get(), memory.data.get(), out_slots.data(), out_weights.data.get(), times.data(), out_clock.data(), nullptr,
+         nullptr, nullptr, nullptr, lists.data(), t == 0 ? nullptr : found.data(), count},
+        parallel));
+    check_slots(out_slots, heads, K, c.N);
+    for (int64_t b = 0; b < c.B; ++b)
+      if (t == 0 && c.N >= 1024) lists[b * size] = 0;  // all are in the index
+    slots = out_slots;
+    clock = out_clock;
+    weights = std::move(out_weights);
+    results.push_back(std::move(reads));
+  }
+  results.push_back(std::move(memory));
+  results.push_back(std::move(weights));
+  return results;
+}
+
 }  // namespace
