@@ -155,6 +155,13 @@ inline void prefetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
 }
 
+// The same, but into the second cache: what is at hand keeps the first.
+template <class T>
+inline void prefetch_far(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i, 0, 2);
+}
+
 // ---- the three passes over a block ------------------------------------------------------------------------------
 
 // For slots [0, count): to[d][i] = from[d][i] + sum over WRITE heads of weights[r][i] * vectors[r][d], and on the result

@@ -11,34 +11,36 @@ namespace {
 // To transpose a memory that is gone over once or twice would take longer than all else.
 
 // Of slots [0, count), count a multiple of the width, with vectors [R][ld]: dots[r][i], and unless it is null squares[i]. The
-// slots that come `next`, [count][D] or null, are sent for meanwhile: the processor does not see by itself that one tile
-// follows the other.
+// slots that come `next`, [count][D] or null, are sent for meanwhile, row by row and no nearer than the second cache: the
+// processor does not see by itself that one tile follows the other, and has room for few that are on their way at once.
 template <class T>
 inline void dot_rows_of_slots(const T* rows, int64_t ld, int64_t count, int64_t R, const T* vectors, T* dots, T* squares,
                               const T* next, int64_t D) {
   constexpr int W = width<T>;
-  for (int64_t i = 0; i < count; i += W) {
-    if (next) prefetch(next + i * D, W * D);
-    const T* first = rows + i * ld;
-    Vec<T> part[W];
-    for (int64_t r = 0; r < R; ++r) {
-      for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
-      for (int64_t d = 0; d < ld; d += W) {
-        const Vec<T> vector = load(vectors + r * ld + d);
-        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * vector;
-      }
-      store(dots + r * tile + i, sum_lanes<T>(part));
-    }
-    if (squares == nullptr) continue;
-    for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
-    for (int64_t d = 0; d < ld; d += W) {
-      for (int lane = 0; lane < W; ++lane) {
-        const Vec<T> m = load(first + lane * ld + d);
-        part[lane] += m * m;
-      }
-    }
-    store(squares + i, sum_lanes<T>(part));
-  }
+  for (int64_t i = 0; i < count; i += W)
+    for_heads<T>(R, [&](int64_t head, auto group) {
+      constexpr int HEADS = decltype(group)::value;
+      const auto dot = [&](auto square) {
+        constexpr int SUMS = HEADS + (decltype(square)::value ? 1 : 0);
+        Vec<T> part[SUMS][W];
+        for (int lane = 0; lane < W; ++lane) {
+          const T* row = rows + (i + lane) * ld;
+          if (next && head == 0) prefetch_far(next + (i + lane) * D, D);
+          Vec<T> sum[SUMS];
+          for (int r = 0; r < SUMS; ++r) sum[r] = Vec<T>{};
+          for (int64_t d = 0; d < ld; d += W) {
+            const Vec<T> m = load(row + d);
+            for (int r = 0; r < HEADS; ++r) sum[r] += m * load(vectors + (head + r) * ld + d);
+            if (SUMS > HEADS) sum[SUMS - 1] += m * m;
+          }
+          for (int r = 0; r < SUMS; ++r) part[r][lane] = sum[r];
+        }
+        for (int r = 0; r < HEADS; ++r) store(dots + (head + r) * tile + i, sum_lanes<T>(part[r]));
+        if (SUMS > HEADS) store(squares + i, sum_lanes<T>(part[SUMS - 1]));
+      };
+      if (squares != nullptr && head == 0) dot(std::true_type());
+      else dot(std::false_type());
+    });
 }
 
 // Calls body(d, chunks) for the columns [0, ld) in as many vectors at once, a type, as there are registers for.

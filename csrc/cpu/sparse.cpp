@@ -179,8 +179,8 @@ struct ScanScratch {
         total(arena.take<T>(a.R * (2 * a.K + 1))), of_head(arena.take<T>(a.R * (2 * a.K + 1))),
         changed(arena.take<T>(padded<T>(a.D) * width<T>)), lists(arena.take<int64_t>(listed && !a.lists ? lists_size(a.N) : 0)),
         found(arena.take<int64_t>(a.num_candidates)),
-        candidates(arena.take<int64_t>(listed ? different_limit(a.N) + a.K + a.num_candidates : 0)), spare(arena.take<int32_t>(listed ? a.N : 0)),
-        searching(arena, a, parts) {}
+        candidates(arena.take<int64_t>(listed ? different_limit(a.N) + a.K + a.num_candidates : 0)),
+        spare(arena.take<int32_t>(listed ? a.N : 0)), searching(arena, a, parts) {}
   // The lists of sample b; whether they have to be made.
   bool begin_lists(const SparseScan& a, int64_t b) {
     if (!listed) return false;
