@@ -289,6 +289,29 @@ def test_encode_inputs():
     inputs = encode_inputs(images, letters, ways=3, labels="string")
     assert inputs.shape == (2, 3, 41) and inputs[0, 0, 16:].nonzero().flatten().tolist() == [0, 9, 11, 16, 23]
     assert num_outputs(3, "onehot") == 3 and num_outputs(3, "string") == 25
+    pairs = encode_inputs(images, previous, ways=3, before=images.flip(0))
+    assert pairs.shape == (2, 3, 35) and torch.equal(pairs[..., :16], images.flatten(2) / 255)
+    assert torch.equal(pairs[..., 16:32], images.flip(0).flatten(2) / 255)
+    assert torch.equal(pairs[..., 32:], encode_inputs(images, previous, ways=3)[..., 16:])
+
+
+@pytest.mark.parametrize("labels", ["onehot", "string"])
+def test_a_pair_one_step_late_is_the_same_episode_with_every_image_once_more(labels):
+    classes = generate_glyphs(8, 6, image_size=8)
+    options = {"ways": 3, "shots": 4, "labels": labels, "augment": True, "seed": 5}
+    alone, paired = (Episodes(classes, late=late, **options) for late in ("label", "pair"))
+    assert paired.input_size == alone.input_size + 64
+    for ways in (None, 2):
+        a, b = alone.sample(3, ways=ways), paired.sample(3, ways=ways)
+        assert b.inputs.shape[2] == paired.input_size
+        for name in ("targets", "instance", "classes"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert torch.equal(b.inputs[..., :64], a.inputs[..., :64])
+        assert b.inputs[0, :, 64:128].eq(0).all()
+        assert torch.equal(b.inputs[1:, :, 64:128], a.inputs[:-1, :, :64])
+        assert torch.equal(b.inputs[..., 128:], a.inputs[..., 64:])
+    with pytest.raises(ValueError, match="late must be one of 'label', 'pair', got 'image'"):
+        Episodes(classes, late="image", **options)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mann_fast import MANN, cli
+from mann_fast.cli._options import load_data
 from mann_fast.data import Dataset, Episodes, generate_glyphs
 from mann_fast.data.images import ClassImages
 from mann_fast.models.encoders import Conv4, make_own
@@ -16,7 +17,13 @@ from mann_fast.training import TrainConfig, Trainer, load_checkpoint, restore_mo
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.files import read_json_lines
 from mann_fast.training.loop import resume_run, start_run, train
-from mann_fast.training.prediction import draw_orders, log_probabilities_apart, predict_by_order
+from mann_fast.training.prediction import (
+    draw_orders,
+    encoded_classes,
+    log_probabilities_apart,
+    predict_by_order,
+)
+from mann_fast.training.support import make_episodes
 
 SMALL = {"num_slots": 7, "slot_size": 5, "num_heads": 2}
 
@@ -198,6 +205,13 @@ def test_in_evaluation_an_answer_depends_on_nothing_that_comes_after_it():
         ({"encoder": "conv4", "image_shape": (1, 15, 16)}, ValueError, "sides of at least 16"),
         ({"encoder": "conv4", "image_shape": (2, 16, 16)}, ValueError, "input_size must be at least the 512"),
         ({"image_shape": (1, 16, 16)}, ValueError, "image_shape must be None without an encoder"),
+        ({"num_images": 2}, ValueError, "num_images must be 1 without an encoder, got 2"),
+        ({"num_images": 0}, ValueError, "num_images must be at least 1, got 0"),
+        (
+            {"encoder": "conv4", "image_shape": (1, 16, 16), "num_images": 2},
+            ValueError,
+            "input_size must be at least the 512 numbers of 2 images",
+        ),
         ({"normalize_features": True}, ValueError, "normalize_features needs an encoder, got True"),
         ({"normalize_features": 1}, TypeError, "normalize_features must be a bool, got int"),
         ({"encoder": nn.Flatten(0), "image_shape": (1, 2, 2)}, ValueError, r"encoder must make \[M, ...\]"),
@@ -460,3 +474,49 @@ def test_what_is_no_factory_is_said(text):
         make_own(text)
     with pytest.raises(ValueError, match="must give an nn.Module, got dict"):
         make_own("builtins:dict")
+
+
+def test_two_images_of_an_input_have_their_features_each_and_none_has_none():
+    """Of the step before; a first image that is all 0 is an image."""
+    torch.manual_seed(0)
+    options = {"image_shape": (2, 2, 2), "normalize_features": True, "dtype": torch.float64, **SMALL}
+    model = MANN(18, 2, 8, encoder=Rows(), num_images=2, **options)
+    model.feature_mean.copy_(torch.randn(len(model.feature_mean)))
+    x = torch.rand(4, 3, 18, dtype=torch.float64)
+    x[0, :, 8:16] = 0
+    x[1, 0, :8] = 0
+    encoded = model.encode(x)
+    size = len(model.feature_mean)
+    assert encoded.shape == (4, 3, 2 * size + 2)
+    images = x[..., :16].unflatten(2, (2, 2, 2, 2))
+    expected = model.features(images)
+    expected[0, :, 1] = 0
+    assert torch.equal(encoded[..., : 2 * size], expected.flatten(2)) and (expected[1, 0, 0] != 0).all()
+    assert torch.equal(encoded[..., 2 * size :], x[..., 16:])
+    assert model.layer.input_size == 2 * size + 2
+    same = MANN(**{**model.config, "encoder": Rows()}, dtype=torch.float64)
+    same.load_state_dict(model.state_dict())
+    for a, b in zip(same(x, lengths=torch.tensor([4, 2, 0]))[0], model(x)[0], strict=True):
+        assert (a[:1] - b[:1]).abs().max() < 1e-12
+
+
+def test_features_of_pairs_are_those_of_the_encoder(tmp_path):
+    """What training shows of images whose features were made once, and what the model itself makes of the images."""
+    config = TrainConfig.of(
+        "conv4", "stream", data="glyphs", late="pair", image_size=16, steps=3, encoder_steps=1, hidden_size=8,
+        shots=2, slots=8, batch=2, augment=False,
+    )  # fmt: skip
+    assert config.controller == "feedforward"
+    trainer = start_run(config, load_data(config), tmp_path)
+    for _ in range(3):
+        assert 0 < trainer.train_step().loss < 10
+    model = trainer.model.eval()
+    answering, features = encoded_classes(model, trainer._heldout)
+    of_images, of_features = (
+        make_episodes(config, x, seed=3).sample(4) for x in (trainer._heldout, features)
+    )
+    with torch.no_grad():
+        expected, found = model(of_images.inputs)[0], answering(of_features.inputs)[0]
+    assert (found - expected).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="late must be one of label with layout support, got 'pair'"):
+        TrainConfig.of("none", "support", late="pair")

@@ -21,7 +21,7 @@ from mann_fast.data.pictures import as_pixels
 from mann_fast.training import TrainConfig, Trainer, load_checkpoint, predict, restore_model
 from mann_fast.training.checkpoint import save_checkpoint, save_weights
 from mann_fast.training.config import SequenceConfig
-from mann_fast.training.prediction import draw_orders, encoded_once, labels_beside
+from mann_fast.training.prediction import draw_orders, encoded_once, examples_beside
 from mann_fast.training.recall import displace
 from mann_fast.training.sequences import SequenceTrainer
 
@@ -89,7 +89,9 @@ def test_recall_follows_the_writes_of_every_example(shipped, glyphs):
     for k in range(3):
         for q in range(2):
             pictures = torch.cat([examples[order[:, k]], images[q : q + 1]]).unsqueeze(1)
-            beside = torch.cat(labels_beside(config, shown[:, k : k + 1]))
+            beside = torch.cat(
+                [x.labels for x in examples_beside(config, pictures[:-1], shown[:, k : k + 1])]
+            )
             x = encode_inputs(pictures, beside, ways=config.ways, labels="onehot")
             with torch.no_grad():
                 _, _, weights = model.layer(model.encode(x), return_weights=True)

@@ -90,6 +90,23 @@ def test_steps_start_with_few_classes_and_come_to_all():
     assert ways[0] == 5 and ways[-1] == 20 and ways == sorted(ways)
 
 
+def test_examples_of_pairs_come_once_more_beside_their_labels(episodes):
+    config = TrainConfig.of(
+        "none", "stream", data="glyphs", late="pair", ways=6, hidden_size=16, image_size=8
+    )
+    torch.manual_seed(0)
+    model = build_model(config, 2 * 64 + 6, 6)
+    drawn = sample_support(episodes, 3, ways=6, shots=2)
+    images = torch.cat([drawn.examples, drawn.queries[:1]])
+    before = torch.cat([torch.zeros_like(images[:1]), drawn.examples])
+    late = torch.cat([torch.full((1, 3), -1), drawn.shown])
+    logits, _ = model(encode_inputs(images, late, ways=6, labels="onehot", before=before))
+    for together in (False, True):
+        found = logits_apart(model, config, drawn.examples, drawn.shown, drawn.queries[:2], together=together)
+        assert_close(found[0], logits[-1], atol=1e-5, rtol=1e-5)
+        assert (found[0] - found[1]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("layout, labels", [("support", "string"), ("stream", "onehot")])
 def test_a_curriculum_has_few_classes_first_and_goes_on_in_a_resumed_run(
     tmp_path, monkeypatch, layout, labels

@@ -42,6 +42,7 @@ from ..training.config import (
     ENCODER_DEFAULTS,
     ENCODER_SHARE,
     LABELS,
+    LATE,
     LAYOUT_DEFAULTS,
     LAYOUTS,
     MODELS,
@@ -122,6 +123,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         f"labelled examples first, up to --shots of each class, then queries, each judged apart (default: {default.layout})",
     )
     setting(
+        "--late",
+        choices=LATE,
+        help="of a stream, what follows a step late: the label alone, as in the paper, or the pair, the image once more beside "
+        f"its label (default: {default.late})",
+    )
+    setting(
         "--augment",
         action=argparse.BooleanOptionalAction,
         help="shift and turn images a little, and take characters turned by 90, 180, 270 degrees as further "
@@ -192,7 +199,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--controller",
         choices=tuple(CONTROLLERS),
         help=f"what drives the memory (default: {default.controller}; "
-        f"with --layout support {LAYOUT_DEFAULTS['support']['controller']})",
+        f"with --layout support or --late pair {LAYOUT_DEFAULTS['support']['controller']})",
     )
     setting(
         "--hidden-size",

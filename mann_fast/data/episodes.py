@@ -14,6 +14,7 @@ from ..ops._checks import check_choice
 from .images import ClassImages
 
 LABELS = ("onehot", "string")
+LATE = ("label", "pair")  # what comes one step late: the label alone, or the image with it once more
 LETTERS = 5  # a string label is five letters, each one of a to e: 25 numbers, 3,125 labels
 
 _TURN = math.pi / 16  # the paper's small rotation
@@ -25,8 +26,8 @@ _SLANT = 0.25  # sideways per unit of height
 class Episode(NamedTuple):
     """A batch of episodes, time first.
 
-    inputs: float32 [T, B, F], the pixels in [0, 1] followed by the label of the step before (zeros at the
-        first).
+    inputs: float32 [T, B, F], the pixels in [0, 1], of ``late="pair"`` those of the step before, and the label of the step
+        before (zeros at the first).
     targets: int64 [T, B], the label; with string labels [T, B, 5], a letter 0 to 4 each.
     instance: int64 [T, B], 1 where a class is seen for the first time in its episode, 2 for the second, and
         so on.
@@ -58,10 +59,11 @@ class Episodes:
 
     An episode has ``ways`` classes drawn at random, ``shots`` different images of each in random order (T =
     ways * shots steps), and labels dealt to the classes at random. ``labels="string"`` deals strings of five
-    letters instead, different within an episode. ``augment=True`` turns, stretches, slants and shifts every image a
-    little, anew in each batch. Everything random comes from a generator of its own: the same ``seed`` gives the same
-    episodes, and :meth:`state_dict` continues exactly. In the worker processes of a ``DataLoader`` each copy draws episodes of
-    its own, which follow from ``seed`` and the seed of the worker, and so from that of the loader.
+    letters instead, different within an episode. ``late="pair"`` shows the image of the step before once more, beside its
+    label. ``augment=True`` turns, stretches, slants and shifts every image a little, anew in each batch. Everything random
+    comes from a generator of its own: the same ``seed`` gives the same episodes, and :meth:`state_dict` continues exactly. In
+    the worker processes of a ``DataLoader`` each copy draws episodes of its own, which follow from ``seed`` and the seed of the
+    worker, and so from that of the loader.
 
     Raises ValueError for options that do not fit, too few classes for ``ways``, or a class with fewer than
     ``shots`` images (which it names).
@@ -74,10 +76,12 @@ class Episodes:
         ways: int = 5,
         shots: int = 10,
         labels: str = "onehot",
+        late: str = "label",
         augment: bool = False,
         seed: int = 0,
     ) -> None:
         check_labels(ways, labels)
+        check_choice("late", late, LATE)
         if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
             raise ValueError(f"shots must be a positive integer, got {shots!r}")
         if classes.num_classes < ways:
@@ -91,13 +95,13 @@ class Episodes:
             )
         classes.require(shots, "add images or lower shots")
         self.classes = classes
-        self.ways, self.shots, self.labels, self.augment = ways, shots, labels, augment
+        self.ways, self.shots, self.labels, self.late, self.augment = ways, shots, labels, late, augment
         self.image_size = classes.image_size
         self.length = ways * shots
         self.num_outputs = num_outputs(ways, labels)
         self._image_shape = classes.images.shape[1:]
         self._pixels = classes.images.flatten(1)
-        self.input_size = self._pixels.shape[1] + self.num_outputs
+        self.input_size = images_of_input(late) * self._pixels.shape[1] + self.num_outputs
         self._generator = torch.Generator().manual_seed(seed)
         self._worker = _worker_seed()  # where the generator was seeded
 
@@ -111,7 +115,8 @@ class Episodes:
         all_labels = self.labels == "onehot" and ways in (None, self.ways)
         targets = which if all_labels else self.deal(batch, which, part)
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
-        inputs = encode_inputs(pixels, previous, ways=self.ways, labels=self.labels)
+        before = step_before(pixels) if self.late == "pair" else None
+        inputs = encode_inputs(pixels, previous, ways=self.ways, labels=self.labels, before=before)
         return Episode(inputs, targets, instance, classes)
 
     def sample_images(
@@ -239,8 +244,21 @@ def num_outputs(ways: int, labels: str) -> int:
     return LETTERS * LETTERS if labels == "string" else ways
 
 
-def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = "onehot") -> Tensor:
-    """What a model reads, float32 [T, B, C * S * S + L]: the pixels, then the label of the step before.
+def images_of_input(late: str) -> int:
+    """How many images an input has."""
+    return 2 if late == "pair" else 1
+
+
+def step_before(images: Tensor) -> Tensor:
+    """Of every step of images [T, ...] those of the step before, of the first zeros: no image."""
+    return torch.cat([torch.zeros_like(images[:1]), images[:-1]])
+
+
+def encode_inputs(
+    images: Tensor, previous: Tensor, *, ways: int, labels: str = "onehot", before: Tensor | None = None
+) -> Tensor:
+    """What a model reads, float32 [T, B, C * S * S + L]: the pixels, then the label of the step before; between them, where it
+    is given, the image ``before``, as images, zeros for none.
 
     images: [T, B, S, S], or in colour [T, B, 3, S, S], uint8 or float, with values from 0 to 255; or features [T, B, E] of
         :class:`mann_fast.training.features.FeatureEncoder`. previous: the label of the step before, int64 [T, B] in
@@ -252,6 +270,8 @@ def encode_inputs(images: Tensor, previous: Tensor, *, ways: int, labels: str = 
     places = previous.unsqueeze(-1) if labels == "onehot" else previous
     onehot = (places.unsqueeze(-1) == torch.arange(size, device=previous.device)).flatten(2)
     pixels = images.flatten(2)
+    if before is not None:
+        pixels = torch.cat([pixels, before.flatten(2)], 2)
     width = pixels.shape[2] + onehot.shape[2]
     inputs = torch.empty(*pixels.shape[:2], width, dtype=torch.float32, device=images.device)
     torch.div(pixels, 255, out=inputs[..., : pixels.shape[2]])

@@ -97,17 +97,23 @@ def count_features(encoder: nn.Module, image_shape: tuple[int, int, int]) -> int
 
 
 def encode_images(
-    encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int], mean: Tensor | None
+    encoder: nn.Module, x: Tensor, image_shape: tuple[int, int, int], count: int, mean: Tensor | None
 ) -> Tensor:
-    """x [..., C * H * W + L] with the image at its start replaced by its features, [..., E + L]; all images in one call.
+    """x [..., count * C * H * W + L] with the images at its start replaced by their features, [..., count * E + L]; all images
+    in one call. After the first an image that is all 0 is none, and has features of 0.
     mean: [E], from which on the features of every image are scaled to a root mean square of 1, or None: as they are.
     """
-    pixels = prod(image_shape)
-    images = x[..., :pixels].reshape(prod(x.shape[:-1]), *image_shape)
+    pixels = count * prod(image_shape)
+    images = x[..., :pixels].reshape(count * prod(x.shape[:-1]), *image_shape)
     if len(images) == 0:  # of which a batch norm has no mean
-        features = x.new_empty(*x.shape[:-1], count_features(encoder, image_shape))
+        features = x.new_empty(*x.shape[:-1], count * count_features(encoder, image_shape))
     else:
-        features = encoder(images).reshape(*x.shape[:-1], -1)
+        features = encoder(images).reshape(*x.shape[:-1], count, -1)
         if mean is not None:
             features = F.rms_norm(features - mean, features.shape[-1:])
+        if count > 1:
+            there = images.flatten(1).ne(0).any(1).view(features.shape[:-1])
+            there[..., 0] = True
+            features = torch.where(there.unsqueeze(-1), features, 0)
+        features = features.flatten(-2)
     return torch.cat([features, x[..., pixels:]], -1)

@@ -36,6 +36,8 @@ class MANN(nn.Module):
             (:class:`mann_fast.models.encoders.Conv4`), or a module of your own that takes images [M, C, H, W] and returns
             [M, ...]. All images of a call go through it at once, M = T * B. None: the controller sees the pixels.
         image_shape: (C, H, W) of the images where there is an encoder: the first C * H * W numbers of every input.
+        num_images: how many images every input begins with, where there is an encoder: 2 for episodes with ``late="pair"``,
+            where that of the step before follows, 0 for none.
         normalize_features: whether the features of every image are scaled to a root mean square of 1, less the buffer
             ``feature_mean`` [E] (0 in a new model), so that the controller sees in which direction they point from there, and
             not how far: docs/few-shot.md.
@@ -70,13 +72,14 @@ class MANN(nn.Module):
         batch_first: bool = False,
         encoder: str | nn.Module | None = None,
         image_shape: Sequence[int] | None = None,
+        num_images: int = 1,
         normalize_features: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ):
         super().__init__()
-        check_sizes(input_size=input_size, num_classes=num_classes)
+        check_sizes(input_size=input_size, num_classes=num_classes, num_images=num_images)
         check_flag("normalize_features", normalize_features)
         memory = make_memory(addressing, options)
         arguments: dict[str, Any] = {
@@ -92,6 +95,7 @@ class MANN(nn.Module):
             **arguments,
             "encoder": type(encoder).__name__ if isinstance(encoder, nn.Module) else encoder,
             "image_shape": None if image_shape is None else list(image_shape),
+            "num_images": num_images,
             "normalize_features": normalize_features,
             "addressing": name_of(memory),
             **{name: getattr(memory, name) for name in options_of(memory)},
@@ -99,7 +103,7 @@ class MANN(nn.Module):
         made = self._make_encoder(encoder, image_shape, device=device, dtype=dtype)
         if made is not None and self.image_shape is not None:
             features = count_features(made, self.image_shape)
-            arguments["input_size"] += features - prod(self.image_shape)
+            arguments["input_size"] += num_images * (features - prod(self.image_shape))
             if normalize_features:
                 self.register_buffer("feature_mean", torch.zeros(features, device=device, dtype=dtype))
         self.layer = MemoryLayer(**arguments, addressing=memory, device=device, dtype=dtype)
@@ -114,15 +118,18 @@ class MANN(nn.Module):
                 raise ValueError(f"image_shape must be None without an encoder, got {image_shape!r}")
             if self.config["normalize_features"]:
                 raise ValueError("normalize_features needs an encoder, got True")
+            if self.config["num_images"] != 1:
+                raise ValueError(f"num_images must be 1 without an encoder, got {self.config['num_images']}")
             return None
         if not isinstance(encoder, nn.Module) and not (isinstance(encoder, str) and encoder in ENCODERS):
             known = ", ".join(map(repr, ENCODERS))
             raise ValueError(f"encoder must be None, {known} or a module, got {shown(encoder)}")
         self.image_shape = check_image_shape(image_shape, encoder)
-        pixels, width = prod(self.image_shape), self.config["input_size"]
-        if pixels > width:
+        count, width = self.config["num_images"], self.config["input_size"]
+        if (pixels := count * prod(self.image_shape)) > width:
+            of_images = "an image" if count == 1 else f"{count} images"
             raise ValueError(
-                f"input_size must be at least the {pixels} numbers of an image {list(self.image_shape)}, got {width}"
+                f"input_size must be at least the {pixels} numbers of {of_images} {list(self.image_shape)}, got {width}"
             )
         return (
             encoder if isinstance(encoder, nn.Module) else ENCODERS[encoder](self.image_shape[0], **factory)
@@ -167,11 +174,11 @@ class MANN(nn.Module):
                 f"got {list(x.shape)}"
             )
         if lengths is None:
-            return self._with_features(x)
+            return self._with_features(x, self.config["num_images"])
         batch_first = self.layer.batch_first
         of_padded(x, None, lengths, batch_first)  # raises where they do not fit
         taken = steps_taken(lengths, x.shape[int(batch_first and x.dim() == 3)], batch_first)
-        return each_taken(self._with_features, x, taken)
+        return each_taken(lambda x: self._with_features(x, self.config["num_images"]), x, taken)
 
     def features(self, images: Tensor, *views: Tensor) -> Tensor:
         """What the memory's controller sees of images alone, whatever label comes with them: float [..., E].
@@ -185,16 +192,16 @@ class MANN(nn.Module):
             raise ValueError("features are what an encoder makes of images, and this model has none")
         if images.shape[-3:] != self.image_shape:
             raise ValueError(f"images must be [..., *{list(self.image_shape)}], got {list(images.shape)}")
-        found = self._with_features(images.flatten(-3))
+        found = self._with_features(images.flatten(-3), 1)
         if not views:
             return found
         found = torch.stack([found, *(self.features(view) for view in views)]).mean(0)
         return F.rms_norm(found, found.shape[-1:]) if self.config["normalize_features"] else found
 
-    def _with_features(self, x: Tensor) -> Tensor:
+    def _with_features(self, x: Tensor, count: int) -> Tensor:
         assert self.encoder is not None and self.image_shape is not None
         mean = self.feature_mean if self.config["normalize_features"] else None
-        return encode_images(self.encoder, x, self.image_shape, mean)
+        return encode_images(self.encoder, x, self.image_shape, count, mean)
 
     def answer(
         self, encoded: Tensor, state: MemoryState | Sequence[Any] | None = None

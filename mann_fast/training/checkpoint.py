@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
 from ..data import num_outputs
+from ..data.episodes import images_of_input
 from ..data.images import expand_user
 from ..data.sequences import TASKS
 from ..models import MANN, LSTMClassifier
@@ -248,7 +249,7 @@ def _require_model(content: dict[str, Any]) -> dict[str, Tensor]:
             if not all(isinstance(x, float) and math.isfinite(x) for x in mean):
                 raise ValueError("data.features.mean must be finite numbers")
             width = len(mean)
-        needed["input_size"] = width + outputs
+        needed["input_size"] = images_of_input(config.late) * width + outputs
     elif isinstance(config, BabiConfig):
         words = _part(content, "vocabulary", list)
         if not all(isinstance(word, str) for word in words):
@@ -308,7 +309,8 @@ def _count_features(config: TrainConfig, state: dict[Any, Any]) -> int:
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"model.state.{name} must be a matrix")
     outputs = num_outputs(config.ways, config.labels)
-    features = weight.shape[1] - outputs - config.heads * config.slot_size
+    columns = weight.shape[1] - outputs - config.heads * config.slot_size
+    features = columns // images_of_input(config.late)
     if features < 1:
         raise ValueError(f"model.state.{name} has {weight.shape[1]} columns, too few for features and reads")
     return features
@@ -391,7 +393,9 @@ def encoder_options(config: TrainConfig) -> dict[str, Any]:
     """Of MANN, which has no encoder where a backbone has made features of the images before."""
     if config.encoder == NO_ENCODER or is_backbone(config.encoder):
         return {"encoder": None, "image_shape": None}
-    return {"encoder": config.encoder, "image_shape": list(config.image_shape)}
+    options = {"encoder": config.encoder, "image_shape": list(config.image_shape)}
+    images = images_of_input(config.late)
+    return options if images == 1 else {**options, "num_images": images}  # older models do not name it
 
 
 def own_encoder(config: RunConfig) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .._state import SIZE_MAX
+from ..data.episodes import LABELS, LATE
 from ..data.sequences import TASKS, KeyValue
 from ..layers import MEMORIES, Memory
 from ..layers.registry import PRESETS, make_memory, options_of
@@ -16,7 +17,6 @@ from ..reference.cell import CONTROLLERS
 
 GRAVES = PRESETS["graves2014"].options  # for the tasks of that paper
 MODELS = ("mann", "lstm")
-LABELS = ("onehot", "string")
 LAYOUTS = ("stream", "support")  # of an episode
 NO_ENCODER = "none"
 ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {"conv4": {"image_size": 28}}  # the field's
@@ -36,6 +36,8 @@ LAYOUT_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_episodes": 200,
     },
 }
+# Of a stream that shows an image beside its label a controller needs no past, and without one learns sooner: docs/omniglot.md.
+LATE_DEFAULTS: dict[str, dict[str, Any]] = {"pair": {"controller": "feedforward"}}
 # Of so many steps an encoder has one to learn in. It took 7.5 times as long as one of the memory, and then come the features:
 # both have about half of the time.
 ENCODER_SHARE = 10
@@ -187,6 +189,8 @@ class TrainConfig(RunConfig):
     # are learned (Rae et al. 2016): see Trainer.
     curriculum: int = 0
     memory: str = LAYOUT_DEFAULTS["stream"]["memory"]
+    # Of a stream: what comes one step late, "label", as in the paper, or "pair", the image once more beside its label.
+    late: str = "label"
     augment: bool = True  # shift and turn the images a little; turned characters are classes of their own
 
     def __post_init__(self) -> None:
@@ -218,6 +222,10 @@ class TrainConfig(RunConfig):
             least = "at least 2 (the first image of a class can only be guessed)"
             _require(self.shots >= 2, "shots", least, self.shots)
         _require(self.labels in LABELS, "labels", f"one of {', '.join(LABELS)}", self.labels)
+        choices = LATE if self.layout == "stream" else LATE[:1]
+        _require(
+            self.late in choices, "late", f"one of {', '.join(choices)} with layout {self.layout}", self.late
+        )
         if self.curriculum:
             within = f"0 or from 2 to ways = {self.ways}"
             _require(2 <= self.curriculum <= self.ways, "curriculum", within, self.curriculum)
@@ -235,7 +243,8 @@ class TrainConfig(RunConfig):
         of_encoder = ENCODER_DEFAULTS.get(encoder, {})
         if is_backbone(encoder):
             of_encoder = {"image_size": recipe_of(encoder).image_size, "colour": True, "augment": False}
-        of_layout = {"addressing": cls.addressing, **LAYOUT_DEFAULTS.get(layout, {})}
+        of_late = LATE_DEFAULTS.get(changes.get("late", cls.late), {})
+        of_layout = {"addressing": cls.addressing, **LAYOUT_DEFAULTS.get(layout, {}), **of_late}
         defaults = _of_addressing({**of_layout, **of_encoder}, changes)
         if trainable(encoder):
             steps = defaults.get("steps", cls.steps)
@@ -253,7 +262,7 @@ class TrainConfig(RunConfig):
         learned with the memory steps of its own, memory and controller went by the layout, and there was no curriculum.
         """
         before = {"colour": False, "encoder": NO_ENCODER, "encoder_steps": 0, "layout": "stream"}
-        values = {**before, "encoder_from": "", "curriculum": 0, **values}
+        values = {**before, "encoder_from": "", "curriculum": 0, "late": "label", **values}
         of_layout = LAYOUT_DEFAULTS.get(str(values["layout"]), {})
         made = {
             name: of_layout.get(name, getattr(cls, name)) for name in ("addressing", "memory", "controller")

@@ -189,10 +189,14 @@ def describe(config: RunConfig, source: str | None = None) -> str:
     labels = ", string labels" if config.labels == "string" else ""
     if config.layout == "support":
         labels += ", support and queries"
+    if config.late == "pair":
+        labels += ", pairs late"
     unusual = []
     if config.encoder != NO_ENCODER:
         unusual += [config.encoder, f"{config.image_size} x {config.image_size}"]
-    if config.model == "mann" and _memory(config) != _memory(TrainConfig.of(NO_ENCODER, config.layout)):
+    if config.model == "mann" and _memory(config) != _memory(
+        TrainConfig.of(NO_ENCODER, config.layout, late=config.late)
+    ):
         unusual.append(_memory(config))
     model = config.model.upper() + (f" ({', '.join(unusual)})" if unusual else "")
     return f"{model} on {data}, {config.ways}-way{labels}"

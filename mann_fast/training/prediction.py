@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..data import ClassImages, encode_inputs
-from ..data.episodes import LETTERS, distorted
+from ..data.episodes import LETTERS, distorted, step_before
 from ..layers import MemoryState
 from ..models import MANN
 from .config import TrainConfig
@@ -79,30 +79,52 @@ def logits_apart(
     other images. Arguments as of :func:`log_probabilities_apart`. ``together`` shows all images in one call; else one at a
     time, which takes less memory.
 
-    The labels come as in training (:func:`labels_beside`).
+    The labels come as in training (:func:`examples_beside`).
     """
-    as_trained = {"ways": config.ways, "labels": config.labels}
-    beside, asked = labels_beside(config, shown)
-    _, state = model(encode_inputs(examples, beside, **as_trained))
+    first, asked = examples_beside(config, examples, shown)
+    _, state = model(first.inputs(examples, config))
     found = []
     for part in images.split(len(images) if together else 1) if len(images) else ():
         count = len(part)
-        inputs = encode_inputs(
-            part.flatten(0, 1).unsqueeze(0), asked.repeat(1, count, *(1,) * (asked.dim() - 2)), **as_trained
-        )
+        inputs = asked.repeated(count).inputs(part.flatten(0, 1).unsqueeze(0), config)
         logits, _ = model(inputs, state if count == 1 else _repeated(state, count))  # one more step
         found.append(logits[0].unflatten(0, (count, -1)))
     return torch.cat(found) if found else torch.empty(0, images.shape[1], 0, dtype=torch.float32)
 
 
-def labels_beside(config: TrainConfig, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """The labels that the inputs of the examples have, [n, B, ...], and that of an image after them, [1, B, ...]; -1 is none.
+class Beside(NamedTuple):
+    """What inputs have beside their images: labels [T, B, ...], -1 for none, and of a model that was trained with
+    ``late="pair"`` the images before, [T, B, ...]."""
+
+    labels: Tensor
+    before: Tensor | None
+
+    def inputs(self, images: Tensor, config: TrainConfig) -> Tensor:
+        """With images [T, B, ...]."""
+        return encode_inputs(images, self.labels, ways=config.ways, labels=config.labels, before=self.before)
+
+    def repeated(self, count: int) -> Beside:
+        """Of ``count`` times as many sequences, those of the batch one after another again and again."""
+        labels, before = (
+            x if x is None else x.repeat(1, count, *(1,) * (x.dim() - 2)) for x in (self.labels, self.before)
+        )
+        assert labels is not None
+        return Beside(labels, before)
+
+
+def examples_beside(config: TrainConfig, examples: Tensor, shown: Tensor) -> tuple[Beside, Beside]:
+    """What stands beside the examples [n, B, ...] with the labels ``shown`` [n, B, ...], and beside an image after them.
 
     A model that was trained on streams reads every label one step late, that of the last example with the image. One that was
     trained on support and queries reads an example with its label, and an image with none.
     """
     none = torch.full_like(shown[:1], -1)
-    return (shown, none) if config.layout == "support" else (torch.cat([none, shown[:-1]]), shown[-1:])
+    if config.layout == "support":
+        return Beside(shown, None), Beside(none, None)
+    before, last = None, None
+    if config.late == "pair":
+        before, last = step_before(examples), examples[-1:]
+    return Beside(torch.cat([none, shown[:-1]]), before), Beside(shown[-1:], last)
 
 
 def _repeated(state: MemoryState, count: int) -> MemoryState:

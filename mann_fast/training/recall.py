@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import encode_inputs
 from ..models import MANN
 from .config import TrainConfig
-from .prediction import draw_orders, encoded_once, labels_beside
+from .prediction import draw_orders, encoded_once, examples_beside
 from .trace import over_slots
 
 
@@ -58,25 +57,27 @@ def recall(
     if not isinstance(model, MANN):
         raise ValueError(f"a model with a memory is needed, this is a {type(model).__name__}")
     n, num_slots = len(examples), model.layer.memory.num_slots
-    as_trained = {"ways": config.ways, "labels": config.labels}
     _, (examples, images) = encoded_once(model, examples, images, views=views)
     order, _, shown = draw_orders(config, classes, orders, seed)
-    beside, asked = labels_beside(config, shown)
-    inputs = encode_inputs(examples[order], beside, **as_trained)
+    first, asked = examples_beside(config, examples[order], shown)
+    inputs = first.inputs(examples[order], config)
     _, state, weights = model.layer(inputs, return_weights=True)
     learned = inputs.new_zeros(orders, num_slots, n + 1)
-    for source, written in zip(order, over_slots(weights, num_slots)[1], strict=True):
+    # What a step writes comes from its image, or from the one that has its label there.
+    sources, asking = order, torch.full((orders,), n)
+    if config.late == "pair":
+        sources, asking = torch.cat([asking.unsqueeze(0), order[:-1]]), order[-1]
+    for source, written in zip(sources, over_slots(weights, num_slots)[1], strict=True):
         learned = displace(learned, written.sum(1), source)
 
     reads_first = getattr(model.layer.memory, "order", None) == "read_first"
     slots, holds = [], []
     for image in images:
-        repeated = image.expand(1, orders, *image.shape)
-        inputs = encode_inputs(repeated, asked, **as_trained)
+        inputs = asked.inputs(image.expand(1, orders, *image.shape), config)
         _, _, weights = model.layer(inputs, state, return_weights=True)
         read, write = (part[0] for part in over_slots(weights, num_slots))
         slots.append(read.mean(1))
-        holds.append(learned if reads_first else displace(learned, write.sum(1), torch.full((orders,), n)))
+        holds.append(learned if reads_first else displace(learned, write.sum(1), asking))
     return Recall(
         torch.stack(slots) if slots else learned.new_empty(0, orders, num_slots),
         torch.stack(holds) if holds else learned.new_empty(0, *learned.shape),

@@ -99,7 +99,8 @@ def images_of_class(config: TrainConfig) -> int:
 def make_episodes(config: TrainConfig, classes: ClassImages, *, augment: bool = False, seed: int) -> Episodes:
     """Episodes of the configured kind; of support and queries with images for both."""
     sizes = {"ways": config.ways, "shots": images_of_class(config)}
-    return Episodes(classes, **sizes, labels=config.labels, augment=augment, seed=seed)
+    options = {"labels": config.labels, "late": config.late}
+    return Episodes(classes, **sizes, **options, augment=augment, seed=seed)
 
 
 def measure_accuracy(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import ClassImages, Dataset, Episodes
-from ..data.episodes import distorted
+from ..data.episodes import distorted, images_of_input, step_before
 from ..models.backbones import is_backbone
 from ..models.encoders import ENCODERS
 from . import processes
@@ -200,9 +200,11 @@ class Trainer(Run):
         episode = self.episodes.sample(batch, processes.part_of(batch), ways=ways)
         inputs = episode.inputs
         if self._seen:
-            width = inputs.shape[2] - self.episodes.num_outputs
+            images = images_of_input(config.late)
+            width = (inputs.shape[2] - self.episodes.num_outputs) // images
             (features,) = varied(inputs[..., :width])
-            inputs = torch.cat([features, inputs[..., width:]], 2)
+            before = [step_before(features)] * (images - 1)
+            inputs = torch.cat([features, *before, inputs[..., images * width :]], 2)
         logits, _ = self._answering(inputs)
         right = right_by_instance(
             is_right(logits.detach(), episode.targets, config.labels), episode.instance, config.shots
