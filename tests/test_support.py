@@ -17,8 +17,9 @@ from mann_fast.training import TrainConfig, load_checkpoint, predict, resume_run
 from mann_fast.training.checkpoint import build_model, save_checkpoint, save_weights
 from mann_fast.training.config import config_from_dict
 from mann_fast.training.plots import plot_learning_curve
-from mann_fast.training.prediction import encoded_classes, logits_apart
+from mann_fast.training.prediction import draw_orders, encoded_classes, logits_apart
 from mann_fast.training.protocol import Protocol, evaluate_protocol
+from mann_fast.training.recall import recall
 from mann_fast.training.support import (
     make_episodes,
     measure_accuracy,
@@ -105,6 +106,31 @@ def test_examples_of_pairs_come_once_more_beside_their_labels(episodes):
         found = logits_apart(model, config, drawn.examples, drawn.shown, drawn.queries[:2], together=together)
         assert_close(found[0], logits[-1], atol=1e-5, rtol=1e-5)
         assert (found[0] - found[1]).abs().max() > 1e-4
+
+
+def test_what_a_pair_writes_comes_from_the_image_beside_its_label(episodes):
+    config = TrainConfig.of(
+        "none", "stream", data="glyphs", late="pair", ways=6, hidden_size=16, image_size=8, slots=9
+    )
+    torch.manual_seed(0)
+    model = build_model(config, 2 * 64 + 6, 6)
+    drawn = sample_support(episodes, 1, ways=3, shots=1)
+    examples, classes = drawn.examples[:, 0], torch.arange(3)
+    found = recall(model, config, examples, classes, drawn.queries[0], orders=2, seed=4)
+    order, _, shown = draw_orders(config, classes, 2, 4)
+    for k in range(2):
+        pictures = torch.cat([examples[order[:, k]], drawn.queries[0]]).unsqueeze(1)
+        late = torch.cat([torch.full((1, 1), -1), shown[:, k : k + 1]])
+        before = torch.cat([torch.zeros_like(pictures[:1]), pictures[:-1]])
+        inputs = encode_inputs(pictures, late, ways=6, labels="onehot", before=before)
+        with torch.no_grad():
+            _, _, weights = model.layer(inputs, return_weights=True)
+        assert_close(found.slots[0, k], weights.read[-1, 0].mean(0))
+        held = torch.zeros(9, 4)
+        for step, source in enumerate([3, *order[:, k].tolist()]):  # the first writes of no example
+            share = weights.write[step, 0].sum(0).clamp(0, 1).unsqueeze(1)
+            held += share * (torch.nn.functional.one_hot(torch.tensor(source), 4) - held)
+        assert_close(found.holds[0, k], held)
 
 
 @pytest.mark.parametrize("layout, labels", [("support", "string"), ("stream", "onehot")])
