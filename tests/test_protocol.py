@@ -6,7 +6,15 @@ from torch import nn
 
 from mann_fast.data import ClassImages
 from mann_fast.training import TrainConfig
-from mann_fast.training.protocol import QUERIES, Protocol, evaluate_protocol, obstacle
+from mann_fast.training.protocol import (
+    INSTANCES,
+    QUERIES,
+    Protocol,
+    evaluate_protocol,
+    evaluate_streams,
+    obstacle,
+    obstacle_to_streams,
+)
 
 
 def constant_images(num_classes, each):
@@ -92,3 +100,64 @@ def test_what_cannot_be_measured_is_said():
     for text in ("5-way", "1-way-1-shot", "5-way-0-shot", "five-way-1-shot"):
         with pytest.raises(ValueError, match="a protocol must be such as 5-way-1-shot"):
             Protocol.parse(text)
+
+
+class Looks(nn.Module):
+    """Answers a grey with the label that came with it, of a stream one step late; its state is all of both so far."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.width = config, 25 if config.labels == "string" else config.ways
+
+    def forward(self, x, state=None):
+        greys, labels = x[..., 0], x[..., -self.width :]
+        if state is not None:
+            greys, labels = torch.cat([state[0], greys]), torch.cat([state[1], labels])
+        if self.config.late == "pair":
+            assert torch.equal(x[..., 4], greys[-2:-1] if len(greys) > 1 else torch.zeros_like(x[..., 4]))
+        shown, known = greys[:-1], labels[1:]
+        if self.config.layout == "support":
+            assert labels[:-1].any(2).all()  # what is remembered came with its label
+            shown, known = greys, labels
+        same = (shown == x[..., 0]).float()
+        return torch.einsum("tb,tbl->bl", same, known).clamp(max=1).unsqueeze(0) * 9, (greys, labels)
+
+
+@pytest.mark.parametrize("labels", ["onehot", "string"])
+@pytest.mark.parametrize("layout, late", [("stream", "label"), ("stream", "pair"), ("support", "label")])
+@pytest.mark.parametrize("ways, orders", [(2, 1), (4, 3)])
+def test_along_a_stream_a_perfect_memory_knows_what_it_has_seen(layout, late, labels, ways, orders):
+    """Of every image after the first of its class, and of no first one more than a guess."""
+    config = TrainConfig.of("none", layout, ways=5, labels=labels, late=late, image_size=2)
+    found = evaluate_streams(Looks(config), config, constant_images(8, 10), ways, 80, orders=orders)
+    assert found.episodes == 80 and len(found.mean) == INSTANCES
+    assert found.mean[1:] == (1,) * (INSTANCES - 1)
+    assert found.mean[0] < 1
+
+
+def test_along_a_stream_an_answer_is_the_mean_over_the_deals():
+    class Unsure(Looks):
+        def forward(self, x, state=None):
+            logits, state = super().forward(x, state)
+            return logits / 9 + torch.randn(logits.shape), state
+
+    torch.manual_seed(0)
+    config = TrainConfig.of("none", "support", ways=5, image_size=2)
+    once, often = (
+        evaluate_streams(Unsure(config), config, constant_images(8, 10), 5, 20, orders=n) for n in (1, 32)
+    )
+    assert once.mean[4] < 0.7 and often.mean[4] > 0.95
+    with pytest.raises(ValueError, match="orders must be at least 1, got 0"):
+        evaluate_streams(Unsure(config), config, constant_images(8, 10), 5, 20, orders=0)
+
+
+def test_streams_that_cannot_be_measured():
+    config = TrainConfig(ways=5, image_size=2)
+    for ways, classes, why in (
+        (6, constant_images(8, 10), "the model was trained to tell 5 classes apart"),
+        (5, constant_images(4, 10), "there are 4 classes to measure on"),
+        (5, constant_images(8, 9), "a class needs 10 images and one has 9"),
+    ):
+        assert obstacle_to_streams(ways, config, classes) == why
+        with pytest.raises(ValueError, match=f"streams of {ways} classes cannot be measured: {why}"):
+            evaluate_streams(Looks(config), config, classes, ways, 3)

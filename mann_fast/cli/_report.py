@@ -149,6 +149,39 @@ def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) 
     )
 
 
+def print_streams(streams: dict[str, Any], config: TrainConfig) -> None:
+    """Accuracy by instance on streams of images, with its confidence intervals, as a table on stdout."""
+    table = Table()
+    table.add_column("image of a class", justify="right")
+    table.add_column("right", justify="right")
+    table.add_column("95% interval", justify="center")
+    rows = zip(streams["mean"], streams["low"], streams["high"], strict=True)
+    for k, (mean, low, high) in enumerate(rows, start=1):
+        table.add_row(ordinal(k), f"{mean:.1%}", f"{low:.1%} to {high:.1%}")
+    print(
+        f"Streams of {len(streams['mean'])} images of each of {streams['ways']} classes, {streams['episodes']:,} of them; "
+        "every image is asked about from the memory of those before it. "
+        + averages(streams, "deals of the labels")
+        + (
+            "The model was trained on streams, and answers as it reads."
+            if config.layout == "stream"
+            else "The model was trained on support and queries: it is asked apart, and then shown the image with its label."
+        )
+    )
+    print_table(table)
+
+
+def averages(result: dict[str, Any], orders: str) -> str:
+    """What an answer is the mean over."""
+    many = [
+        f"An answer is the mean over {result['orders']} {orders}. " if result["orders"] > 1 else "",
+        f"The features of an image are the mean over {result['views']} views of it. "
+        if result["views"] > 1
+        else "",
+    ]
+    return "".join(many)
+
+
 def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> None:
     """Accuracy by the field's protocol, with its confidence intervals, as a table on stdout."""
     table = Table()
@@ -158,11 +191,9 @@ def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> N
     for result in results:
         interval = f"{result['low']:.1%} to {result['high']:.1%}"
         table.add_row(result["protocol"], f"{result['mean']:.1%}", interval)
-    orders, views = results[0]["orders"], results[0]["views"]
     print(
         f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. "
-        + (f"An answer is the mean over {orders} orders of the examples. " if orders > 1 else "")
-        + (f"The features of an image are the mean over {views} views of it. " if views > 1 else "")
+        + averages(results[0], "orders of the examples")
         + (
             "The model was trained with labels one step late, and sees those of the examples so."
             if config.layout == "stream"

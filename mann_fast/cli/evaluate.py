@@ -18,7 +18,15 @@ from ..training.checkpoint import SHIPPED
 from ..training.files import write_json
 from ..training.loop import describe
 from ..training.prediction import encoded_classes, has_encoder
-from ..training.protocol import PROTOCOLS, Protocol, evaluate_protocol, obstacle
+from ..training.protocol import (
+    INSTANCES,
+    PROTOCOLS,
+    Protocol,
+    evaluate_protocol,
+    evaluate_streams,
+    obstacle,
+    obstacle_to_streams,
+)
 from ..training.sequences import measure
 from ..training.support import measure_accuracy
 from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
@@ -27,6 +35,7 @@ EXAMPLE = """\
 examples:
   mann-fast evaluate                                           (fetches Omniglot first, 15 MB)
   mann-fast evaluate --protocol all                            (also N-way K-shot, as the field measures)
+  mann-fast evaluate --streams 5 --orders 8 --views 8          (also by instance, as Santoro et al. 2016 do)
   mann-fast evaluate --checkpoint runs/mine/checkpoint.pt --data my_images
 
 Intervals are computed over episodes, since the answers within one depend on each other.
@@ -50,19 +59,27 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         f"{', '.join(map(str, PROTOCOLS))}, as far as the model can",
     )
     parser.add_argument(
+        "--streams",
+        metavar="N",
+        type=int,
+        help=f"also measure by instance, whatever the model was trained on: streams of {INSTANCES} images of each of N "
+        "classes, each image asked about from the memory of those before it",
+    )
+    parser.add_argument(
         "--orders",
         metavar="N",
         type=int,
         default=1,
-        help="with --protocol: random orders of the examples to average an answer over, as predict does (default: 1)",
+        help="with --protocol: random orders of the examples to average an answer over, as predict does; with --streams, whose "
+        "order is given, so many times that labels are dealt (default: 1)",
     )
     parser.add_argument(
         "--views",
         metavar="N",
         type=int,
         default=1,
-        help="with --protocol and an encoder: views of an image, each distorted a little otherwise, to average its features "
-        "over (default: 1)",
+        help="with --protocol or --streams, and an encoder: views of an image, each distorted a little otherwise, to average "
+        "its features over (default: 1)",
     )
     parser.add_argument(
         "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
@@ -90,13 +107,16 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-        if value > 1 and not args.protocol:
-            raise ValueError(f"--{name} {value} needs --protocol, for which it averages")
+        if value > 1 and not (args.protocol or args.streams):
+            raise ValueError(f"--{name} {value} needs --protocol or --streams, for which it averages")
+    if args.streams is not None and args.streams < 2:
+        raise ValueError(f"--streams must be at least 2 classes, got {args.streams}")
     say_which_model(args.checkpoint)
     content = load_checkpoint(args.checkpoint)
     config = content["config"]
-    if args.protocol and not isinstance(config, TrainConfig):
-        raise ValueError(f"--protocol does not belong to a model of the task {config.task}")
+    for name in ("protocol", "streams"):
+        if getattr(args, name) and not isinstance(config, TrainConfig):
+            raise ValueError(f"--{name} does not belong to a model of the task {config.task}")
     if isinstance(config, SequenceConfig):
         return evaluate_task(args, content)
     if isinstance(config, BabiConfig):
@@ -104,20 +124,27 @@ def run(args: argparse.Namespace) -> int:
     source = args.data or config.data
     episodes = heldout_episodes(content, args.data, args.seed)
     protocols = chosen_protocols(args.protocol, config, episodes.classes)
+    if args.streams and (why := obstacle_to_streams(args.streams, config, episodes.classes)):
+        raise ValueError(f"--streams {args.streams} cannot be measured: {why}")
     classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
     if args.views > 1 and not (config.augment and has_encoder(model)):
         raise ValueError(
             f"--views {args.views} needs a model with an encoder that was trained on distorted images"
         )
     accuracy = measure_accuracy(model, config, episodes, args.episodes)
-    by_protocol = []
-    if protocols:
+    by_protocol, streams = [], None
+    if protocols or args.streams:
         answering, encoded = encoded_classes(model, episodes.classes, args.views)
+        averaged: dict[str, Any] = {"orders": args.orders, "seed": args.seed}
         for protocol in protocols:
-            found = evaluate_protocol(
-                answering, config, encoded, protocol, args.episodes, orders=args.orders, seed=args.seed
-            )
+            found = evaluate_protocol(answering, config, encoded, protocol, args.episodes, **averaged)
             by_protocol.append({**found, "views": args.views})
+        if args.streams:
+            by_instance = evaluate_streams(
+                answering, config, encoded, args.streams, args.episodes, **averaged
+            )
+            averages = {"ways": args.streams, "orders": args.orders, "views": args.views}
+            streams = {**averages, **by_instance.to_dict()}
 
     picture = out_folder(args) / "evaluation.png"
     title = describe(config, source)
@@ -131,9 +158,10 @@ def run(args: argparse.Namespace) -> int:
         "heldout_accuracy": accuracy.to_dict(),
         "chance": config.chance,
         "protocols": by_protocol,
+        "streams": streams,
         "picture": str(picture),
     }
-    from ._report import print_accuracy, print_protocols
+    from ._report import print_accuracy, print_protocols, print_streams
 
     measured = f"{classes} {'classes' if args.data else 'held-out classes'}, {args.episodes:,} episodes"
     heading = f"{title}, step {content['step']}: {measured}"
@@ -142,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
         print_accuracy(accuracy, config, heading)
         if by_protocol:
             print_protocols(by_protocol, config)
+        if streams:
+            print_streams(streams, config)
 
     return report(args, result, tables)
 

@@ -1,4 +1,5 @@
-"""The field's protocol: N-way K-shot, K examples of each of N new classes, then 15 queries of each, every one judged apart."""
+"""The field's protocol: N-way K-shot, K examples of each of N new classes, then 15 queries of each, every one judged apart; and
+streams of images, by instance (Santoro et al. 2016), for a model that was trained either way."""
 
 from __future__ import annotations
 
@@ -8,14 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data import ClassImages, Episodes
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted
-from .prediction import Answering, draw_labels, log_probabilities_apart, random_order
+from .objective import right_by_instance
+from .prediction import (
+    Answering,
+    Beside,
+    class_log_probabilities,
+    draw_labels,
+    examples_beside,
+    log_probabilities_apart,
+    random_order,
+)
 from .support import examples_first
 
 QUERIES = 15  # of each class in an episode (Snell et al. 2017, section 3)
+INSTANCES = 10  # images of each class in a stream (Santoro et al. 2016, table 1)
 BATCH = 50  # episodes at a time
 
 
@@ -46,13 +58,22 @@ PROTOCOLS = (Protocol(5, 1), Protocol(5, 5), Protocol(20, 1), Protocol(20, 5))
 
 def obstacle(protocol: Protocol, config: TrainConfig, classes: ClassImages) -> str:
     """Why a model cannot be measured by it on these classes; empty where it can."""
-    if protocol.ways > config.ways and config.labels == "onehot":
+    needed = protocol.shots + QUERIES
+    return _obstacle(protocol.ways, needed, f", {QUERIES} of them queries,", config, classes)
+
+
+def obstacle_to_streams(ways: int, config: TrainConfig, classes: ClassImages) -> str:
+    """The same of streams of so many classes."""
+    return _obstacle(ways, INSTANCES, "", config, classes)
+
+
+def _obstacle(ways: int, needed: int, of_which: str, config: TrainConfig, classes: ClassImages) -> str:
+    if ways > config.ways and config.labels == "onehot":
         return f"the model was trained to tell {config.ways} classes apart"
-    if protocol.ways > classes.num_classes:
+    if ways > classes.num_classes:
         return f"there are {classes.num_classes} classes to measure on"
-    needed, least = protocol.shots + QUERIES, int(classes.counts.min())
-    if least < needed:
-        return f"a class needs {needed} images, {QUERIES} of them queries, and one has {least}"
+    if (least := int(classes.counts.min())) < needed:
+        return f"a class needs {needed} images{of_which} and one has {least}"
     return ""
 
 
@@ -119,3 +140,62 @@ def evaluate_protocol(
         "low": accuracy.low[0],
         "high": accuracy.high[0],
     }
+
+
+@torch.inference_mode()
+def evaluate_streams(
+    model: Answering,
+    config: TrainConfig,
+    classes: ClassImages,
+    ways: int,
+    count: int,
+    *,
+    orders: int = 1,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> InstanceAccuracy:
+    """Accuracy by instance on ``count`` streams, at least 2, of 10 images of each of ``ways`` classes in random order: every
+    image is asked about from the memory of those before it, with their labels. Model and classes as of
+    :func:`evaluate_protocol`.
+
+    A model that was trained on streams answers as it reads the image. One that was trained on support and queries is asked
+    apart, and then shown the image with its label. The answer is the best among the labels of the stream's classes. ``orders``
+    is how many times the labels are dealt for the same images; the probabilities are the mean.
+
+    `stop` and errors as of :func:`evaluate_protocol`.
+    """
+    if orders < 1:
+        raise ValueError(f"orders must be at least 1, got {orders}")
+    if why := obstacle_to_streams(ways, config, classes):
+        raise ValueError(f"streams of {ways} classes cannot be measured: {why}")
+    episodes = Episodes(classes, ways=ways, shots=INSTANCES, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    parts, batch = [], max(1, BATCH // orders)
+    for start in range(0, count, batch):
+        if stop():
+            raise Interrupted
+        size = min(batch, count - start)
+        images, which, instance, _ = episodes.sample_images(size)
+        sequence = torch.arange(size).repeat_interleave(orders)
+        labels = draw_labels(config, ways, len(sequence), generator)
+        shown = labels[torch.arange(len(sequence)), which[:, sequence]]
+        found = _along(model, config, images[:, sequence], shown, labels)
+        answer = found.exp().unflatten(1, (size, orders)).mean(2).argmax(2)
+        parts.append(right_by_instance(answer == which, instance, INSTANCES) / ways)
+    return InstanceAccuracy.from_episodes(torch.cat(parts))
+
+
+def _along(model: Answering, config: TrainConfig, images: Tensor, shown: Tensor, labels: Tensor) -> Tensor:
+    """log p of each class for each image of a stream, [T, B, C], from what came before it; labels [B, C, ...]."""
+    beside, (none, _) = examples_beside(config, images, shown)
+    found, state = [], None
+    for t in range(len(images)):
+        image = images[t : t + 1]
+        here = Beside(*(x if x is None else x[t : t + 1] for x in beside))
+        if config.layout == "support":
+            logits, _ = model(Beside(none, None).inputs(image, config), state)
+            _, state = model(here.inputs(image, config), state)
+        else:
+            logits, state = model(here.inputs(image, config), state)
+        found.append(class_log_probabilities(logits[0], labels, config.labels))
+    return torch.stack(found)
