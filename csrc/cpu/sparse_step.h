@@ -59,24 +59,23 @@ inline void pad_slots(const T* from, int64_t count, int64_t D, int64_t padded_co
 }
 
 // out[i] = the dot product of `key` [ld] with row i, or of the row with itself where key is null: for count rows, a multiple of
-// the width, the same instructions for each. Equal rows have equal bits wherever they are.
+// the width, the same instructions for each. Equal rows have equal bits wherever they are. The rows that come `next`, [count][D]
+// or null, are sent for meanwhile, as in content.cpp.
 template <class T>
-inline void dot_with_rows(const T* rows, int64_t ld, int64_t count, const T* key, T* out) {
+inline void dot_with_rows(const T* rows, int64_t ld, int64_t count, const T* key, T* out, const T* next = nullptr,
+                          int64_t D = 0) {
   constexpr int W = width<T>;
   for (int64_t i = 0; i < count; i += W) {
-    const T* first = rows + i * ld;
     Vec<T> part[W];
-    for (int lane = 0; lane < W; ++lane) part[lane] = Vec<T>{};
-    for (int64_t d = 0; d < ld; d += W) {
-      if (key == nullptr) {
-        for (int lane = 0; lane < W; ++lane) {
-          const Vec<T> m = load(first + lane * ld + d);
-          part[lane] += m * m;
-        }
-      } else {
-        const Vec<T> k = load(key + d);
-        for (int lane = 0; lane < W; ++lane) part[lane] += load(first + lane * ld + d) * k;
+    for (int lane = 0; lane < W; ++lane) {
+      const T* row = rows + (i + lane) * ld;
+      if (next) prefetch_far(next + (i + lane) * D, D);
+      Vec<T> sum{};
+      for (int64_t d = 0; d < ld; d += W) {
+        const Vec<T> m = load(row + d);
+        sum += m * (key == nullptr ? m : load(key + d));
       }
+      part[lane] = sum;
     }
     store(out + i, sum_lanes<T>(part));
   }
@@ -130,13 +129,13 @@ void search_slots(const T* memory, const int64_t* list, Range slots, const Keys<
       std::memcpy(s.squares, squares + lo, valid * sizeof(T));
       for (int64_t i = valid; i < count; ++i) s.squares[i] = 0;
     }
-    // All that is asked of a vector of slots in one go, and as many of the next tile on their way meanwhile: the processor
-    // does not see by itself that one tile follows the other.
+    // All that is asked of a vector of slots in one go, and as many of the next tile on their way meanwhile.
     for (int64_t i = 0; i < count; i += W) {
-      if (end < slots.hi && !list) prefetch(memory + (lo + tile + i) * keys.D, W * keys.D);
-      if (!known) dot_with_rows(rows + i * ld, ld, W, static_cast<const T*>(nullptr), s.squares + i);
+      const T* next = end < slots.hi && !list ? memory + (lo + tile + i) * keys.D : nullptr;
+      if (!known) dot_with_rows(rows + i * ld, ld, W, static_cast<const T*>(nullptr), s.squares + i, next, keys.D);
       for (int64_t r = 0; r < keys.R; ++r)
-        dot_with_rows(rows + i * ld, ld, W, keys.padded_keys + r * ld, s.scores + r * tile + i);
+        dot_with_rows(rows + i * ld, ld, W, keys.padded_keys + r * ld, s.scores + r * tile + i,
+                      known && r == 0 ? next : nullptr, keys.D);
     }
     if (!known && squares) std::memcpy(squares + lo, s.squares, valid * sizeof(T));
     for (int64_t r = 0; r < keys.R; ++r) {
