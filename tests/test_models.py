@@ -43,7 +43,7 @@ def test_mann_has_the_options_of_its_layer():
     options = inspect.signature(MANN).parameters
     expected = dict(inspect.signature(MemoryLayer).parameters)
     del expected["output_size"]
-    of_images = ("encoder", "image_shape", "normalize_features")
+    of_images = ("encoder", "image_shape", "num_images", "normalize_features")
     options = {name: p for name, p in options.items() if name not in of_images}
     assert {name: p.default for name, p in options.items() if name != "num_classes"} == {
         name: p.default for name, p in expected.items()
