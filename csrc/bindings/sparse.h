@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
       // results
       read.mutable_data_ptr(), memory.mutable_data_ptr(), slots_of(out_read_slots), out_read_weights.mutable_data_ptr(),
       slots_of(last_access), slots_of(out_clock), slots_of(oldest), slots_of(slots), weights.mutable_data_ptr(),
-      rows.mutable_data_ptr(), lists ? slots_of(*lists) : nullptr,
-      candidates ? candidates->const_data_ptr<int64_t>() : nullptr, num_candidates});
+      rows.mutable_data_ptr(), lists ? slots_of(*lists) : nullptr, candidates ? candidates->const_data_ptr<int64_t>() : nullptr,
+      num_candidates});
   return {read, out_read_slots, out_read_weights, out_clock, oldest, rows};
 }
 
