@@ -38,9 +38,8 @@ class TrainingProgress:
         self.averaged = 0
         self._encoder_steps = config.encoder_steps if isinstance(config, TrainConfig) else 0
         self.values: Sequence[float] = ()
-        self.size: int | None = (
-            None  # with a curriculum, the length of sequences or the classes of an episode
-        )
+        # With a curriculum, the length of sequences or the classes of an episode.
+        self.size: int | None = None
         self.first_step, self.started = step, time.monotonic()
         self.next_line = self.started + QUIET_SECONDS
         self.progress = Progress(
@@ -129,19 +128,23 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) -> None:
-    """Accuracy by instance, 1st to 10th, or by shots, with its confidence intervals, as a table on stdout."""
-    stream = config.layout == "stream"
+def accuracy_table(accuracy: dict[str, Any], stream: bool) -> Table:
+    """Mean and 95% interval, low and high, by instance of a stream or by the examples of each class; the first ten."""
     table = Table()
     table.add_column("image of a class" if stream else "examples of each class", justify="right")
     table.add_column("right", justify="right")
     table.add_column("95% interval", justify="center")
-    rows = zip(accuracy.mean, accuracy.low, accuracy.high, strict=True)
-    for k, (mean, low, high) in enumerate(rows, start=1):
-        if k <= 10:
-            table.add_row(ordinal(k) if stream else str(k), f"{mean:.1%}", f"{low:.1%} to {high:.1%}")
+    rows = zip(accuracy["mean"], accuracy["low"], accuracy["high"], strict=True)
+    for k, (mean, low, high) in enumerate(list(rows)[:10], start=1):
+        table.add_row(ordinal(k) if stream else str(k), f"{mean:.1%}", f"{low:.1%} to {high:.1%}")
+    return table
+
+
+def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) -> None:
+    """Accuracy by instance, 1st to 10th, or by shots, with its confidence intervals, as a table on stdout."""
+    stream = config.layout == "stream"
     print(title)
-    print_table(table)
+    print_table(accuracy_table(accuracy.to_dict(), stream))
     print(
         explain_first(config)
         if stream
@@ -151,13 +154,6 @@ def print_accuracy(accuracy: InstanceAccuracy, config: TrainConfig, title: str) 
 
 def print_streams(streams: dict[str, Any], config: TrainConfig) -> None:
     """Accuracy by instance on streams of images, with its confidence intervals, as a table on stdout."""
-    table = Table()
-    table.add_column("image of a class", justify="right")
-    table.add_column("right", justify="right")
-    table.add_column("95% interval", justify="center")
-    rows = zip(streams["mean"], streams["low"], streams["high"], strict=True)
-    for k, (mean, low, high) in enumerate(rows, start=1):
-        table.add_row(ordinal(k), f"{mean:.1%}", f"{low:.1%} to {high:.1%}")
     print(
         f"Streams of {len(streams['mean'])} images of each of {streams['ways']} classes, {streams['episodes']:,} of them; "
         "every image is asked about from the memory of those before it. "
@@ -168,7 +164,7 @@ def print_streams(streams: dict[str, Any], config: TrainConfig) -> None:
             else "The model was trained on support and queries: it is asked apart, and then shown the image with its label."
         )
     )
-    print_table(table)
+    print_table(accuracy_table(streams, stream=True))
 
 
 def averages(result: dict[str, Any], orders: str) -> str:

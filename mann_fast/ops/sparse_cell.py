@@ -177,11 +177,13 @@ def sparse_cell(
         and forward_ad._current_level < 0
         and all(is_plain(x) for x in (gates, reads, *memory, *known))
     ):
+        lists = None
         if index is not None and backend == "cpp" and num_slots >= LEAST_SLOTS:
-            indexed = index.call(memory, eps)
+            indexed = index.call(memory, eps)  # which has lists of its own
+        elif backend == "cpp" and steps > 1:
+            lists = _RAW["cpp"].sparse_lists(memory.memory.detach())
         memory = memory._replace(memory=_own(memory.memory), last_access=_own(memory.last_access))
         sequences = in_place = _InPlace(steps, resets, lengths, start)
-        lists = _RAW["cpp"].sparse_lists(memory.memory.detach()) if backend == "cpp" and steps > 1 else None
 
         def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
             handed = lists, None

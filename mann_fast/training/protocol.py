@@ -4,7 +4,7 @@ streams of images, by instance (Santoro et al. 2016), for a model that was train
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,22 @@ def _obstacle(ways: int, needed: int, of_which: str, config: TrainConfig, classe
     return ""
 
 
+def _batches(count: int, orders: int, stop: Callable[[], bool]) -> Iterator[int]:
+    """How many episodes at a time; ValueError where orders is below 1, Interrupted where `stop` says yes."""
+    if orders < 1:
+        raise ValueError(f"orders must be at least 1, got {orders}")
+    batch = max(1, BATCH // orders)
+    for start in range(0, count, batch):
+        if stop():
+            raise Interrupted
+        yield min(batch, count - start)
+
+
+def _answers(found: Tensor, orders: int) -> Tensor:
+    """The best class [Q, B] by the mean probability over the orders of an episode, of log p [Q, B * orders, C]."""
+    return found.exp().unflatten(1, (-1, orders)).mean(2).argmax(2)
+
+
 @torch.inference_mode()
 def evaluate_protocol(
     model: Answering,
@@ -100,19 +116,13 @@ def evaluate_protocol(
     `stop` is asked between batches; Interrupted is raised where it says yes. Raises ValueError where there is an
     :func:`obstacle`, named, or orders is below 1.
     """
-    if orders < 1:
-        raise ValueError(f"orders must be at least 1, got {orders}")
     if why := obstacle(protocol, config, classes):
         raise ValueError(f"{protocol} cannot be measured: {why}")
     ways, each = protocol.ways, protocol.shots + QUERIES
     episodes = Episodes(classes, ways=ways, shots=each, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    batch = max(1, BATCH // orders)
-    for start in range(0, count, batch):
-        if stop():
-            raise Interrupted
-        size = min(batch, count - start)
+    for size in _batches(count, orders, stop):
         images, which, *_ = examples_first(episodes.sample_images(size), protocol.shots)
         examples = ways * protocol.shots
         # One sequence after another for each order of an episode.
@@ -129,8 +139,7 @@ def evaluate_protocol(
             images[examples:, sequence],
             labels,
         )
-        answer = found.exp().unflatten(1, (size, orders)).mean(2).argmax(2)
-        parts.append((answer == which[examples:]).float().mean(0))
+        parts.append((_answers(found, orders) == which[examples:]).float().mean(0))
     accuracy = InstanceAccuracy.from_episodes(torch.cat(parts).unsqueeze(1))
     return {
         "protocol": str(protocol),
@@ -164,24 +173,18 @@ def evaluate_streams(
 
     `stop` and errors as of :func:`evaluate_protocol`.
     """
-    if orders < 1:
-        raise ValueError(f"orders must be at least 1, got {orders}")
     if why := obstacle_to_streams(ways, config, classes):
         raise ValueError(f"streams of {ways} classes cannot be measured: {why}")
     episodes = Episodes(classes, ways=ways, shots=INSTANCES, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    parts, batch = [], max(1, BATCH // orders)
-    for start in range(0, count, batch):
-        if stop():
-            raise Interrupted
-        size = min(batch, count - start)
+    parts = []
+    for size in _batches(count, orders, stop):
         images, which, instance, _ = episodes.sample_images(size)
         sequence = torch.arange(size).repeat_interleave(orders)
         labels = draw_labels(config, ways, len(sequence), generator)
         shown = labels[torch.arange(len(sequence)), which[:, sequence]]
         found = _along(model, config, images[:, sequence], shown, labels)
-        answer = found.exp().unflatten(1, (size, orders)).mean(2).argmax(2)
-        parts.append(right_by_instance(answer == which, instance, INSTANCES) / ways)
+        parts.append(right_by_instance(_answers(found, orders) == which, instance, INSTANCES) / ways)
     return InstanceAccuracy.from_episodes(torch.cat(parts))
 
 
