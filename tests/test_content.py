@@ -66,6 +66,16 @@ def test_where_a_block_goes_through_many_slots(batch, slots, size, heads, dtype,
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("size, heads", [(64, 1), (32, 3), (16, 5), (8, 2)])
+def test_a_gradient_that_no_cache_keeps(size, heads, dtype, tolerance):
+    """From 16 MiB on the CPU kernel writes it past the caches, where its rows are whole cache lines."""
+    tensors = inputs(2, shorter(2**21 // size + 5, 300), size, heads, dtype, True)
+    oracle = run(reference.content_read, tensors, torch.float64)
+    for actual, expected in zip(run(ops.content_read, tensors), oracle, strict=True):
+        assert worst_error(actual, expected) < tolerance
+
+
 @pytest.mark.parametrize("size", [8, 40, 64, 72])
 def test_a_memory_that_begins_anywhere(size):
     """Four columns at a time can be loaded only from addresses that are multiples of 16."""

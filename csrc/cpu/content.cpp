@@ -48,6 +48,10 @@ template <class T, int MOST, class Body>
 inline void for_columns(int64_t ld, Body body) {
   int64_t d = 0;
   for (; d + MOST * width<T> <= ld; d += MOST * width<T>) body(d, std::integral_constant<int, MOST>());
+  if (MOST > 2 && d + 2 * width<T> <= ld) {
+    body(d, std::integral_constant<int, 2>());
+    d += 2 * width<T>;
+  }
   for (; d < ld; d += width<T>) body(d, std::integral_constant<int, 1>());
 }
 
@@ -77,37 +81,58 @@ inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t 
   });
 }
 
+// As below, of HEADS heads and C vectors of columns, to all of which the pointers point. The first heads write `to`, others add.
+template <class T, int HEADS, int C, bool READ>
+inline void gradient_of_columns(const T* rows, int64_t ld, int64_t count, bool first, const T* weights, const T* grad_reads,
+                                const T* grad_dots, const T* keys, const T* grad_squares, const T* next, int64_t D,
+                                bool streams, T* to, T* sums) {
+  constexpr int W = width<T>;
+  Vec<T> grad_read[HEADS][C], key[HEADS][C], grad_key[HEADS][C];
+  for (int r = 0; r < HEADS; ++r)
+    for (int c = 0; c < C; ++c) {
+      if (READ) grad_read[r][c] = load(grad_reads + r * ld + c * W);
+      key[r][c] = load(keys + r * ld + c * W);
+      grad_key[r][c] = Vec<T>{};
+    }
+  for (int64_t i = 0; i < count; ++i, rows += ld, to += ld) {
+    if (next) prefetch_far(next + i * D, D);
+    Vec<T> m[C], sum[C];
+    for (int c = 0; c < C; ++c) {
+      m[c] = load(rows + c * W);
+      sum[c] = first ? m[c] * (2 * grad_squares[i]) : load(to + c * W);
+    }
+    for (int r = 0; r < HEADS; ++r) {
+      const Vec<T> grad_dot = splat(grad_dots[r * tile + i]);
+      for (int c = 0; c < C; ++c) {
+        if (READ) sum[c] += grad_read[r][c] * weights[r * tile + i];
+        sum[c] += key[r][c] * grad_dot;
+        grad_key[r][c] += m[c] * grad_dot;
+      }
+    }
+    if (streams)
+      for (int c = 0; c < C; ++c) stream(to + c * W, sum[c]);
+    else
+      for (int c = 0; c < C; ++c) store(to + c * W, sum[c]);
+  }
+  for (int r = 0; r < HEADS; ++r)
+    for (int c = 0; c < C; ++c) store(sums + r * ld + c * W, load(sums + r * ld + c * W) + grad_key[r][c]);
+}
+
 // The gradient of slots [0, count): to[i][d] = sum over heads of weights[r][i] * grad_reads[r][d] (READ) + of grad_dots[r][i] *
-// keys[r][d], + 2 grad_squares[i] * rows[i][d]; vectors are [R][ld].
+// keys[r][d], + 2 grad_squares[i] * rows[i][d]; and that of the keys, sums[r][d] += sum over slots of grad_dots[r][i] *
+// rows[i][d], these slots' sum first, as a sum of all slots one by one would lose digits. Vectors and sums are [R][ld]. The slots
+// that come `next` are sent for as in dot_rows_of_slots. With `streams`, for heads of one group, `to` is written past the caches.
 template <class T, bool READ>
 inline void gradient_of_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* weights, const T* grad_reads,
-                             const T* grad_dots, const T* keys, const T* grad_squares, T* to) {
-  constexpr int W = width<T>;
-  for_heads<T>(R, [&](int64_t first, auto group) {
+                             const T* grad_dots, const T* keys, const T* grad_squares, const T* next, int64_t D, bool streams,
+                             T* to, T* sums) {
+  for_heads<T>(R, [&](int64_t r, auto group) {
     constexpr int HEADS = decltype(group)::value;
-    for_columns<T, vector_registers == 32 ? 2 : 1>(ld, [&](int64_t d, auto chunks) {
-      constexpr int C = decltype(chunks)::value;
-      Vec<T> grad_read[HEADS][C], key[HEADS][C];
-      for (int r = 0; r < HEADS; ++r)
-        for (int c = 0; c < C; ++c) {
-          const int64_t at = (first + r) * ld + d + c * W;
-          if (READ) grad_read[r][c] = load(grad_reads + at);
-          key[r][c] = load(keys + at);
-        }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = i * ld + d;
-        Vec<T> sum[C];
-        for (int c = 0; c < C; ++c)
-          sum[c] = first == 0 ? load(rows + at + c * W) * (2 * grad_squares[i]) : load(to + at + c * W);
-        for (int r = 0; r < HEADS; ++r) {
-          const int64_t slot = (first + r) * tile + i;
-          for (int c = 0; c < C; ++c) {
-            if (READ) sum[c] += grad_read[r][c] * weights[slot];
-            sum[c] += key[r][c] * grad_dots[slot];
-          }
-        }
-        for (int c = 0; c < C; ++c) store(to + at + c * W, sum[c]);
-      }
+    for_columns<T, vector_registers == 32 ? (HEADS > 2 ? 2 : 4) : (HEADS > 1 ? 1 : 2)>(ld, [&](int64_t d, auto chunks) {
+      gradient_of_columns<T, HEADS, decltype(chunks)::value, READ>(
+          rows + d, ld, count, r == 0, READ ? weights + r * tile : nullptr, READ ? grad_reads + r * ld + d : nullptr,
+          grad_dots + r * tile, keys + r * ld + d, grad_squares, r == 0 && d == 0 ? next : nullptr, D, streams, to + d,
+          sums + r * ld + d);
     });
   });
 }
@@ -218,102 +243,111 @@ bool content_read(const ContentRead& a, const Parallel& parallel) {
 // mean must come from the very same bits: a product of the read's gradient and the read would do but for its rounding, which a
 // great sharpness would magnify where one slot has all the weight and nothing is left of the difference.
 
-// dL/dw of the slots of a tile from `lo` on for every head, of which `valid` there are, and grad_read [R][ld] or null.
+// What the first pass finds of a tile and the second needs: products with the keys [R][tile] and, where there is one, with the
+// read's gradient, which become dL/dw [R][tile]; and the slots' squares [tile].
 template <class T>
-void weight_gradients(const ContentReadBackward& a, int64_t b, const T* rows, int64_t lo, int64_t valid, const T* grad_read,
-                      const T* next, T* grad_weights) {
-  if (grad_read)
-    dot_rows_of_slots(rows, padded<T>(a.D), padded_slots(valid), a.R, grad_read, grad_weights, static_cast<T*>(nullptr), next,
-                      a.D);
-  else std::memset(grad_weights, 0, a.R * tile * sizeof(T));
-  if (a.grad_weights == nullptr) return;
-  const T* more = static_cast<const T*>(a.grad_weights) + b * a.R * a.N + lo;
-  for (int64_t r = 0; r < a.R; ++r)
-    for (int64_t i = 0; i < valid; ++i) grad_weights[r * tile + i] += more[r * a.N + i];
-}
+struct Products {
+  T *dots, *grad_weights, *squares;
+  static int64_t numbers(const ContentReadBackward& a) { return (2 * a.R + 1) * tile; }
+  Products(const ContentReadBackward& a, T* all, int64_t b, int64_t lo)
+      : dots(all + (b * ((a.N + tile - 1) / tile) + lo / tile) * numbers(a)), grad_weights(dots + a.R * tile),
+        squares(grad_weights + a.R * tile) {}
+};
 
-// grad_read of a sample [R][D], as T in rows of `padded` numbers; null where there is none.
+// keys and the gradient of the reads of a sample, [R][D], as T in rows of `padded` numbers, one after the other.
 template <class T>
-const T* padded_grad_read(const ContentReadBackward& a, int64_t b, T* room, T* to) {
-  if (a.grad_read == nullptr) return nullptr;
-  pad_rows(widen(a.grad_read, a.input, b * a.R * a.D, a.R * a.D, room), a.R, a.D, a.R, padded<T>(a.D), to);
-  return to;
+void pad_vectors(const ContentReadBackward& a, int64_t b, T* room, T* to) {
+  const int64_t ld = padded<T>(a.D);
+  pad_rows(widen(a.key, a.input, b * a.R * a.D, a.R * a.D, room), a.R, a.D, a.R, ld, to);
+  if (a.grad_read) pad_rows(widen(a.grad_read, a.input, b * a.R * a.D, a.R * a.D, room), a.R, a.D, a.R, ld, to + a.R * ld);
 }
 
 template <class T>
 struct MeanScratch {
-  T *rows, *weights, *grad_weights, *wide, *grad_read, *mean;
+  T *rows, *weights, *wide, *vectors, *mean;
   MeanScratch(Arena& arena, const ContentReadBackward& a)
-      : rows(arena.take<T>(padded<T>(a.D) * tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
-        wide(arena.take<T>(a.R * a.D)), grad_read(arena.take<T>(a.R * padded<T>(a.D))), mean(arena.take<T>(a.R)) {}
+      : rows(arena.take<T>(padded<T>(a.D) * tile)), weights(arena.take<T>(a.R * tile)), wide(arena.take<T>(a.R * a.D)),
+        vectors(arena.take<T>(2 * a.R * padded<T>(a.D))), mean(arena.take<T>(a.R)) {}
 };
 
-// A part's share of sum over slots of w dL/dw.
+// All products of a part's slots, and the part's share of sum over slots of w dL/dw.
 template <class T>
-void mean_part(const ContentReadBackward& a, int64_t b, Range slots, MeanScratch<T>& s) {
+void mean_part(const ContentReadBackward& a, int64_t b, Range slots, T* products, MeanScratch<T>& s) {
   const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
-  const T* grad_read = padded_grad_read(a, b, s.wide, s.grad_read);
+  pad_vectors(a, b, s.wide, s.vectors);
   for (int64_t r = 0; r < a.R; ++r) s.mean[r] = 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
     const T* rows = rows_of_tile(memory, a.D, lo, valid, count, s.rows);
-    weight_gradients(a, b, rows, lo, valid, grad_read, end < slots.hi ? memory + end * a.D : nullptr, s.grad_weights);
+    const Products<T> of(a, products, b, lo);
+    dot_rows_of_slots(rows, padded<T>(a.D), count, a.grad_read ? 2 * a.R : a.R, static_cast<const T*>(s.vectors), of.dots,
+                      of.squares, end < slots.hi ? memory + end * a.D : nullptr, a.D);
+    if (a.grad_read == nullptr) std::memset(of.grad_weights, 0, a.R * tile * sizeof(T));
+    if (a.grad_weights) {
+      const T* more = static_cast<const T*>(a.grad_weights) + b * a.R * a.N + lo;
+      for (int64_t r = 0; r < a.R; ++r)
+        for (int64_t i = 0; i < valid; ++i) of.grad_weights[r * tile + i] += more[r * a.N + i];
+    }
     load_tile_rows(weights + lo, a.R, a.N, valid, count, s.weights);
     for (int64_t r = 0; r < a.R; ++r)
       s.mean[r] +=
-          dot_rows(static_cast<const T*>(s.weights + r * tile), static_cast<const T*>(s.grad_weights + r * tile), count);
+          dot_rows(static_cast<const T*>(s.weights + r * tile), static_cast<const T*>(of.grad_weights + r * tile), count);
   }
 }
 
 template <class T>
 struct BackwardScratch {
-  T *rows, *grad, *dots, *q, *weights, *grad_weights, *squares, *grad_squares, *wide, *key, *sharpness, *grad_read;
+  T *rows, *grad, *q, *weights, *grad_squares, *wide, *vectors, *sharpness;
   T *grad_key, *grad_sharpness, *grad_key_square;  // of one part of a sample's slots: [R, ld], [R], [R]
   BackwardScratch(Arena& arena, const ContentReadBackward& a)
-      : rows(arena.take<T>(padded<T>(a.D) * tile)), grad(arena.take<T>(padded<T>(a.D) * tile)), dots(arena.take<T>(a.R * tile)),
-        q(arena.take<T>(tile)), weights(arena.take<T>(a.R * tile)), grad_weights(arena.take<T>(a.R * tile)),
-        squares(arena.take<T>(tile)), grad_squares(arena.take<T>(tile)), wide(arena.take<T>(a.R * a.D)),
-        key(arena.take<T>(a.R * padded<T>(a.D))), sharpness(arena.take<T>(a.R)), grad_read(arena.take<T>(a.R * padded<T>(a.D))),
+      : rows(arena.take<T>(padded<T>(a.D) * tile)), grad(arena.take<T>(padded<T>(a.D) * tile)), q(arena.take<T>(tile)),
+        weights(arena.take<T>(a.R * tile)), grad_squares(arena.take<T>(tile)), wide(arena.take<T>(a.R * a.D)),
+        vectors(arena.take<T>(2 * a.R * padded<T>(a.D))), sharpness(arena.take<T>(a.R)),
         grad_key(arena.take<T>(a.R * padded<T>(a.D))), grad_sharpness(arena.take<T>(a.R)), grad_key_square(arena.take<T>(a.R)) {
   }
 };
 
 template <class T>
-void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T* mean, BackwardScratch<T>& s) {
+void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T* mean, T* products, BackwardScratch<T>& s) {
   const int64_t ld = padded<T>(a.D);
   const T* memory = static_cast<const T*>(a.memory) + b * a.N * a.D;
   const T* weights = static_cast<const T*>(a.weights) + b * a.R * a.N;
   T* grad_memory = static_cast<T*>(a.grad_memory) + b * a.N * a.D;
-  pad_rows(widen(a.key, a.input, b * a.R * a.D, a.R * a.D, s.wide), a.R, a.D, a.R, ld, s.key);
-  const T* key = s.key;
+  pad_vectors(a, b, s.wide, s.vectors);
+  const T *key = s.vectors, *grad_read = s.vectors + a.R * ld;
   const T* sharpness = a.sharpness ? widen(a.sharpness, a.input, b * a.R, a.R, s.sharpness) : nullptr;
-  const T* grad_read = padded_grad_read(a, b, s.wide, s.grad_read);
   for (int64_t r = 0; r < a.R; ++r) s.grad_sharpness[r] = s.grad_key_square[r] = 0;
   for (int64_t j = 0; j < a.R * ld; ++j) s.grad_key[j] = 0;
+  // A gradient that no cache keeps need not go through them.
+  const bool large = a.B * a.N * a.D * static_cast<int64_t>(sizeof(T)) >= int64_t{1} << 24;
+  const bool whole_lines = (a.D * sizeof(T)) % 64 == 0 && reinterpret_cast<uintptr_t>(grad_memory) % 64 == 0;
   for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
     const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
     const T* rows = rows_of_tile(memory, a.D, lo, valid, count, s.rows);
-    weight_gradients(a, b, rows, lo, valid, grad_read, static_cast<const T*>(grad_memory) + lo * a.D, s.grad_weights);
-    dot_rows_of_slots(rows, ld, count, a.R, key, s.dots, s.squares, end < slots.hi ? memory + end * a.D : nullptr, a.D);
+    const Products<T> of(a, products, b, lo);
     load_tile_rows(weights + lo, a.R, a.N, valid, count, s.weights);
     std::memset(s.grad_squares, 0, tile * sizeof(T));
     for (int64_t r = 0; r < a.R; ++r) {
-      T *w = s.weights + r * tile, *g = s.grad_weights + r * tile;
+      T *w = s.weights + r * tile, *g = of.grad_weights + r * tile;
       const T key_square = square_sum(key + r * ld, ld), beta = sharpness ? sharpness[r] : T(1);
       for (int64_t i = 0; i < count; i += width<T>)
-        store(s.q + i, inverse_root<T>(load(s.squares + i) * key_square + static_cast<T>(a.eps)));
+        store(s.q + i, inverse_root<T>(load(of.squares + i) * key_square + static_cast<T>(a.eps)));
       const ScoreGradient<T> grad =
-          score_gradient<T>(w, s.dots + r * tile, s.q, s.squares, count, mean[r], key_square, beta, g, s.grad_squares);
+          score_gradient<T>(w, of.dots + r * tile, s.q, of.squares, count, mean[r], key_square, beta, g, s.grad_squares);
       s.grad_sharpness[r] += grad.beta;
       s.grad_key_square[r] += grad.key_square;
     }
     T* to = rows == s.rows ? s.grad : grad_memory + lo * a.D;
-    if (grad_read)
-      gradient_of_rows<T, true>(rows, ld, count, a.R, s.weights, grad_read, s.grad_weights, key, s.grad_squares, to);
-    else gradient_of_rows<T, false>(rows, ld, count, a.R, nullptr, nullptr, s.grad_weights, key, s.grad_squares, to);
+    const T* next = end < slots.hi ? memory + end * a.D : nullptr;
+    const bool streams = large && whole_lines && a.R <= 4 && to != s.grad;
+    if (a.grad_read)
+      gradient_of_rows<T, true>(rows, ld, count, a.R, s.weights, grad_read, of.grad_weights, key, s.grad_squares, next, a.D,
+                                streams, to, s.grad_key);
+    else
+      gradient_of_rows<T, false>(rows, ld, count, a.R, nullptr, nullptr, of.grad_weights, key, s.grad_squares, next, a.D,
+                                 streams, to, s.grad_key);
     for (int64_t i = 0; to == s.grad && i < valid; ++i) std::memcpy(grad_memory + (lo + i) * a.D, to + i * ld, a.D * sizeof(T));
-    add_weighted_rows(rows, ld, count, a.R, static_cast<const T*>(s.grad_weights), s.grad_key);
   }
 }
 
@@ -330,30 +364,30 @@ void combine_backward(const ContentReadBackward& a, int64_t b, const BackwardScr
   }
   for (int64_t r = 0; r < a.R; ++r)
     for (int64_t d = 0; d < a.D; ++d)
-      sum.wide[r * a.D + d] = sum.grad_key[r * ld + d] + 2 * sum.grad_key_square[r] * sum.key[r * ld + d];
+      sum.wide[r * a.D + d] = sum.grad_key[r * ld + d] + 2 * sum.grad_key_square[r] * sum.vectors[r * ld + d];
   narrow(sum.wide, a.R * a.D, a.grad_key, a.input, b * a.R * a.D);
   if (a.grad_sharpness) narrow(sum.grad_sharpness, a.R, a.grad_sharpness, a.input, b * a.R);
 }
 
 template <class T>
 bool content_read_backward(const ContentReadBackward& a, const Parallel& parallel) {
-  const Scratch means(a.B * a.R * sizeof(T));
-  if (means.data() == nullptr) return false;
-  T* const mean = reinterpret_cast<T*>(means.data());
+  const Scratch means(a.B * a.R * sizeof(T)), found(a.B * ((a.N + tile - 1) / tile) * Products<T>::numbers(a) * sizeof(T));
+  if (means.data() == nullptr || found.data() == nullptr) return false;
+  T *const mean = reinterpret_cast<T*>(means.data()), *const products = reinterpret_cast<T*>(found.data());
   const auto nothing = [](int64_t, auto&) {};
-  const bool found = run_samples_or_slots<MeanScratch<T>>(
-      a, parallel, a.D * a.R, a.D * a.R, nothing, [&](int64_t b, Range slots, MeanScratch<T>& s) { mean_part(a, b, slots, s); },
-      [&](int64_t b, const MeanScratch<T>* parts, int64_t count) {
-        for (int64_t r = 0; r < a.R; ++r) {
-          mean[b * a.R + r] = 0;
-          for (int64_t p = 0; p < count; ++p) mean[b * a.R + r] += parts[p].mean[r];
-        }
-      });
-  // In as many parts as forward.
-  return found && run_samples_or_slots<BackwardScratch<T>>(
-                      a, parallel, a.D * (2 * a.R + 1), a.D * (6 * a.R + 2), nothing,
-                      [&](int64_t b, Range slots, BackwardScratch<T>& s) { backward_part(a, b, slots, mean + b * a.R, s); },
-                      [&](int64_t b, const BackwardScratch<T>* parts, int64_t count) { combine_backward(a, b, parts, count); });
+  return run_samples_or_slots<MeanScratch<T>>(
+             a, parallel, a.D * (2 * a.R + 1), a.D * (2 * a.R + 1), nothing,
+             [&](int64_t b, Range slots, MeanScratch<T>& s) { mean_part(a, b, slots, products, s); },
+             [&](int64_t b, const MeanScratch<T>* parts, int64_t count) {
+               for (int64_t r = 0; r < a.R; ++r) {
+                 mean[b * a.R + r] = 0;
+                 for (int64_t p = 0; p < count; ++p) mean[b * a.R + r] += parts[p].mean[r];
+               }
+             }) &&
+         run_samples_or_slots<BackwardScratch<T>>(
+             a, parallel, a.D * (2 * a.R + 1), a.D * (3 * a.R + 1), nothing,
+             [&](int64_t b, Range slots, BackwardScratch<T>& s) { backward_part(a, b, slots, mean + b * a.R, products, s); },
+             [&](int64_t b, const BackwardScratch<T>* parts, int64_t count) { combine_backward(a, b, parts, count); });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <limits>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -65,6 +65,25 @@ inline Vec<T> load(const T* from) {
 template <class T>
 inline void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
+}
+// The same past the caches: a cache line that is written as a whole, at once, need not be fetched first. `to` is a multiple of
+// a vector; `finish_streams` orders what was written before what comes after.
+template <class T>
+inline void stream(T* to, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
+#else
+  store(to, v);
+#endif
+}
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 inline IntVec<float> load_int(const int32_t* from) {
   IntVec<float> v;
