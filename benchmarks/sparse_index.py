@@ -67,6 +67,14 @@ class Run:
         self.state = state.detach()
         return seconds
 
+    def build(self) -> float:
+        """Seconds of a step that makes the index, which would come later by itself."""
+        worth, sparse_index.WORTH = sparse_index.WORTH, 1
+        try:
+            return self.call(1, False)
+        finally:
+            sparse_index.WORTH = worth
+
     def step(self, backward: bool, repeats: int) -> float:
         """Milliseconds."""
         best: Callable[[int], float] = lambda steps: min(self.call(steps, backward) for _ in range(repeats))  # noqa: E731
@@ -94,9 +102,7 @@ def main() -> None:
             times = [exact.step(backward, options.repeats) for backward in (False, True)]
             for probes in options.probes:
                 run = Run(layer_of(1 << exponent, probes), memory)
-                sparse_index.WORTH = 1
-                build = run.call(1, False) - exact.call(1, False)
-                sparse_index.WORTH = 256
+                build = run.build() - exact.call(1, False)
                 found = [run.step(backward, options.repeats) for backward in (False, True)]
                 recall = run.layer.memory.recall()
                 assert recall is not None
