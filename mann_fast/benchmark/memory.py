@@ -25,7 +25,8 @@ def saved_bytes(call: Call) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most bytes of tensors that a call holds at a time beside what was there before it, kernels' own buffers included."""
+    """The most bytes of tensors that a call holds at a time beside what was there before it; on a GPU with the kernels' own
+    buffers, which on the CPU PyTorch's allocator does not see."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
