@@ -873,8 +873,19 @@ def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
     assert status == 2 and "--orders 2 needs --protocol" in errors
     status, _, errors = call(capsys, "evaluate", *of_glyphs, "--views", 0)
     assert status == 2 and "--views must be at least 1, got 0" in errors
-    status, _, errors = call(capsys, "evaluate", *of_glyphs, "--views", 2)
-    assert status == 2 and "--views 2 needs a model with an encoder" in errors
+    status, printed, _ = call(capsys, "evaluate", *of_glyphs, "--streams", 3, "--orders", 3, "--views", 2)
+    assert status == 0 and printed.count("is the mean over 3") == 2
+    assert "An answer is the mean over 3 deals of the labels, each of 2 views of the images." in printed
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["streams"]["views"] == found["protocols"][0]["views"] == 2
+    undistorted = shutil.copytree(run_folder, tmp_path / "undistorted") / "checkpoint.pt"
+    content = torch.load(undistorted, weights_only=True)
+    content["config"]["augment"] = False
+    torch.save(content, undistorted)
+    status, _, errors = call(
+        capsys, "evaluate", *arguments, *of_glyphs[2:], "--checkpoint", undistorted, "--views", 2
+    )
+    assert status == 2 and "--views 2 needs a model that was trained on distorted images" in errors
     status, printed, errors = call(capsys, "evaluate", *arguments, "--protocol", "all")
     assert status == 0 and "N-way K-shot" not in printed
     assert "5-way-1-shot is left out: the model was trained to tell 3 classes apart" in errors

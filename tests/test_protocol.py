@@ -151,6 +151,44 @@ def test_along_a_stream_an_answer_is_the_mean_over_the_deals():
         evaluate_streams(Unsure(config), config, constant_images(8, 10), 5, 20, orders=0)
 
 
+class Sees(nn.Module):
+    """Guesses, and keeps what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, state=None):
+        self.calls.append(x)
+        return torch.randn(*x.shape[:2], 5), state or ()
+
+
+def measured_by(what, model, classes, **averages):
+    config = TrainConfig(ways=5, image_size=6)
+    if what == "streams":
+        return evaluate_streams(model, config, classes, 3, 2, **averages)
+    return evaluate_protocol(model, config, classes, Protocol(3, 2), 2, **averages)
+
+
+@pytest.mark.parametrize("what", ["streams", "protocol"])
+def test_views_of_a_model_without_an_encoder_are_images_distorted_anew(what):
+    images = torch.randint(0, 256, (4 * 17, 6, 6), dtype=torch.uint8)
+    classes = ClassImages(images, torch.arange(5) * 17, tuple("abcd"))
+    model = Sees()
+    measured_by(what, model, classes, orders=2, views=3)
+    known = {tuple(image) for image in (images.flatten(1).float() / 255).tolist()}
+    for (
+        call
+    ) in model.calls:  # [T, 2 episodes * 2 orders * 3 views, ...], of a query also those of all queries
+        pixels = call[..., :36]
+        as_it_is = torch.tensor([[tuple(image) in known for image in step] for step in pixels.tolist()])
+        assert as_it_is[:, ::3].all() and not as_it_is[:, 1::3].any() and not as_it_is[:, 2::3].any()
+        assert pixels.shape[1] % 12 == 0 and 0 <= pixels.min() and pixels.max() <= 1
+        assert not torch.equal(pixels[:, 1::3], pixels[:, 2::3])
+    with pytest.raises(ValueError, match="views must be at least 1, got 0"):
+        measured_by(what, model, classes, views=0)
+
+
 def test_streams_that_cannot_be_measured():
     config = TrainConfig(ways=5, image_size=2)
     for ways, classes, why in (

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from ..training import InstanceAccuracy, SequenceConfig, TrainConfig
 from ..training.babi import MEANS, PUBLISHED, REPEATED
-from ..training.config import ENCODER_SHARE, RunConfig
+from ..training.config import ENCODER_SHARE, NO_ENCODER, RunConfig
 from ..training.plots import name_of_answer, ordinal, shown_instances
 from ..training.protocol import QUERIES
 from ..training.sequence_plots import unit
@@ -157,7 +157,7 @@ def print_streams(streams: dict[str, Any], config: TrainConfig) -> None:
     print(
         f"Streams of {len(streams['mean'])} images of each of {streams['ways']} classes, {streams['episodes']:,} of them; "
         "every image is asked about from the memory of those before it. "
-        + averages(streams, "deals of the labels")
+        + averages(streams, "deals of the labels", config)
         + (
             "The model was trained on streams, and answers as it reads."
             if config.layout == "stream"
@@ -167,15 +167,16 @@ def print_streams(streams: dict[str, Any], config: TrainConfig) -> None:
     print_table(accuracy_table(streams, stream=True))
 
 
-def averages(result: dict[str, Any], orders: str) -> str:
+def averages(result: dict[str, Any], orders: str, config: TrainConfig) -> str:
     """What an answer is the mean over."""
-    many = [
-        f"An answer is the mean over {result['orders']} {orders}. " if result["orders"] > 1 else "",
-        f"The features of an image are the mean over {result['views']} views of it. "
-        if result["views"] > 1
-        else "",
-    ]
-    return "".join(many)
+    over, features = [], ""
+    if result["orders"] > 1:
+        over.append(f"{result['orders']} {orders}")
+    if result["views"] > 1 and config.encoder == NO_ENCODER:
+        over.append(f"{result['views']} views of the images")
+    elif result["views"] > 1:
+        features = f"The features of an image are the mean over {result['views']} views of it. "
+    return (f"An answer is the mean over {', each of '.join(over)}. " if over else "") + features
 
 
 def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> None:
@@ -189,7 +190,7 @@ def print_protocols(results: Sequence[dict[str, Any]], config: TrainConfig) -> N
         table.add_row(result["protocol"], f"{result['mean']:.1%}", interval)
     print(
         f"N-way K-shot, {QUERIES} queries of each class, judged apart; {results[0]['episodes']:,} episodes. "
-        + averages(results[0], "orders of the examples")
+        + averages(results[0], "orders of the examples", config)
         + (
             "The model was trained with labels one step late, and sees those of the examples so."
             if config.layout == "stream"

@@ -78,8 +78,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1,
-        help="with --protocol or --streams, and an encoder: views of an image, each distorted a little otherwise, to average "
-        "its features over (default: 1)",
+        help="with --protocol or --streams: views of an image, each distorted a little otherwise, to average its features "
+        "over, or where there is no encoder the answers (default: 1)",
     )
     parser.add_argument(
         "--episodes", metavar="N", type=int, default=1000, help="episodes to average over (default: 1000)"
@@ -127,23 +127,23 @@ def run(args: argparse.Namespace) -> int:
     if args.streams and (why := obstacle_to_streams(args.streams, config, episodes.classes)):
         raise ValueError(f"--streams {args.streams} cannot be measured: {why}")
     classes, model = episodes.classes.num_classes, restore_model(content, args.encoder)
-    if args.views > 1 and not (config.augment and has_encoder(model)):
-        raise ValueError(
-            f"--views {args.views} needs a model with an encoder that was trained on distorted images"
-        )
+    if args.views > 1 and not config.augment:
+        raise ValueError(f"--views {args.views} needs a model that was trained on distorted images")
     accuracy = measure_accuracy(model, config, episodes, args.episodes)
     by_protocol, streams = [], None
     if protocols or args.streams:
-        answering, encoded = encoded_classes(model, episodes.classes, args.views)
+        views = args.views
+        answering, encoded = encoded_classes(model, episodes.classes, views if has_encoder(model) else 1)
         averaged: dict[str, Any] = {"orders": args.orders, "seed": args.seed}
+        averaged["views"] = 1 if has_encoder(model) else views
         for protocol in protocols:
             found = evaluate_protocol(answering, config, encoded, protocol, args.episodes, **averaged)
-            by_protocol.append({**found, "views": args.views})
+            by_protocol.append({**found, "views": views})
         if args.streams:
             by_instance = evaluate_streams(
                 answering, config, encoded, args.streams, args.episodes, **averaged
             )
-            averages = {"ways": args.streams, "orders": args.orders, "views": args.views}
+            averages = {"ways": args.streams, "orders": args.orders, "views": views}
             streams = {**averages, **by_instance.to_dict()}
 
     picture = out_folder(args) / "evaluation.png"

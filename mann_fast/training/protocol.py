@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import ClassImages, Episodes
+from ..data.episodes import distorted
 from .config import TrainConfig
 from .evaluation import InstanceAccuracy, Interrupted
 from .objective import right_by_instance
@@ -77,20 +78,35 @@ def _obstacle(ways: int, needed: int, of_which: str, config: TrainConfig, classe
     return ""
 
 
-def _batches(count: int, orders: int, stop: Callable[[], bool]) -> Iterator[int]:
-    """How many episodes at a time; ValueError where orders is below 1, Interrupted where `stop` says yes."""
-    if orders < 1:
-        raise ValueError(f"orders must be at least 1, got {orders}")
-    batch = max(1, BATCH // orders)
+def _batches(count: int, orders: int, views: int, stop: Callable[[], bool]) -> Iterator[int]:
+    """How many episodes at a time; ValueError where orders or views is below 1, Interrupted where `stop` says yes."""
+    for name, value in (("orders", orders), ("views", views)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    batch = max(1, BATCH // (orders * views))
     for start in range(0, count, batch):
         if stop():
             raise Interrupted
         yield min(batch, count - start)
 
 
-def _answers(found: Tensor, orders: int) -> Tensor:
-    """The best class [Q, B] by the mean probability over the orders of an episode, of log p [Q, B * orders, C]."""
-    return found.exp().unflatten(1, (-1, orders)).mean(2).argmax(2)
+def _viewed(images: Tensor, times: int, views: int, generator: torch.Generator) -> Tensor:
+    """Of the images [T, B, ...] of episodes those of ``times`` sequences of each, [T, B * times, ...]: one of ``views`` sees
+    them as they are, the others each image distorted anew."""
+    again = images.repeat_interleave(times, 1)
+    if views == 1:
+        return again
+    again, every = again.float(), torch.arange(again.shape[1])
+    others = every[every % views > 0]
+    seen = again[:, others]
+    random = 2 * torch.rand(*seen.shape[:2], 6, generator=generator, dtype=torch.float32) - 1
+    again[:, others] = distorted(seen.flatten(0, 1), random.flatten(0, 1)).view(seen.shape)
+    return again
+
+
+def _answers(found: Tensor, times: int) -> Tensor:
+    """The best class [Q, B] by the mean probability over the sequences of an episode, of log p [Q, B * times, C]."""
+    return found.exp().unflatten(1, (-1, times)).mean(2).argmax(2)
 
 
 @torch.inference_mode()
@@ -102,6 +118,7 @@ def evaluate_protocol(
     count: int,
     *,
     orders: int = 1,
+    views: int = 1,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -111,10 +128,12 @@ def evaluate_protocol(
     The examples of an episode come in random order, with labels as the model was trained to see them. Every
     query is judged from the memory after the examples, and of the labels the model's answer is the best among those of the
     episode's classes. ``orders`` is how many random orders of the examples, each with labels dealt anew, the probabilities are
-    the mean of, as a :class:`mann_fast.FewShotLearner` answers.
+    the mean of, as a :class:`mann_fast.FewShotLearner` answers. ``views``, of a model that sees the images themselves: how many
+    times each order is read, all but the first with every image distorted anew, as in training. (Features are already the mean
+    over views.)
 
     `stop` is asked between batches; Interrupted is raised where it says yes. Raises ValueError where there is an
-    :func:`obstacle`, named, or orders is below 1.
+    :func:`obstacle`, named, or orders or views is below 1.
     """
     if why := obstacle(protocol, config, classes):
         raise ValueError(f"{protocol} cannot be measured: {why}")
@@ -122,24 +141,26 @@ def evaluate_protocol(
     episodes = Episodes(classes, ways=ways, shots=each, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for size in _batches(count, orders, stop):
+    times = orders * views
+    for size in _batches(count, orders, views, stop):
         images, which, *_ = examples_first(episodes.sample_images(size), protocol.shots)
         examples = ways * protocol.shots
-        # One sequence after another for each order of an episode.
-        sequence = torch.arange(size).repeat_interleave(orders)
-        labels = draw_labels(config, ways, len(sequence), generator)  # [B * orders, ways] or [..., 5]
+        # One sequence after another for each order and view of an episode.
+        sequence = torch.arange(size).repeat_interleave(times)
+        labels = draw_labels(config, ways, len(sequence), generator)  # [B * times, ways] or [..., 5]
         place = torch.arange(examples).unsqueeze(1).expand(-1, len(sequence))
         if orders > 1:
             place = random_order(len(sequence), examples, generator).T
+        seen = _viewed(images, times, views, generator)
         found = log_probabilities_apart(
             model,
             config,
-            images[place, sequence],
+            seen[place, torch.arange(len(sequence))],
             labels[torch.arange(len(sequence)), which[place, sequence]],
-            images[examples:, sequence],
+            seen[examples:],
             labels,
         )
-        parts.append((_answers(found, orders) == which[examples:]).float().mean(0))
+        parts.append((_answers(found, times) == which[examples:]).float().mean(0))
     accuracy = InstanceAccuracy.from_episodes(torch.cat(parts).unsqueeze(1))
     return {
         "protocol": str(protocol),
@@ -160,6 +181,7 @@ def evaluate_streams(
     count: int,
     *,
     orders: int = 1,
+    views: int = 1,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> InstanceAccuracy:
@@ -169,7 +191,7 @@ def evaluate_streams(
 
     A model that was trained on streams answers as it reads the image. One that was trained on support and queries is asked
     apart, and then shown the image with its label. The answer is the best among the labels of the stream's classes. ``orders``
-    is how many times the labels are dealt for the same images; the probabilities are the mean.
+    is how many times the labels are dealt for the same images; the probabilities are the mean. ``views`` as there.
 
     `stop` and errors as of :func:`evaluate_protocol`.
     """
@@ -178,13 +200,14 @@ def evaluate_streams(
     episodes = Episodes(classes, ways=ways, shots=INSTANCES, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for size in _batches(count, orders, stop):
+    times = orders * views
+    for size in _batches(count, orders, views, stop):
         images, which, instance, _ = episodes.sample_images(size)
-        sequence = torch.arange(size).repeat_interleave(orders)
+        sequence = torch.arange(size).repeat_interleave(times)
         labels = draw_labels(config, ways, len(sequence), generator)
         shown = labels[torch.arange(len(sequence)), which[:, sequence]]
-        found = _along(model, config, images[:, sequence], shown, labels)
-        parts.append(right_by_instance(_answers(found, orders) == which, instance, INSTANCES) / ways)
+        found = _along(model, config, _viewed(images, times, views, generator), shown, labels)
+        parts.append(right_by_instance(_answers(found, times) == which, instance, INSTANCES) / ways)
     return InstanceAccuracy.from_episodes(torch.cat(parts))
 
 
