@@ -349,6 +349,7 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T
                                  streams, to, s.grad_key);
     for (int64_t i = 0; to == s.grad && i < valid; ++i) std::memcpy(grad_memory + (lo + i) * a.D, to + i * ld, a.D * sizeof(T));
   }
+  finish_streams();  // before another thread reads them
 }
 
 template <class T>
