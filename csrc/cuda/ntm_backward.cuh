@@ -1,13 +1,13 @@
-// A step of a Neural Turing Machine's memory back, as a block takes it: ntm_scan_backward.cu and ntm_cell_backward.cu go through
-// the steps.
+// A step of a Neural Turing Machine's memory back, as a block takes it: ntm_scan_backward.cu and ntm_cell_backward.cu go
+// through the steps.
 #pragma once
 #include "ntm_scan.cuh"
 
 namespace mann_fast {
 namespace cuda {
 
-// A head's sums over slots: gradients of sharpness, gate, sharpening; the softmax's mean gradient; gradient of the key's square,
-// which is the warp's own; then those of the shift.
+// A head's sums over slots: gradients of sharpness, gate, sharpening; the softmax's mean gradient; gradient of the key's
+// square, which is the warp's own; then those of the shift.
 enum NtmScalar { of_beta, of_gate, of_gamma, mean_of_content, of_key_square, of_shift };
 
 template <class T>
@@ -69,9 +69,9 @@ struct NtmBackward : NtmThread<T, C, RESIDENT, ALONE, P> {
   int64_t written_row = -1, addressed_row = -1;
   int first_told = 0, last_told = 0;
 
-  // What only a thread of a fixed plan keeps, which has one slot of each pair of heads: its tile of the memory that is gone back
-  // through; weights of its slot, of the step that comes, of the one before that and in a replay of the next, each asked for a
-  // step before it is needed; its content weights; and squares of keys.
+  // What only a thread of a fixed plan keeps, which has one slot of each pair of heads: its tile of the memory that is gone
+  // back through; weights of its slot, of the step that comes, of the one before that and in a replay of the next, each asked
+  // for a step before it is needed; its content weights; and squares of keys.
   Tile<T, C> known;
   T before[pairs], next[pairs], replayed[pairs], content[pairs], squares[pairs];
   int turn = 0;
@@ -297,8 +297,8 @@ struct NtmBackward : NtmThread<T, C, RESIDENT, ALONE, P> {
     });
   }
 
-  // With a fixed plan, whose lanes have one slot of a head each. The slope of a weight in its shifted weight is sharpening times one
-  // over the other, but for the mean: that needs no maximum, hence no barrier before it.
+  // With a fixed plan, whose lanes have one slot of a head each. The slope of a weight in its shifted weight is sharpening
+  // times one over the other, but for the mean: that needs no maximum, hence no barrier before it.
   __device__ __forceinline__ void through_sharpening_alone(const NtmInputs<T>& in, int first, int last) {
     constexpr T faint = T(1) / (int64_t(1) << 62) / (int64_t(1) << 38);
     const int slot = this->half_slot(0);
@@ -513,8 +513,8 @@ struct NtmBackward : NtmThread<T, C, RESIDENT, ALONE, P> {
       }
   }
 
-  // Back through the addressing of heads [first, last) on a memory; later becomes the gradient of the weights of the step before.
-  // Calls told() after the first barrier, when all have told what they had, and meanwhile() before the last.
+  // Back through the addressing of heads [first, last) on a memory; later becomes the gradient of the weights of the step
+  // before. Calls told() after the first barrier, when all have told what they had, and meanwhile() before the last.
   template <class F, class G>
   __device__ __forceinline__ void through_address(const NtmInputs<T>& in, int first, int last, const T* addressed, int64_t row,
                                                   F told, G meanwhile) {
@@ -548,8 +548,8 @@ struct NtmBackward : NtmThread<T, C, RESIDENT, ALONE, P> {
     last_told = last;
   }
 
-  // Back through step t, number `step` of its replay, but for a barrier after which all have told the gradients of what it took.
-  // Calls told() and meanwhile() as through_address, the latter once.
+  // Back through step t, number `step` of its replay, but for a barrier after which all have told the gradients of what it
+  // took. Calls told() and meanwhile() as through_address, the latter once.
   template <class F, class G>
   __device__ __forceinline__ void back(const NtmInputs<T>& in, int64_t t, int step, F told, G meanwhile) {
     const int64_t row = t * a.B + sample;
@@ -571,6 +571,15 @@ struct NtmBackward : NtmThread<T, C, RESIDENT, ALONE, P> {
       through_write(in, memory(step), row);
       if (reads < heads) through_address(in, reads, heads, memory(step), row, told, meanwhile);
     }
+  }
+
+  // The gradients of keys and of what is written, of numbers that lie `at` a place of [heads, columns] or [writing heads,
+  // columns], when all have told their parts.
+  __device__ __forceinline__ T key_gradient(int at) const { return this->total(small.of_keys, at, plan.heads * plan.columns); }
+  __device__ __forceinline__ T erase_gradient(int at) const { return total_written(small.of_erase, at); }
+  __device__ __forceinline__ T add_gradient(int at) const { return total_written(small.of_add, at); }
+  __device__ __forceinline__ T total_written(T* of_warps, int at) const {
+    return this->total(of_warps, at, (plan.heads - plan.reads) * plan.columns);
   }
 
   // So many steps from `first` forward again, but for the last where that only changes the memory after it. The inputs of the

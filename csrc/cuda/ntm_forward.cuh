@@ -218,7 +218,9 @@ struct NtmForward : NtmThread<T, C, RESIDENT, ALONE, P> {
   }
 
   // A number of the reads, which lies `at` a place of [reading heads, columns], when all have told their parts.
-  __device__ __forceinline__ T read_at(int at) const { return this->total(small.reads, at, plan.reads * plan.columns); }
+  __device__ __forceinline__ T read_at(int at, int = 0) const {
+    return this->total(small.reads, at, plan.reads * plan.columns);
+  }
 
   __device__ __forceinline__ void end() {
     T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;

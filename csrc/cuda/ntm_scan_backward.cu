@@ -1,11 +1,11 @@
 // ntm_scan backward: one launch for all steps.
 //
 // Takes at most `anchor_every` steps at a time: replays their writes from an anchor or where the sample began anew, with the
-// weights that were kept, so that no warp needs another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
-// sums of exponentials | barrier | shift; tell the maximum | barrier | back through sharpening; tell gradients of the shift | barrier |
-// back through shift, gate, softmax and similarity. Read first, all heads do so at once: three barriers a step. Write first,
-// those that read and then those that write: six. An erase is never undone by a division. With a fixed plan nobody needs the
-// maximum: a barrier less, two or four.
+// weights that were kept, so that no warp needs another; then goes back through them. Heads that address one memory: back
+// through what was read and written; compare; tell the sums of exponentials | barrier | shift; tell the maximum | barrier |
+// back through sharpening; tell gradients of the shift | barrier | back through shift, gate, softmax and similarity. Read
+// first, all heads do so at once: three barriers a step. Write first, those that read and then those that write: six. An erase
+// is never undone by a division. With a fixed plan nobody needs the maximum: a barrier less, two or four.
 #include "kernels.h"
 #include "ntm_backward.cuh"
 
@@ -103,22 +103,22 @@ struct BackwardScan : NtmBackward<T, C, RESIDENT, false, P> {
               stride = plan.cluster * gpu::threads();
     if (written_row >= 0)
       for (int j = start; j < 2 * writes * plan.D; j += stride) {
-        const int i = j % (writes * plan.D), at = i / plan.D * plan.columns + i % plan.D, ld = writes * plan.columns;
-        if (i == j) store_as(a.grad_erase, a.input, written_row * writes * plan.D + i, this->total(small.of_erase, at, ld));
-        else store_as(a.grad_add, a.input, written_row * writes * plan.D + i, this->total(small.of_add, at, ld));
+        const int i = j % (writes * plan.D), at = i / plan.D * plan.columns + i % plan.D;
+        if (i == j) store_as(a.grad_erase, a.input, written_row * writes * plan.D + i, this->erase_gradient(at));
+        else store_as(a.grad_add, a.input, written_row * writes * plan.D + i, this->add_gradient(at));
       }
     if (addressed_row >= 0) {
       const int each = plan.D + 3 + plan.shifts;
       for (int j = start; j < (last_told - first_told) * each; j += stride) {
         const int h = first_told + j / each, i = j % each;
         const int64_t head = addressed_row * plan.R + h;
-        if (i < plan.D)
-          store_as(a.grad_keys, a.input, head * plan.D + i,
-                   this->total(small.of_keys, h * plan.columns + i, plan.heads * plan.columns));
+        if (i < plan.D) store_as(a.grad_keys, a.input, head * plan.D + i, this->key_gradient(h * plan.columns + i));
         else if (i == plan.D) store_as(a.grad_sharpness, a.input, head, this->total_scalar(h, of_beta));
         else if (i == plan.D + 1) store_as(a.grad_gates, a.input, head, this->total_scalar(h, of_gate));
         else if (i == plan.D + 2) store_as(a.grad_sharpening, a.input, head, this->total_scalar(h, of_gamma));
-        else store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3, this->total_scalar(h, of_shift + i - plan.D - 3));
+        else
+          store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3,
+                   this->total_scalar(h, of_shift + i - plan.D - 3));
       }
     }
     written_row = addressed_row = -1;
@@ -153,8 +153,7 @@ struct BackwardScan : NtmBackward<T, C, RESIDENT, false, P> {
       for (int step = count - 1; step >= 0; --step) {
         // Going on with the steps before it begins with a replay.
         stream.ask((step > 0 ? first + step - 1 : earlier) * a.B + sample);
-        this->back(
-            inputs(visits), first + step, step, [&] { give_told(); }, [&] { stream.put(inputs(visits + 1)); });
+        this->back(inputs(visits), first + step, step, [&] { give_told(); }, [&] { stream.put(inputs(visits + 1)); });
         ++visits;
       }
       if (this->begins(first)) this->through_start();
