@@ -149,6 +149,7 @@ struct BackwardScan : NtmBackward<T, C, RESIDENT, false, P> {
     for (int64_t left = steps; left > 0;) {
       const int count = static_cast<int>(left - first);
       const int64_t earlier = this->replay_before(first);
+      gpu::sync();  // the inputs of the step before are not needed any more, and those of the first are there
       this->replay_all(stream, first, count);
       for (int step = count - 1; step >= 0; --step) {
         // Going on with the steps before it begins with a replay.
