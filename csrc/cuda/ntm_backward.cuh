@@ -6,7 +6,7 @@
 namespace mann_fast {
 namespace cuda {
 
-template <class T, int C, bool RESIDENT, bool ALONE = false, class P = Plan>
+template <class T, int C, bool RESIDENT, bool ALONE, class P>
 struct NtmBackward : NtmAddressBack<T, C, RESIDENT, ALONE, P> {
   using Base = NtmAddressBack<T, C, RESIDENT, ALONE, P>;
   using Base::held, Base::known, Base::pairs, Base::per_slot, Base::place, Base::plan, Base::small, Base::tiles,

@@ -33,7 +33,7 @@ struct NtmForwardRoom {
   };
 };
 
-template <class T, int C, bool RESIDENT, bool ALONE = false, class P = Plan>
+template <class T, int C, bool RESIDENT, bool ALONE, class P>
 struct NtmForward : NtmThread<T, C, RESIDENT, ALONE, P> {
   using Base = NtmThread<T, C, RESIDENT, ALONE, P>;
   using Base::place, Base::plan, Base::first_slot, Base::rank;
