@@ -273,7 +273,7 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   plan.recurrent = a.controller != Controller::feedforward;
   plan.H = static_cast<int>(a.H);
   plan.reads = static_cast<int>(a.R * a.D);
-  plan.round = plan.reads_at() + plan.reads;
+  plan.round = (plan.recurrent ? plan.H : 0) + plan.reads;
   plan.heads = static_cast<int>(heads);
   plan.every = static_cast<int>(every);
   for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {

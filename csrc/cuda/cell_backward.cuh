@@ -83,9 +83,8 @@ struct CellBack {
   const HeadPlaces<Memory, P, Arguments> head_places;
   const int read_place;  // where the thread's first number of the reads lies
 
-  template <class Scan>
-  __device__ __forceinline__ CellBack(const Arguments& a, const Scan& scan, const CellPlan& plan, const P& of_memory,
-                                      Carver carver, unsigned char* scratch)
+  __device__ __forceinline__ CellBack(const Arguments& a, const typename Memory::BackwardScan& scan, const CellPlan& plan,
+                                      const P& of_memory, Carver carver, unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
         memory(scan, of_memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
         shared(carver, plan),
@@ -293,10 +292,11 @@ struct CellBack {
   }
 };
 
-template <class T, int C, bool RESIDENT, class P, class Memory, class Arguments, class Scan>
+template <class T, int C, bool RESIDENT, class P, class Memory>
 __global__ void __launch_bounds__(most_threads, 1)
-    cell_backward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Scan memory,
-                         const __grid_constant__ CellPlan plan, unsigned char* scratch) {
+    cell_backward_kernel(const __grid_constant__ typename Memory::Backward a,
+                         const __grid_constant__ typename Memory::BackwardScan memory, const __grid_constant__ CellPlan plan,
+                         unsigned char* scratch) {
   const auto& known = P::of(plan.memory);
   CellBack<T, C, RESIDENT, P, Memory>(a, memory, plan, known, Carver(gpu::shared_memory()), scratch).run();
 }
@@ -304,11 +304,9 @@ __global__ void __launch_bounds__(most_threads, 1)
 // queue: null asks for room alone.
 template <class Memory, class T>
 const char* cell_back_of(const typename Memory::Backward& a, const Queue* queue) {
-  using Arguments = typename Memory::Backward;
   using Side = CellBackwardSide<Memory, T>;
   const auto kernel = [](auto c, auto resident, auto kind) {
-    return cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type, Memory,
-                                Arguments, decltype(Memory::scan_of(Arguments()))>;
+    return cell_backward_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type, Memory>;
   };
   return queue ? launch_cell<Side, T>(a, every_of(a), *queue, kernel) : no_room<Side, T>(a, kernel);
 }

@@ -47,9 +47,8 @@ struct CellForward {
   const HeadPlaces<Memory, P, Arguments> head_places;
   const int read_place, read_head;  // where the thread's first number of the reads lies
 
-  template <class Scan>
-  __device__ __forceinline__ CellForward(const Arguments& a, const Scan& scan, const CellPlan& plan, const P& of_memory,
-                                         Carver carver, unsigned char* scratch)
+  __device__ __forceinline__ CellForward(const Arguments& a, const typename Memory::ForwardScan& scan, const CellPlan& plan,
+                                         const P& of_memory, Carver carver, unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
         memory(scan, of_memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0), shared(carver, plan),
         gates(shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products),
@@ -226,10 +225,10 @@ struct CellForward {
   }
 };
 
-template <class T, int C, bool RESIDENT, class P, class Memory, class Arguments, class Scan>
+template <class T, int C, bool RESIDENT, class P, class Memory>
 __global__ void __launch_bounds__(most_threads, 1)
-    cell_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Scan memory, const __grid_constant__ CellPlan plan,
-                unsigned char* scratch) {
+    cell_kernel(const __grid_constant__ typename Memory::Forward a, const __grid_constant__ typename Memory::ForwardScan memory,
+                const __grid_constant__ CellPlan plan, unsigned char* scratch) {
   const auto& known = P::of(plan.memory);
   CellForward<T, C, RESIDENT, P, Memory>(a, memory, plan, known, Carver(gpu::shared_memory()), scratch).run();
 }
@@ -237,11 +236,9 @@ __global__ void __launch_bounds__(most_threads, 1)
 // queue: null asks for room alone.
 template <class Memory, class T>
 const char* cell_forward_of(const typename Memory::Forward& a, const Queue* queue) {
-  using Arguments = typename Memory::Forward;
   using Side = CellForwardSide<Memory, T>;
   const auto kernel = [](auto c, auto resident, auto kind) {
-    return cell_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type, Memory, Arguments,
-                       decltype(Memory::scan_of(Arguments()))>;
+    return cell_kernel<T, decltype(c)::value, decltype(resident)::value, typename decltype(kind)::Type, Memory>;
   };
   return queue ? launch_cell<Side, T>(a, 0, *queue, kernel) : no_room<Side, T>(a, kernel);
 }

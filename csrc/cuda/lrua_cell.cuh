@@ -3,7 +3,7 @@
 // What a memory must provide to have its whole sequence. One row of head values is what its heads take of a step and a sample.
 //
 //   Forward, Backward          arguments of the two directions
-//   scan_of(a)                 those of the memory's own scan, without its inputs and their gradients
+//   ForwardScan, BackwardScan  and of the memory's own scan; scan_of(a): these, without its inputs and their gradients
 //   too_large(scan)            null, or why the kernels cannot take it
 //   sizes_of(scan)             a Plan that has the sizes
 //   head_values(a)             numbers in a row
@@ -38,6 +38,8 @@ namespace cuda {
 struct LruaMemory {
   using Forward = Cell;
   using Backward = CellBackward;
+  using ForwardScan = LruaScan;
+  using BackwardScan = LruaScanBackward;
 
   static LruaScan scan_of(const Cell& a) {
     return {a.T, a.B, a.N, a.D, a.R, a.state, a.state, a.read_first, a.shared_target, a.usage_decay, a.eps, a.anchor_every,

@@ -43,6 +43,8 @@ struct NtmBackwardStep : NtmBackward<T, C, RESIDENT, true, P> {
 struct NtmMemory {
   using Forward = NtmCell;
   using Backward = NtmCellBackward;
+  using ForwardScan = NtmScan;
+  using BackwardScan = NtmScanBackward;
 
   // As many heads write as read. Where heads go by content alone, they have one shift, of 1 to where they are.
   template <class Arguments>
