@@ -340,10 +340,11 @@ struct NtmAddressBack : NtmThread<T, C, RESIDENT, ALONE, P> {
   }
 
   // Back through the addressing of heads [first, last) on a memory; later becomes the gradient of the weights of the step
-  // before. Calls told() after the first barrier, when all have told what they had, and meanwhile() before the last.
+  // before. Calls told() after the first barrier, when all have told what they had, and meanwhile() before the last, if it is
+  // to.
   template <class F, class G>
   __device__ __forceinline__ void through_address(const NtmInputs<T>& in, int first, int last, const T* addressed, int64_t row,
-                                                  F told, G meanwhile) {
+                                                  F told, bool calls, G meanwhile) {
     const auto open = [&](int g) { return [this, addressed, g](int k, auto f) { with_memory(addressed, g, k, f); }; };
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
@@ -364,7 +365,7 @@ struct NtmAddressBack : NtmThread<T, C, RESIDENT, ALONE, P> {
       this->sync();
       through_sharpening(in, first, last);
     }
-    meanwhile();
+    if (calls) meanwhile();
     this->sync();
     if constexpr (P::fixed) through_shift_alone(in, first, last);
     else through_shift(in, first, last);

@@ -203,17 +203,16 @@ struct NtmBackward : NtmAddressBack<T, C, RESIDENT, ALONE, P> {
       this->know(memory(step));
       through_write(in, memory(step), row);
       through_read(in, memory(step));
-      this->through_address(in, 0, heads, memory(step), row, told, meanwhile);
+      this->through_address(in, 0, heads, memory(step), row, told, true, meanwhile);
     } else {
       if (reads > 0) {
         this->know(memory(step + 1));
         through_read(in, memory(step + 1));
-        if (reads == heads) this->through_address(in, 0, reads, memory(step + 1), row, told, meanwhile);
-        else this->through_address(in, 0, reads, memory(step + 1), row, told, [] {});
+        this->through_address(in, 0, reads, memory(step + 1), row, told, reads == heads, meanwhile);
       }
       this->know(memory(step));
       through_write(in, memory(step), row);
-      if (reads < heads) this->through_address(in, reads, heads, memory(step), row, told, meanwhile);
+      if (reads < heads) this->through_address(in, reads, heads, memory(step), row, told, true, meanwhile);
     }
   }
 

@@ -75,9 +75,9 @@ struct NtmForward : NtmThread<T, C, RESIDENT, ALONE, P> {
         with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
   }
 
-  // New weights of heads [first, last), from the memory as it is; calls meanwhile() between the two barriers.
+  // New weights of heads [first, last), from the memory as it is; calls meanwhile() between the two barriers, if it is to.
   template <class F>
-  __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, F meanwhile) {
+  __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, bool calls, F meanwhile) {
     const bool bounded = this->bounded(in.beta);
     for (int g = 0; g < this->groups(); ++g)
       this->compare(
@@ -87,7 +87,7 @@ struct NtmForward : NtmThread<T, C, RESIDENT, ALONE, P> {
     if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
     this->sync();
     const auto between = [&] {
-      meanwhile();
+      if (calls) meanwhile();
       this->sync();
     };
     if constexpr (P::fixed) {
@@ -203,14 +203,13 @@ struct NtmForward : NtmThread<T, C, RESIDENT, ALONE, P> {
     const int reads = plan.reads, heads = plan.R;
     if (anchors.due(t)) save_memory(t);
     if (plan.read_first) {
-      address(in, 0, heads, meanwhile);
+      address(in, 0, heads, true, meanwhile);
       read();
       write(in);
     } else {
-      if (reads == 0) address(in, reads, heads, meanwhile);
-      else if (reads < heads) address(in, reads, heads, [] {});
+      if (reads < heads) address(in, reads, heads, reads == 0, meanwhile);
       write(in);
-      if (reads > 0) address(in, 0, reads, meanwhile);
+      if (reads > 0) address(in, 0, reads, true, meanwhile);
       read();
     }
     if (a.anchor_every > 0)
