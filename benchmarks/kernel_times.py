@@ -53,8 +53,8 @@ def dnc(B: int, T: int = 50, N: int = 128, D: int = 40, R: int = 4):
     return lambda: ops.dnc_scan(state, interface)[0]
 
 
-def cell(B: int, T: int = 50):
-    layer, x = MemoryLayer(40, 200, num_slots=128, slot_size=40, num_heads=4), torch.randn(T, B, 40)
+def cell(B: int, T: int = 50, **options):
+    layer, x = MemoryLayer(40, 200, num_slots=128, slot_size=40, num_heads=4, **options), torch.randn(T, B, 40)
     return lambda: layer(x)[0]
 
 
@@ -91,6 +91,7 @@ CASES: dict[str, Callable[[], Callable[[], Tensor]]] = {
     "ntm_scan B=16 D=40 R=4": lambda: ntm(16, D=40, R=4),
     **{f"dnc_scan B={B}": lambda B=B: dnc(B) for B in (16, 256)},
     **{f"cell B={B}": lambda B=B: cell(B) for B in (1, 16, 64, 256, 1024)},
+    **{f"ntm_cell B={B}": lambda B=B: cell(B, addressing="ntm") for B in (1, 16, 256)},
     "content_read B=16": lambda: content(16),
     "content_read B=1 N=65536 D=64": lambda: content(1, 65536, 64),
     "content_read B=2048": lambda: content(2048),

@@ -464,7 +464,7 @@ def test_wrong_options_are_named():
 @pytest.mark.skipif(BACKEND == "cpp", reason="only the CUDA kernels are asked for room")
 def test_asking_for_room_is_no_part_of_an_exported_graph(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["mann_fast.ops.cell"], "_fitting", {}
+        sys.modules["mann_fast.ops._cell"], "_fitting", {}
     )  # as at the first call of a process
     layer = MemoryLayer(3, 5, num_slots=6, slot_size=4, num_heads=2)
     program = torch.export.export(layer, (torch.randn(4, 2, 3),), strict=False)

@@ -76,6 +76,18 @@ bool cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controller, b
   return cuda::cell_unable(sized(Cell{})) == nullptr && cuda::cell_backward_unable(sized(CellBackward{})) == nullptr;
 }
 
+// The same of ntm_cell; shifts: 0 of heads that go by content alone.
+bool ntm_cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controller, int64_t shifts, bool wide) {
+  const auto sized = [&](auto a) {
+    a.N = N, a.D = D, a.R = R, a.H = H, a.shifts = shifts;
+    a.state = wide ? Dtype::float64 : Dtype::float32;
+    a.controller = static_cast<Controller>(controller);
+    return a;
+  };
+  return cuda::ntm_cell_unable(sized(NtmCell{})) == nullptr &&
+         cuda::ntm_cell_backward_unable(sized(NtmCellBackward{})) == nullptr;
+}
+
 // How a scan takes each of B samples in float32, on the current device; backward where anchor_every > 0.
 using Layout = std::tuple<int64_t, int64_t, std::string, int64_t>;
 
@@ -123,6 +135,7 @@ Layout dnc_scan_layout(int64_t B, int64_t N, int64_t D, int64_t R, bool link, in
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
   m.impl("cell_fits", TORCH_BOX(&mann_fast::cell_fits));
+  m.impl("ntm_cell_fits", TORCH_BOX(&mann_fast::ntm_cell_fits));
   m.impl("lrua_scan_layout", TORCH_BOX(&mann_fast::lrua_scan_layout));
   m.impl("ntm_scan_layout", TORCH_BOX(&mann_fast::ntm_scan_layout));
   m.impl("dnc_scan_layout", TORCH_BOX(&mann_fast::dnc_scan_layout));

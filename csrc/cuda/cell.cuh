@@ -1,11 +1,12 @@
-// What the two directions of cell share: which block holds which weights, and products with weights in shared memory.
+// What the two directions of a cell share, whatever its memory: which block holds which weights, and products with weights in
+// shared memory. lrua_cell.cuh says what a memory must provide.
 //
 // A cluster of blocks takes a few samples through all steps. A block holds the weights of its share of the hidden units for
 // all steps, and at most one sample's memory. It has all that its own units need, so that two barriers a step are
 // enough: forward, when the units' part of every head is known, and when the reads are; back the same the other way round.
 #pragma once
 #include "kernels.h"
-#include "lrua_scan.cuh"
+#include "plan.cuh"
 
 namespace mann_fast {
 namespace cuda {
@@ -20,16 +21,16 @@ struct CellPlan {
   int lanes;             // samples, padded to what a product takes at once
   int units, columns;    // hidden units of a block; what the product gives for them, `per_unit` each
   int round, heads;      // numbers that go round: hidden state and reads; head values of a sample
+  int reads;             // numbers of a sample's reads
   int every;             // backward only: steps of a replay
   size_t shared;         // bytes of a block, the memory's included
   size_t weights;        // bytes before the memory's
 
   __device__ __host__ int per_unit() const { return static_cast<int>(kept_per_unit(controller)); }
   __device__ __host__ int items() const { return units * lanes; }
-  // Where the reads begin among what goes round, and how many numbers they are; numbers of a row of the output.
+  // Where the reads begin among what goes round; numbers of a row of the output.
   __device__ __forceinline__ int reads_at() const { return recurrent ? H : 0; }
-  __device__ __forceinline__ int reads() const { return memory.R * memory.D; }
-  __device__ __forceinline__ int width() const { return H + reads(); }
+  __device__ __forceinline__ int width() const { return H + reads; }
   // A GRU has two columns for its candidate, of the reads (2) and of the hidden state (3), since a gate comes between: the gate
   // in the hidden state's weights that a column belongs to, or -1.
   __device__ __forceinline__ int hidden_gate(int column) const {
@@ -39,11 +40,6 @@ struct CellPlan {
 
 constexpr int cell_threads = most_threads;
 
-// A sample's memory beside a cell, with one kernel for any number of heads.
-template <class Memory>
-struct BesideCell : Memory {
-  static int heads_at_once(const Plan&) { return 4; }
-};
 // What a thread makes of a product: two columns beside each other for all samples.
 constexpr int columns_at_once = 2, most_lanes = 8;
 __device__ __host__ inline int padded_columns(int columns) {
@@ -60,9 +56,9 @@ struct alignas(2 * sizeof(T)) Two {
   T at[2];
 };
 
-// out[slice][m][column] = the slice's part of the sum over k of x[k][m] weights[k][column], rows of `ld` columns. ld is even, and
-// what pads weights is 0. A thread's first part, most often its only one, is the same in every step: its place takes divisions
-// and is found once, where there are registers to keep it in.
+// out[slice][m][column] = the slice's part of the sum over k of x[k][m] weights[k][column], rows of `ld` columns. ld is even,
+// and what pads weights is 0. A thread's first part, most often its only one, is the same in every step: its place takes
+// divisions and is found once, where there are registers to keep it in.
 template <class T, bool KEEPS>
 class Product {
  public:
@@ -146,6 +142,10 @@ template <class T>
 __device__ __forceinline__ T sigmoid(T x) {
   return T(1) / (T(1) + exp(-x));
 }
+template <class T>
+__device__ __forceinline__ T softplus(T x) {
+  return (x > 0 ? x : T(0)) + log1p(exp(-fabs(x)));
+}
 
 // An own unit of a sample: among own units and those of all blocks, and where it lies in [units, lanes].
 struct Item {
@@ -220,30 +220,17 @@ struct CellPlace {
   }
 };
 
-// Where a value of the heads goes among what the memory's step takes. One row of values has keys, write vectors where separate,
-// gate logits, and sharpness where learned.
-enum class HeadKind { key, vector, both, gate, sharpness };
-struct HeadPlace {
-  HeadKind kind;
-  int at;
-};
-template <class P, class Arguments>
-__device__ __forceinline__ HeadPlace head_place(const Arguments& a, const P& memory, int j) {
-  const int size = memory.R * memory.D, vectors = a.separate_vector ? 2 * size : size;
-  if (j >= vectors + memory.R) return {HeadKind::sharpness, j - vectors - memory.R};
-  if (j >= vectors) return {HeadKind::gate, j - vectors};
-  const HeadKind kind = !a.separate_vector ? HeadKind::both : j < size ? HeadKind::key : HeadKind::vector;
-  return {kind, vector_at(memory, j < size ? j : j - size)};
-}
-
-// A thread's values of the heads are the same in every step: of the first few the place is found once, since that takes divisions.
-template <class P, class Arguments>
+// Where a thread's values of the heads go is the same in every step: of the first few it is found once, since that takes
+// divisions.
+template <class Memory, class P, class Arguments>
 class HeadPlaces {
+  using Place = typename Memory::Place;
+
  public:
   __device__ __forceinline__ HeadPlaces(const Arguments& a, const P& memory, int count)
       : a_(a), memory_(memory), count_(count) {
 #pragma unroll
-    for (int i = 0; i < known; ++i) places_[i] = head_place(a, memory, gpu::thread() + i * gpu::threads());
+    for (int i = 0; i < known; ++i) places_[i] = Memory::place_of(a, memory, gpu::thread() + i * gpu::threads());
   }
   // Calls f(j, place) for the thread's values, from its number `first` on.
   template <class F>
@@ -253,36 +240,18 @@ class HeadPlaces {
       const int j = gpu::thread() + i * gpu::threads();
       if (i >= first && j < count_) f(j, places_[i]);
     }
-    for (int j = gpu::thread() + known * gpu::threads(); j < count_; j += gpu::threads()) f(j, head_place(a_, memory_, j));
+    for (int j = gpu::thread() + known * gpu::threads(); j < count_; j += gpu::threads())
+      f(j, Memory::place_of(a_, memory_, j));
   }
-  __device__ __forceinline__ const HeadPlace& first() const { return places_[0]; }
+  __device__ __forceinline__ const Place& first() const { return places_[0]; }
 
  private:
   static constexpr int known = P::fixed ? 2 : 1;  // else there are no registers left backward
   const Arguments& a_;
   const P& memory_;
   const int count_;
-  HeadPlace places_[known];
+  Place places_[known];
 };
-
-// Puts a head's value, after its nonlinearity, in its place.
-template <class T, class Arguments>
-__device__ __forceinline__ void put_head(const Arguments& a, const Inputs<T>& in, const HeadPlace& place, T value) {
-  if (place.kind == HeadKind::key || place.kind == HeadKind::both) in.keys[place.at] = value;
-  if (place.kind == HeadKind::vector || place.kind == HeadKind::both) in.vectors[place.at] = value;
-  if (place.kind == HeadKind::gate) gate_shares(value, in.gate[place.at], in.rest[place.at]);
-  if (place.kind == HeadKind::sharpness) {
-    const T softplus = (value > 0 ? value : T(0)) + log1p(exp(-fabs(value)));
-    in.beta[place.at] = static_cast<T>(a.sharpness) + static_cast<T>(a.sharpness_scale) * softplus;
-  }
-}
-
-// Sharpness that is not learned is the same in every step.
-template <class T, class P, class Arguments>
-__device__ __forceinline__ void put_sharpness(const Arguments& a, const P& memory, const Inputs<T>& in) {
-  if (a.learned_sharpness) return;
-  for (int r = gpu::thread(); r < memory.R; r += gpu::threads()) in.beta[r] = static_cast<T>(a.sharpness);
-}
 
 // So many samples that a cluster has as many as it has blocks.
 constexpr int64_t any_batch = int64_t(1) << 30;
@@ -291,17 +260,20 @@ constexpr int64_t any_batch = int64_t(1) << 30;
 // room: clusters of so many blocks as the plan has, that the device runs at once; 0 where that was not asked yet.
 template <class Side, class T, class Arguments>
 const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits, CellPlan& plan, int room = 0) {
-  if (const char* why = too_large(a.N, a.D, a.R)) return why;
+  using Memory = typename Side::Memory;
+  const auto scan = Memory::scan_of(a);
+  if (const char* why = Memory::too_large(scan)) return why;
   if (a.N < 1 || a.D < 1 || a.R < 1 || a.H < 1) return "the kernel takes no sizes of 0";
   if (a.H >= int64_t(1) << 24) return "the kernel takes fewer than 2^24 hidden units";
   if (a.T >= int64_t(1) << 31 || a.B >= int64_t(1) << 31) return "the kernel takes fewer than 2^31 steps and samples";
-  const int64_t vectors = (a.separate_vector ? 2 : 1) * a.R * a.D, heads = vectors + (a.learned_sharpness ? 2 : 1) * a.R;
+  const int64_t heads = Memory::head_values(a);
   const int asked = room > 0 ? plan.cluster : 0;
   plan = CellPlan{};
   plan.controller = a.controller;
   plan.recurrent = a.controller != Controller::feedforward;
   plan.H = static_cast<int>(a.H);
-  plan.round = static_cast<int>((plan.recurrent ? a.H : 0) + a.R * a.D);
+  plan.reads = static_cast<int>(a.R * a.D);
+  plan.round = (plan.recurrent ? plan.H : 0) + plan.reads;
   plan.heads = static_cast<int>(heads);
   plan.every = static_cast<int>(every);
   for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {
@@ -324,10 +296,10 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
     gpu::Limits left = limits;
     left.shared -= plan.weights;
     left.cluster = 1;
-    Plan memory = sizes_of(a);
+    Plan memory = Memory::sizes_of(scan);
     memory.least_warps = cell_threads / 32;
     memory.slots_anywhere = Side::slots_anywhere;
-    plan.memory = plan_scan<typename Side::Memory, T>(memory, B, every, left);
+    plan.memory = plan_scan<typename Side::Room, T>(memory, B, every, left);
     // Where the memory is in registers, what is kept per slot in a replay is counted with 32 bits.
     if (plan.memory.resident && (every + 1) * plan.memory.heads * plan.memory.span >= int64_t(1) << 31)
       return "the kernel takes fewer than 2^31 weights between two anchors";
@@ -337,26 +309,13 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   return "the weights do not fit into the shared memory of a cluster of blocks";
 }
 
-// Calls f with the columns of a tile, whether it stays in registers, and the kind of plan of the memory. NEAR: see FixedPlan.
-template <class T, bool NEAR, class F>
-const char* with_memory(const Plan& memory, F f) {
-  return with_tile<T>(memory, [&](auto c, auto resident) {
-    constexpr int columns = decltype(c)::value;
-    if constexpr (decltype(resident)::value && (columns == 4 || columns == 5)) {
-      using Common = FixedPlan<4, cell_threads / 32, columns, NEAR>;
-      if (Common::is(memory)) return f(c, resident, PlanKind<Common>());
-    }
-    return f(c, resident, PlanKind<Plan>());
-  });
-}
-
 inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
   return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
 }
 
 // Plans and launches; kernel(columns of a tile, whether it stays in registers, kind of plan) is the one that a plan asks for.
-template <class Side, class T, class Arguments, class Memory, class Kernel>
-const char* launch_cell(const Arguments& a, const Memory& memory, int64_t every, const Queue& queue, Kernel kernel) {
+template <class Side, class T, class Arguments, class Kernel>
+const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, Kernel kernel) {
   CellPlan plan;
   const gpu::Limits limits = gpu::limits();
   if (const char* why = plan_cell<Side, T>(a, a.B, every, limits, plan)) return why;
@@ -364,7 +323,7 @@ const char* launch_cell(const Arguments& a, const Memory& memory, int64_t every,
     // A device may have room for fewer clusters than its processors would make: a cluster's have to be neighbors. Those over
     // would wait for the others' end, and more samples to a cluster cost less.
     int room = 0;
-    with_memory<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
+    Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
       room = gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, a.B, queue.stream));
       return nullptr;
     });
@@ -373,8 +332,8 @@ const char* launch_cell(const Arguments& a, const Memory& memory, int64_t every,
   const gpu::Launch how = launch_of(plan, a.B, queue.stream);
   const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
-  return with_memory<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
-    return gpu::launch(kernel(c, resident, kind), how, a, memory, plan, scratch);
+  return Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
+    return gpu::launch(kernel(c, resident, kind), how, a, Side::Memory::scan_of(a), plan, scratch);
   });
 }
 
@@ -383,7 +342,7 @@ template <class Side, class T, class Arguments, class Kernel>
 const char* no_room(const Arguments& a, Kernel kernel) {
   CellPlan plan;
   if (const char* why = plan_cell<Side, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
-  return with_memory<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
+  return Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
     if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, plan.samples, nullptr)) > 0)
       return nullptr;
     return "the device has no room for a cluster of blocks with so much shared memory";

@@ -23,6 +23,8 @@ MANN_FAST_OPS(MANN_FAST_DECLARE)
 // Null where the current device has room for a cell, whatever T and B are, else why not; look at the sizes only.
 const char* cell_unable(const Cell&);
 const char* cell_backward_unable(const CellBackward&);
+const char* ntm_cell_unable(const NtmCell&);
+const char* ntm_cell_backward_unable(const NtmCellBackward&);
 
 // How a scan takes one sample.
 struct Layout {

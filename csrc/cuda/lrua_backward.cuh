@@ -6,7 +6,7 @@ namespace mann_fast {
 namespace cuda {
 
 template <class T>
-struct Backward {
+struct LruaBackwardRoom {
   static int heads_at_once(const Plan& plan) { return lrua_heads_at_once(plan); }
   struct Small {
     InputTurns<Inputs<T>> in;
@@ -44,9 +44,9 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   const int64_t sample;
   const int every;
   const bool of_reads;  // whether the reads have a gradient
-  typename Backward<T>::Small small;
-  typename Backward<T>::Slots per_slot;
-  typename Backward<T>::Tiles tiles;
+  typename LruaBackwardRoom<T>::Small small;
+  typename LruaBackwardRoom<T>::Slots per_slot;
+  typename LruaBackwardRoom<T>::Tiles tiles;
   Tile<T, C> held;  // the gradient of the memory
   int visits = 0;   // steps gone through, in either direction
   // Where the plan is known when compiled, of the lane's own head and slots: exponentials of a step of the replay; gradients of
@@ -447,6 +447,13 @@ struct LruaBackward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     through_write(in, step);
     if (plan.read_first) through_read(in, step, false, true);
     add_key_squares(in);
+  }
+
+  // Back through step t, number `step` of its replay, where a sample has one block; then a barrier.
+  __device__ __forceinline__ void step_back(const Inputs<T>& in, int64_t, int step) {
+    gather(in, step);
+    gpu::sync();
+    back(in, step);
   }
 
   // The gradients of what a step took, when all have told their parts: of numbers that lie `at` a place of [heads, columns],

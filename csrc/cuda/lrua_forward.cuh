@@ -6,7 +6,7 @@ namespace mann_fast {
 namespace cuda {
 
 template <class T>
-struct Forward {
+struct LruaForwardRoom {
   static int heads_at_once(const Plan& plan) { return lrua_heads_at_once(plan); }
   struct Small {
     InputTurns<Inputs<T>> in;
@@ -37,9 +37,9 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   using Base::OWN, Base::place, Base::plan, Base::first_slot, Base::rank;
   const LruaScan& a;
   const int64_t sample;
-  typename Forward<T>::Small small;
-  typename Forward<T>::Slots per_slot;
-  typename Forward<T>::Tiles tiles;
+  typename LruaForwardRoom<T>::Small small;
+  typename LruaForwardRoom<T>::Slots per_slot;
+  typename LruaForwardRoom<T>::Tiles tiles;
   Tile<T, C> held;
   AnchorTurns anchors;
   // Where the plan is known when compiled, of the lane's own head and slots: read weights before a step, what a step writes; and
@@ -354,7 +354,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
   }
 
   // Step t up to the sums that all must know, before a barrier,
-  __device__ __forceinline__ void write_and_read(const Inputs<T>& in, int64_t t) {
+  __device__ __forceinline__ void begin_step(const Inputs<T>& in, int64_t t) {
     if (anchors.due(t)) save_state(t);
     take_step(in, t);
   }
@@ -369,7 +369,7 @@ struct LruaForward : LruaThread<T, C, HEADS, RESIDENT, ALONE, P> {
     }
   }
   // and what comes after it: the state before the next step. Where that begins anew, so does it.
-  __device__ __forceinline__ void weigh_and_use(bool anew, int turn = 0) {
+  __device__ __forceinline__ void end_step(bool anew, int turn = 0) {
     if (anew) return begin(true);
     if constexpr (P::fixed) {
       const T scale = gpu::reciprocal(this->total_of(sums(turn), this->own_head()));

@@ -59,7 +59,7 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
         }
         this->take_step(inputs(t), t);
         gpu::sync();
-        this->weigh_and_use(next_anew, Base::turn_of(t));
+        this->end_step(next_anew, Base::turn_of(t));
         gpu::sync();
       }
       this->end();
@@ -124,9 +124,9 @@ struct ForwardScan : LruaForward<T, C, HEADS, RESIDENT, false, P> {
       const bool more = t + 1 < steps;
       if (more) stream.ask((t + 1) * a.B + sample);
       const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
-      this->write_and_read(inputs(t), t);
+      this->begin_step(inputs(t), t);
       this->sync();
-      this->weigh_and_use(next_anew);
+      this->end_step(next_anew);
       give_reads(t);
       if (more) stream.put(inputs(t + 1));
       this->sync();
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(most_threads + 32 * helpers<P>, 1)
 template <class T>
 const char* plan_of(const LruaScan& a, Plan& plan) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
-  plan = plan_scan<Forward<T>, T>(sizes_of(a), a.B, 0, gpu::limits());
+  plan = plan_scan<LruaForwardRoom<T>, T>(sizes_of(a), a.B, 0, gpu::limits());
   return nullptr;
 }
 

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(most_threads, 1)
 template <class T>
 const char* plan_of(const LruaScanBackward& a, Plan& plan) {
   if (const char* why = too_large(a.N, a.D, a.R)) return why;
-  plan = plan_scan<Backward<T>, T>(sizes_of(a), a.B, every_of(a), gpu::limits());
+  plan = plan_scan<LruaBackwardRoom<T>, T>(sizes_of(a), a.B, every_of(a), gpu::limits());
   return nullptr;
 }
 

@@ -5,260 +5,58 @@
 // step. Write first, those that write and then those that read: four. Similarities beyond a bound cost one more. With a fixed plan
 // powers are relative to a number known beforehand; where that will not do, the maximum is found after all: two more.
 #include "kernels.h"
-#include "ntm_scan.cuh"
+#include "ntm_forward.cuh"
 
 namespace mann_fast {
 namespace cuda {
 namespace {
 
-template <class T>
-struct Forward {
-  static int heads_at_once(const Plan&) { return 1; }
-  struct Small {
-    InputTurns<NtmInputs<T>> in;
-    T *content, *weights;  // [heads, span], which all warps see: exponentials of similarities; weights, old then new
-    T *sums, *maximum, *most, *powers;  // [warps, heads]: of exponentials and similarities, of shifted weights and powers
-    T* reads;                           // [warps, reading heads, columns]
-    template <class P>
-    __device__ __host__ Small(Carver& carver, const P& plan)
-        : in(carver, plan, false), content(carver.take<T>(plan.heads * plan.span)),
-          weights(carver.take<T>(plan.heads * plan.span)), sums(carver.take<T>(plan.warps * plan.heads)),
-          maximum(carver.take<T>(plan.warps * plan.heads)), most(carver.take<T>(plan.warps * plan.heads)),
-          powers(carver.take<T>(plan.warps * plan.heads)), reads(carver.take<T>(plan.warps * plan.reads * plan.columns)) {}
-  };
-  struct Slots {
-    T* shifted;  // [heads, span]: shifted weights, then their powers
-    template <class P>
-    __device__ __host__ Slots(Carver& carver, const P& plan, int64_t) : shifted(carver.take<T>(plan.heads * plan.span)) {}
-  };
-  struct Tiles {
-    T* memory;
-    template <class P>
-    __device__ __host__ Tiles(Carver& carver, const P& plan, int64_t)
-        : memory(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
-  };
-};
-
 template <class T, int C, bool RESIDENT, class P>
-struct ForwardScan : NtmThread<T, C, RESIDENT, P> {
-  using Base = NtmThread<T, C, RESIDENT, P>;
-  using Base::place, Base::plan, Base::first_slot, Base::rank;
-  const NtmScan& a;
-  const int64_t sample;
-  typename Forward<T>::Small small;
-  typename Forward<T>::Slots per_slot;
-  typename Forward<T>::Tiles tiles;
-  Tile<T, C> held;
-  AnchorTurns anchors;
+struct ForwardScan : NtmForward<T, C, RESIDENT, false, P> {
+  using Base = NtmForward<T, C, RESIDENT, false, P>;
+  using Base::a, Base::inputs, Base::plan, Base::rank, Base::sample, Base::small;
   NtmStream<T, NtmScan, P> stream;
   const int first_read, read_place;
 
   __device__ __forceinline__ ForwardScan(const NtmScan& a, const P& plan, Places places)
-      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
-        small(places.of(RESIDENT || plan.near_small), plan), per_slot(places.of(RESIDENT || plan.near_slots), plan, 0),
-        tiles(places.of(plan.near_tiles), plan, 0), anchors(a.anchor_every), stream(a, plan),
+      : Base(a, plan, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster)), stream(a, plan),
         first_read(rank * 32 * plan.warps + gpu::thread()), read_place(plan.D > 0 ? vector_at(plan, first_read) : 0) {}
-
-  __device__ __forceinline__ NtmInputs<T> inputs(int64_t step) const {
-    return small.in.of(static_cast<int>(step % 2), plan, false);
-  }
-
-  template <bool KEEP, class F>
-  __device__ __forceinline__ void with_piece(int g, int k, F f) {
-    this->template with_tile_of<KEEP>(held, tiles.memory, g, k, f);
-  }
-
-  // The state that came in, or anew that at the start of a sequence.
-  __device__ __forceinline__ void begin(bool anew) {
-    const T* memory = this->first_memory(a, sample, anew);
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_piece<true>(g, k, [&](Tile<T, C>& m) { this->take(memory, g, k, m); });
-    this->take_rows(anew ? nullptr : static_cast<const T*>(a.weights) + sample * plan.R * a.N, plan.N, small.weights);
-  }
-
-  __device__ __forceinline__ void save_memory(int64_t t) {
-    const int64_t ld = mann_fast::padded_slots(plan.N);
-    T* anchor = static_cast<T*>(a.anchors) + anchor_offset(t, a.anchor_every, a.B, sample, a.D, a.N);
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give_anchor(m, ld, g, k, anchor); });
-  }
-
-  // New weights of heads [first, last), from the memory as it is. What the step before read is given, and the next step's
-  // inputs are put in their places, between the two barriers.
-  __device__ __forceinline__ void address(const NtmInputs<T>& in, int first, int last, int64_t t, bool more, bool puts) {
-    const bool bounded = this->bounded(in.beta);
-    for (int g = 0; g < this->groups(); ++g)
-      this->compare(
-          in, first, last, g, bounded, [&](int k, auto f) { with_piece<false>(g, k, f); }, small.content,
-          small.sums + place.warp * plan.heads, small.maximum + place.warp * plan.heads, static_cast<T*>(nullptr),
-          static_cast<T*>(nullptr));
-    if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
-    this->sync();
-    const auto between = [&] {
-      if (puts && t > 0) give_reads(t - 1);
-      if (puts && more) stream.put(inputs(t + 1));
-      this->sync();
-    };
-    if constexpr (P::fixed) {
-      sharpen(in, first, last, between);
-    } else {
-      this->shift(in, first, last, small.content, small.weights, small.sums, per_slot.shifted,
-                  [&](int h, bool there, bool speaks, T most) { raise(in, h, there, speaks, most); });
-      between();
-      weigh(in, first, last);
-    }
-    gpu::sync_warp();
-  }
-
-  // With a fixed plan, whose lanes have one slot each: powers are relative to one number that all know, so that no maximum must
-  // be found. If their sum tells that it was too far from the greatest, all warps see so, and it is done the long way.
-  template <class F>
-  __device__ __forceinline__ void sharpen(const NtmInputs<T>& in, int first, int last, F between) {
-    constexpr T low = T(1) / (int64_t(1) << 60), high = T(int64_t(1) << 62), middle = T(middle_of(P::span));
-    T shifted[Base::pairs], raised[Base::pairs];
-    const int slot = this->half_slot(0);
-    const bool has_slot = slot < plan.N;
-    this->with_heads(first, last, [&](int i, int h, bool, bool speaks) {
-      const T gate = in.gate[h], by_content = gate * this->content_scale(small.sums, h), rest = T(1) - gate;
-      T sum = 0;
-      this->with_origins(slot, [&](int j, int from) {
-        sum += in.shift[h * plan.shifts + j] *
-               (by_content * this->at(small.content, h, from) + rest * this->at(small.weights, h, from));
-      });
-      shifted[i] = has_slot ? sum : T(0);
-      raised[i] = has_slot ? far_power(sum * middle, in.gamma[h]) : T(0);
-      const T of_warp = add_half(raised[i]);
-      if (speaks) this->tell(small.powers, h, of_warp);
-    });
-    between();
-    bool fine = true;
-    this->with_heads(first, last, [&](int i, int h, bool there, bool) {
-      const T total = this->total(small.powers, h, plan.heads);
-      fine &= total >= low && total <= high;
-      if (there) small.weights[h * plan.span + slot] = raised[i] * gpu::reciprocal(total);
-    });
-    if (gpu::warp_min(fine) != 0) return;
-    this->sync();  // all have seen the sums
-    this->with_heads(first, last, [&](int i, int h, bool there, bool speaks) {
-      if (there) per_slot.shifted[h * plan.span + slot] = shifted[i];
-      const T most = shifted[i] > T(0) || shifted[i] != shifted[i] ? shifted[i] : T(0);
-      raise(in, h, there, speaks, maximum_half(most));
-    });
-    this->sync();
-    weigh(in, first, last);
-  }
-
-  // Powers of a head's shifted weights, relative to the maximum of the warp, so that none underflows that counts.
-  __device__ __forceinline__ void raise(const NtmInputs<T>& in, int h, bool there, bool speaks, T most) {
-    T sum = 0;
-    for (int g = 0; g < this->groups(); ++g) {
-      const int slot = this->half_slot(g);
-      T raised = 0;
-      if (there && first_slot + slot < plan.N) {
-        const T shifted = per_slot.shifted[h * plan.span + slot];
-        raised = power(most > T(0) ? shifted / most : shifted, in.gamma[h]);
-      }
-      if (there) per_slot.shifted[h * plan.span + slot] = raised;
-      sum += raised;
-    }
-    sum = add_half(sum);
-    if (speaks) {
-      this->tell(small.most, h, most);
-      this->tell(small.powers, h, sum);
-    }
-  }
-
-  // Weights from the powers, now that the maximum of all warps is known.
-  __device__ __forceinline__ void weigh(const NtmInputs<T>& in, int first, int last) {
-    this->with_heads(first, last, [&](int, int h, bool there, bool) {
-      const T maximum = this->maximum_told(small.most, h), gamma = in.gamma[h];
-      T total = 0;
-      for (int w = place.lane % warp_slots; w < plan.warps * plan.cluster; w += warp_slots)
-        total += this->told(small.powers, w, h) * power(this->told(small.most, w, h) / maximum, gamma);
-      total = add_half(total);
-      const T scale = power(small.most[place.warp * plan.heads + h] / maximum, gamma) / total;
-      for (int g = 0; g < this->groups(); ++g) {
-        const int at = h * plan.span + this->half_slot(g);
-        if (there) small.weights[at] = per_slot.shifted[at] * scale;
-      }
-    });
-  }
-
-  // The warp's part of the reads.
-  __device__ __forceinline__ void read() {
-    T* to = small.reads + place.warp * plan.reads * plan.columns;
-    for (int k = 0; k < this->pieces(); ++k)
-      for (int r = 0; r < plan.reads; ++r) {
-        T sum[C] = {};
-        for (int g = 0; g < this->groups(); ++g) {
-          Four<T> weights[1];
-          this->load_weights(small.weights, r, this->slots(g), weights);
-          with_piece<false>(g, k, [&](Tile<T, C>& m) { add_weighted<1, C>(m, weights, sum); });
-        }
-        store_warp_sums<1, C>(sum, place.lane, to + r * plan.columns + this->first_column(k), plan.columns);
-      }
-  }
-
-  __device__ __forceinline__ void write(const NtmInputs<T>& in) {
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k)
-        with_piece<true>(g, k, [&](Tile<T, C>& m) { Base::write(in, small.weights, g, k, m); });
-  }
 
   // Where the thread's first number lies is found once.
   __device__ __forceinline__ void give_reads(int64_t t) {
-    const int count = plan.reads * plan.D, ld = plan.reads * plan.columns, stride = plan.cluster * 32 * plan.warps;
+    const int count = plan.reads * plan.D, stride = plan.cluster * 32 * plan.warps;
     const int64_t row = (t * a.B + sample) * count;
-    if (first_read < count) store_as(a.reads, a.input, row + first_read, this->total(small.reads, read_place, ld));
+    if (first_read < count) store_as(a.reads, a.input, row + first_read, this->read_at(read_place));
     if constexpr (!P::fixed)
       for (int j = first_read + stride; j < count; j += stride)
-        store_as(a.reads, a.input, row + j, this->total(small.reads, vector_at(plan, j), ld));
-  }
-
-  __device__ __forceinline__ void end() {
-    T* memory = static_cast<T*>(a.out_memory) + sample * a.N * a.D;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_piece<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
-    this->give_rows(small.weights, plan.N, static_cast<T*>(a.out_weights) + sample * plan.R * a.N);
+        store_as(a.reads, a.input, row + j, this->read_at(vector_at(plan, j)));
   }
 
   __device__ __forceinline__ void run() {
     const int64_t steps = a.sequences.length(a.T, sample);
     if (steps > 0) stream.ask(sample);
-    begin(steps > 0 && a.sequences.begins(0, a.B, sample));
+    this->begin(steps > 0 && a.sequences.begins(0, a.B, sample));
     small.in.clear();  // padded columns are 0 in every step
     gpu::sync();
     if (steps > 0) stream.put(inputs(0));
     this->sync();
-    const int reads = plan.reads, heads = plan.R;
     for (int64_t t = 0; t < steps; ++t) {
-      const NtmInputs<T> in = inputs(t);
       const bool more = t + 1 < steps;
       if (more) stream.ask((t + 1) * a.B + sample);
       const bool next_anew = more && a.sequences.begins(t + 1, a.B, sample);
-      if (anchors.due(t)) save_memory(t);
-      if (plan.read_first) {
-        address(in, 0, heads, t, more, true);
-        read();
-        write(in);
-      } else {
-        if (reads < heads) address(in, reads, heads, t, more, reads == 0);
-        write(in);
-        if (reads > 0) address(in, 0, reads, t, more, true);
-        read();
-      }
-      if (a.anchor_every > 0)
-        this->give_rows(small.weights, plan.N, static_cast<T*>(a.history) + (t * a.B + sample) * plan.R * a.N);
+      this->take_step(inputs(t), t, [&] {
+        if (t > 0) give_reads(t - 1);
+        if (more) stream.put(inputs(t + 1));
+      });
       if (next_anew) {
         gpu::sync_warp();  // its lanes have read the weights
-        begin(true);
+        this->begin(true);
       }
     }
     this->sync();
     if (steps > 0) give_reads(steps - 1);
-    end();
-    this->clear_steps(a, sample, steps, a.reads, a.input, reads * plan.D);
+    this->end();
+    this->clear_steps(a, sample, steps, a.reads, a.input, plan.reads * plan.D);
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
   }
 };
@@ -273,7 +71,7 @@ __global__ void __launch_bounds__(most_threads, 1)
 template <class T>
 const char* plan_of(const NtmScan& a, Plan& plan) {
   if (const char* why = ntm_too_large(a)) return why;
-  plan = plan_scan<Forward<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
+  plan = plan_scan<NtmForwardRoom<T>, T>(ntm_sizes_of(a), a.B, 0, gpu::limits());
   return nullptr;
 }
 

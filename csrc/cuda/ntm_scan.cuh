@@ -1,4 +1,4 @@
-// What the two directions of ntm_scan share: inputs on their way, and the addressing up to the shift.
+// What the two directions share: a scan's inputs on their way, and the addressing up to the shift.
 //
 // A head's weights meet in rows that all warps see, since a shift brings a slot's from another warp, or another block. Heads are
 // taken one at a time where a lane has columns, and two at a time, one in each half of a warp, where it has a slot.
@@ -205,9 +205,9 @@ __device__ __forceinline__ T maximum_half(T value) {
 }
 
 // A scan of a Neural Turing Machine's memory as one thread sees it.
-template <class T, int C, bool RESIDENT, class P>
-struct NtmThread : Thread<T, C, 1, RESIDENT, P::fixed, P> {
-  using Base = Thread<T, C, 1, RESIDENT, P::fixed, P>;
+template <class T, int C, bool RESIDENT, bool ALONE, class P>
+struct NtmThread : Thread<T, C, 1, RESIDENT, ALONE || P::fixed, P> {
+  using Base = Thread<T, C, 1, RESIDENT, ALONE || P::fixed, P>;
   using Base::place, Base::plan, Base::first_slot;
   static constexpr int moves = fixed_shifts<P>, pairs = fixed_pairs<P>;
   int origins[moves];  // of a fixed plan: the slots that the moves take the lane's slot from

@@ -1,86 +1,25 @@
 // ntm_scan backward: one launch for all steps.
 //
 // Takes at most `anchor_every` steps at a time: replays their writes from an anchor or where the sample began anew, with the
-// weights that were kept, so that no warp needs another; then goes back through them. Heads that address one memory: back through what was read and written; compare; tell the
-// sums of exponentials | barrier | shift; tell the maximum | barrier | back through sharpening; tell gradients of the shift | barrier |
-// back through shift, gate, softmax and similarity. Read first, all heads do so at once: three barriers a step. Write first,
-// those that read and then those that write: six. An erase is never undone by a division. With a fixed plan nobody needs the
-// maximum: a barrier less, two or four.
+// weights that were kept, so that no warp needs another; then goes back through them. Heads that address one memory: back
+// through what was read and written; compare; tell the sums of exponentials | barrier | shift; tell the maximum | barrier |
+// back through sharpening; tell gradients of the shift | barrier | back through shift, gate, softmax and similarity. Read
+// first, all heads do so at once: three barriers a step. Write first, those that read and then those that write: six. An erase
+// is never undone by a division. With a fixed plan nobody needs the maximum: a barrier less, two or four.
 #include "kernels.h"
-#include "ntm_scan.cuh"
+#include "ntm_backward.cuh"
 
 namespace mann_fast {
 namespace cuda {
 namespace {
 
-// A head's sums over slots: gradients of sharpness, gate, sharpening; the softmax's mean gradient; gradient of the key's square,
-// which is the warp's own; then those of the shift.
-enum Scalar { of_beta, of_gate, of_gamma, mean_of_content, of_key_square, of_shift };
-
-template <class T>
-struct Backward {
-  static int heads_at_once(const Plan&) { return 1; }
-  struct Small {
-    InputTurns<NtmInputs<T>> in;
-    // [heads, span], which all warps see: as forward; weights of the step before; gradient of the shifted weights.
-    T *content, *previous, *of_shifted;
-    T *sums, *maximum, *most, *means, *peaks;  // [warps, heads]: as forward; of weight times its gradient; the maximum weight
-    T *of_keys, *of_erase, *of_add;            // [warps, heads or writing heads, columns]
-    T* scalars;                                // [warps, heads, of_shift + shifts]
-    template <class P>
-    __device__ __host__ Small(Carver& carver, const P& plan)
-        : in(carver, plan, true), content(carver.take<T>(plan.heads * plan.span)),
-          previous(carver.take<T>(plan.heads * plan.span)), of_shifted(carver.take<T>(plan.heads * plan.span)),
-          sums(carver.take<T>(plan.warps * plan.heads)), maximum(carver.take<T>(plan.warps * plan.heads)),
-          most(carver.take<T>(plan.warps * plan.heads)), means(carver.take<T>(plan.warps * plan.heads)),
-          peaks(carver.take<T>(plan.warps * plan.heads)), of_keys(carver.take<T>(plan.warps * plan.heads * plan.columns)),
-          of_erase(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
-          of_add(carver.take<T>(plan.warps * (plan.heads - plan.reads) * plan.columns)),
-          scalars(carver.take<T>(plan.warps * plan.heads * (of_shift + plan.shifts))) {}
-  };
-  struct Slots {
-    T *now, *later;  // [heads, span]: weights of the step, and their gradients
-    // [heads, span], the last [span]. of_dots: content weights, for the sums of their exponentials may be the next step's by
-    // the time that they are needed; then gradients of the dot products.
-    T *dots, *shifted, *of_dots, *of_squares, *squares;
-    template <class P>
-    __device__ __host__ Slots(Carver& carver, const P& plan, int64_t)
-        : now(carver.take<T>(plan.heads * plan.span)), later(carver.take<T>(plan.heads * plan.span)),
-          dots(carver.take<T>(plan.heads * plan.span)), shifted(carver.take<T>(plan.heads * plan.span)),
-          of_dots(carver.take<T>(plan.heads * plan.span)), of_squares(carver.take<T>(plan.heads * plan.span)),
-          squares(carver.take<T>(plan.span)) {}
-  };
-  struct Tiles {
-    T *memories, *grad;  // before each step and after the last
-    template <class P>
-    __device__ __host__ Tiles(Carver& carver, const P& plan, int64_t every)
-        : memories(carver.take<T>((every + 1) * tile_numbers(plan))),
-          grad(carver.take<T>(plan.resident ? 0 : tile_numbers(plan))) {}
-  };
-};
-
 template <class T, int C, bool RESIDENT, class P>
-struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
-  using Base = NtmThread<T, C, RESIDENT, P>;
-  using Base::place, Base::plan, Base::first_slot, Base::rank, Base::pairs;
-  const NtmScanBackward& a;
-  const int64_t sample;
-  const int every;
-  typename Backward<T>::Small small;
-  typename Backward<T>::Slots per_slot;
-  typename Backward<T>::Tiles tiles;
-  Tile<T, C> held;  // the gradient of the memory
+struct BackwardScan : NtmBackward<T, C, RESIDENT, false, P> {
+  using Base = NtmBackward<T, C, RESIDENT, false, P>;
+  using Base::a, Base::addressed_row, Base::first_told, Base::inputs, Base::last_told, Base::plan, Base::rank, Base::sample,
+      Base::small, Base::visits, Base::written_row;
   NtmStream<T, NtmScanBackward, P> stream;
-  int visits = 0;  // steps gone through, in either direction
-  // What the warps have told of a step's writes, and of some of its heads, and nobody has given yet; -1: nothing.
-  int64_t written_row = -1, addressed_row = -1;
-  int first_told = 0, last_told = 0;
-
-  // What only a thread of a fixed plan keeps, which has one slot of each pair of heads: its tile of the memory that is gone back
-  // through; weights of its slot, of the step that comes, of the one before that and in a replay of the next, each asked for a
-  // step before it is needed; its content weights; squares of keys; and where what all have told is added up and goes to.
-  Tile<T, C> known;
-  T before[pairs], next[pairs], replayed[pairs], content[pairs], squares[pairs];
+  // With a fixed plan: where what all have told is added up and goes to.
   struct Giving {
     const T* from;
     void* to;  // null: nowhere
@@ -88,477 +27,12 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
     bool scalar;
   };
   Giving of_write{}, of_head{};
-  int turn = 0;
 
   __device__ __forceinline__ BackwardScan(const NtmScanBackward& a, const P& plan, int every, Places places)
-      : Base(plan, static_cast<int>(gpu::block() % plan.cluster), a.eps), a(a), sample(gpu::block() / plan.cluster),
-        every(every), small(places.of(RESIDENT || plan.near_small), plan),
-        per_slot(places.of(RESIDENT || plan.near_slots), plan, every), tiles(places.of(plan.near_tiles), plan, every),
+      : Base(a, plan, every, places, gpu::block() / plan.cluster, static_cast<int>(gpu::block() % plan.cluster),
+             a.grad_reads != nullptr),
         stream(a, plan) {
     if constexpr (P::fixed) find_givings();
-  }
-
-  __device__ __forceinline__ NtmInputs<T> inputs(int visit) const { return small.in.of(visit, plan, true); }
-  __device__ __forceinline__ T* memory(int step) const { return tiles.memories + step * tile_numbers(plan); }
-  __device__ __forceinline__ const T* history(int64_t row) const {
-    return static_cast<const T*>(a.history) + row * plan.R * a.N;
-  }
-  // With a fixed plan two of them take turns, for one is given while the next is told; the second lies where other plans have
-  // shifted weights.
-  __device__ __forceinline__ T* scalars_of_all() const { return P::fixed && turn ? per_slot.shifted : small.scalars; }
-  __device__ __forceinline__ T* scalars(int h) const {
-    return scalars_of_all() + (place.warp * plan.heads + h) * (of_shift + plan.shifts);
-  }
-  __device__ __forceinline__ T total_scalar(int h, int which) const {
-    return this->total(scalars_of_all(), h * (of_shift + plan.shifts) + which, plan.heads * (of_shift + plan.shifts));
-  }
-
-  template <bool KEEP, class F>
-  __device__ __forceinline__ void with_grad(int g, int k, F f) {
-    this->template with_tile_of<KEEP>(held, tiles.grad, g, k, f);
-  }
-
-  // Calls f with a piece of a memory; with a fixed plan the one that is known.
-  template <class F>
-  __device__ __forceinline__ void with_memory(const T* tiles, int g, int k, F f) const {
-    if constexpr (P::fixed) {
-      f(known);
-    } else {
-      Tile<T, C> m;
-      load_tile(tiles, this->piece(g, k), this->threads(), m);
-      f(m);
-    }
-  }
-  __device__ __forceinline__ void know(const T* tiles) {
-    if constexpr (P::fixed) load_tile(tiles, 0, this->threads(), known);
-  }
-
-  // The lane's weights of a step, or where t is -1 those that came in, of the first heads to the last.
-  __device__ __forceinline__ void ask_weights(int64_t t, T (&weights)[pairs]) const {
-    const T* rows = t < 0 ? static_cast<const T*>(a.weights) + sample * plan.R * a.N : history(t * a.B + sample);
-    const int slot = this->half_slot(0);
-    this->with_heads(0, plan.R, [&](int i, int h, bool there, bool) {
-      weights[i] = there && slot < plan.N && t >= -1 ? rows[h * plan.N + slot] : T(0);
-    });
-  }
-
-  __device__ __forceinline__ void begin() {
-    const T *of_memory = static_cast<const T*>(a.grad_memory), *of_weights = static_cast<const T*>(a.grad_weights);
-    this->begin_gradients(of_memory ? of_memory + sample * a.N * a.D : nullptr,
-                          of_weights ? of_weights + sample * plan.R * a.N : nullptr, held, tiles.grad, per_slot.later);
-    if (a.grad_start) this->begin_start(static_cast<T*>(a.grad_start) + sample * a.N * a.D);
-  }
-
-  __device__ __forceinline__ bool begins(int64_t t) const { return a.sequences.begins(t, a.B, sample); }
-  // Where the replay of the step before `end` begins; 0 where there is none.
-  __device__ __forceinline__ int64_t replay_before(int64_t end) const {
-    return end > 0 ? a.sequences.replay_from(end - 1, every, a.B, sample) : 0;
-  }
-
-  __device__ __forceinline__ void begin_replay(int64_t first) {
-    const bool anew = begins(first);
-    const T* anchor = static_cast<const T*>(a.anchors) + anchor_offset(first, a.anchor_every, a.B, sample, a.D, a.N);
-    this->begin_memory(first > 0 && !anew ? anchor : nullptr, this->first_memory(a, sample, anew), memory(0));
-    know(memory(0));
-    if constexpr (P::fixed) ask_weights(first, replayed);
-  }
-
-  // A step's write again, from the memory before it to the one after it.
-  __device__ __forceinline__ void replay(const NtmInputs<T>& in, int64_t t, int64_t last, int step) {
-    if constexpr (P::fixed) {
-      const int slot = this->half_slot(0);
-      this->with_heads(0, plan.R, [&](int i, int h, bool there, bool) {
-        if (there) per_slot.now[h * plan.span + slot] = replayed[i];
-      });
-      ask_weights(t < last ? t + 1 : t, replayed);
-      gpu::sync_warp();
-      this->write(in, per_slot.now, 0, 0, known);
-      store_tile(memory(step + 1), 0, this->threads(), known);
-      return;
-    }
-    this->take_rows(history(t * a.B + sample), plan.N, per_slot.now);
-    gpu::sync_warp();
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) {
-        Tile<T, C> m;
-        load_tile(memory(step), this->piece(g, k), this->threads(), m);
-        this->write(in, per_slot.now, g, k, m);
-        store_tile(memory(step + 1), this->piece(g, k), this->threads(), m);
-      }
-  }
-
-  // Weights of the step and of the one before; both are asked for before either is waited for.
-  __device__ __forceinline__ void take_weights(int64_t t) {
-    if constexpr (P::fixed) {
-      const int slot = this->half_slot(0);
-      const bool anew = begins(t);
-      this->with_heads(0, plan.R, [&](int i, int h, bool there, bool) {
-        if (there) {
-          per_slot.now[h * plan.span + slot] = before[i];
-          small.previous[h * plan.span + slot] = anew ? T(slot == 0) : next[i];
-        }
-        before[i] = next[i];
-      });
-      ask_weights(t - 2, next);
-      gpu::sync_warp();
-      return;
-    }
-    const int64_t row = t * a.B + sample;
-    const T* now = history(row);
-    const bool anew = begins(t);
-    const T* before = t > 0 ? history(row - a.B) : static_cast<const T*>(a.weights) + sample * plan.R * a.N;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int i = place.lane; i < plan.heads * warp_slots; i += 32) {
-        const int h = i / warp_slots, slot = this->group(g) + i % warp_slots;
-        const bool there = first_slot + slot < plan.N;
-        const int64_t from = static_cast<int64_t>(h) * plan.N + first_slot + slot;
-        const T weight = there ? now[from] : T(0), previous = !there ? T(0) : anew ? T(first_slot + slot == 0) : before[from];
-        per_slot.now[h * plan.span + slot] = weight;
-        small.previous[h * plan.span + slot] = previous;
-      }
-    gpu::sync_warp();
-  }
-
-  // What reaches a memory, and the weights it was read by, from the reads.
-  __device__ __forceinline__ void through_read(const NtmInputs<T>& in, const T* addressed) {
-    if (a.grad_reads == nullptr) return;
-#pragma unroll(P::fixed ? 8 : 1)
-    for (int r = 0; r < plan.reads; ++r)
-      for (int g = 0; g < this->groups(); ++g) {
-        T sum[lane_slots] = {};
-        Four<T> weights[1];
-        this->load_weights(per_slot.now, r, this->slots(g), weights);
-        for (int k = 0; k < this->pieces(); ++k) {
-          T rows[1][C];
-          load_rows<1, C>(in.grads + r * plan.columns + this->first_column(k), plan.columns, rows);
-          with_memory(addressed, g, k, [&](const Tile<T, C>& m) { add_dots<1, C>(m, rows, sum); });
-          with_grad<true>(g, k, [&](Tile<T, C>& grad) { add_products<1, C>(weights, rows, grad); });
-        }
-        add_lanes<4, 1, lane_slots>(sum, place.lane);
-        if (place.owner) per_slot.later[r * plan.span + this->own(g)] += sum[0];
-      }
-  }
-
-  // Back through the write: from the gradient of the memory after it to that of the memory before it.
-  __device__ __forceinline__ void through_write(const NtmInputs<T>& in, const T* memory_before, int64_t row) {
-    const int writes = plan.R - plan.reads;
-#pragma unroll(P::fixed ? 8 : 1)
-    for (int w = 0; w < writes; ++w)
-      for (int k = 0; k < this->pieces(); ++k) {
-        const int corner = w * plan.columns + this->first_column(k);
-        T of_erase[C] = {}, of_add[C] = {}, erase[1][C], add[1][C];
-        load_rows<1, C>(in.erase + corner, plan.columns, erase);
-        load_rows<1, C>(in.add + corner, plan.columns, add);
-        for (int g = 0; g < this->groups(); ++g) {
-          // The gradient times what was there when this head's erase is taken out.
-          Tile<T, C> erased;
-          with_memory(memory_before, g, k, [&](const Tile<T, C>& m) { erased = m; });
-          for (int v = 0; v < writes; ++v) {
-            if (v == w) continue;
-            Four<T> weight[1];
-            T other[1][C];
-            this->load_weights(per_slot.now, plan.reads + v, this->slots(g), weight);
-            load_rows<1, C>(in.erase + v * plan.columns + this->first_column(k), plan.columns, other);
-            this->keep_of(weight[0], other[0], erased);
-          }
-          Four<T> weight[1];
-          this->load_weights(per_slot.now, plan.reads + w, this->slots(g), weight);
-          T sum[lane_slots] = {};
-          with_grad<false>(g, k, [&](Tile<T, C>& grad) {
-#pragma unroll
-            for (int s = 0; s < lane_slots; ++s)
-#pragma unroll
-              for (int c = 0; c < C; ++c) erased.at[s][c] *= -grad.at[s][c];
-            add_weighted<1, C>(erased, weight, of_erase);
-            add_weighted<1, C>(grad, weight, of_add);
-            add_dots<1, C>(erased, erase, sum);
-            add_dots<1, C>(grad, add, sum);
-          });
-          add_lanes<4, 1, lane_slots>(sum, place.lane);
-          if (place.owner) per_slot.later[(plan.reads + w) * plan.span + this->own(g)] += sum[0];
-        }
-        const int of_warp = place.warp * writes * plan.columns + corner;
-        store_warp_sums<1, C>(of_erase, place.lane, small.of_erase + of_warp, plan.columns);
-        store_warp_sums<1, C>(of_add, place.lane, small.of_add + of_warp, plan.columns);
-      }
-#pragma unroll(P::fixed ? 8 : 1)
-    for (int w = 0; w < writes; ++w)
-      for (int g = 0; g < this->groups(); ++g)
-        for (int k = 0; k < this->pieces(); ++k) {
-          Four<T> weight[1];
-          T erase[1][C];
-          this->load_weights(per_slot.now, plan.reads + w, this->slots(g), weight);
-          load_rows<1, C>(in.erase + w * plan.columns + this->first_column(k), plan.columns, erase);
-          with_grad<true>(g, k, [&](Tile<T, C>& grad) { this->keep_of(weight[0], erase[0], grad); });
-        }
-    written_row = row;
-  }
-
-  // The warp's part of each head's mean gradient under its weights, and its maximum weight.
-  __device__ __forceinline__ void tell_means(int first, int last) {
-    gpu::sync_warp();
-    this->with_heads(first, last, [&](int, int h, bool, bool speaks) {
-      T mean = 0, peak = 0;
-      for (int g = 0; g < this->groups(); ++g) {
-        const int at = h * plan.span + this->half_slot(g);
-        mean += per_slot.now[at] * per_slot.later[at];
-        peak = per_slot.now[at] > peak ? per_slot.now[at] : peak;
-      }
-      mean = add_half(mean);
-      if (speaks) this->tell(small.means, h, mean);
-      if constexpr (P::fixed) return;
-      peak = maximum_half(peak);
-      if (speaks) this->tell(small.peaks, h, peak);
-    });
-  }
-
-  // With a fixed plan, whose lanes have one slot of a head each. The slope of a weight in its shifted weight is sharpening times one
-  // over the other, but for the mean: that needs no maximum, hence no barrier before it.
-  __device__ __forceinline__ void through_sharpening_alone(const NtmInputs<T>& in, int first, int last) {
-    constexpr T faint = T(1) / (int64_t(1) << 62) / (int64_t(1) << 38);
-    const int slot = this->half_slot(0);
-    const bool has_slot = slot < plan.N;
-    this->with_heads(first, last, [&](int i, int h, bool there, bool) {
-      squares[i] = key_square_of_pair(in, h, i, first, last);
-      const T gate = in.gate[h], rest = T(1) - gate, gamma = in.gamma[h], scale = this->content_scale(small.sums, h);
-      T contents[Base::moves], previous[Base::moves], gated[Base::moves], shares[Base::moves], x = 0;
-      this->with_origins(slot, [&](int j, int from) {
-        shares[j] = in.shift[h * plan.shifts + j];
-        contents[j] = scale * small.content[h * plan.span + from];
-        previous[j] = small.previous[h * plan.span + from];
-        gated[j] = gate * contents[j] + rest * previous[j];
-        x += shares[j] * gated[j];
-      });
-      const int at = h * plan.span + slot;
-      content[i] = scale * small.content[at];
-      const T weight = per_slot.now[at], centred = per_slot.later[at] - this->total(small.means, h, plan.heads);
-      T slope = x == T(0) ? T(0) : gamma * (weight * gpu::reciprocal(x));
-      if (has_slot && x < faint && (x != T(0) || gamma == T(1))) slope = slope_of_faint(in, h, x, gamma, gate, scale);
-      const T of = has_slot ? slope * centred : T(0);
-      if (there) small.of_shifted[at] = of;
-      // In the order of the scalars from that of the gate on, but for the square of the key, which is the warp's own.
-      static_assert(3 + Base::moves <= 8, "one round of sums");
-      T sums[8] = {};
-      // Without the N, the most equal weights, whose sum is 0, would leave the rounding of so many times log(1 / N).
-      sums[1] = has_slot ? weight * centred * log(x > T(0) ? x * T(plan.N) : T(1)) : T(0);
-#pragma unroll
-      for (int j = 0; j < Base::moves; ++j) {
-        sums[0] += shares[j] * of * (contents[j] - previous[j]);
-        sums[2] += gate * (shares[j] * of * contents[j]);
-        sums[3 + j] = of * gated[j];
-      }
-      add_lanes<8, 1, 8>(sums, place.lane);
-      const int which = first_sum<8, 1, 8>(place.lane);
-      if (there && has_sums<8, 1, 8>(place.lane) && which < 3 + Base::moves)
-        scalars(h)[which < 3 ? of_gate + which : of_shift - 3 + which] = sums[0];
-    });
-  }
-  // What a weight changes by with a shifted weight too small for one to be divided by the other: from the greatest of all, of
-  // which the same power tells their ratio.
-  __device__ __forceinline__ T slope_of_faint(const NtmInputs<T>& in, int h, T x, T gamma, T gate, T scale) const {
-    const T *weights = per_slot.now + h * plan.span, *contents = small.content + h * plan.span,
-            *previous = small.previous + h * plan.span;
-    int peak = 0;
-#pragma unroll 1
-    for (int slot = 1; slot < plan.N; ++slot)
-      if (weights[slot] > weights[peak]) peak = slot;
-    T greatest = 0;
-    int by = this->first_origin();
-#pragma unroll 1
-    for (int j = 0; j < plan.shifts; ++j, by = this->next_origin(by)) {
-      const int from = this->round(peak, by);
-      greatest += in.shift[h * plan.shifts + j] * (gate * (scale * contents[from]) + (T(1) - gate) * previous[from]);
-    }
-    return gamma * weights[peak] / greatest * power(x / greatest, gamma - T(1));
-  }
-
-  // weight = u^gamma over its sum, with u the shifted weights in their maximum. A weight over its u^gamma is the same for all
-  // slots, the maximum weight, for there u is 1.
-  __device__ __forceinline__ void through_sharpening(const NtmInputs<T>& in, int first, int last) {
-    this->with_heads(first, last, [&](int, int h, bool there, bool speaks) {
-      const T maximum = this->maximum_told(small.most, h), peak = this->maximum_told(small.peaks, h);
-      const T mean = this->total(small.means, h, plan.heads), gamma = in.gamma[h], scale = gamma * peak / maximum;
-      const T gate = in.gate[h], rest = T(1) - gate, content_scale = this->content_scale(small.sums, h);
-      T gradient_of_gamma = 0;
-      for (int g = 0; g < this->groups(); ++g) {
-        const int slot = this->half_slot(g), at = h * plan.span + slot;
-        T of = 0;
-        if (there && first_slot + slot < plan.N) {
-          const T u = per_slot.shifted[at] / maximum, centred = per_slot.later[at] - mean;
-          gradient_of_gamma += per_slot.now[at] * centred * log(u > T(0) ? u : T(1));
-          of = power(u, gamma - T(1)) * centred * scale;
-        }
-        if (there) {
-          small.of_shifted[at] = of;
-          per_slot.of_dots[at] = content_scale * small.content[at];
-        }
-      }
-      gradient_of_gamma = add_half(gradient_of_gamma);
-      T gradient_of_gate = 0, mean_content = 0;
-      int by = this->first_origin();
-      for (int j = 0; j < plan.shifts; ++j, by = this->next_origin(by)) {
-        const T share = in.shift[h * plan.shifts + j];
-        T of_share = 0;
-        for (int g = 0; g < this->groups(); ++g) {
-          const int slot = this->half_slot(g);
-          if (!there || first_slot + slot >= plan.N) continue;
-          const int from = this->round(first_slot + slot, by);
-          const T of = small.of_shifted[h * plan.span + slot];
-          const T content = content_scale * this->at(small.content, h, from), previous = this->at(small.previous, h, from);
-          of_share += of * (gate * content + rest * previous);
-          gradient_of_gate += share * of * (content - previous);
-          mean_content += share * of * content;
-        }
-        of_share = add_half(of_share);
-        if (speaks) scalars(h)[of_shift + j] = of_share;
-      }
-      gradient_of_gate = add_half(gradient_of_gate);
-      mean_content = add_half(mean_content);
-      if (!speaks) return;
-      scalars(h)[of_gamma] = gradient_of_gamma;
-      scalars(h)[of_gate] = gradient_of_gate;
-      scalars(h)[mean_of_content] = gate * mean_content;
-    });
-  }
-
-  // |key|^2, in all lanes.
-  __device__ __forceinline__ T key_square(const NtmInputs<T>& in, int h) const {
-    T square[1] = {};
-    for (int k = 0; k < this->pieces(); ++k) {
-      T keys[1][C];
-      load_rows<1, C>(in.keys + h * plan.columns + this->first_column(k), plan.columns, keys);
-      add_row_squares<1, C>(keys, square);
-    }
-    add_lanes<4, 1, 1>(square, place.lane);
-    return square[0];
-  }
-
-  // Of the head that each half of the warp has.
-  __device__ __forceinline__ T key_square_of_pair(const NtmInputs<T>& in, int h, int i, int first, int last) const {
-    const int one = first + 2 * i, other = one + 1 < last ? one + 1 : one;
-    const T of_one = key_square(in, one), of_other = other == one ? of_one : key_square(in, other);
-    return h == one ? of_one : of_other;
-  }
-
-  // As through_shift, with a fixed plan.
-  __device__ __forceinline__ void through_shift_alone(const NtmInputs<T>& in, int first, int last) {
-    const int slot = this->half_slot(0);
-    const bool has_slot = slot < plan.N;
-    this->with_heads(first, last, [&](int i, int h, bool there, bool) {
-      const int at = h * plan.span + slot;
-      const T gate = in.gate[h], mean = total_scalar(h, mean_of_content);
-      T of_gated = 0;
-      this->with_targets(
-          slot, [&](int j, int to) { of_gated += in.shift[h * plan.shifts + j] * small.of_shifted[h * plan.span + to]; });
-      if (!has_slot) of_gated = 0;
-      const T of_score = content[i] * (of_gated * gate - mean);
-      ScoreGradient<T> of =
-          score_gradient(of_score, per_slot.dots[at], in.beta[h], squares[i], per_slot.squares[slot], this->eps);
-      if (!has_slot) of = {};
-      if (there) {
-        per_slot.later[at] = of_gated * (T(1) - gate);
-        per_slot.of_dots[at] = of.dot;
-        per_slot.of_squares[at] = of.slot_square;
-      }
-      T sums[2] = {of.beta, of.key_square};
-      add_lanes<8, 1, 2>(sums, place.lane);
-      if (there && has_sums<8, 1, 2>(place.lane))
-        scalars(h)[first_sum<8, 1, 2>(place.lane) ? of_key_square : of_beta] = sums[0];
-    });
-    gpu::sync_warp();
-  }
-
-  // To the weights of the step before, and through softmax and score to the dot products and squares.
-  __device__ __forceinline__ void through_shift(const NtmInputs<T>& in, int first, int last) {
-    this->with_heads(first, last, [&](int, int h, bool there, bool speaks) {
-      const T gate = in.gate[h], mean = total_scalar(h, mean_of_content);
-      const T other = key_square(in, gpu::shuffle(h, 16)), mine = key_square(in, gpu::shuffle(h, 0));
-      const T square = place.lane < warp_slots ? mine : other;
-      T gradient_of_beta = 0, gradient_of_key = 0;
-      for (int g = 0; g < this->groups(); ++g) {
-        const int slot = this->half_slot(g), at = h * plan.span + slot;
-        if (!there) continue;
-        T of_gated = 0;
-        ScoreGradient<T> of{};
-        if (first_slot + slot < plan.N) {
-          int by = this->first_target();
-          for (int j = 0; j < plan.shifts; ++j, by = this->next_target(by))
-            of_gated += in.shift[h * plan.shifts + j] * this->at(small.of_shifted, h, this->round(first_slot + slot, by));
-          const T of_score = per_slot.of_dots[at] * (of_gated * gate - mean);
-          of = score_gradient(of_score, per_slot.dots[at], in.beta[h], square, per_slot.squares[slot], this->eps);
-        }
-        per_slot.later[at] = of_gated * (T(1) - gate);
-        per_slot.of_dots[at] = of.dot;
-        per_slot.of_squares[at] = of.slot_square;
-        gradient_of_beta += of.beta;
-        gradient_of_key += of.key_square;
-      }
-      gradient_of_beta = add_half(gradient_of_beta);
-      gradient_of_key = add_half(gradient_of_key);
-      if (!speaks) return;
-      scalars(h)[of_beta] = gradient_of_beta;
-      scalars(h)[of_key_square] = gradient_of_key;
-    });
-    gpu::sync_warp();
-  }
-
-  // The memory's gradient from similarities, and the warp's part of those of the keys.
-  __device__ __forceinline__ void through_similarity(const NtmInputs<T>& in, int first, int last, const T* addressed) {
-    Four<T> weights[1];
-#pragma unroll(P::fixed ? 8 : 1)
-    for (int h = first; h < last; ++h)
-      for (int k = 0; k < this->pieces(); ++k) {
-        const int corner = h * plan.columns + this->first_column(k);
-        T keys[1][C], sum[C] = {};
-        load_rows<1, C>(in.keys + corner, plan.columns, keys);
-        for (int g = 0; g < this->groups(); ++g) {
-          with_memory(addressed, g, k, [&](const Tile<T, C>& m) {
-            this->load_weights(per_slot.of_dots, h, this->slots(g), weights);
-            add_weighted<1, C>(m, weights, sum);
-            with_grad<true>(g, k, [&](Tile<T, C>& grad) {
-              add_products<1, C>(weights, keys, grad);
-              this->load_weights(per_slot.of_squares, h, this->slots(g), weights);
-              add_by_norm<1, C>(m, weights, grad);
-            });
-          });
-        }
-#pragma unroll  // what comes by the key's own square, to one of the lanes that are added up
-        for (int c = 0; c < C; ++c) sum[c] += place.group == 0 ? 2 * scalars(h)[of_key_square] * keys[0][c] : T(0);
-        store_warp_sums<1, C>(sum, place.lane, small.of_keys + place.warp * plan.heads * plan.columns + corner, plan.columns);
-      }
-  }
-
-  // Back through the addressing of heads [first, last) on a memory; later becomes the gradient of the weights of the step before.
-  __device__ __forceinline__ void through_address(const NtmInputs<T>& in, int first, int last, const T* addressed, int64_t row,
-                                                  bool puts) {
-    const auto open = [&](int g) { return [this, addressed, g](int k, auto f) { with_memory(addressed, g, k, f); }; };
-    const bool bounded = this->bounded(in.beta);
-    for (int g = 0; g < this->groups(); ++g)
-      this->compare(in, first, last, g, bounded, open(g), small.content, small.sums + place.warp * plan.heads,
-                    small.maximum + place.warp * plan.heads, per_slot.dots, per_slot.squares);
-    tell_means(first, last);
-    if (!bounded) this->soften(first, last, small.maximum, small.content, small.sums + place.warp * plan.heads);
-    this->sync();
-    give_told();
-    if constexpr (P::fixed) {
-      turn ^= 1;
-      through_sharpening_alone(in, first, last);
-    } else {
-      this->shift(in, first, last, small.content, small.previous, small.sums, per_slot.shifted,
-                  [&](int h, bool, bool speaks, T most) {
-                    if (speaks) this->tell(small.most, h, most);
-                  });
-      this->sync();
-      through_sharpening(in, first, last);
-    }
-    if (puts) stream.put(inputs(visits + 1));
-    this->sync();
-    if constexpr (P::fixed) through_shift_alone(in, first, last);
-    else through_shift(in, first, last);
-    through_similarity(in, first, last, addressed);
-    addressed_row = row;
-    first_told = first;
-    last_told = last;
   }
 
   // Where a thread of a fixed plan finds what it gives, and where it goes: one number of what is written and one of the heads.
@@ -609,7 +83,7 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
   __device__ __forceinline__ void* place_of(void* data, int i) const { return const_cast<void*>(number_of(data, a.input, i)); }
 
   __device__ __forceinline__ void give_sum(const Giving& giving, int64_t row) const {
-    const T* from = giving.from + (giving.scalar ? scalars_of_all() - small.scalars : 0);
+    const T* from = giving.from + (giving.scalar ? this->scalars_of_all() - small.scalars : 0);
     T sum = 0;
 #pragma unroll
     for (int w = 0; w < plan.warps; ++w) sum += from[w * giving.ld];
@@ -629,53 +103,25 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
               stride = plan.cluster * gpu::threads();
     if (written_row >= 0)
       for (int j = start; j < 2 * writes * plan.D; j += stride) {
-        const int i = j % (writes * plan.D), at = i / plan.D * plan.columns + i % plan.D, ld = writes * plan.columns;
-        if (i == j) store_as(a.grad_erase, a.input, written_row * writes * plan.D + i, this->total(small.of_erase, at, ld));
-        else store_as(a.grad_add, a.input, written_row * writes * plan.D + i, this->total(small.of_add, at, ld));
+        const int i = j % (writes * plan.D), at = i / plan.D * plan.columns + i % plan.D;
+        if (i == j) store_as(a.grad_erase, a.input, written_row * writes * plan.D + i, this->erase_gradient(at));
+        else store_as(a.grad_add, a.input, written_row * writes * plan.D + i, this->add_gradient(at));
       }
     if (addressed_row >= 0) {
       const int each = plan.D + 3 + plan.shifts;
       for (int j = start; j < (last_told - first_told) * each; j += stride) {
         const int h = first_told + j / each, i = j % each;
         const int64_t head = addressed_row * plan.R + h;
-        if (i < plan.D)
-          store_as(a.grad_keys, a.input, head * plan.D + i,
-                   this->total(small.of_keys, h * plan.columns + i, plan.heads * plan.columns));
-        else if (i == plan.D) store_as(a.grad_sharpness, a.input, head, total_scalar(h, of_beta));
-        else if (i == plan.D + 1) store_as(a.grad_gates, a.input, head, total_scalar(h, of_gate));
-        else if (i == plan.D + 2) store_as(a.grad_sharpening, a.input, head, total_scalar(h, of_gamma));
-        else store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3, total_scalar(h, of_shift + i - plan.D - 3));
+        if (i < plan.D) store_as(a.grad_keys, a.input, head * plan.D + i, this->key_gradient(h * plan.columns + i));
+        else if (i == plan.D) store_as(a.grad_sharpness, a.input, head, this->total_scalar(h, of_beta));
+        else if (i == plan.D + 1) store_as(a.grad_gates, a.input, head, this->total_scalar(h, of_gate));
+        else if (i == plan.D + 2) store_as(a.grad_sharpening, a.input, head, this->total_scalar(h, of_gamma));
+        else
+          store_as(a.grad_shift, a.input, head * plan.shifts + i - plan.D - 3,
+                   this->total_scalar(h, of_shift + i - plan.D - 3));
       }
     }
     written_row = addressed_row = -1;
-  }
-
-  __device__ __forceinline__ void back(const NtmInputs<T>& in, int64_t t, int step) {
-    const int64_t row = t * a.B + sample;
-    const int reads = plan.reads, heads = plan.R;
-    take_weights(t);
-    if (plan.read_first) {
-      know(memory(step));
-      through_write(in, memory(step), row);
-      through_read(in, memory(step));
-      through_address(in, 0, heads, memory(step), row, true);
-    } else {
-      if (reads > 0) {
-        know(memory(step + 1));
-        through_read(in, memory(step + 1));
-        through_address(in, 0, reads, memory(step + 1), row, reads == heads);
-      }
-      know(memory(step));
-      through_write(in, memory(step), row);
-      if (reads < heads) through_address(in, reads, heads, memory(step), row, true);
-    }
-  }
-
-  __device__ __forceinline__ void end() {
-    T* memory = static_cast<T*>(a.grad_in_memory) + sample * a.N * a.D;
-    for (int g = 0; g < this->groups(); ++g)
-      for (int k = 0; k < this->pieces(); ++k) with_grad<false>(g, k, [&](Tile<T, C>& m) { this->give(m, g, k, memory); });
-    this->give_rows(per_slot.later, plan.N, static_cast<T*>(a.grad_in_weights) + sample * plan.R * a.N);
   }
 
   // What came in beyond a sample's end has no gradient.
@@ -690,42 +136,34 @@ struct BackwardScan : NtmThread<T, C, RESIDENT, P> {
 
   __device__ __forceinline__ void run() {
     const int64_t steps = a.sequences.length(a.T, sample);
-    int64_t first = replay_before(steps);
+    int64_t first = this->replay_before(steps);
     if (steps > 0) stream.ask(first * a.B + sample);
-    begin();
+    this->begin();
     small.in.clear();
     gpu::sync();
     if (steps > 0) stream.put(inputs(0));
     if constexpr (P::fixed) {
-      ask_weights(steps - 1, before);
-      ask_weights(steps - 2, next);
+      this->ask_weights(steps - 1, this->before);
+      this->ask_weights(steps - 2, this->next);
     }
     for (int64_t left = steps; left > 0;) {
       const int count = static_cast<int>(left - first);
-      const int64_t earlier = replay_before(first);
-      begin_replay(first);
+      const int64_t earlier = this->replay_before(first);
       gpu::sync();  // the inputs of the step before are not needed any more, and those of the first are there
-      for (int step = 0; step < (plan.read_first ? count - 1 : count); ++step) {
-        stream.ask((first + (step + 1 < count ? step + 1 : step)) * a.B + sample);
-        replay(inputs(visits), first + step, left - 1, step);
-        stream.put(inputs(visits + 1));
-        gpu::sync();
-        ++visits;
-      }
+      this->replay_all(stream, first, count);
       for (int step = count - 1; step >= 0; --step) {
         // Going on with the steps before it begins with a replay.
         stream.ask((step > 0 ? first + step - 1 : earlier) * a.B + sample);
-        back(inputs(visits), first + step, step);
+        this->back(inputs(visits), first + step, step, [&] { give_told(); }, [&] { stream.put(inputs(visits + 1)); });
         ++visits;
       }
-      if (begins(first))
-        this->through_start(held, tiles.grad, per_slot.later, static_cast<T*>(a.grad_start) + sample * a.N * a.D);
+      if (this->begins(first)) this->through_start();
       left = first;
       first = earlier;
     }
     this->sync();
     give_told();
-    end();
+    this->end();
     clear_padding(steps);
     if (plan.cluster > 1) gpu::sync_cluster();  // no block ends while another reads from it
   }
@@ -742,7 +180,7 @@ __global__ void __launch_bounds__(most_threads, 1)
 template <class T>
 const char* plan_of(const NtmScanBackward& a, Plan& plan) {
   if (const char* why = ntm_too_large(a)) return why;
-  plan = plan_scan<Backward<T>, T>(ntm_sizes_of(a), a.B, every_of(a), gpu::limits());
+  plan = plan_scan<NtmBackwardRoom<T>, T>(ntm_sizes_of(a), a.B, every_of(a), gpu::limits());
   return nullptr;
 }
 

@@ -14,15 +14,15 @@
   OP(lrua_scan, LruaScan)                    \
   OP(lrua_scan_backward, LruaScanBackward)
 
-#define MANN_FAST_CELL_OPS(OP) \
-  OP(cell, Cell)               \
-  OP(cell_backward, CellBackward)
+#define MANN_FAST_CELL_OPS(OP)    \
+  OP(cell, Cell)                  \
+  OP(cell_backward, CellBackward) \
+  OP(ntm_cell, NtmCell)           \
+  OP(ntm_cell_backward, NtmCellBackward)
 
-// Those of whole sequences that the CPU alone has.
-#define MANN_FAST_CPU_CELL_OPS(OP)       \
-  OP(ntm_cell, NtmCell)                  \
-  OP(ntm_cell_backward, NtmCellBackward) \
-  OP(dnc_cell, DncCell)                  \
+// The one of a whole sequence that the CPU alone has.
+#define MANN_FAST_CPU_CELL_OPS(OP) \
+  OP(dnc_cell, DncCell)            \
   OP(dnc_cell_backward, DncCellBackward)
 
 #define MANN_FAST_NTM_OPS(OP) \

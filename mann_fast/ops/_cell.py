@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._state import check_dense
 from ..reference.cell import CONTROLLERS
@@ -251,6 +254,31 @@ class Public:
         # With their types: True is equal to 1, but no number here.
         choices = (type(state), len(state) if isinstance(state, tuple) else 0, *options, *map(type, options))
         return _checks.check_tensors(self.tensors, self.names, tensors, choices=choices, known=known)
+
+
+_fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
+
+
+def _fits(name: str, device: torch.device, wide: bool, *sizes: int) -> bool:
+    """Whether the CUDA kernels have room for a network of these sizes: N, D, R, H, and the choices of <name>_fits."""
+    key = (name, device, wide, *sizes)
+    if key not in _fitting:
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device, _disable_current_modes():  # no part of what may be tracing this call
+            _fitting[key] = getattr(torch.ops.mann_fast_cuda, f"{name}_fits")(*sizes, wide)
+    return _fitting[key]
+
+
+_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
+
+
+def fused(op: Op, backend: str, gates: Tensor, sizes: Sizes, controller: str, *choices: int) -> bool:
+    """Whether the backend that serves the op takes the whole sequence in a call, not step by step. choices: the last of
+    <op>_fits."""
+    if backend != "cuda":
+        return backend != "reference"
+    numbers = (operator.index(sizes[axis]) for axis in "NDRH")  # not symbols, for torch.compile
+    return _fits(op.name, gates.device, gates.dtype == torch.float64, *numbers, NUMBERS[controller], *choices)
 
 
 def run_steps(

@@ -13,9 +13,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ._register import LIBRARIES
 
 LIBRARIES["cuda"].define("probe(Tensor tensor) -> Tensor")
-LIBRARIES["cuda"].define(
-    "cell_fits(int N, int D, int R, int H, int controller, bool separate_vector, bool learned_sharpness, bool wide) -> bool"
-)
+for _cell, _heads in (
+    ("cell", "bool separate_vector, bool learned_sharpness"),
+    ("ntm_cell", "int shifts"),  # 0 of heads that go by content alone
+):
+    LIBRARIES["cuda"].define(
+        f"{_cell}_fits(int N, int D, int R, int H, int controller, {_heads}, bool wide) -> bool"
+    )
 # How a scan takes each of B samples in float32, on the current device: forward, or backward where anchor_every > 0.
 for _scan, _sizes in (
     ("lrua_scan", "int R"),

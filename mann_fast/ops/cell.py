@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import operator
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import reference
 from .._anchors import lrua_interval
 from ..reference.cell import SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
 from . import _backend, _checks
-from ._cell import NUMBERS, Network, Public, declare_cell, run_cell, run_steps
+from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
 from ._declare import Option, Output, Sizes
 from ._sequences import raw_sequences
 from .content import EPS
@@ -59,21 +55,6 @@ CELL = declare_cell(
     constant=("usage",),
 )
 PUBLIC = Public(LRUAState, STATE)
-
-_fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
-
-
-def _fits(device: torch.device, wide: bool, *sizes: int) -> bool:
-    """Whether the CUDA kernels have room for a network of these sizes: N, D, R, H, and the choices of cell_fits."""
-    key = (device, wide, *sizes)
-    if key not in _fitting:
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with on_device, _disable_current_modes():  # no part of what may be tracing this call
-            _fitting[key] = torch.ops.mann_fast_cuda.cell_fits(*sizes, wide)
-    return _fitting[key]
-
-
-_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
 
 
 def cell(
@@ -141,18 +122,7 @@ def cell(
     sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start)
     backend = _backend.serving(gates.device, CELL)
     learned, separate = sharpness == "learned", write_vector == "separate"
-    fused = backend != "reference" and (
-        backend != "cuda"
-        or _fits(
-            gates.device,
-            gates.dtype == torch.float64,
-            *(operator.index(sizes[axis]) for axis in "NDRH"),  # not symbols, for torch.compile
-            NUMBERS[controller],
-            separate,
-            learned,
-        )
-    )
-    if not fused or gates.shape[0] == 0:
+    if gates.shape[0] == 0 or not fused(CELL, backend, gates, sizes, controller, separate, learned):
         named = {
             "controller": controller,
             "write_vector": write_vector,

@@ -12,7 +12,7 @@ from .._anchors import ntm_interval
 from ..reference.cell import ntm_head_sizes
 from ..reference.ntm import NTMState
 from . import _backend, _checks
-from ._cell import Network, Public, declare_cell, run_cell, run_steps
+from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
 from ._declare import Argument, Option, Output, Sizes
 from ._sequences import raw_sequences
 from .content import EPS, MEMORY
@@ -65,7 +65,8 @@ def ntm_cell(
 
     The heads' values are, of the read heads and then of the write heads, keys (R D, through tanh), sharpness (R, 1 +
     softplus), gates (R, sigmoid), shifts (R (2S + 1), softmax) and sharpening (R, 1 + softplus); then erase (R D, sigmoid)
-    and add (R D, tanh). Then comes :func:`ntm_step`. One call per direction in C++ on the CPU, elsewhere a loop of steps.
+    and add (R D, tanh). Then comes :func:`ntm_step`. One call per direction in C++ on the CPU, and one launch in CUDA C++ (see
+    docs/gpu.md) where there is room; elsewhere a loop of steps.
 
     Args:
         gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias, controller: as of :func:`cell`.
@@ -82,10 +83,11 @@ def ntm_cell(
     """
     network = Network(gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     options = (controller, max_shift, order, eps)
-    PUBLIC.check(network, memory, (resets, lengths, start), options, _head_sizes)
+    sizes = PUBLIC.check(network, memory, (resets, lengths, start), options, _head_sizes)
     sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start)
     backend = _backend.serving(gates.device, NTM_CELL)
-    if backend == "reference" or gates.shape[0] == 0:
+    shifts = 0 if max_shift is None else 2 * max_shift + 1
+    if gates.shape[0] == 0 or not fused(NTM_CELL, backend, gates, sizes, controller, shifts):
         named = {"controller": controller, "max_shift": max_shift, "order": order, "eps": eps}
         return run_steps(reference.ntm_cell, network, NTMState(*memory), sequences, named, ntm_step)
     slots, read_weights, write_weights = memory

@@ -1,7 +1,7 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan | cell | ntm | dnc | sparse] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | cell | ntm | ntm_cell | dnc | sparse] [--seed N] [--few]    --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "../../csrc/cuda/gpu.h"
@@ -176,9 +176,10 @@ int main(int count, char** arguments) {
                               {{3, 1, 150, 9, 2, single, single, all}, 1},   // the memory in shared memory
                               {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
                               {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
+  const size_t for_ntm = 32 * 1024;  // that its heads' values and what its warps tell each other take beside those of LRUA
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
-    if (!only.empty() && only != "cell") continue;
+    if (!only.empty() && only != "cell" && only != "ntm_cell") continue;
     if (few && layout.cluster > 2) continue;
     const bool large = layout.cluster > 2;  // thousands of fibers: a few cases must do
     settings.limits.shared = n.shared;
@@ -190,8 +191,13 @@ int main(int count, char** arguments) {
       for (const bool cut : {false, true}) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
-        compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
+        settings.limits.shared = n.shared + for_ntm;
+        if (only != "cell")
+          compare("ntm_cell", [kind](const Kernels& k, const Case& c) { return ntm_cell(k, c, kind, false); }, c);
+        settings.limits.shared = n.shared;
+        if (only != "ntm_cell") compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
       }
+      if (only == "ntm_cell") continue;
       if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
         fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " +
              std::to_string(layout.cluster));

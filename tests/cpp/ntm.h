@@ -4,8 +4,8 @@
 
 namespace {
 
-// sharp stands for heads with a location, of 2 S + 1 = 3 moves. CUDA has no kernel for it.
-[[maybe_unused]] Results ntm_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
+// sharp stands for heads with a location, of 2 S + 1 = 3 moves.
+Results ntm_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
   const int64_t shifts = c.sharp ? 3 : 0, RD = c.R * c.D;
