@@ -177,6 +177,7 @@ int main(int count, char** arguments) {
                               {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
                               {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
   const size_t for_ntm = 32 * 1024;  // that its heads' values and what its warps tell each other take beside those of LRUA
+  const size_t for_dnc = 136 * 1024;  // and what all warps of a DNC have of each of many slots
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
     const auto asked = [&](const char* op) { return only.empty() || only == op; };
@@ -192,9 +193,10 @@ int main(int count, char** arguments) {
       for (const bool cut : {false, true}) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
-        settings.limits.shared = n.shared + for_ntm;
+        settings.limits.shared = n.shared + (n.N < 300 ? for_ntm : for_dnc);
         if (asked("dnc_cell"))
           compare("dnc_cell", [kind](const Kernels& k, const Case& c) { return dnc_cell(k, c, kind, false); }, c);
+        settings.limits.shared = n.shared + for_ntm;
         if (asked("ntm_cell"))
           compare("ntm_cell", [kind](const Kernels& k, const Case& c) { return ntm_cell(k, c, kind, false); }, c);
         settings.limits.shared = n.shared;
