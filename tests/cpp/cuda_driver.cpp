@@ -1,7 +1,8 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan | cell | ntm | ntm_cell | dnc | sparse] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | cell | ntm | ntm_cell | dnc | dnc_cell | sparse] [--seed N] [--few]
+// --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "../../csrc/cuda/gpu.h"
@@ -34,8 +35,7 @@ bool run(const Arguments& a, const Parallel&) {
 }
 
 #define MANN_FAST_FUNCTION(op, Arguments) run<Arguments, cuda::op>,
-#define MANN_FAST_NONE(op, Arguments) nullptr,
-const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION) MANN_FAST_CPU_CELL_OPS(MANN_FAST_NONE)};
+const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION)};
 
 template <class Run>
 void compare(const char* name, Run function, const Case& c) {
@@ -177,9 +177,11 @@ int main(int count, char** arguments) {
                               {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
                               {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
   const size_t for_ntm = 32 * 1024;  // that its heads' values and what its warps tell each other take beside those of LRUA
+  const size_t for_dnc = 136 * 1024;  // and what all warps of a DNC have of each of many slots
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
-    if (!only.empty() && only != "cell" && only != "ntm_cell") continue;
+    const auto asked = [&](const char* op) { return only.empty() || only == op; };
+    if (!asked("cell") && !asked("ntm_cell") && !asked("dnc_cell")) continue;
     if (few && layout.cluster > 2) continue;
     const bool large = layout.cluster > 2;  // thousands of fibers: a few cases must do
     settings.limits.shared = n.shared;
@@ -191,13 +193,16 @@ int main(int count, char** arguments) {
       for (const bool cut : {false, true}) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
+        settings.limits.shared = n.shared + (n.N < 300 ? for_ntm : for_dnc);
+        if (asked("dnc_cell"))
+          compare("dnc_cell", [kind](const Kernels& k, const Case& c) { return dnc_cell(k, c, kind, false); }, c);
         settings.limits.shared = n.shared + for_ntm;
-        if (only != "cell")
+        if (asked("ntm_cell"))
           compare("ntm_cell", [kind](const Kernels& k, const Case& c) { return ntm_cell(k, c, kind, false); }, c);
         settings.limits.shared = n.shared;
-        if (only != "ntm_cell") compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
+        if (asked("cell")) compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
       }
-      if (only == "ntm_cell") continue;
+      if (!asked("cell")) continue;
       if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
         fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " +
              std::to_string(layout.cluster));
