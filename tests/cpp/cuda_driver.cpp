@@ -176,7 +176,7 @@ int main(int count, char** arguments) {
                               {{3, 1, 150, 9, 2, single, single, all}, 1},   // the memory in shared memory
                               {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
                               {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
-  const size_t for_ntm = 32 * 1024;  // that its heads' values and what its warps tell each other take beside those of LRUA
+  const size_t for_ntm = 32 * 1024;   // that its heads' values and what its warps tell each other take beside those of LRUA
   const size_t for_dnc = 136 * 1024;  // and what all warps of a DNC have of each of many slots
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
