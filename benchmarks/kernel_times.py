@@ -54,7 +54,10 @@ def dnc(B: int, T: int = 50, N: int = 128, D: int = 40, R: int = 4):
 
 
 def cell(B: int, T: int = 50, **options):
-    layer, x = MemoryLayer(40, 200, num_slots=128, slot_size=40, num_heads=4, **options), torch.randn(T, B, 40)
+    layer, x = (
+        MemoryLayer(40, 200, num_slots=128, slot_size=40, num_heads=4, **options),
+        torch.randn(T, B, 40),
+    )
     return lambda: layer(x)[0]
 
 
