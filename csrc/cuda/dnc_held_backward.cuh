@@ -901,7 +901,8 @@ struct HeldBackwardScan : HeldThread<C> {
     }
     end();
     for (int kind = 0; kind < Told::grad_reads; ++kind)
-      if (given.told[kind]) DncThread<float>(plan, a.eps).clear_steps(a, sample, steps, given.told[kind], plan.count(kind));
+      if (given.told[kind])
+        DncThread<float>(plan, a.eps).clear_steps(a, sample, steps, given.told[kind], a.input, plan.count(kind));
   }
 };
 

@@ -345,7 +345,7 @@ struct HeldForwardScan : HeldThread<C> {
     gpu::sync();
     if (steps > 0) give_reads(steps - 1);
     end();
-    DncThread<float>(plan, a.eps).clear_steps(a, sample, steps, a.reads, static_cast<int64_t>(plan.R) * plan.D);
+    DncThread<float>(plan, a.eps).clear_steps(a, sample, steps, a.reads, a.input, static_cast<int64_t>(plan.R) * plan.D);
   }
 };
 

@@ -45,55 +45,54 @@ struct DncPlan {
   int N, D, R;
   int heads;  // R, padded: heads are taken four at a time through the links
   bool links, masks, sharpened, deallocate;
-  int warps, row;                      // numbers from a slot to the next in shared memory
-  const void* told[Told::kinds];       // null where there is none
-  int first[Told::kinds + 1];          // where each piece begins among a step's inputs
-  int segment, segments;               // of backward: steps of a replay, and how many there are
-  size_t limit;                        // bytes of shared memory that a block may have
-  size_t shared, scratch;              // bytes of a block
-  bool near_memory, near_links, near;  // in shared memory: the memory, the links, everything
-  bool held;                           // the memory and the links are in registers
+  int warps, row;                 // numbers from a slot to the next in shared memory
+  const void* told[Told::kinds];  // null where there is none
+  int first[Told::kinds + 1];     // where each piece begins among a step's inputs
+  int segment, segments;          // of backward: steps of a replay, and how many there are
+  size_t limit;                   // bytes of shared memory that a block may have
+  size_t shared, scratch;         // bytes of a block
+  // In shared memory: the memory, the links, what is beside them (but backward's states), everything.
+  bool near_memory, near_links, near_rest, near;
+  bool held;  // the memory and the links are in registers
 
+  // Known at run time only; see FixedPlan.
+  static constexpr bool fixed = false;
+  __device__ __forceinline__ static const DncPlan& of(const DncPlan& plan) { return plan; }
   __device__ __host__ int count(int kind) const { return first[kind + 1] - first[kind]; }
   __device__ __host__ int inputs() const { return first[Told::kinds]; }
 };
 
 constexpr int heads_at_once = 4;
 
+// Of a scan or of a cell.
 template <class Arguments>
-DncPlan dnc_sizes_of(const Arguments& a, const void* grad_reads, bool backward) {
+DncPlan dnc_sizes_of(const Arguments& a, bool masks, bool sharpened, bool backward) {
   DncPlan plan{};
   plan.N = static_cast<int>(a.N), plan.D = static_cast<int>(a.D), plan.R = static_cast<int>(a.R);
   plan.heads = (plan.R + heads_at_once - 1) / heads_at_once * heads_at_once;
-  plan.links = a.before.links != nullptr, plan.masks = a.told.write_mask != nullptr;
-  plan.sharpened = a.told.link_sharpening != nullptr, plan.deallocate = a.deallocate;
+  plan.links = a.before.links != nullptr, plan.masks = masks;
+  plan.sharpened = sharpened, plan.deallocate = a.deallocate;
   const int most_warps = most_threads / 32, groups = (plan.N + warp_slots - 1) / warp_slots;
   plan.warps = groups < 2 ? 2 : groups < most_warps ? groups : most_warps;
   // 4 slots side by side lie in different banks
   plan.row = ((plan.D + column_lanes - 1) / column_lanes | 1) * column_lanes;
-  const auto& t = a.told;
-  const struct {
-    const void* data;
-    int count;
-  } pieces[Told::kinds] = {{t.read_keys, plan.R * plan.D},
-                           {t.read_sharpness, plan.R},
-                           {t.write_key, plan.D},
-                           {t.write_sharpness, 1},
-                           {t.erase, plan.D},
-                           {t.write_vector, plan.D},
-                           {t.free_gates, plan.R},
-                           {t.allocation_gate, 1},
-                           {t.write_gate, 1},
-                           {t.read_modes, plan.links ? plan.R * 3 : 0},
-                           {t.read_masks, plan.masks ? plan.R * plan.D : 0},
-                           {t.write_mask, plan.masks ? plan.D : 0},
-                           {t.link_sharpening, plan.sharpened ? plan.R * 2 : 0},
-                           {grad_reads, backward ? plan.R * plan.D : 0}};
-  for (int kind = 0; kind < Told::kinds; ++kind) {
-    plan.told[kind] = pieces[kind].data;
-    plan.first[kind + 1] = plan.first[kind] + pieces[kind].count;
-  }
+  const int D = plan.D, R = plan.R, modes = plan.links ? R * 3 : 0, exponents = plan.sharpened ? R * 2 : 0;
+  const int counts[Told::kinds] = {
+      R * D, R, D, 1, D, D, R, 1, 1, modes, plan.masks ? R * D : 0, plan.masks ? D : 0, exponents, backward ? R * D : 0};
+  for (int kind = 0; kind < Told::kinds; ++kind) plan.first[kind + 1] = plan.first[kind] + counts[kind];
+  if (!backward) return plan;
+  while (static_cast<int64_t>(plan.segment) * plan.segment < a.T) ++plan.segment;
+  if (plan.segment == 0) plan.segment = 1;
+  plan.segments = static_cast<int>((a.T + plan.segment - 1) / plan.segment);
   return plan;
+}
+
+// Where a scan finds what it is told.
+inline void dnc_tell(DncPlan& plan, const DncInterface<const void*>& t, const void* grad_reads) {
+  const void* told[Told::kinds] = {t.read_keys,    t.read_sharpness, t.write_key,       t.write_sharpness, t.erase,
+                                   t.write_vector, t.free_gates,     t.allocation_gate, t.write_gate,      t.read_modes,
+                                   t.read_masks,   t.write_mask,     t.link_sharpening, grad_reads};
+  for (int kind = 0; kind < Told::kinds; ++kind) plan.told[kind] = told[kind];
 }
 
 template <class Arguments>
@@ -104,6 +103,14 @@ const char* dnc_too_large(const Arguments& a) {
   return nullptr;
 }
 
+// The pieces of a block's memory: near is shared memory, from byte `start` on, far its part of scratch.
+struct DncPlaces {
+  unsigned char *near, *far;
+  __device__ __forceinline__ DncPlaces(const DncPlan& plan, unsigned char* scratch, size_t start = 0,
+                                       int64_t part = gpu::block())
+      : near(gpu::shared_memory() + start), far(scratch + part * plan.scratch) {}
+};
+
 // Gives arrays out of shared memory while there is room, then out of a block's scratch memory. With null bases it only counts.
 // NEAR: there is room for all, so that the compiler knows its pointers to be to shared memory.
 template <bool NEAR>
@@ -111,6 +118,7 @@ class Room {
  public:
   Carver near, far;
   __device__ __host__ Room(unsigned char* near, unsigned char* far, size_t limit) : near(near), far(far), limit_(limit) {}
+  __device__ __forceinline__ Room(const DncPlaces& places, size_t limit) : Room(places.near, places.far, limit) {}
   template <class U>
   __device__ __host__ U* take(int64_t count) {
     return fits<U>(count) ? near.take<U>(count) : far.take<U>(count);
@@ -136,7 +144,8 @@ void dnc_place(DncPlan& plan, const gpu::Limits& limits) {
   Room<false> room(nullptr, nullptr, plan.limit);
   const Arrays arrays(room, plan);
   plan.shared = room.near.used, plan.scratch = room.far.used;
-  plan.near_memory = arrays.near_memory, plan.near_links = arrays.near_links, plan.near = arrays.near;
+  plan.near_memory = arrays.near_memory, plan.near_links = arrays.near_links;
+  plan.near_rest = arrays.near_rest, plan.near = plan.near_rest && plan.near_memory && (plan.near_links || !plan.links);
 }
 
 inline Layout dnc_layout_of(const DncPlan& plan) {
@@ -217,6 +226,13 @@ __device__ __forceinline__ T add_columns(T value) {
   return value;
 }
 
+// What a step is told, in the order of Told, and within it the gradients of the reads.
+template <class T>
+struct DncInputs {
+  T *told, *grads;
+  __device__ __forceinline__ operator T*() const { return told; }
+};
+
 // A scan as one thread sees it.
 template <class T>
 struct DncThread {
@@ -227,6 +243,11 @@ struct DncThread {
   __device__ __forceinline__ DncThread(const DncPlan& plan, double eps)
       : plan(plan), lane(gpu::thread() % 32), warp(gpu::thread() / 32), warps(gpu::threads() / 32), eps(static_cast<T>(eps)) {}
 
+  // Of two that take turns.
+  __device__ __forceinline__ DncInputs<T> inputs_of(T* in, int64_t step) const {
+    T* told = in + step % 2 * plan.inputs();
+    return {told, told + plan.first[Told::grad_reads]};
+  }
   template <class U>
   __device__ __forceinline__ U* of(U* in, int kind) const {
     return in + plan.first[kind];
@@ -357,10 +378,10 @@ struct DncThread {
 
   // Rows [T, B, count] of a sample from a step on, of those that it takes no part in.
   template <class Arguments>
-  __device__ __forceinline__ void clear_steps(const Arguments& a, int64_t sample, int64_t from, void* rows,
+  __device__ __forceinline__ void clear_steps(const Arguments& a, int64_t sample, int64_t from, void* rows, Dtype dtype,
                                               int64_t count) const {
     for (int64_t t = from; t < a.T; ++t)
-      with_each(count, [&](int64_t i) { store_as(rows, a.input, (t * a.B + sample) * count + i, T(0)); });
+      with_each(count, [&](int64_t i) { store_as(rows, dtype, (t * a.B + sample) * count + i, T(0)); });
   }
 };
 
