@@ -407,7 +407,6 @@ bool dnc_cell_backward(DncCellBackward a, const Parallel& parallel) {
 }  // namespace
 
 MANN_FAST_CELL_OPS(MANN_FAST_BY_DTYPE)
-MANN_FAST_CPU_CELL_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

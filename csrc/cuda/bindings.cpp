@@ -88,6 +88,20 @@ bool ntm_cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controlle
          cuda::ntm_cell_backward_unable(sized(NtmCellBackward{})) == nullptr;
 }
 
+// The same of dnc_cell.
+bool dnc_cell_fits(int64_t N, int64_t D, int64_t R, int64_t H, int64_t controller, bool link, bool masks, bool link_sharpening,
+                   bool wide) {
+  const auto sized = [&](auto a) {
+    a.N = N, a.D = D, a.R = R, a.H = H, a.masks = masks, a.sharpened = link_sharpening;
+    a.state = wide ? Dtype::float64 : Dtype::float32;
+    a.controller = static_cast<Controller>(controller);
+    if (link) a.before.links = &a;
+    return a;
+  };
+  return cuda::dnc_cell_unable(sized(DncCell{})) == nullptr &&
+         cuda::dnc_cell_backward_unable(sized(DncCellBackward{})) == nullptr;
+}
+
 // How a scan takes each of B samples in float32, on the current device; backward where anchor_every > 0.
 using Layout = std::tuple<int64_t, int64_t, std::string, int64_t>;
 
@@ -136,6 +150,7 @@ Layout dnc_scan_layout(int64_t B, int64_t N, int64_t D, int64_t R, bool link, in
 STABLE_TORCH_LIBRARY_IMPL(mann_fast_cuda, CompositeImplicitAutograd, m) {
   m.impl("cell_fits", TORCH_BOX(&mann_fast::cell_fits));
   m.impl("ntm_cell_fits", TORCH_BOX(&mann_fast::ntm_cell_fits));
+  m.impl("dnc_cell_fits", TORCH_BOX(&mann_fast::dnc_cell_fits));
   m.impl("lrua_scan_layout", TORCH_BOX(&mann_fast::lrua_scan_layout));
   m.impl("ntm_scan_layout", TORCH_BOX(&mann_fast::ntm_scan_layout));
   m.impl("dnc_scan_layout", TORCH_BOX(&mann_fast::dnc_scan_layout));

@@ -13,7 +13,6 @@ namespace cuda {
 
 // How a cell is laid out over a cluster.
 struct CellPlan {
-  Plan memory;  // of a sample, in one block
   int H;
   Controller controller;
   bool recurrent;        // the hidden state goes round
@@ -36,6 +35,12 @@ struct CellPlan {
   __device__ __forceinline__ int hidden_gate(int column) const {
     return controller != Controller::gru ? column : column == 2 ? -1 : column == 3 ? 2 : column;
   }
+};
+
+// And its memory, a sample's in one block.
+template <class Memory>
+struct CellPlanOf : CellPlan {
+  typename Memory::Plan memory;
 };
 
 constexpr int cell_threads = most_threads;
@@ -253,22 +258,49 @@ class HeadPlaces {
   Place places_[known];
 };
 
+// What memories have in common that lie in tiles: how a block has a sample.
+struct TiledMemory {
+  using Plan = cuda::Plan;
+  using Places = cuda::Places;
+  static constexpr int choices = 1;
+
+  template <class Side, class T>
+  static Plan lay_out(Plan sizes, int64_t B, int64_t every, gpu::Limits left) {
+    left.cluster = 1;
+    sizes.least_warps = cell_threads / 32;
+    sizes.slots_anywhere = Side::slots_anywhere;
+    return plan_scan<typename Side::Room, T>(sizes, B, every, left);
+  }
+  template <class Side>
+  static bool fits(const Plan& plan, int) {
+    return plan.near_small && (plan.near_slots || Side::slots_anywhere);
+  }
+  // Where the memory is in registers, what is kept per slot in a replay is counted with 32 bits.
+  static bool counts(const Plan& plan, int64_t every) {
+    return !plan.resident || (every + 1) * plan.heads * plan.span < int64_t(1) << 31;
+  }
+  template <class Step>
+  __device__ __forceinline__ static void clear_inputs(const Step& step) {
+    step.small.in.clear();
+  }
+};
+
 // So many samples that a cluster has as many as it has blocks.
 constexpr int64_t any_batch = int64_t(1) << 30;
 
 // Completes a plan with the fewest blocks in which everything fits, or says why there is none. Side tells where what lies.
 // room: clusters of so many blocks as the plan has, that the device runs at once; 0 where that was not asked yet.
 template <class Side, class T, class Arguments>
-const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits, CellPlan& plan, int room = 0) {
+const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::Limits& limits,
+                      CellPlanOf<typename Side::Memory>& plan, int room = 0) {
   using Memory = typename Side::Memory;
-  const auto scan = Memory::scan_of(a);
-  if (const char* why = Memory::too_large(scan)) return why;
+  if (const char* why = Memory::too_large(a)) return why;
   if (a.N < 1 || a.D < 1 || a.R < 1 || a.H < 1) return "the kernel takes no sizes of 0";
   if (a.H >= int64_t(1) << 24) return "the kernel takes fewer than 2^24 hidden units";
   if (a.T >= int64_t(1) << 31 || a.B >= int64_t(1) << 31) return "the kernel takes fewer than 2^31 steps and samples";
   const int64_t heads = Memory::head_values(a);
   const int asked = room > 0 ? plan.cluster : 0;
-  plan = CellPlan{};
+  plan = {};
   plan.controller = a.controller;
   plan.recurrent = a.controller != Controller::feedforward;
   plan.H = static_cast<int>(a.H);
@@ -276,36 +308,31 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   plan.round = (plan.recurrent ? plan.H : 0) + plan.reads;
   plan.heads = static_cast<int>(heads);
   plan.every = static_cast<int>(every);
-  for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {
-    plan.cluster = cluster;
-    // As few samples to a cluster as leave none waiting for another's end.
-    const int64_t reckoned = limits.processors / cluster, at_once = cluster == asked ? room : reckoned > 1 ? reckoned : 1;
-    const int64_t samples = ceil_div(B, at_once);
-    const int most = cluster < most_lanes ? cluster : most_lanes;
-    plan.samples = static_cast<int>(samples < 1 ? 1 : samples < most ? samples : most);
-    plan.lanes = plan.samples <= 2 ? plan.samples : plan.samples <= 4 ? 4 : most_lanes;
-    plan.units = static_cast<int>(ceil_div(a.H, cluster));
-    plan.columns = plan.units * plan.per_unit();
-    // Weights alone, in numbers that cannot overflow, before anything is counted with 32 bits.
-    const int64_t weights = static_cast<int64_t>(plan.columns) * plan.round + heads * plan.units;
-    if (weights * static_cast<int64_t>(sizeof(T)) > static_cast<int64_t>(limits.shared)) continue;
-    Carver carver(nullptr);
-    typename Side::Shared(carver, plan);
-    plan.weights = carver.used;
-    if (plan.weights > limits.shared) continue;
-    gpu::Limits left = limits;
-    left.shared -= plan.weights;
-    left.cluster = 1;
-    Plan memory = Memory::sizes_of(scan);
-    memory.least_warps = cell_threads / 32;
-    memory.slots_anywhere = Side::slots_anywhere;
-    plan.memory = plan_scan<typename Side::Room, T>(memory, B, every, left);
-    // Where the memory is in registers, what is kept per slot in a replay is counted with 32 bits.
-    if (plan.memory.resident && (every + 1) * plan.memory.heads * plan.memory.span >= int64_t(1) << 31)
-      return "the kernel takes fewer than 2^31 weights between two anchors";
-    plan.shared = plan.weights + plan.memory.shared;
-    if (plan.memory.near_small && (plan.memory.near_slots || Side::slots_anywhere)) return nullptr;
-  }
+  for (int choice = 0; choice < Memory::choices; ++choice)
+    for (int cluster = 1; cluster <= limits.largest_cluster; cluster *= 2) {
+      plan.cluster = cluster;
+      // As few samples to a cluster as leave none waiting for another's end.
+      const int64_t reckoned = limits.processors / cluster, at_once = cluster == asked ? room : reckoned > 1 ? reckoned : 1;
+      const int64_t samples = ceil_div(B, at_once);
+      const int most = cluster < most_lanes ? cluster : most_lanes;
+      plan.samples = static_cast<int>(samples < 1 ? 1 : samples < most ? samples : most);
+      plan.lanes = plan.samples <= 2 ? plan.samples : plan.samples <= 4 ? 4 : most_lanes;
+      plan.units = static_cast<int>(ceil_div(a.H, cluster));
+      plan.columns = plan.units * plan.per_unit();
+      // Weights alone, in numbers that cannot overflow, before anything is counted with 32 bits.
+      const int64_t weights = static_cast<int64_t>(plan.columns) * plan.round + heads * plan.units;
+      if (weights * static_cast<int64_t>(sizeof(T)) > static_cast<int64_t>(limits.shared)) continue;
+      Carver carver(nullptr);
+      typename Side::Shared(carver, plan);
+      plan.weights = carver.used;
+      if (plan.weights > limits.shared) continue;
+      gpu::Limits left = limits;
+      left.shared -= plan.weights;
+      plan.memory = Memory::template lay_out<Side, T>(Memory::sizes_of(a), B, every, left);
+      if (!Memory::counts(plan.memory, every)) return "the kernel takes fewer than 2^31 weights between two anchors";
+      plan.shared = plan.weights + plan.memory.shared;
+      if (Memory::template fits<Side>(plan.memory, choice)) return nullptr;
+    }
   return "the weights do not fit into the shared memory of a cluster of blocks";
 }
 
@@ -316,7 +343,7 @@ inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
 // Plans and launches; kernel(columns of a tile, whether it stays in registers, kind of plan) is the one that a plan asks for.
 template <class Side, class T, class Arguments, class Kernel>
 const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, Kernel kernel) {
-  CellPlan plan;
+  CellPlanOf<typename Side::Memory> plan;
   const gpu::Limits limits = gpu::limits();
   if (const char* why = plan_cell<Side, T>(a, a.B, every, limits, plan)) return why;
   if (plan.cluster > 1 && a.B > plan.samples) {
@@ -330,7 +357,7 @@ const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, K
     if (const char* why = room > 0 ? plan_cell<Side, T>(a, a.B, every, limits, plan, room) : nullptr) return why;
   }
   const gpu::Launch how = launch_of(plan, a.B, queue.stream);
-  const size_t bytes = plan.memory.scratch * static_cast<size_t>(how.blocks);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(a.B);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
   return Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
     return gpu::launch(kernel(c, resident, kind), how, a, Side::Memory::scan_of(a), plan, scratch);
@@ -340,7 +367,7 @@ const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, K
 // Null where the device has room for any T and B, else why not.
 template <class Side, class T, class Arguments, class Kernel>
 const char* no_room(const Arguments& a, Kernel kernel) {
-  CellPlan plan;
+  CellPlanOf<typename Side::Memory> plan;
   if (const char* why = plan_cell<Side, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
   return Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
     if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, plan.samples, nullptr)) > 0)

@@ -73,7 +73,7 @@ struct CellBack {
   using Step = typename Memory::template BackwardStep<T, C, RESIDENT, P>;
   using Inputs = typename Memory::template Inputs<T>;
   const Arguments& a;
-  const CellPlan& plan;
+  const CellPlanOf<Memory>& plan;
   const P& of_memory;
   const CellPlace place;
   const bool present;  // the block has a sample
@@ -83,10 +83,12 @@ struct CellBack {
   const HeadPlaces<Memory, P, Arguments> head_places;
   const int read_place;  // where the thread's first number of the reads lies
 
-  __device__ __forceinline__ CellBack(const Arguments& a, const typename Memory::BackwardScan& scan, const CellPlan& plan,
-                                      const P& of_memory, Carver carver, unsigned char* scratch)
+  __device__ __forceinline__ CellBack(const Arguments& a, const typename Memory::BackwardScan& scan,
+                                      const CellPlanOf<Memory>& plan, const P& of_memory, Carver carver, unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
-        memory(scan, of_memory, plan.every, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0, true),
+        memory(scan, of_memory, plan.every,
+               typename Memory::Places(plan.memory, scratch, plan.weights, place.sample(place.rank)), place.sample(place.rank),
+               0, true),
         shared(carver, plan),
         heads(shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products),
         gates(shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products),
@@ -111,7 +113,7 @@ struct CellBack {
       const bool is = a.grad_cell && unit < plan.H && place.there(m);
       shared.state[i] = is ? static_cast<const T*>(a.grad_cell)[place.sample(m) * plan.H + unit] : T(0);
     }
-    memory.small.in.clear();
+    Memory::clear_inputs(memory);
     if (present) memory.begin();
   }
 
@@ -295,8 +297,8 @@ struct CellBack {
 template <class T, int C, bool RESIDENT, class P, class Memory>
 __global__ void __launch_bounds__(most_threads, 1)
     cell_backward_kernel(const __grid_constant__ typename Memory::Backward a,
-                         const __grid_constant__ typename Memory::BackwardScan memory, const __grid_constant__ CellPlan plan,
-                         unsigned char* scratch) {
+                         const __grid_constant__ typename Memory::BackwardScan memory,
+                         const __grid_constant__ CellPlanOf<Memory> plan, unsigned char* scratch) {
   const auto& known = P::of(plan.memory);
   CellBack<T, C, RESIDENT, P, Memory>(a, memory, plan, known, Carver(gpu::shared_memory()), scratch).run();
 }

@@ -37,7 +37,7 @@ struct CellForward {
   using Step = typename Memory::template ForwardStep<T, C, RESIDENT, P>;
   using Inputs = typename Memory::template Inputs<T>;
   const Arguments& a;
-  const CellPlan& plan;
+  const CellPlanOf<Memory>& plan;
   const P& of_memory;
   const CellPlace place;
   const bool present;  // the block has a sample
@@ -47,10 +47,13 @@ struct CellForward {
   const HeadPlaces<Memory, P, Arguments> head_places;
   const int read_place, read_head;  // where the thread's first number of the reads lies
 
-  __device__ __forceinline__ CellForward(const Arguments& a, const typename Memory::ForwardScan& scan, const CellPlan& plan,
-                                         const P& of_memory, Carver carver, unsigned char* scratch)
+  __device__ __forceinline__ CellForward(const Arguments& a, const typename Memory::ForwardScan& scan,
+                                         const CellPlanOf<Memory>& plan, const P& of_memory, Carver carver,
+                                         unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
-        memory(scan, of_memory, Places(plan.memory, scratch, plan.weights), place.sample(place.rank), 0), shared(carver, plan),
+        memory(scan, of_memory, typename Memory::Places(plan.memory, scratch, plan.weights, place.sample(place.rank)),
+               place.sample(place.rank), 0),
+        shared(carver, plan),
         gates(shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products),
         heads(shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products),
         head_places(a, of_memory, plan.heads), read_place(vector_at(of_memory, gpu::thread())),
@@ -91,7 +94,7 @@ struct CellForward {
       shared.state[i] = is ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
     }
     for (int i = thread; i < plan.items(); i += threads) shared.hidden[i] = 0;  // what pads it stays so
-    memory.small.in.clear();
+    Memory::clear_inputs(memory);
     if (present) memory.begin(place.begins(0, place.rank));
   }
 
@@ -228,7 +231,7 @@ struct CellForward {
 template <class T, int C, bool RESIDENT, class P, class Memory>
 __global__ void __launch_bounds__(most_threads, 1)
     cell_kernel(const __grid_constant__ typename Memory::Forward a, const __grid_constant__ typename Memory::ForwardScan memory,
-                const __grid_constant__ CellPlan plan, unsigned char* scratch) {
+                const __grid_constant__ CellPlanOf<Memory> plan, unsigned char* scratch) {
   const auto& known = P::of(plan.memory);
   CellForward<T, C, RESIDENT, P, Memory>(a, memory, plan, known, Carver(gpu::shared_memory()), scratch).run();
 }

@@ -25,6 +25,8 @@ const char* cell_unable(const Cell&);
 const char* cell_backward_unable(const CellBackward&);
 const char* ntm_cell_unable(const NtmCell&);
 const char* ntm_cell_backward_unable(const NtmCellBackward&);
+const char* dnc_cell_unable(const DncCell&);  // of its pointers, looks at whether there are links
+const char* dnc_cell_backward_unable(const DncCellBackward&);
 
 // How a scan takes one sample.
 struct Layout {

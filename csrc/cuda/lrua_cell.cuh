@@ -4,11 +4,16 @@
 //
 //   Forward, Backward          arguments of the two directions
 //   ForwardScan, BackwardScan  and of the memory's own scan; scan_of(a): these, without its inputs and their gradients
-//   too_large(scan)            null, or why the kernels cannot take it
-//   sizes_of(scan)             a Plan that has the sizes
+//   too_large(a)               null, or why the kernels cannot take it
 //   head_values(a)             numbers in a row
-//   ForwardRoom, BackwardRoom  what a block has of a sample, as plan_scan takes it
+//   Plan, sizes_of(a)          how a block has a sample; one that has the sizes
+//   lay_out(sizes, ...)        where everything lies in what the weights leave of a block
+//   choices, fits(plan, i)     whether that will do by the choice i, of which the first is the best
+//   counts(plan, every)        whether the kernel can count so much
+//   Places                     the block's memory, as the steps take it
+//   ForwardRoom, BackwardRoom  what a block has of a sample, as lay_out takes it
 //   with_plan(plan, f)         calls f with the columns of a tile, whether it stays in registers, and the kind of plan
+//   clear_inputs(step)         sets to 0 what pads the inputs
 //   Inputs                     what a step takes
 //   place_of(a, plan, j)       a Place: where value j of the heads goes among these
 //   kept(place, value)         what is kept of a value for backward, before its nonlinearity or after it
@@ -35,7 +40,7 @@
 namespace mann_fast {
 namespace cuda {
 
-struct LruaMemory {
+struct LruaMemory : TiledMemory {
   using Forward = Cell;
   using Backward = CellBackward;
   using ForwardScan = LruaScan;
@@ -55,13 +60,13 @@ struct LruaMemory {
             a.grad_in_memory, a.grad_in_read_weights, nullptr, nullptr, nullptr, nullptr, a.grad_start};
   }
 
-  template <class Scan>
-  static const char* too_large(const Scan& a) {
+  template <class Arguments>
+  static const char* too_large(const Arguments& a) {
     return cuda::too_large(a.N, a.D, a.R);
   }
-  template <class Scan>
-  static Plan sizes_of(const Scan& a) {
-    return cuda::sizes_of(a);
+  template <class Arguments>
+  static Plan sizes_of(const Arguments& a) {
+    return cuda::sizes_of(scan_of(a));
   }
   template <class Arguments>
   static int64_t head_values(const Arguments& a) {

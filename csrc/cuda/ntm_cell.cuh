@@ -40,7 +40,7 @@ struct NtmBackwardStep : NtmBackward<T, C, RESIDENT, true, P> {
   }
 };
 
-struct NtmMemory {
+struct NtmMemory : TiledMemory {
   using Forward = NtmCell;
   using Backward = NtmCellBackward;
   using ForwardScan = NtmScan;
@@ -65,13 +65,13 @@ struct NtmMemory {
             a.grad_in_memory, a.grad_in_weights, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, a.grad_start};
   }
 
-  template <class Scan>
-  static const char* too_large(const Scan& a) {
-    return ntm_too_large(a);
+  template <class Arguments>
+  static const char* too_large(const Arguments& a) {
+    return ntm_too_large(scan_of(a));
   }
-  template <class Scan>
-  static Plan sizes_of(const Scan& a) {
-    return ntm_sizes_of(a);
+  template <class Arguments>
+  static Plan sizes_of(const Arguments& a) {
+    return ntm_sizes_of(scan_of(a));
   }
   template <class Arguments>
   static int64_t head_values(const Arguments& a) {

@@ -6,12 +6,12 @@
 namespace mann_fast {
 namespace cuda {
 
-// The pieces of a block's memory: near is shared memory, far this block's part of scratch.
+// The pieces of a block's memory: near is shared memory, far its part of scratch.
 struct Places {
   Carver near, far;
-  // From byte `start` of shared memory on.
-  __device__ __forceinline__ Places(const Plan& plan, unsigned char* scratch, size_t start = 0)
-      : near(gpu::shared_memory() + start), far(scratch + gpu::block() * plan.scratch) {}
+  // From byte `start` of shared memory on, and of scratch such a part.
+  __device__ __forceinline__ Places(const Plan& plan, unsigned char* scratch, size_t start = 0, int64_t part = gpu::block())
+      : near(gpu::shared_memory() + start), far(scratch + part * plan.scratch) {}
   // Where it is known when compiled that something is near, the compiler knows that its pointers are to shared memory: loads
   // are of that kind, and pointers take half the registers.
   __device__ __forceinline__ Carver& of(bool is_near) { return is_near ? near : far; }

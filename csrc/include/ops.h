@@ -14,15 +14,12 @@
   OP(lrua_scan, LruaScan)                    \
   OP(lrua_scan_backward, LruaScanBackward)
 
-#define MANN_FAST_CELL_OPS(OP)    \
-  OP(cell, Cell)                  \
-  OP(cell_backward, CellBackward) \
-  OP(ntm_cell, NtmCell)           \
-  OP(ntm_cell_backward, NtmCellBackward)
-
-// The one of a whole sequence that the CPU alone has.
-#define MANN_FAST_CPU_CELL_OPS(OP) \
-  OP(dnc_cell, DncCell)            \
+#define MANN_FAST_CELL_OPS(OP)           \
+  OP(cell, Cell)                         \
+  OP(cell_backward, CellBackward)        \
+  OP(ntm_cell, NtmCell)                  \
+  OP(ntm_cell_backward, NtmCellBackward) \
+  OP(dnc_cell, DncCell)                  \
   OP(dnc_cell_backward, DncCellBackward)
 
 #define MANN_FAST_NTM_OPS(OP) \
@@ -46,7 +43,3 @@
   MANN_FAST_NTM_OPS(OP)     \
   MANN_FAST_DNC_OPS(OP)     \
   MANN_FAST_SPARSE_OPS(OP)
-
-#define MANN_FAST_CPU_OPS(OP) \
-  MANN_FAST_OPS(OP)           \
-  MANN_FAST_CPU_CELL_OPS(OP)

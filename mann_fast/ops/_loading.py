@@ -16,6 +16,7 @@ LIBRARIES["cuda"].define("probe(Tensor tensor) -> Tensor")
 for _cell, _heads in (
     ("cell", "bool separate_vector, bool learned_sharpness"),
     ("ntm_cell", "int shifts"),  # 0 of heads that go by content alone
+    ("dnc_cell", "bool link, bool masks, bool link_sharpening"),
 ):
     LIBRARIES["cuda"].define(
         f"{_cell}_fits(int N, int D, int R, int H, int controller, {_heads}, bool wide) -> bool"

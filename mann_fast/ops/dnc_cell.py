@@ -11,7 +11,7 @@ from .. import reference
 from ..reference.cell import dnc_head_sizes
 from ..reference.dnc import DNCState
 from . import _backend
-from ._cell import Network, Public, declare_cell, run_cell, run_steps
+from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
 from ._checks import check_eps, check_flag, check_number
 from ._declare import Option, Sizes
 from ._sequences import raw_sequences
@@ -66,7 +66,7 @@ def dnc_cell(
     content, forward), with masks read masks (R D) and write mask (D), and where links are sharpened their exponents (2R, head
     by head: backward, forward). Sharpness and exponents go through 1 + softplus, the read modes of a head through a softmax,
     keys and the write vector are taken as they are, all else goes through a sigmoid. Then comes :func:`dnc_step`. One call per
-    direction in C++ on the CPU, elsewhere a loop of steps.
+    direction in C++ on the CPU, and one launch in CUDA C++ (see docs/gpu.md) where there is room; elsewhere a loop of steps.
 
     Args:
         gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias, controller: as of :func:`cell`.
@@ -89,11 +89,13 @@ def dnc_cell(
     network = Network(gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
     options = (masks, mask_min, deallocate, link_sharpening, clip, eps)
     link = isinstance(memory, tuple) and len(memory) > 3 and memory[3] is not None
-    PUBLIC.check(network, memory, (resets, lengths, start), (controller, link, *options), _head_sizes)
+    sizes = PUBLIC.check(network, memory, (resets, lengths, start), (controller, link, *options), _head_sizes)
     check_links("memory", DNCState(*memory))
     sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start, value=0.0)
     backend = _backend.serving(gates.device, DNC_CELL)
-    if backend == "reference" or gates.shape[0] == 0:
+    if gates.shape[0] == 0 or not fused(
+        DNC_CELL, backend, gates, sizes, controller, link, masks, link_sharpening
+    ):
         named = {"controller": controller, "masks": masks, "mask_min": mask_min, "deallocate": deallocate}
         named |= {"link_sharpening": link_sharpening, "clip": clip, "eps": eps}
         return run_steps(reference.dnc_cell, network, DNCState(*memory), sequences, named, dnc_step)

@@ -34,8 +34,7 @@ bool run(const Arguments& a, const Parallel&) {
 }
 
 #define MANN_FAST_FUNCTION(op, Arguments) run<Arguments, cuda::op>,
-#define MANN_FAST_NONE(op, Arguments) nullptr,
-const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION) MANN_FAST_CPU_CELL_OPS(MANN_FAST_NONE)};
+const Kernels emulated = {"cuda", MANN_FAST_OPS(MANN_FAST_FUNCTION)};
 
 template <class Run>
 void compare(const char* name, Run function, const Case& c) {

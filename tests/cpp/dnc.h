@@ -60,7 +60,7 @@ struct DncArrays {
 };
 
 // CUDA has no kernel for it.
-[[maybe_unused]] Results dnc_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
+Results dnc_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
   DncArrays memory(c, random);
