@@ -2,10 +2,24 @@
 
 import torch
 from cases import fixed_noise, worst_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mann_fast.reference.cell import CONTROLLERS
 
 PARAMETERS = ("hidden_weight", "hidden_bias", "reads_weight", "head_weight", "head_bias")
+
+
+class Called(TorchDispatchMode):
+    """The names of the raw ops that are called meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace.startswith("mann_fast"):
+            self.names.add(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
 
 
 def normals():

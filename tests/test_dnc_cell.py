@@ -5,8 +5,8 @@ from functools import partial
 import networks
 import pytest
 import torch
-from cases import implemented, needs_kernels
-from networks import compare, network_inputs, normals
+from cases import BACKEND, RAW_OPS, implemented, needs_kernels
+from networks import Called, compare, network_inputs, normals
 
 from mann_fast import MemoryLayer, ops, reference
 from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes
@@ -94,6 +94,29 @@ def test_matches_reference_in_float64(options, shape):
 @every_option
 def test_every_controller(options, controller):
     compare(*both((6, 9, 11, 20, 6, 2), controller=controller, **options), 1e-9)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels are asked for room")
+@pytest.mark.parametrize(
+    "shape, options, room",
+    [
+        pytest.param((3, 2, 7, 9, 5, 2), REPAIRS, True, id="all-in-shared-memory"),
+        pytest.param((2, 3, 150, 40, 12, 5), {}, True, id="weights-of-a-cluster"),
+        pytest.param((2, 1, 20, 260, 20, 3), REPAIRS, True, id="links-in-device-memory"),
+        pytest.param((2, 1, 5, 300, 250, 1), {}, True, id="the-memory-in-device-memory"),
+        pytest.param(
+            (2, 1, 5, 300, 250, 1), {"link": False}, True, id="the-memory-in-device-memory-no-links"
+        ),
+        pytest.param((2, 1, 600, 4, 3, 1), REPAIRS, False, id="no-room"),
+    ],
+)
+def test_one_call_where_there_is_room_and_a_loop_where_there_is_none(shape, options, room):
+    choices = (options.get("link", True), options.get("masks", False), options.get("link_sharpening", False))
+    assert RAW_OPS.dnc_cell_fits(shape[3], shape[4], shape[5], shape[2], 0, *choices, False) == room
+    with Called() as called:
+        actual, expected = both(shape, torch.float32, **options)
+    assert called.names == ({"dnc_cell", "dnc_cell_backward"} if room else {"dnc_scan", "dnc_scan_backward"})
+    compare(actual, expected, 5e-5)
 
 
 @every_controller

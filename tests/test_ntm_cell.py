@@ -6,8 +6,7 @@ import networks
 import pytest
 import torch
 from cases import BACKEND, RAW_OPS, implemented, needs_kernels
-from networks import compare, network_inputs, normals
-from torch.utils._python_dispatch import TorchDispatchMode
+from networks import Called, compare, network_inputs, normals
 
 from mann_fast import ops, reference
 from mann_fast.reference.cell import CONTROLLERS, ntm_head_sizes
@@ -93,19 +92,6 @@ def test_resets_and_lengths_match_reference(given, max_shift, controller):
         results_and_gradients(reference.ntm_cell, inputs=inputs, dtype=torch.float64, **options),
         1e-10,
     )
-
-
-class Called(TorchDispatchMode):
-    """The names of the raw ops that are called meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("mann_fast"):
-            self.names.add(function._schema.name.split("::")[1])
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(BACKEND != "cuda", reason="only the CUDA kernels are asked for room")

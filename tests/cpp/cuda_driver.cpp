@@ -1,7 +1,8 @@
 // Runs the emulated CUDA kernels beside the CPU's, over odd sizes, dtypes and options, with one block per sample, clusters, and
 // memories in registers, in shared and in device memory; scripts/sanitize.py builds it with sanitizers.
 //
-// cuda_driver [content | write | scan | cell | ntm | ntm_cell | dnc | sparse] [--seed N] [--few]    --few: the cases for the next line
+// cuda_driver [content | write | scan | cell | ntm | ntm_cell | dnc | dnc_cell | sparse] [--seed N] [--few]
+// --few: the cases for the next line
 // cuda_driver OP --few [--omit-block N | --omit-warp N]      each thread leaves out its Nth barrier
 // cuda_driver --plant divergent | late | out-of-bounds       kernels with a defect: to be noticed
 #include "../../csrc/cuda/gpu.h"
@@ -177,7 +178,8 @@ int main(int count, char** arguments) {
                               {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
-    if (!only.empty() && only != "cell" && only != "ntm_cell") continue;
+    const auto asked = [&](const char* op) { return only.empty() || only == op; };
+    if (!asked("cell") && !asked("ntm_cell") && !asked("dnc_cell")) continue;
     if (few && layout.cluster > 2) continue;
     const bool large = layout.cluster > 2;  // thousands of fibers: a few cases must do
     settings.limits.shared = n.shared;
@@ -189,14 +191,17 @@ int main(int count, char** arguments) {
       for (const bool cut : {false, true}) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
-        // What an NTM's heads take beside those of LRUA: their values, and what the warps tell each other of them.
+        // Beside LRUA's heads: an NTM's values, and what the warps tell each other of them; what a DNC's warps have of each slot.
+        settings.limits.shared = n.shared + (n.N < 300 ? 32 : 136) * 1024;
+        if (asked("dnc_cell"))
+          compare("dnc_cell", [kind](const Kernels& k, const Case& c) { return dnc_cell(k, c, kind, false); }, c);
         settings.limits.shared = std::min(all, n.shared + 11 * 1024 * static_cast<size_t>(n.R));
-        if (only != "cell")
+        if (asked("ntm_cell"))
           compare("ntm_cell", [kind](const Kernels& k, const Case& c) { return ntm_cell(k, c, kind, false); }, c);
         settings.limits.shared = n.shared;
-        if (only != "ntm_cell") compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
+        if (asked("cell")) compare("cell", [kind](const Kernels& k, const Case& c) { return cell(k, c, kind, false); }, c);
       }
-      if (only == "ntm_cell") continue;
+      if (!asked("cell")) continue;
       if (kind != Controller::feedforward && c.sharp && gpu::emulation::machine().cluster != layout.cluster)
         fail("a cluster of " + std::to_string(gpu::emulation::machine().cluster) + ", expected " +
              std::to_string(layout.cluster));

@@ -59,7 +59,6 @@ struct DncArrays {
   }
 };
 
-// CUDA has no kernel for it.
 Results dnc_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
   Random random;
   const Parallel parallel = on_threads(c.threads);
