@@ -340,27 +340,38 @@ inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
   return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
 }
 
-// Plans and launches; kernel(columns of a tile, whether it stays in registers, kind of plan) is the one that a plan asks for.
+// Clusters of a plan that the device runs at once; kernel(columns of a tile, whether it stays in registers, kind of plan) is the
+// one that a plan asks for.
+template <class Side, class T, class Kernel>
+int room_for(const CellPlanOf<typename Side::Memory>& plan, int64_t B, Kernel kernel) {
+  int room = 0;
+  Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
+    room = gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, B, nullptr));
+    return nullptr;
+  });
+  return room;
+}
+
+// Plans and launches.
 template <class Side, class T, class Arguments, class Kernel>
 const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, Kernel kernel) {
-  CellPlanOf<typename Side::Memory> plan;
-  const gpu::Limits limits = gpu::limits();
+  using Memory = typename Side::Memory;
+  CellPlanOf<Memory> plan;
+  gpu::Limits limits = gpu::limits();
   if (const char* why = plan_cell<Side, T>(a, a.B, every, limits, plan)) return why;
-  if (plan.cluster > 1 && a.B > plan.samples) {
+  if (plan.cluster > 1 && (a.B > plan.samples || Memory::choices > 1)) {
     // A device may have room for fewer clusters than its processors would make: a cluster's have to be neighbors. Those over
-    // would wait for the others' end, and more samples to a cluster cost less.
-    int room = 0;
-    Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
-      room = gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, a.B, queue.stream));
-      return nullptr;
-    });
-    if (const char* why = room > 0 ? plan_cell<Side, T>(a, a.B, every, limits, plan, room) : nullptr) return why;
+    // would wait for the others' end, and more samples to a cluster cost less. And where a memory has choices, there may be no
+    // room for the best one's, which are larger.
+    const int room = room_for<Side, T>(plan, a.B > plan.samples ? a.B : plan.samples, kernel);
+    if (room == 0) limits.largest_cluster = limits.cluster;
+    if (const char* why = plan_cell<Side, T>(a, a.B, every, limits, plan, room)) return why;
   }
   const gpu::Launch how = launch_of(plan, a.B, queue.stream);
   const size_t bytes = plan.memory.scratch * static_cast<size_t>(a.B);
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
-  return Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
-    return gpu::launch(kernel(c, resident, kind), how, a, Side::Memory::scan_of(a), plan, scratch);
+  return Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
+    return gpu::launch(kernel(c, resident, kind), how, a, Memory::scan_of(a), plan, scratch);
   });
 }
 
@@ -368,12 +379,13 @@ const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, K
 template <class Side, class T, class Arguments, class Kernel>
 const char* no_room(const Arguments& a, Kernel kernel) {
   CellPlanOf<typename Side::Memory> plan;
-  if (const char* why = plan_cell<Side, T>(a, any_batch, 1, gpu::limits(), plan)) return why;
-  return Side::Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) -> const char* {
-    if (plan.cluster == 1 || gpu::clusters_at_once(kernel(c, resident, kind), launch_of(plan, plan.samples, nullptr)) > 0)
-      return nullptr;
-    return "the device has no room for a cluster of blocks with so much shared memory";
-  });
+  gpu::Limits limits = gpu::limits();
+  for (;;) {
+    if (const char* why = plan_cell<Side, T>(a, any_batch, 1, limits, plan)) return why;
+    if (plan.cluster == 1 || room_for<Side, T>(plan, plan.samples, kernel) > 0) return nullptr;
+    if (plan.cluster <= limits.cluster) return "the device has no room for a cluster of blocks with so much shared memory";
+    limits.largest_cluster = limits.cluster;
+  }
 }
 
 }  // namespace cuda
