@@ -192,7 +192,7 @@ int main(int count, char** arguments) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
         // Beside LRUA's heads: an NTM's values, and what the warps tell each other of them; what a DNC's warps have of each slot.
-        settings.limits.shared = n.shared + (n.N < 300 ? 32 : 136) * 1024;
+        settings.limits.shared = n.shared + (n.N < 300 ? 32 : 192) * 1024;
         if (asked("dnc_cell"))
           compare("dnc_cell", [kind](const Kernels& k, const Case& c) { return dnc_cell(k, c, kind, false); }, c);
         settings.limits.shared = std::min(all, n.shared + 11 * 1024 * static_cast<size_t>(n.R));
