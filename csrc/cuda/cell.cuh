@@ -340,8 +340,8 @@ inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
   return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
 }
 
-// Clusters of a plan that the device runs at once; kernel(columns of a tile, whether it stays in registers, kind of plan) is the
-// one that a plan asks for.
+// Clusters of a plan that the device runs at once. kernel(columns of a tile, whether it stays in registers, kind of plan) is
+// the one that a plan asks for.
 template <class Side, class T, class Kernel>
 int room_for(const CellPlanOf<typename Side::Memory>& plan, int64_t B, Kernel kernel) {
   int room = 0;

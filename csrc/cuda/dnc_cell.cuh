@@ -110,7 +110,8 @@ struct DncMemory {
     return f(none, std::false_type(), PlanKind<DncPlan>());
   }
 
-  // One row of values has, in the order of Told, what is there. They are kept as they are, and lie among the inputs as in the row.
+  // One row of values has, in the order of Told, what is there. They are kept as they are, and lie among the inputs as in
+  // their row.
   struct Place {
     int kind, at;
   };
