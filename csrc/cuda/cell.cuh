@@ -283,6 +283,10 @@ struct TiledMemory {
   __device__ __forceinline__ static void clear_inputs(const Step& step) {
     step.small.in.clear();
   }
+  template <class Step>
+  __device__ __forceinline__ static void leave_step(Step& step, bool anew) {
+    if (anew) step.through_start();
+  }
 };
 
 // So many samples that a cluster has as many as it has blocks.
