@@ -95,6 +95,7 @@ CASES: dict[str, Callable[[], Callable[[], Tensor]]] = {
     **{f"dnc_scan B={B}": lambda B=B: dnc(B) for B in (16, 256)},
     **{f"cell B={B}": lambda B=B: cell(B) for B in (1, 16, 64, 256, 1024)},
     **{f"ntm_cell B={B}": lambda B=B: cell(B, addressing="ntm") for B in (1, 16, 256)},
+    **{f"dnc_cell B={B}": lambda B=B: cell(B, addressing="dnc") for B in (1, 16, 256)},
     "content_read B=16": lambda: content(16),
     "content_read B=1 N=65536 D=64": lambda: content(1, 65536, 64),
     "content_read B=2048": lambda: content(2048),

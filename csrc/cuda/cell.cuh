@@ -283,6 +283,10 @@ struct TiledMemory {
   __device__ __forceinline__ static void clear_inputs(const Step& step) {
     step.small.in.clear();
   }
+  template <class Step>
+  __device__ __forceinline__ static void leave_step(Step& step, bool anew) {
+    if (anew) step.through_start();
+  }
 };
 
 // So many samples that a cluster has as many as it has blocks.
@@ -340,8 +344,8 @@ inline gpu::Launch launch_of(const CellPlan& plan, int64_t B, void* stream) {
   return {ceil_div(B, plan.samples) * plan.cluster, cell_threads, plan.cluster, plan.shared, stream};
 }
 
-// Clusters of a plan that the device runs at once; kernel(columns of a tile, whether it stays in registers, kind of plan) is the
-// one that a plan asks for.
+// Clusters of a plan that the device runs at once. kernel(columns of a tile, whether it stays in registers, kind of plan) is
+// the one that a plan asks for.
 template <class Side, class T, class Kernel>
 int room_for(const CellPlanOf<typename Side::Memory>& plan, int64_t B, Kernel kernel) {
   int room = 0;

@@ -273,7 +273,7 @@ struct CellBack {
         memory.step_back(in, t, t - first);
         gpu::sync();
         tell_heads(t, in);
-        if (place.begins(t, place.rank)) memory.through_start();
+        Memory::leave_step(memory, place.begins(t, place.rank));
         ++memory.visits;
       }
       Kept kept;

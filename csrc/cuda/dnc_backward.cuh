@@ -174,8 +174,8 @@ struct DncBackwardStep : DncThread<T> {
   __device__ __forceinline__ int64_t replay_before(int64_t end) const {
     return end > 0 ? (end - 1) / plan.segment * plan.segment : 0;
   }
-  // All states of the segment of `count` steps that begins at `first`, then what its last step is told. The first segment of all that is
-  // asked for is the sample's last: then the steps before it are gone through, too.
+  // All states of the segment of `count` steps that begins at `first`, then what its last step is told. The first segment that
+  // is asked for is the sample's last: then the steps before it are gone through, too.
   template <class Stream>
   __device__ __forceinline__ void replay_all(Stream& stream, int64_t first, int64_t count) {
     const int64_t segment = first / plan.segment;
@@ -600,8 +600,8 @@ struct DncBackwardStep : DncThread<T> {
     if (plan.links) this->with_each(N * N, [&](int64_t i) { my.links[i] = 0; });
   }
 
-  // Back through step t, up to the warps' parts of sums over slots, which all must know before a barrier. meanwhile: what else is to
-  // be done while the heads are.
+  // Back through step t, up to the warps' parts of sums over slots, which all must know before a barrier. meanwhile: what else
+  // is to be done while the heads are.
   template <class F>
   __device__ __forceinline__ void back(int64_t t, const State& before, F meanwhile) {
     open_rows(t, before);

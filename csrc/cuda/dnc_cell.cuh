@@ -45,8 +45,6 @@ struct DncCellBackwardStep : DncBackwardStep<T, NEAR> {
   __device__ __forceinline__ void step_back(const DncInputs<T>& in, int64_t t, int step) {
     share_modes(this->plan, in);
     this->back(t, this->state(t / this->plan.segment, step), [] {});
-    gpu::sync();
-    this->through_usage();
   }
 };
 
@@ -110,7 +108,8 @@ struct DncMemory {
     return f(none, std::false_type(), PlanKind<DncPlan>());
   }
 
-  // One row of values has, in the order of Told, what is there. They are kept as they are, and lie among the inputs as in the row.
+  // One row of values has, in the order of Told, what is there. They are kept as they are, and lie among the inputs as in
+  // their row.
   struct Place {
     int kind, at;
   };
@@ -163,6 +162,11 @@ struct DncMemory {
   __device__ __forceinline__ static void put_kept(const DncCellBackward&, const DncPlan&, const DncInputs<T>&, int64_t) {}
   template <class Step>
   __device__ __forceinline__ static void clear_inputs(const Step&) {}  // nothing pads them
+  template <class Step>
+  __device__ __forceinline__ static void leave_step(Step& step, bool anew) {
+    step.through_usage();
+    if (anew) step.through_start();
+  }
 
   template <class T, class Memory>
   __device__ __forceinline__ static T head_gradient(const DncCellBackward& a, const Memory& memory, const DncInputs<T>& in,

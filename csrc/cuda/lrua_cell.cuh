@@ -31,7 +31,7 @@
 //   replay_before(end)         where the replay of the step before `end` begins
 //   replay_all(stream, first, count)           the replay
 //   step_back(in, t, step)     back through step t, number `step` of its replay; then a barrier
-//   through_start()            having gone back through a step at which the sample began anew
+// Then comes leave_step(step, anew): having gone back through a step, where the sample may have begun anew.
 #pragma once
 #include "cell.cuh"
 #include "lrua_backward.cuh"

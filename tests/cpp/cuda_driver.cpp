@@ -176,8 +176,6 @@ int main(int count, char** arguments) {
                               {{3, 1, 150, 9, 2, single, single, all}, 1},   // the memory in shared memory
                               {{3, 1, 300, 40, 6, single, single, 136 * 1024}, 8},  // and in device memory
                               {{3, 2, 20, 9, 3, wide, wide, all}, 1}};              //
-  const size_t for_ntm = 32 * 1024;   // that its heads' values and what its warps tell each other take beside those of LRUA
-  const size_t for_dnc = 136 * 1024;  // and what all warps of a DNC have of each of many slots
   for (const CellLayout& layout : cells) {
     const Layout& n = layout.sizes;
     const auto asked = [&](const char* op) { return only.empty() || only == op; };
@@ -193,10 +191,11 @@ int main(int count, char** arguments) {
       for (const bool cut : {false, true}) {
         if (cut && !few && options != 0 && options != 3) continue;
         c.cut = cut;
-        settings.limits.shared = n.shared + (n.N < 300 ? for_ntm : for_dnc);
+        // Beside LRUA's heads: an NTM's values, and what the warps tell each other of them; what a DNC's warps have of each slot.
+        settings.limits.shared = n.shared + (n.N < 300 ? 32 : 192) * 1024;
         if (asked("dnc_cell"))
           compare("dnc_cell", [kind](const Kernels& k, const Case& c) { return dnc_cell(k, c, kind, false); }, c);
-        settings.limits.shared = n.shared + for_ntm;
+        settings.limits.shared = std::min(all, n.shared + 11 * 1024 * static_cast<size_t>(n.R));
         if (asked("ntm_cell"))
           compare("ntm_cell", [kind](const Kernels& k, const Case& c) { return ntm_cell(k, c, kind, false); }, c);
         settings.limits.shared = n.shared;
