@@ -271,6 +271,9 @@ struct TiledMemory {
     sizes.slots_anywhere = Side::slots_anywhere;
     return plan_scan<typename Side::Room, T>(sizes, B, every, left);
   }
+  // Each block has scratch memory of its own, whether or not it has a sample: by its number, which takes fewer registers.
+  static int64_t scratches(int64_t, int64_t blocks) { return blocks; }
+  __device__ __forceinline__ static int64_t scratch_of(int64_t) { return gpu::block(); }
   template <class Side>
   static bool fits(const Plan& plan, int) {
     return plan.near_small && (plan.near_slots || Side::slots_anywhere);
@@ -372,7 +375,7 @@ const char* launch_cell(const Arguments& a, int64_t every, const Queue& queue, K
     if (const char* why = plan_cell<Side, T>(a, a.B, every, limits, plan, room)) return why;
   }
   const gpu::Launch how = launch_of(plan, a.B, queue.stream);
-  const size_t bytes = plan.memory.scratch * static_cast<size_t>(a.B);
+  const size_t bytes = plan.memory.scratch * static_cast<size_t>(Memory::scratches(a.B, how.blocks));
   unsigned char* scratch = bytes ? static_cast<unsigned char*>(queue.scratch(queue.owner, bytes)) : nullptr;
   return Memory::template with_plan<T, Side::near>(plan.memory, [&](auto c, auto resident, auto kind) {
     return gpu::launch(kernel(c, resident, kind), how, a, Memory::scan_of(a), plan, scratch);

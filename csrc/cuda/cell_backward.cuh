@@ -87,8 +87,8 @@ struct CellBack {
                                       const CellPlanOf<Memory>& plan, const P& of_memory, Carver carver, unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
         memory(scan, of_memory, plan.every,
-               typename Memory::Places(plan.memory, scratch, plan.weights, place.sample(place.rank)), place.sample(place.rank),
-               0, true),
+               typename Memory::Places(plan.memory, scratch, plan.weights, Memory::scratch_of(place.sample(place.rank))),
+               place.sample(place.rank), 0, true),
         shared(carver, plan),
         heads(shared.head_weights, shared.units_ld, shared.heads, plan.heads, slices_of(plan.units), shared.products),
         gates(shared.gate_weights, shared.round_ld, shared.gates, plan.columns, 1, shared.products),

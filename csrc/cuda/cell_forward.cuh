@@ -51,7 +51,8 @@ struct CellForward {
                                          const CellPlanOf<Memory>& plan, const P& of_memory, Carver carver,
                                          unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
-        memory(scan, of_memory, typename Memory::Places(plan.memory, scratch, plan.weights, place.sample(place.rank)),
+        memory(scan, of_memory,
+               typename Memory::Places(plan.memory, scratch, plan.weights, Memory::scratch_of(place.sample(place.rank))),
                place.sample(place.rank), 0),
         shared(carver, plan),
         gates(shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products),

@@ -87,6 +87,9 @@ struct DncMemory {
     dnc_place<typename Side::Room>(plan, left);
     return plan;
   }
+  // Each sample has scratch memory, which is large.
+  static int64_t scratches(int64_t samples, int64_t) { return samples; }
+  __device__ __forceinline__ static int64_t scratch_of(int64_t sample) { return sample; }
   // Everything in shared memory, or the links or also the memory in device memory.
   static constexpr int choices = 3;
   template <class Side>

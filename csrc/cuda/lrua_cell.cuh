@@ -11,6 +11,7 @@
 //   choices, fits(plan, i)     whether that will do by the choice i, of which the first is the best
 //   counts(plan, every)        whether the kernel can count so much
 //   Places                     the block's memory, as the steps take it
+//   scratches, scratch_of      how many parts scratch memory has, and which is a sample's
 //   ForwardRoom, BackwardRoom  what a block has of a sample, as lay_out takes it
 //   with_plan(plan, f)         calls f with the columns of a tile, whether it stays in registers, and the kind of plan
 //   clear_inputs(step)         sets to 0 what pads the inputs
