@@ -6,8 +6,13 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import mann_fast
+
+# A busy machine is slow, and no test may fail for that.
+settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_machine")
 
 
 @pytest.fixture(autouse=True)

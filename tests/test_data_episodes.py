@@ -45,7 +45,7 @@ def cases(draw):
     return counts, options, draw(st.integers(0, 5))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_every_episode_is_what_it_should_be(case):
     counts, options, batch = case

@@ -244,7 +244,7 @@ def test_write_with_gradient_to_one_output_alone():
             assert worst_error(x, y) < 1e-12
 
 
-@settings(deadline=None, max_examples=shorter(60, 25))
+@settings(max_examples=shorter(60, 25))
 @given(
     st.lists(
         st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, float("nan"), float("inf"), float("-inf"), 1e-40]),

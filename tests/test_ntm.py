@@ -354,7 +354,7 @@ def test_sharpening_stays_finite(backend, sharpening):
 
 
 @needs_ntm
-@settings(deadline=None, max_examples=10 if INTERPRETED else 40)
+@settings(max_examples=10 if INTERPRETED else 40)
 @given(st.data())
 def test_any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
