@@ -132,18 +132,17 @@ def run(args: argparse.Namespace) -> int:
     accuracy = measure_accuracy(model, config, episodes, args.episodes)
     by_protocol, streams = [], None
     if protocols or args.streams:
-        views = args.views
-        answering, encoded = encoded_classes(model, episodes.classes, views if has_encoder(model) else 1)
-        averaged: dict[str, Any] = {"orders": args.orders, "seed": args.seed}
-        averaged["views"] = 1 if has_encoder(model) else views
+        of_features, of_answers = (args.views, 1) if has_encoder(model) else (1, args.views)
+        answering, encoded = encoded_classes(model, episodes.classes, of_features)
+        averaged: dict[str, Any] = {"orders": args.orders, "views": of_answers, "seed": args.seed}
         for protocol in protocols:
             found = evaluate_protocol(answering, config, encoded, protocol, args.episodes, **averaged)
-            by_protocol.append({**found, "views": views})
+            by_protocol.append({**found, "views": args.views})
         if args.streams:
             by_instance = evaluate_streams(
                 answering, config, encoded, args.streams, args.episodes, **averaged
             )
-            averages = {"ways": args.streams, "orders": args.orders, "views": views}
+            averages = {"ways": args.streams, "orders": args.orders, "views": args.views}
             streams = {**averages, **by_instance.to_dict()}
 
     picture = out_folder(args) / "evaluation.png"
