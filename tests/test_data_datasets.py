@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mann_fast.data import ClassImages, load_dataset, load_npz, split_classes
+from mann_fast.data.datasets import heldout_glyphs
 
 
 def classes_named(names, images=1):
@@ -91,7 +92,12 @@ def test_glyphs_are_split_by_class():
     data = load_dataset("glyphs", image_size=8)
     assert data.kind == "glyphs" and data.train.num_classes == 3000 and data.test.num_classes == 200
     assert set(data.train.names).isdisjoint(data.test.names)
-    assert load_dataset("glyphs", image_size=2, shots=21).test.counts.eq(21).all()
+    data = load_dataset("glyphs", image_size=2, shots=21)
+    assert data.test.counts.eq(21).all()
+    alone = heldout_glyphs(image_size=2, colour=False, shots=21)
+    assert torch.equal(alone.images, data.test.images) and alone.names == data.test.names
+    with pytest.raises(ValueError, match="colour must be False"):
+        heldout_glyphs(image_size=2, colour=True, shots=21)
 
 
 def test_unknown_source():

@@ -38,6 +38,13 @@ def test_a_seed_gives_the_same_glyphs_and_another_others(glyphs):
     assert not torch.equal(generate_glyphs(300, seed=1).images, glyphs.images)
 
 
+@pytest.mark.parametrize("first", [1, 95, 96, 299])  # 2,000 images are drawn at a time
+def test_those_passed_over_change_nothing(first):
+    whole = generate_glyphs(300, 21, image_size=4)
+    rest = generate_glyphs(300 - first, 21, image_size=4, first=first)
+    assert torch.equal(rest.images, whole.images[first * 21 :]) and rest.names == whole.names[first:]
+
+
 def test_a_nearest_neighbour_on_pixels_does_not_solve_them(glyphs):
     accuracy = nearest_neighbour(glyphs)
     assert 0.4 < accuracy[1] < 0.6, accuracy
@@ -86,3 +93,9 @@ def test_sizes_are_checked(name, value):
     sizes = {"num_classes": 2, "images_per_class": 2, "image_size": 5} | {name: value}
     with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value}"):
         generate_glyphs(**sizes)
+
+
+@pytest.mark.parametrize("first", [-1, 2.0, True])
+def test_how_many_to_pass_over_is_checked(first):
+    with pytest.raises(ValueError, match=f"first must be an integer of at least 0, got {first}"):
+        generate_glyphs(2, 2, first=first)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..data import ClassImages, Dataset, Episodes, load_dataset
-from ..data.datasets import TooFewClasses
+from ..data.datasets import TooFewClasses, heldout_glyphs
 from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED, SHIPPED, checkpoint_path
@@ -70,18 +70,25 @@ def heldout_episodes(
     config = content["config"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only .* to train on")  # nothing is trained
-        classes = unseen_classes(content, source) if source else load_data(config).test
+        classes = unseen_classes(content, source)
     if encoded and (encoder := encoder_of(content)):
         classes = encode_classes(classes, encoder)
     return make_episodes(config, classes, seed=seed)
 
 
-def unseen_classes(content: dict[str, Any], source: str) -> ClassImages:
+def unseen_classes(content: dict[str, Any], source: str | None) -> ClassImages:
+    config = content["config"]
+    if (source or config.data) == "glyphs":
+        return heldout_glyphs(
+            image_size=config.image_size, colour=config.colour, shots=images_of_class(config)
+        )
     try:
-        data = load_data(content["config"], source)
+        data = load_data(config, source)
     except TooFewClasses as error:
+        if source is None:
+            raise
         return error.classes
-    if data.kind != "folder" or fingerprint(data) == content["data"].get("fingerprint"):
+    if source is None or data.kind != "folder" or fingerprint(data) == content["data"].get("fingerprint"):
         return data.test
     return ClassImages.merged([data.train, data.test])
 

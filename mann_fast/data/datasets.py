@@ -74,9 +74,7 @@ def load_dataset(
         kind = "folder"
     elif source == "glyphs":
         train, test = GLYPH_CLASSES
-        if colour:
-            raise ValueError("colour must be False for glyphs, which are black and white (--no-colour)")
-        classes = generate_glyphs(train + test, max(20, shots), image_size=image_size, seed=seed)
+        classes = _glyphs(train + test, image_size, colour, seed, shots)
         parts = classes.select(range(train)), classes.select(range(train, train + test))
         kind = "glyphs"
     elif source == "omniglot" or any(find_part(source, part) for part in ALPHABETS):
@@ -116,6 +114,18 @@ def load_dataset(
     for part in parts:
         part.require(shots, "lower shots (--shots)")
     return Dataset(*parts, kind)
+
+
+def heldout_glyphs(*, image_size: int, colour: bool, shots: int) -> ClassImages:
+    """The classes to test on of ``load_dataset("glyphs")``, without drawing those to train on."""
+    train, test = GLYPH_CLASSES
+    return _glyphs(test, image_size, colour, 0, shots, first=train)
+
+
+def _glyphs(count: int, image_size: int, colour: bool, seed: int, shots: int, first: int = 0) -> ClassImages:
+    if colour:
+        raise ValueError("colour must be False for glyphs, which are black and white (--no-colour)")
+    return generate_glyphs(count, max(20, shots), image_size=image_size, seed=seed, first=first)
 
 
 def _parts(paths: Iterable[Path]) -> dict[str, list[Path]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -16,9 +18,10 @@ _BASIS = np.concatenate([(1 - _T) ** 3, 3 * _T * (1 - _T) ** 2, 3 * _T**2 * (1 -
 
 
 def generate_glyphs(
-    num_classes: int, images_per_class: int = 20, *, image_size: int = 20, seed: int = 0
+    num_classes: int, images_per_class: int = 20, *, image_size: int = 20, seed: int = 0, first: int = 0
 ) -> ClassImages:
-    """Invented characters, drawn ``images_per_class`` times each; every seed gives other characters.
+    """Invented characters, drawn ``images_per_class`` times each; every seed gives other characters. ``first``: how many of
+    them to pass over, without drawing them.
 
     A class has two to four strokes, each a cubic Bezier curve: straight, bent or curled, now and then
     beginning where the one before ended. Each image moves the points of the curves a little and turns,
@@ -26,7 +29,7 @@ def generate_glyphs(
     makes the same strokes everywhere; a pixel may differ by one grey level between machines, whose
     exponentials round differently.
 
-    Raises ValueError for sizes that are not positive integers.
+    Raises ValueError for sizes that are not positive integers, and ``first`` less than 0.
     """
     for name, value in (
         ("num_classes", num_classes),
@@ -35,16 +38,25 @@ def generate_glyphs(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ValueError(f"first must be an integer of at least 0, got {first!r}")
     random = np.random.RandomState(seed)
-    points, drawn = _characters(random, num_classes)
+    points, drawn = _characters(random, first + num_classes)
     images = np.empty((num_classes * images_per_class, image_size, image_size), np.uint8)
-    which = np.repeat(np.arange(num_classes), images_per_class)
-    for begin in range(0, len(images), _BATCH):
+    which = np.repeat(np.arange(first + num_classes), images_per_class)
+    passed_over = first * images_per_class
+    for begin in range(0, len(which), _BATCH):
         part = which[begin : begin + _BATCH]
-        dots, ink = _strokes(_careless(random, points[part]), drawn[part])
-        images[begin : begin + _BATCH] = _draw(random, dots, ink, image_size)
+        hand = _Hand.of(random, len(part))
+        wanted = slice(max(0, passed_over - begin), None)
+        if len(part := part[wanted]):
+            hand = _Hand(*(numbers[wanted] for numbers in hand))
+            dots, ink = _strokes(hand.place(points[part]), drawn[part])
+            begin = max(0, begin - passed_over)
+            images[begin : begin + len(part)] = _draw(dots, ink, hand.width, image_size)
     starts = torch.arange(num_classes + 1) * images_per_class
-    return ClassImages(torch.from_numpy(images), starts, tuple(f"glyph{i:05d}" for i in range(num_classes)))
+    names = tuple(f"glyph{first + i:05d}" for i in range(num_classes))
+    return ClassImages(torch.from_numpy(images), starts, names)
 
 
 def _characters(random: np.random.RandomState, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,19 +89,38 @@ def _characters(random: np.random.RandomState, count: int) -> tuple[np.ndarray, 
     return (points - ((low + high) / 2)[:, None, None]) * scale[:, None, None, None], drawn
 
 
-def _careless(random: np.random.RandomState, points: np.ndarray) -> np.ndarray:
-    """The control points [M, strokes, 4, 2] as another hand would place them."""
-    count = len(points)
-    points = points + random.normal(0, 0.09, points.shape)
-    points = points + random.normal(0, 0.06, (count, _MAX_STROKES, 1, 2))
-    angle, slant = random.normal(0, 0.15, count), random.normal(0, 0.15, count)
-    size = random.uniform(0.7, 1.05, (count, 2))
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
-    lean = np.zeros((count, 2, 2))
-    lean[:, 0, 0], lean[:, 0, 1], lean[:, 1, 1] = size[:, 0], slant, size[:, 1]
-    shift = random.normal(0, 0.135, (count, 1, 1, 2))
-    return np.einsum("mij,mskj->mski", turn @ lean, points) + shift
+class _Hand(NamedTuple):
+    """What is chance in a drawing, of M of them: all their random numbers, drawn whether or not the images are."""
+
+    points: np.ndarray  # [M, strokes, 4, 2]
+    strokes: np.ndarray  # [M, strokes, 1, 2]
+    angle: np.ndarray  # [M]
+    slant: np.ndarray  # [M]
+    size: np.ndarray  # [M, 2]
+    shift: np.ndarray  # [M, 1, 1, 2]
+    width: np.ndarray  # of the pen, [M, 1, 1], in sheets
+
+    @classmethod
+    def of(cls, random: np.random.RandomState, count: int) -> _Hand:
+        return cls(
+            random.normal(0, 0.09, (count, _MAX_STROKES, 4, 2)),
+            random.normal(0, 0.06, (count, _MAX_STROKES, 1, 2)),
+            random.normal(0, 0.15, count),
+            random.normal(0, 0.15, count),
+            random.uniform(0.7, 1.05, (count, 2)),
+            random.normal(0, 0.135, (count, 1, 1, 2)),
+            random.uniform(0.02, 0.032, (count, 1, 1)),
+        )
+
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """The control points [M, strokes, 4, 2] as this hand places them."""
+        points = points + self.points
+        points = points + self.strokes
+        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+        lean = np.zeros((len(points), 2, 2))
+        lean[:, 0, 0], lean[:, 0, 1], lean[:, 1, 1] = self.size[:, 0], self.slant, self.size[:, 1]
+        return np.einsum("mij,mskj->mski", turn @ lean, points) + self.shift
 
 
 def _strokes(points: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +131,10 @@ def _strokes(points: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndar
     return middle.reshape(len(points), -1, 2), length.reshape(len(points), -1)
 
 
-def _draw(random: np.random.RandomState, dots: np.ndarray, length: np.ndarray, size: int) -> np.ndarray:
+def _draw(dots: np.ndarray, length: np.ndarray, width: np.ndarray, size: int) -> np.ndarray:
     """uint8 [M, size, size]: every dot is a soft round spot of ink, which saturates where spots overlap."""
     place = (dots * 0.4 + 0.5) * size - 0.5  # the character fills some 0.8 of the picture
-    width = random.uniform(0.02, 0.032, (len(dots), 1, 1)) * size
+    width = width * size
     pixels = np.arange(size)
     spots = np.exp(-0.5 * ((pixels - place[..., None]) / width[..., None]) ** 2)  # [M, dots, 2, size]
     rows, columns = spots[:, :, 1] * length[..., None], spots[:, :, 0]
