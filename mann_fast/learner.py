@@ -17,8 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data.images import expand_user, is_light
-from .data.pictures import as_items, as_pixels, plain_label
+from .data.datasets import FOR_PHOTOGRAPHS
+from .data.images import are_coloured, expand_user, is_light
+from .data.pictures import (
+    Forms,
+    as_images,
+    as_items,
+    as_pixels,
+    forms_of,
+    plain_label,
+    require_several,
+)
 from .training.checkpoint import PRETRAINED, WEIGHTS, load_checkpoint, restore_model, save_weights
 from .training.config import TrainConfig
 from .training.features import encoder_of
@@ -33,8 +42,6 @@ except ImportError:
 else:
     HUB_MIXIN = ModelHubMixin
 
-# Of 255, how far red, green and blue of a picture lie apart on average. Coloured ink on paper is less, for most of it is paper.
-COLOURED = 32
 SETTINGS = "config.json"  # what save_pretrained writes beside the weights; huggingface_hub's name
 
 
@@ -135,6 +142,7 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         config = self.config
         if isinstance(images, Iterator):
             images = list(images)
+        images = as_images(images)
         pixels, named = as_pixels(images, config.image_size, config.colour), _as_list(labels, "labels")
         if len(named) != len(pixels):
             raise ValueError(f"labels must be one for each of {len(pixels)} images, got {len(named)}")
@@ -150,6 +158,7 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         require_ways(len(classes), config)
         self._examples = pixels if before is None else np.concatenate([before, pixels])
         self._labels: list[Hashable] = every
+        self._forms: Forms = self._forms | forms_of(images) if before is not None else forms_of(images)
         self.classes_ = classes
         return self
 
@@ -160,7 +169,7 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
 
     def forget(self) -> FewShotLearner:
         """Forget all examples and classes; the model stays. Returns itself."""
-        for name in ("_examples", "_labels", "classes_"):
+        for name in ("_examples", "_labels", "_forms", "classes_"):
             self.__dict__.pop(name, None)
         return self
 
@@ -189,8 +198,8 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
             hangs on the order in which the examples were read: the mean over ``orders`` is off by about the deviation over the
             square root of ``orders``.
 
-        Raises ValueError before anything was learned and for an image that cannot be read, which it names; TypeError for what
-        is no image.
+        Raises ValueError before anything was learned, for an image that cannot be read, which it names, and for an array that
+        may be meant as one image; TypeError for what is no image.
         """
         arguments = self._question(images)
         found = predict_by_order(*arguments, **self._averages()).double()
@@ -207,16 +216,28 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         """
         return recall(*self._question(images), **self._averages())
 
-    def score(self, X: Any, y: Iterable[Hashable]) -> float:
-        """The share of images whose prediction is the label given; raises as :meth:`predict`, ValueError for another number of
-        labels than of images, or none.
+    def score(self, X: Any, y: Iterable[Hashable], sample_weight: Any = None) -> float:
+        """The share of images whose prediction is the label given, with ``sample_weight`` of their weights; raises as
+        :meth:`predict`, ValueError for another number of labels or weights than of images, or none.
         """
         answers, wanted = self.predict(X).tolist(), _as_list(y, "y")
         if len(answers) != len(wanted):
             raise ValueError(f"y must be one label for each of {len(answers)} images, got {len(wanted)}")
         if not answers:
             raise ValueError("X must be at least one image, got none")
-        return float(np.mean([a == b for a, b in zip(answers, wanted, strict=True)]))
+        right = [a == b for a, b in zip(answers, wanted, strict=True)]
+        if sample_weight is None:
+            return float(np.mean(right))
+        weights = np.asarray(sample_weight, float)
+        if weights.shape != (len(right),):
+            raise ValueError(
+                f"sample_weight must be [{len(right)}], one for each image, got {list(weights.shape)}"
+            )
+        if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+            raise ValueError(
+                f"sample_weight must be finite and at least 0, and not all 0, got {sample_weight!r}"
+            )
+        return float(np.average(right, weights=weights))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the class by their names."""
@@ -305,6 +326,8 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         self._require_learned()
         content = self._content()
         config = content["config"]
+        images = as_images(images)
+        require_several(images, self._forms)
         queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
         self._require_same_size(examples, queries)
         if content["data"]["drawn"] and is_light(list(examples.mean(1) if config.colour else examples)):
@@ -346,12 +369,10 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
 
     def _warn_of_colour(self, images: Any) -> None:
         """Most of the pictures in colour are no drawn characters."""
-        channels = as_pixels(images, self.config.image_size, colour=True).astype(np.int16)
-        spread = (channels.max(1) - channels.min(1)).mean((1, 2))
-        if np.median(spread) > COLOURED:
+        if are_coloured(as_pixels(images, self.config.image_size, colour=True)):
             warnings.warn(
-                "the images are in colour, and this model has learned to tell drawn characters apart, in grey: for photographs "
-                "train one of your own, with an encoder (mann-fast train --data FOLDER --encoder conv4 --colour)",
+                "the images are in colour, and this model has learned to tell drawn characters apart, in grey: "
+                f"{FOR_PHOTOGRAPHS}",
                 stacklevel=3,
             )
 
@@ -385,7 +406,10 @@ def sorted_labels(labels: Sequence[Hashable]) -> np.ndarray:
         pass
     kinds = {type(label) for label in distinct}
     if len(kinds) == 1 and kinds <= {bool, int, float, str}:
-        return np.array(distinct)
+        plain = np.array(distinct)
+        # Else NumPy has changed them: large integers become floats, and strings lose what is 0 at their ends.
+        if plain.tolist() == distinct and {type(label) for label in plain.tolist()} == kinds:
+            return plain
     found = np.empty(len(distinct), object)
     found[:] = distinct
     return found

@@ -832,7 +832,7 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     settings = [part for pair in sizes.items() for part in pair]
     arguments = ["--data", pictures, "--out", out, "--encoder", "conv4", "--colour", "--steps", 2, *settings]
     status, _, errors = call(capsys, "train", *arguments)
-    assert status == 0 and "MANN (conv4, 16 x 16) on" in errors
+    assert status == 0 and "controller, conv4, 16 x 16) on" in errors
     content = load_checkpoint(out)
     assert content["model"]["config"]["image_shape"] == [3, 16, 16]
     assert call(capsys, "show", "--checkpoint", out, "--out", tmp_path / "episode.png")[0] == 0
@@ -895,38 +895,49 @@ def test_advice_fits_what_was_learned():
     from mann_fast.cli.train import advice
     from mann_fast.training import SequenceConfig
 
+    def said(config, found, metrics=None):
+        return advice(config, found, metrics or {"loss": 1.6})
+
     config = TrainConfig(ways=5)
     many = {"train_classes": 400, "drawn": True}
     guessing = {"heldout_accuracy": {"mean": [0.2, 0.25, 0.45], "low": [0.15, 0.2, 0.3]}, **many}
-    assert advice(config, guessing).startswith(
+    assert said(config, guessing).startswith(
         "learning did not start: the 2nd image of a class is right 25.0%"
     )
     later = {"heldout_accuracy": {"mean": [0.2, 0.35, 0.637], "low": [0.18, 0.33, 0.61]}, **many}
-    assert "--steps" in advice(config, guessing) and "--steps" in advice(config, later)
+    assert "--steps" in said(config, guessing) and "--steps" in said(config, later)
+    assert "has started" in said(config, guessing, {"loss": 1.4}) and "not start" in said(
+        config, guessing, {"loss": 1.5}
+    )
+    assert "not start" in said(config, guessing, {"loss": 0.65, "ways": 2})  # a curriculum's, of two
+    support = TrainConfig(ways=20, layout="support")
+    slightly = {"heldout_accuracy": {"mean": [0.07, 0.072], "low": [0.06, 0.064]}, **many}
+    assert "has started" in said(support, slightly, {"loss": 2.9})
+    assert "not start" in said(
+        support, {**slightly, "heldout_accuracy": {"mean": [0.07], "low": [0.06]}}, {"loss": 2.9}
+    )
     for found in (guessing, later):  # what more steps would not mend
-        assert "20 classes to train on are too few" in advice(config, {**found, "train_classes": 80})
+        assert "20 classes to train on are too few" in said(config, {**found, "train_classes": 80})
         photographs = {**found, "drawn": False}
-        assert "hundreds of classes of other photographs, by a pretrained network" in advice(
+        assert "hundreds of classes of other photographs, by a pretrained network" in said(
             config, {**photographs, "train_classes": 5}
         )
         two = "--encoder conv4 --colour --image-size 84, or a pretrained one, --encoder torchvision/resnet18"
-        assert advice(config, photographs).endswith(two)
+        assert said(config, photographs).endswith(two)
         with_encoder = TrainConfig(ways=5, encoder="conv4", image_size=28)
-        assert "28 x 28 shows little of a photograph" in advice(with_encoder, photographs)
+        assert "28 x 28 shows little of a photograph" in said(with_encoder, photographs)
         large = TrainConfig(ways=5, encoder="conv4", image_size=84)
-        assert "--steps" in advice(large, photographs) and "photograph" not in advice(large, photographs)
-    said = advice(config, later)
+        assert "--steps" in said(large, photographs) and "photograph" not in said(large, photographs)
+    of_later = said(config, later)
     assert (
-        said.startswith("learning has started but is not far: the 2nd")
-        and "the 3rd image of a class 63.7%" in said
+        of_later.startswith("learning has started but is not far: the 2nd")
+        and "the 3rd image of a class 63.7%" in of_later
     )
-    assert "another --lr" not in said
+    assert "another --lr" not in of_later
     copy = SequenceConfig()
-    assert "did not start" in advice(copy, {"results": [{"mean": 3.9, "high": 3.95, "guess": 4.0}]})
-    assert "did not start" in advice(
-        copy, {"results": [{"mean": 3.1, "high": 4.2, "guess": 4.0}]}
-    )  # in doubt
-    assert "has started" in advice(copy, {"results": [{"mean": 2.1, "high": 2.2, "guess": 4.0}]})
+    assert "did not start" in said(copy, {"results": [{"mean": 3.9, "high": 3.95, "guess": 4.0}]})
+    assert "did not start" in said(copy, {"results": [{"mean": 3.1, "high": 4.2, "guess": 4.0}]})  # in doubt
+    assert "has started" in said(copy, {"results": [{"mean": 2.1, "high": 2.2, "guess": 4.0}]})
 
 
 def test_only_training_warns_of_few_classes_to_train_on(tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_few_classes_are_warned_about():
     [
         (2, True, "Omniglot or the glyphs, .*mann-fast predict --support"),
         (2, False, "other photographs, .*--encoder torchvision/.*mann-fast predict --support"),
-        (9, False, "lower --ways to 4"),
+        (9, False, "--ways 4 would run, and learn little.*other photographs, .*mann-fast predict --support"),
     ],
 )
 def test_too_few_classes_say_what_to_do(count, drawn, advice):

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from mann_fast.data import ClassImages, image_files, load_dataset, load_folder, load_images, read_grey
 from mann_fast.data import images as images_module
-from mann_fast.data.images import UNREADABLE
+from mann_fast.data.images import UNREADABLE, are_drawn
 
 
 def drawing(size=(40, 40), ink=0, paper=255):
@@ -168,6 +168,23 @@ def test_dark_on_light_is_inverted_and_photographs_are_not(tmp_path):
     for path in tmp_path.iterdir():
         Image.fromarray(noise).save(path)
     assert load_images(tmp_path.iterdir())[2] is False
+    fruit, pen = (np.full((30, 30, 3), 255, np.uint8) for _ in range(2))  # on a light ground, both
+    fruit[8:22, 8:22], pen[14:16, 4:26] = (220, 40, 30), (40, 40, 220)
+    for pixels, drawn in ((fruit, False), (pen, True)):
+        for path in tmp_path.iterdir():
+            Image.fromarray(pixels).save(path)
+        assert load_images(tmp_path.iterdir())[2] is drawn
+        assert load_images(tmp_path.iterdir(), colour=True)[2] is False
+
+
+def test_most_of_the_pictures_say_whether_all_are_drawn():
+    def in_colour(at):
+        asked.append(at)
+        return np.stack([paper[0], *[paper[0] * (at % 10 == 0)] * 2])
+
+    paper, asked = [np.full((4, 4), 250, np.uint8)] * 1001, []
+    assert not are_drawn(paper, in_colour) and len(asked) == 91  # all but those of every tenth are red
+    assert are_drawn(paper[:1], in_colour) and not are_drawn([], in_colour)
 
 
 def folder_of_classes(path, counts):

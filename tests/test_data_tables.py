@@ -213,6 +213,9 @@ def test_dark_ink_is_inverted_as_in_a_folder():
     found = load_pairs([(page, "a"), (page, "b")], image_size=10)
     assert found.inverted and found.images[0, 5, 5] == 255 and found.images[0, 0, 0] == 0
     assert not load_pairs([(page, "a")], image_size=10, invert=False).inverted
+    fruit = np.full((10, 10, 3), 255, np.uint8)
+    fruit[2:8, 2:8] = (220, 40, 30)
+    assert not load_pairs([(fruit, "a"), (fruit, "b")], image_size=10).inverted
 
 
 @pytest.mark.parametrize(

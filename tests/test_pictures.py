@@ -84,9 +84,9 @@ def test_titles_say_the_model_plainly():
     assert describe(config).startswith("content memory, feedforward controller")
     config = SequenceConfig.of_task(task="copy", length=20, model="lstm")
     assert describe(config) == "LSTM without memory, on copy, trained on up to 20 vectors"
-    assert describe(TrainConfig(data="glyphs")) == "MANN on glyphs, 5-way"
+    assert describe(TrainConfig(data="glyphs")) == "MANN (LRUA memory, LSTM controller) on glyphs, 5-way"
     config = TrainConfig.of("conv4", "support", data="glyphs", addressing="ntm")
-    model = "MANN (conv4, 28 x 28, NTM memory, feedforward controller)"
+    model = "MANN (NTM memory, feedforward controller, conv4, 28 x 28)"
     assert describe(config) == f"{model} on glyphs, 5-way, support and queries"
 
 

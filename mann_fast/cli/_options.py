@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..data import ClassImages, Dataset, Episodes, load_dataset
-from ..data.datasets import TooFewClasses, heldout_glyphs
+from ..data.datasets import FOR_PHOTOGRAPHS, TooFewClasses, heldout_glyphs
 from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED, SHIPPED, checkpoint_path
@@ -97,8 +97,7 @@ def say_which_model(checkpoint: Path) -> None:
     if checkpoint in SHIPPED.values():
         print(
             "mann-fast: a model that comes with mann_fast, trained on drawn characters (Omniglot) and on nothing else; "
-            "for photographs train one of your own (mann-fast train --data FOLDER --encoder torchvision/resnet18) and name it "
-            "with --checkpoint",
+            f"{FOR_PHOTOGRAPHS}",
             file=sys.stderr,
         )
 

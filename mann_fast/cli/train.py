@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from contextlib import ExitStack, closing
@@ -378,7 +379,8 @@ def train_and_report(
     if not quiet:
         print_summary(config, summary)
     if not summary["learned"]:
-        print(f"mann-fast: warning: {advice(config, summary)}", file=sys.stderr)
+        said = advice(config, summary, read_metrics(out)[-1])
+        print(f"mann-fast: warning: {said}", file=sys.stderr)
     return 0, summary
 
 
@@ -398,14 +400,16 @@ def images_or_features(config: TrainConfig) -> Dataset:
 
 
 PHOTOGRAPHS = 84  # pixels: the field's size, of mini-ImageNet
-BETTER = 0.9  # of a guess's errors: learning has started
+BETTER = 0.9  # of a guess's errors, or of its loss: learning has started
 
 
-def advice(config: RunConfig, summary: dict[str, Any]) -> str:
-    """What a run that has not learned lacks: a start, or only steps."""
+def advice(config: RunConfig, summary: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """What a run that has not learned lacks: a start, or only steps. metrics: the last of the run."""
     if isinstance(config, TrainConfig):
         mean = summary["heldout_accuracy"]["mean"]
-        started = max(summary["heldout_accuracy"]["low"]) > config.learned_above  # beyond doubt
+        low = summary["heldout_accuracy"]["low"][config.first_known :]
+        guess = math.log(metrics.get("ways", config.ways))
+        started = max(low) > config.blind or metrics.get("loss", guess) < BETTER * guess
     else:
         # Of bAbI, thousands of answers; of other tasks few sequences, whose interval says how sure that is.
         errors = [(result.get("high", result.get("error")), result["guess"]) for result in summary["results"]]
@@ -439,7 +443,8 @@ def lacking(config: TrainConfig, summary: dict[str, Any]) -> str:
             "--encoder torchvision/resnet18"
         )
     if config.image_size < PHOTOGRAPHS:
-        return f"{config.image_size} x {config.image_size} shows little of a photograph: --image-size {PHOTOGRAPHS}"
+        colour = "" if config.colour else ", and --colour where they are in colour"
+        return f"{config.image_size} x {config.image_size} shows little of a photograph: --image-size {PHOTOGRAPHS}{colour}"
     return ""
 
 

@@ -190,11 +190,16 @@ def better_source(drawn: bool) -> str:
     )
 
 
+FOR_PHOTOGRAPHS = (
+    "for photographs train a model on hundreds of classes of other photographs, by a pretrained network "
+    "(mann-fast train --data FOLDER --encoder torchvision/resnet18), and show yours to that one"
+)
+
+
 def _too_few(count: int, ways: int, drawn: bool) -> str:
-    needed = (
+    at_all = f" (--ways {count // 2} would run, and learn little)" if count >= 4 else ""
+    return (
         f"{counted(count, 'class is', 'classes are')} too few to train with episodes of {ways} (--ways): that takes {ways} to "
-        f"train on and {ways} others to test on, {2 * ways} in all"
+        f"train on and {ways} others to test on, {2 * ways} in all{at_all}. With so few, train on {better_source(drawn)}, and "
+        "show yours to that model (mann-fast predict --support)"
     )
-    if count >= 4:
-        return f"{needed}. Add classes, or lower --ways to {count // 2}"
-    return f"{needed}. With so few, train on {better_source(drawn)}, and show yours to that model (mann-fast predict --support)"

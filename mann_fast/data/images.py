@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,6 +49,9 @@ _READERS = {
 }
 _LONGEST = 65_535  # pixels a side, as in JPEG: on longer ones Pillow needs more memory than the pixels take
 _LIGHT = 191  # border brighter than this, of 255: dark ink on light paper
+# Of 255, how far red, green and blue of a picture lie apart on average. Coloured ink on paper is less, for most of it is paper.
+_COLOURED = 32
+_SAMPLE = 100  # pictures of many by which is said whether they are in colour
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,8 +233,8 @@ def load_images(
     inverted).
 
     ``invert``: True for dark ink on light paper, so that ink is 255 as in all drawn data here; False to keep
-    the grey values; None decides for all files together, by whether their borders are light (never in colour). Files that
-    cannot be read are skipped, with one warning that names them.
+    the grey values; None decides for all files together, by whether their borders are light and most of them are not in
+    colour (never with ``colour``). Files that cannot be read are skipped, with one warning that names them.
     """
     images, read, failed = [], [], []
     for path in map(expand_user, paths):
@@ -246,8 +249,22 @@ def load_images(
     empty = np.zeros((0, *((3,) if colour else ()), image_size, image_size), np.uint8)
     stack = np.stack(images) if images else empty
     if invert is None:
-        invert = not colour and is_light(images)
+        invert = not colour and are_drawn(images, lambda at: read_image(read[at], image_size, colour=True))
     return torch.from_numpy(255 - stack if invert else stack), read, invert
+
+
+def are_drawn(images: Sequence[np.ndarray], in_colour: Callable[[int], np.ndarray]) -> bool:
+    """Whether grey images are mostly dark ink on light paper, and not photographs of something on a light ground.
+    in_colour: of a place the image [3, S, S]; it is asked for a sample of them.
+    """
+    places = range(0, len(images), -(-len(images) // _SAMPLE) or 1)
+    return is_light(images) and not are_coloured(np.stack([in_colour(at) for at in places]))
+
+
+def are_coloured(images: np.ndarray) -> bool:
+    """Whether most of these pictures, uint8 [M, 3, S, S], are in colour: no drawn characters."""
+    channels = images.astype(np.int16)
+    return bool(np.median((channels.max(1) - channels.min(1)).mean((1, 2))) > _COLOURED)
 
 
 def is_light(images: Sequence[np.ndarray]) -> bool:

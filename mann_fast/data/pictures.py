@@ -22,31 +22,62 @@ def as_pixels(images: Any, image_size: int, colour: bool = False) -> np.ndarray:
     Raises TypeError for what is no image, ValueError for one that cannot be read, FileNotFoundError for a path that leads
     nowhere; the message names it.
     """
+    images = as_images(images)
+    shape = (*((3,) if colour else ()), image_size, image_size)
+    found = np.empty((len(images), *shape), np.uint8)
+    for at, image in enumerate(images):
+        found[at] = to_pixels(image, f"images[{at}]", image_size, colour)
+    return found
+
+
+def as_images(images: Any) -> np.ndarray | list[Any]:
+    """An array of numbers, whose first axis is that of the images, or a list of images of whatever kind; raises as
+    :func:`as_pixels`."""
     if isinstance(images, (str, os.PathLike, Image.Image)):
         raise TypeError(f"images must be a sequence of images, got one {type(images).__name__}: give [image]")
     if hasattr(images, "to_numpy"):  # of pandas
         images = images.to_numpy()
     if isinstance(images, Tensor):
         images = _numbers(images, "images")
+    if isinstance(images, np.ndarray) and images.dtype == object and images.shape[1:] == (1,):
+        images = images[:, 0]  # a table of one column
     if not (
         isinstance(images, np.ndarray) and images.dtype.kind in "biufc"
     ):  # of numbers it is images itself
-        images = as_items(images, "images", "of images")
-    elif images.ndim < 2 or (images.ndim == 2 and not _is_square(images.shape[1])):
+        return as_items(images, "images", "of images")
+    if images.ndim < 2 or (images.ndim == 2 and not _is_square(images.shape[1])):
         raise ValueError(
             "images must be an array [M, H, W], [M, H, W, C], [M, C, H, W], or of flat squares [M, S * S], "
             f"got {list(images.shape)}; a single image is given as [image]"
         )
-    elif images.ndim == 3 and images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
+    if images.ndim == 3 and images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
         raise ValueError(
             f"images must be an array [M, H, W], [M, H, W, C] or [M, C, H, W], got {list(images.shape)}, which looks like a "
             "single image in colour: give [image]"
         )
-    shape = (*((3,) if colour else ()), image_size, image_size)
-    found = np.empty((len(images), *shape), np.uint8)
-    for at, image in enumerate(images):
-        found[at] = to_pixels(image, f"images[{at}]", image_size, colour)
-    return found
+    return images
+
+
+Forms = set[tuple[str, int]]
+
+
+def forms_of(images: np.ndarray | list[Any]) -> Forms:
+    """In which forms without colours the numbers of images come: ("flat", how many) and ("grey", 0)."""
+    shapes = (image.shape for image in images if isinstance(image, (np.ndarray, Tensor)))
+    return {("flat", shape[0]) if len(shape) == 1 else ("grey", 0) for shape in shapes if len(shape) < 3}
+
+
+def require_several(images: np.ndarray | list[Any], forms: Forms) -> None:
+    """ValueError where an array may be meant as one image, and other images came in none of the forms that it would have as
+    several: [H, W] as H flat ones, or a picture's colours [3, H, W] as three grey ones."""
+    may_be_one = isinstance(images, np.ndarray) and (
+        images.ndim == 2 or (images.ndim == 3 and len(images) in (3, 4))
+    )
+    if may_be_one and not forms_of(images) <= forms:
+        raise ValueError(
+            f"images must be in a form that was learned, and {list(images.shape)} would be {len(images)} "
+            f"{'flat' if images.ndim == 2 else 'grey'} ones; a single image is given as [image], several also as a list"
+        )
 
 
 def as_items(values: Any, name: str, kind: str) -> list[Any]:
@@ -135,7 +166,12 @@ def _numbers(tensor: Tensor, name: str) -> np.ndarray:
     if tensor.is_meta:
         raise TypeError(f"{name} must have values, got a tensor of device meta")
     tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
+    of_torch_alone = tensor.is_floating_point() and tensor.dtype not in (
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    )
+    return (tensor.float() if of_torch_alone else tensor).numpy()  # NumPy has no bfloat16, nor float8
 
 
 def _is_square(size: int) -> bool:

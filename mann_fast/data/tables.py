@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .images import ClassImages, expand_user, is_light, load_images, readable_suffixes
+from .images import ClassImages, are_drawn, expand_user, load_images, readable_suffixes
 from .pictures import plain_label, to_pixels
 
 
@@ -121,6 +121,7 @@ def load_pairs(
         raise TypeError(f"dataset must have a length and items, got {type(dataset).__name__}")
     names = _class_names(dataset)
     groups: dict[Hashable, list[np.ndarray]] = {}
+    images = []
     for at in range(len(dataset)):
         pair = dataset[at]
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -131,9 +132,12 @@ def load_pairs(
             raise TypeError(
                 f"the label of dataset[{at}] must be an integer or a string, got {type(label).__name__}"
             )
-        groups.setdefault(label, []).append(to_pixels(image, f"dataset[{at}]", image_size, colour))
+        images.append(to_pixels(image, f"dataset[{at}]", image_size, colour))
+        groups.setdefault(label, []).append(images[-1])
     if invert is None:
-        invert = not colour and is_light([image for group in groups.values() for image in group])
+        invert = not colour and are_drawn(
+            images, lambda at: to_pixels(dataset[at][0], f"dataset[{at}]", image_size, colour=True)
+        )
     ordered = sorted(groups.items(), key=lambda item: (isinstance(item[0], str), item[0]))
     named = {
         _name(label, names): [255 - image for image in group] if invert else group for label, group in ordered

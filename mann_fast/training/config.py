@@ -288,6 +288,12 @@ class TrainConfig(RunConfig):
         return 1 if self.layout == "stream" else 0
 
     @property
+    def blind(self) -> float:
+        """A share of right answers that is out of reach without looking at the images: more than one label in `ways` that were
+        seen, and in a stream also more than the first answers have to choose from, or those that count labels."""
+        return (2 if self.layout == "stream" else 1.25) / self.ways
+
+    @property
     def learned_above(self) -> float:
         """Accuracy at `first_known` above which learning has started.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,12 @@ def describe(config: RunConfig, source: str | None = None) -> str:
         labels += ", support and queries"
     if config.late == "pair":
         labels += ", pairs late"
-    unusual = []
+    usual = TrainConfig.of(NO_ENCODER, config.layout, late=config.late)
+    plain = config if config.memory != usual.memory else replace(config, memory="")
+    parts = [_memory(plain)] if config.model == "mann" else []
     if config.encoder != NO_ENCODER:
-        unusual += [config.encoder, f"{config.image_size} x {config.image_size}"]
-    if config.model == "mann" and _memory(config) != _memory(
-        TrainConfig.of(NO_ENCODER, config.layout, late=config.late)
-    ):
-        unusual.append(_memory(config))
-    model = config.model.upper() + (f" ({', '.join(unusual)})" if unusual else "")
+        parts += [config.encoder, f"{config.image_size} x {config.image_size}"]
+    model = config.model.upper() + (f" ({', '.join(parts)})" if parts else "")
     return f"{model} on {data}, {config.ways}-way{labels}"
 
 
