@@ -110,9 +110,9 @@ def store_slots(pointer, row, x, n, valid, N: tl.constexpr):
 
 
 @triton.jit
-def copy_slots(source, target, n, valid, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
+def copy_slots(source, target, n, valid, HEADS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
     """What all heads have per slot, from rows FROM apart to rows TO apart."""
-    for h in range(0, H):
+    for h in range(0, HEADS):
         store_slots(target, h, load_slots(source, h, n, valid, FROM), n, valid, TO)
 
 

@@ -32,22 +32,22 @@ def replay_from(resets, t, every, B, b, RESETS: tl.constexpr):
 
 
 @triton.jit
-def store_first(weights, n, valid, N: tl.constexpr, H: tl.constexpr):
-    """Weights [H, N] as they are at the start of a sequence."""
+def store_first(weights, n, valid, N: tl.constexpr, HEADS: tl.constexpr):
+    """Weights [HEADS, N] as they are at the start of a sequence."""
     first = tl.where(n == 0, 1.0, 0.0).to(weights.dtype.element_ty)
-    for h in range(0, H):
+    for h in range(0, HEADS):
         store_slots(weights, h, first, n, valid, N)
 
 
 @triton.jit
 def reset_backward(
-    g1, g2, grad_weights, grad_start, n, d1, d2, valid, N: tl.constexpr, D: tl.constexpr, H: tl.constexpr
+    g1, g2, grad_weights, grad_start, n, d1, d2, valid, N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr
 ):
     """Back through a reset: the gradient g of the memory after it is added to that of the start, [N, D], and nothing goes on
-    to the memory before it or to the weights, whose gradients are grad_weights [H, N]."""
+    to the memory before it or to the weights, whose gradients are grad_weights [HEADS, N]."""
     s1, s2 = load_memory(grad_start, n, d1, d2, valid, D)
     store_memory(grad_start, s1 + g1, s2 + g2, n, d1, d2, valid, D)
     g1, g2 = tl.zeros_like(g1), tl.zeros_like(g2)
-    for h in range(0, H):
+    for h in range(0, HEADS):
         store_slots(grad_weights, h, tl.zeros(n.shape, g1.dtype), n, valid, N)
     return g1, g2

@@ -58,31 +58,31 @@ def _ntm_scan_kernel(
     LD: tl.constexpr, W: tl.constexpr, MOVES: tl.constexpr, READ_FIRST: tl.constexpr, EPS: tl.constexpr,
     KEEP: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Scratch: weights [2, H, N], this step's and those of the step before in turn, and gated weights [H, N]."""
-    H: tl.constexpr = R + W
+    """Scratch: weights [2, HEADS, N], this step's and those of the step before in turn, and gated weights [HEADS, N]."""
+    HEADS: tl.constexpr = R + W
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
-    scratch += b * 3 * H * N
-    ring = scratch + 2 * H * N
+    scratch += b * 3 * HEADS * N
+    ring = scratch + 2 * HEADS * N
     m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
-    copy_slots(weights + b * H * N, scratch, n, valid, H, N, N)
+    copy_slots(weights + b * HEADS * N, scratch, n, valid, HEADS, N, N)
     tl.debug_barrier()
     steps = steps_of(lengths, T, b, LENGTHS)
     for t in range(0, steps):
         row = t * B + b
-        before, now = scratch + (t % 2) * H * N, scratch + ((t + 1) % 2) * H * N
+        before, now = scratch + (t % 2) * HEADS * N, scratch + ((t + 1) % 2) * HEADS * N
         if RESETS:
             if tl.load(resets + row):
                 m1, m2 = load_memory(start, n, d1, d2, valid, D)
-                store_first(before, n, valid, N, H)
+                store_first(before, n, valid, N, HEADS)
                 tl.debug_barrier()
         if KEEP:
             if (t > 0) & (t % every == 0):
                 store_memory(anchors + ((t // every - 1) * B + b) * D * LD, m1, m2, n, d1, d2, valid, D)
         _address_heads(
-            m1, m2, keys + row * H * D, sharpness + row * H, gates + row * H, shifts + row * H * MOVES,
-            sharpening + row * H, before, now, ring, R, H, n, d1, d2, valid, N, D, MOVES, EPS,
+            m1, m2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
+            sharpening + row * HEADS, before, now, ring, R, HEADS, n, d1, d2, valid, N, D, MOVES, EPS,
         )  # fmt: skip
         tl.debug_barrier()
         a1, a2 = m1, m2
@@ -92,20 +92,20 @@ def _ntm_scan_kernel(
         if not READ_FIRST:
             a1, a2 = m1, m2
         _address_heads(
-            a1, a2, keys + row * H * D, sharpness + row * H, gates + row * H, shifts + row * H * MOVES,
-            sharpening + row * H, before, now, ring, 0, R, n, d1, d2, valid, N, D, MOVES, EPS,
+            a1, a2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
+            sharpening + row * HEADS, before, now, ring, 0, R, n, d1, d2, valid, N, D, MOVES, EPS,
         )  # fmt: skip
         tl.debug_barrier()
-        for h in range(0, H):
+        for h in range(0, HEADS):
             w = load_slots(now, h, n, valid, N)
             if h < R:
                 r1, r2 = read_slots(w, a1, a2)
                 store_vector(reads + (row * R + h) * D, r1, r2, d1, d2, D)
             if KEEP:
-                store_slots(history, row * H + h, w, n, valid, N)
+                store_slots(history, row * HEADS + h, w, n, valid, N)
         tl.debug_barrier()
     store_memory(out_memory + b * N * D, m1, m2, n, d1, d2, valid, D)
-    copy_slots(scratch + (steps % 2) * H * N, out_weights + b * H * N, n, valid, H, N, N)
+    copy_slots(scratch + (steps % 2) * HEADS * N, out_weights + b * HEADS * N, n, valid, HEADS, N, N)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -121,28 +121,28 @@ def _ntm_scan_backward_kernel(
     OF_READS: tl.constexpr, OF_MEMORY: tl.constexpr, OF_WEIGHTS: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """From the last anchor or reset forward again, memories [every, N, D] of the steps side by side; then back through these
-    steps; then the anchor or reset before. Scratch: gated weights, their gradients and the weights after a reset, [3, H, N].
-    grad_weights [H, N] is until the end that of the weights that a step comes out with."""
-    H: tl.constexpr = R + W
+    steps; then the anchor or reset before. Scratch: gated weights, their gradients and the weights after a reset,
+    [3, HEADS, N]. grad_weights [HEADS, N] is until the end that of the weights that a step comes out with."""
+    HEADS: tl.constexpr = R + W
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
     dtype = memory.dtype.element_ty
     memories += b * every * N * D
-    ring = scratch + b * 3 * H * N
-    grad_ring = ring + H * N
-    weights += b * H * N
-    grad_weights += b * H * N
+    ring = scratch + b * 3 * HEADS * N
+    grad_ring = ring + HEADS * N
+    weights += b * HEADS * N
+    grad_weights += b * HEADS * N
     g1, g2 = tl.zeros([NP, P1], dtype), tl.zeros([NP, P2], dtype)
     if OF_MEMORY:
         g1, g2 = load_memory(grad_out_memory + b * N * D, n, d1, d2, valid, D)
-    for h in range(0, H):
+    for h in range(0, HEADS):
         g = tl.zeros([NP], dtype)
         if OF_WEIGHTS:
-            g = load_slots(grad_out_weights, b * H + h, n, valid, N)
+            g = load_slots(grad_out_weights, b * HEADS + h, n, valid, N)
         store_slots(grad_weights, h, g, n, valid, N)
     if RESETS:
-        store_first(grad_ring + H * N, n, valid, N, H)
+        store_first(grad_ring + HEADS * N, n, valid, N, HEADS)
     last = steps_of(lengths, T, b, LENGTHS)
     while last > 0:
         first = replay_from(resets, last - 1, every, B, b, RESETS)
@@ -163,7 +163,7 @@ def _ntm_scan_backward_kernel(
             row = (first + s) * B + b
             store_memory(memories + s * N * D, m1, m2, n, d1, d2, valid, D)
             m1, m2 = erase_and_add(
-                m1, m2, history + (row * H + R) * N, erase + row * W * D, add + row * W * D, n, d1, d2, valid, N, D, W
+                m1, m2, history + (row * HEADS + R) * N, erase + row * W * D, add + row * W * D, n, d1, d2, valid, N, D, W
             )  # fmt: skip
         tl.debug_barrier()
         for j in range(0, steps):
@@ -172,11 +172,11 @@ def _ntm_scan_backward_kernel(
             row = t * B + b
             before = weights
             if t > 0:
-                before = history + (row - B) * H * N
+                before = history + (row - B) * HEADS * N
             if RESETS:
                 if (s == 0) & begins:
-                    before = grad_ring + H * N
-            now = history + row * H * N
+                    before = grad_ring + HEADS * N
+            now = history + row * HEADS * N
             b1, b2 = load_memory(memories + s * N * D, n, d1, d2, valid, D)
             if not READ_FIRST:  # the read heads saw the memory after the write
                 if OF_READS:
@@ -185,9 +185,9 @@ def _ntm_scan_backward_kernel(
                     )
                     tl.debug_barrier()
                 g1, g2 = address_backward(
-                    m1, m2, g1, g2, keys + row * H * D, sharpness + row * H, gates + row * H, shifts + row * H * MOVES,
-                    sharpening + row * H, before, grad_weights, grad_keys + row * H * D, grad_sharpness + row * H,
-                    grad_gates + row * H, grad_shifts + row * H * MOVES, grad_sharpening + row * H, ring, grad_ring, 0, R,
+                    m1, m2, g1, g2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
+                    sharpening + row * HEADS, before, grad_weights, grad_keys + row * HEADS * D, grad_sharpness + row * HEADS,
+                    grad_gates + row * HEADS, grad_shifts + row * HEADS * MOVES, grad_sharpening + row * HEADS, ring, grad_ring, 0, R,
                     n, d1, d2, valid, N, D, MOVES, EPS,
                 )  # fmt: skip
             g1, g2 = write_backward(
@@ -201,15 +201,17 @@ def _ntm_scan_backward_kernel(
                     )
             tl.debug_barrier()
             g1, g2 = address_backward(
-                b1, b2, g1, g2, keys + row * H * D, sharpness + row * H, gates + row * H, shifts + row * H * MOVES,
-                sharpening + row * H, before, grad_weights, grad_keys + row * H * D, grad_sharpness + row * H,
-                grad_gates + row * H, grad_shifts + row * H * MOVES, grad_sharpening + row * H, ring, grad_ring,
-                0 if READ_FIRST else R, H, n, d1, d2, valid, N, D, MOVES, EPS,
+                b1, b2, g1, g2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
+                sharpening + row * HEADS, before, grad_weights, grad_keys + row * HEADS * D, grad_sharpness + row * HEADS,
+                grad_gates + row * HEADS, grad_shifts + row * HEADS * MOVES, grad_sharpening + row * HEADS, ring, grad_ring,
+                0 if READ_FIRST else R, HEADS, n, d1, d2, valid, N, D, MOVES, EPS,
             )  # fmt: skip
             tl.debug_barrier()
             m1, m2 = b1, b2
         if begins:
-            g1, g2 = reset_backward(g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, H)
+            g1, g2 = reset_backward(
+                g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, HEADS
+            )
     store_memory(grad_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 

@@ -43,7 +43,7 @@ def address(
 ):  # fmt: skip
     """Head h's weights on the memory a, and what backward goes through: key, its square, sharpness, dot products, 1 / root,
     content weights, gate, weights of the step before, shifted weights in the greatest, which comes last. The gated weights
-    stay in ring [H, N]."""
+    stay in ring [HEADS, N]."""
     k1, k2, key_square, beta, dots, q = similarity(a1, a2, squares, keys, sharpness, h, d1, d2, D, True, EPS)
     content = softmax(beta * dots * q, valid)
     gate = tl.load(gates + h).to(a1.dtype)

@@ -1,7 +1,7 @@
 """ntm_scan in Triton for a memory too large for one program: a loop of steps, each a content_read and PyTorch operations.
 
 content_read goes over the memory, which is the most of a step, in tiles split over programs. What a head does with its
-content weights is a few operations on [B, H, N], and the write one or two on the memory for each head. Backward is by the
+content weights is a few operations on [B, HEADS, N], and the write one or two on the memory for each head. Backward is by the
 same formulas, from the same anchors and weights, as csrc/cpu/ntm.cpp.
 """
 
@@ -26,7 +26,7 @@ def _row(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _moves(heads: NTMHead, like: Tensor) -> list[tuple[int, Tensor]]:
-    """By how many slots, and how much of it, [B, H, 1]."""
+    """By how many slots, and how much of it, [B, HEADS, 1]."""
     reach = heads.shift.shape[2] // 2
     return [(j - reach, _row(heads.shift[:, :, j], like)) for j in range(heads.shift.shape[2])]
 

@@ -45,5 +45,5 @@ def _replay_numbers(cuda: torch.device) -> int:
 
 def ntm_interval(slot_size: int, heads: int) -> int:
     """Every how many steps an NTM scan keeps an anchor, N D floats: so many that it takes no more than the weights that every
-    step keeps, H N floats, and few enough for a core's cache."""
+    step keeps, heads N floats, and few enough for a core's cache."""
     return max(8, -(-slot_size // max(heads, 1)))
