@@ -58,31 +58,31 @@ def _ntm_scan_kernel(
     LD: tl.constexpr, W: tl.constexpr, MOVES: tl.constexpr, READ_FIRST: tl.constexpr, EPS: tl.constexpr,
     KEEP: tl.constexpr, RESETS: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Scratch: weights [2, HEADS, N], this step's and those of the step before in turn, and gated weights [HEADS, N]."""
-    HEADS: tl.constexpr = R + W
+    """Scratch: weights [2, RW, N], this step's and those of the step before in turn, and gated weights [RW, N]."""
+    RW: tl.constexpr = R + W
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
-    scratch += b * 3 * HEADS * N
-    ring = scratch + 2 * HEADS * N
+    scratch += b * 3 * RW * N
+    ring = scratch + 2 * RW * N
     m1, m2 = load_memory(memory + b * N * D, n, d1, d2, valid, D)
-    copy_slots(weights + b * HEADS * N, scratch, n, valid, HEADS, N, N)
+    copy_slots(weights + b * RW * N, scratch, n, valid, RW, N, N)
     tl.debug_barrier()
     steps = steps_of(lengths, T, b, LENGTHS)
     for t in range(0, steps):
         row = t * B + b
-        before, now = scratch + (t % 2) * HEADS * N, scratch + ((t + 1) % 2) * HEADS * N
+        before, now = scratch + (t % 2) * RW * N, scratch + ((t + 1) % 2) * RW * N
         if RESETS:
             if tl.load(resets + row):
                 m1, m2 = load_memory(start, n, d1, d2, valid, D)
-                store_first(before, n, valid, N, HEADS)
+                store_first(before, n, valid, N, RW)
                 tl.debug_barrier()
         if KEEP:
             if (t > 0) & (t % every == 0):
                 store_memory(anchors + ((t // every - 1) * B + b) * D * LD, m1, m2, n, d1, d2, valid, D)
         _address_heads(
-            m1, m2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
-            sharpening + row * HEADS, before, now, ring, R, HEADS, n, d1, d2, valid, N, D, MOVES, EPS,
+            m1, m2, keys + row * RW * D, sharpness + row * RW, gates + row * RW, shifts + row * RW * MOVES,
+            sharpening + row * RW, before, now, ring, R, RW, n, d1, d2, valid, N, D, MOVES, EPS,
         )  # fmt: skip
         tl.debug_barrier()
         a1, a2 = m1, m2
@@ -92,20 +92,20 @@ def _ntm_scan_kernel(
         if not READ_FIRST:
             a1, a2 = m1, m2
         _address_heads(
-            a1, a2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
-            sharpening + row * HEADS, before, now, ring, 0, R, n, d1, d2, valid, N, D, MOVES, EPS,
+            a1, a2, keys + row * RW * D, sharpness + row * RW, gates + row * RW, shifts + row * RW * MOVES,
+            sharpening + row * RW, before, now, ring, 0, R, n, d1, d2, valid, N, D, MOVES, EPS,
         )  # fmt: skip
         tl.debug_barrier()
-        for h in range(0, HEADS):
+        for h in range(0, RW):
             w = load_slots(now, h, n, valid, N)
             if h < R:
                 r1, r2 = read_slots(w, a1, a2)
                 store_vector(reads + (row * R + h) * D, r1, r2, d1, d2, D)
             if KEEP:
-                store_slots(history, row * HEADS + h, w, n, valid, N)
+                store_slots(history, row * RW + h, w, n, valid, N)
         tl.debug_barrier()
     store_memory(out_memory + b * N * D, m1, m2, n, d1, d2, valid, D)
-    copy_slots(scratch + (steps % 2) * HEADS * N, out_weights + b * HEADS * N, n, valid, HEADS, N, N)
+    copy_slots(scratch + (steps % 2) * RW * N, out_weights + b * RW * N, n, valid, RW, N, N)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -122,27 +122,27 @@ def _ntm_scan_backward_kernel(
 ):  # fmt: skip
     """From the last anchor or reset forward again, memories [every, N, D] of the steps side by side; then back through these
     steps; then the anchor or reset before. Scratch: gated weights, their gradients and the weights after a reset,
-    [3, HEADS, N]. grad_weights [HEADS, N] is until the end that of the weights that a step comes out with."""
-    HEADS: tl.constexpr = R + W
+    [3, RW, N]. grad_weights [RW, N] is until the end that of the weights that a step comes out with."""
+    RW: tl.constexpr = R + W
     b = tl.program_id(0).to(tl.int64)
     n, d1, d2 = tl.arange(0, NP), tl.arange(0, P1), P1 + tl.arange(0, P2)
     valid = n < N
     dtype = memory.dtype.element_ty
     memories += b * every * N * D
-    ring = scratch + b * 3 * HEADS * N
-    grad_ring = ring + HEADS * N
-    weights += b * HEADS * N
-    grad_weights += b * HEADS * N
+    ring = scratch + b * 3 * RW * N
+    grad_ring = ring + RW * N
+    weights += b * RW * N
+    grad_weights += b * RW * N
     g1, g2 = tl.zeros([NP, P1], dtype), tl.zeros([NP, P2], dtype)
     if OF_MEMORY:
         g1, g2 = load_memory(grad_out_memory + b * N * D, n, d1, d2, valid, D)
-    for h in range(0, HEADS):
+    for h in range(0, RW):
         g = tl.zeros([NP], dtype)
         if OF_WEIGHTS:
-            g = load_slots(grad_out_weights, b * HEADS + h, n, valid, N)
+            g = load_slots(grad_out_weights, b * RW + h, n, valid, N)
         store_slots(grad_weights, h, g, n, valid, N)
     if RESETS:
-        store_first(grad_ring + HEADS * N, n, valid, N, HEADS)
+        store_first(grad_ring + RW * N, n, valid, N, RW)
     last = steps_of(lengths, T, b, LENGTHS)
     while last > 0:
         first = replay_from(resets, last - 1, every, B, b, RESETS)
@@ -163,7 +163,7 @@ def _ntm_scan_backward_kernel(
             row = (first + s) * B + b
             store_memory(memories + s * N * D, m1, m2, n, d1, d2, valid, D)
             m1, m2 = erase_and_add(
-                m1, m2, history + (row * HEADS + R) * N, erase + row * W * D, add + row * W * D, n, d1, d2, valid, N, D, W
+                m1, m2, history + (row * RW + R) * N, erase + row * W * D, add + row * W * D, n, d1, d2, valid, N, D, W
             )  # fmt: skip
         tl.debug_barrier()
         for j in range(0, steps):
@@ -172,11 +172,11 @@ def _ntm_scan_backward_kernel(
             row = t * B + b
             before = weights
             if t > 0:
-                before = history + (row - B) * HEADS * N
+                before = history + (row - B) * RW * N
             if RESETS:
                 if (s == 0) & begins:
-                    before = grad_ring + HEADS * N
-            now = history + row * HEADS * N
+                    before = grad_ring + RW * N
+            now = history + row * RW * N
             b1, b2 = load_memory(memories + s * N * D, n, d1, d2, valid, D)
             if not READ_FIRST:  # the read heads saw the memory after the write
                 if OF_READS:
@@ -185,9 +185,9 @@ def _ntm_scan_backward_kernel(
                     )
                     tl.debug_barrier()
                 g1, g2 = address_backward(
-                    m1, m2, g1, g2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
-                    sharpening + row * HEADS, before, grad_weights, grad_keys + row * HEADS * D, grad_sharpness + row * HEADS,
-                    grad_gates + row * HEADS, grad_shifts + row * HEADS * MOVES, grad_sharpening + row * HEADS, ring, grad_ring, 0, R,
+                    m1, m2, g1, g2, keys + row * RW * D, sharpness + row * RW, gates + row * RW, shifts + row * RW * MOVES,
+                    sharpening + row * RW, before, grad_weights, grad_keys + row * RW * D, grad_sharpness + row * RW,
+                    grad_gates + row * RW, grad_shifts + row * RW * MOVES, grad_sharpening + row * RW, ring, grad_ring, 0, R,
                     n, d1, d2, valid, N, D, MOVES, EPS,
                 )  # fmt: skip
             g1, g2 = write_backward(
@@ -201,17 +201,15 @@ def _ntm_scan_backward_kernel(
                     )
             tl.debug_barrier()
             g1, g2 = address_backward(
-                b1, b2, g1, g2, keys + row * HEADS * D, sharpness + row * HEADS, gates + row * HEADS, shifts + row * HEADS * MOVES,
-                sharpening + row * HEADS, before, grad_weights, grad_keys + row * HEADS * D, grad_sharpness + row * HEADS,
-                grad_gates + row * HEADS, grad_shifts + row * HEADS * MOVES, grad_sharpening + row * HEADS, ring, grad_ring,
-                0 if READ_FIRST else R, HEADS, n, d1, d2, valid, N, D, MOVES, EPS,
+                b1, b2, g1, g2, keys + row * RW * D, sharpness + row * RW, gates + row * RW, shifts + row * RW * MOVES,
+                sharpening + row * RW, before, grad_weights, grad_keys + row * RW * D, grad_sharpness + row * RW,
+                grad_gates + row * RW, grad_shifts + row * RW * MOVES, grad_sharpening + row * RW, ring, grad_ring,
+                0 if READ_FIRST else R, RW, n, d1, d2, valid, N, D, MOVES, EPS,
             )  # fmt: skip
             tl.debug_barrier()
             m1, m2 = b1, b2
         if begins:
-            g1, g2 = reset_backward(
-                g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, HEADS
-            )
+            g1, g2 = reset_backward(g1, g2, grad_weights, grad_start + b * N * D, n, d1, d2, valid, N, D, RW)
     store_memory(grad_memory + b * N * D, g1, g2, n, d1, d2, valid, D)
 
 
