@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED, SHIPPED, checkpoint_path
 from ..training.features import encode_classes, encoder_of
-from ..training.support import images_of_class, make_episodes
+from ..training.support import images_of_class, make_episodes, measured_ways
 from ..training.trainer import fingerprint
 
 
@@ -65,7 +66,7 @@ def heldout_episodes(
 ) -> Episodes:
     """Episodes of the configured kind from classes that the model of a checkpoint was not trained on: the held-out ones of
     its data; of another folder of images all. Of what the model reads, so of features where it was trained with a backbone,
-    unless ``encoded`` is False.
+    unless ``encoded`` is False. Where there are fewer classes than the model's ways, and it can be measured on fewer, of all.
     """
     config = content["config"]
     with warnings.catch_warnings():
@@ -73,7 +74,19 @@ def heldout_episodes(
         classes = unseen_classes(content, source)
     if encoded and (encoder := encoder_of(content)):
         classes = encode_classes(classes, encoder)
-    return make_episodes(config, classes, seed=seed)
+    return make_episodes(config, classes, seed=seed, ways=measured_ways(config, classes))
+
+
+def as_measured(config: TrainConfig, episodes: Episodes) -> TrainConfig:
+    """The settings with the ways of the episodes, for titles and chance; fewer than the model's are said."""
+    if episodes.ways == config.ways:
+        return config
+    print(
+        f"mann-fast: {episodes.ways}-way: the data has {episodes.classes.num_classes} classes, and the model was trained to "
+        f"tell up to {config.ways} apart",
+        file=sys.stderr,
+    )
+    return replace(config, ways=episodes.ways, curriculum=0)
 
 
 def unseen_classes(content: dict[str, Any], source: str | None) -> ClassImages:
