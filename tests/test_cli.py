@@ -132,7 +132,7 @@ def test_train_prints_a_table_and_says_where_its_files_are(capsys, tmp_path, pic
     assert "4th" not in printed
     for name in ("checkpoint.pt", "curve.png", "metrics.jsonl"):
         assert f"{out / name}" in printed
-    assert "3-way: 20 classes to train on, 3 held out" in err  # 5 drawings, turned four ways
+    assert "3-way: 5 classes to train on (20 with those turned), 3 held out" in err
     assert re.search(r"step 7/7 +loss \d\.\d+ 1st \d+% 2nd \d+% +0:00:00 left", err)
     assert "learning did not start: the 2nd image of a class is right" in err
 

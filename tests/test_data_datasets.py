@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import shutil
 import warnings
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mann_fast.data import ClassImages, load_dataset, load_npz, split_classes
-from mann_fast.data.datasets import heldout_glyphs
+from mann_fast.data.datasets import TooFewClasses, heldout_glyphs
 
 
 def classes_named(names, images=1):
@@ -130,9 +132,35 @@ def test_a_split_that_others_have_made_is_kept(tmp_path, train, others, tested):
     write_classes(tmp_path / train, ["a", "b"], value=250)
     for part in others:
         write_classes(tmp_path / part, [f"{part}1", f"{part}2"], value=250)
-    data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)
+    with pytest.warns(UserWarning, match="only 2 classes to train on"):
+        data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)
     assert data.train.names == ("a", "b") and data.test.names == (f"{tested}1", f"{tested}2")
     assert data.kind == "folder" and data.train.inverted and data.test.inverted
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_part_with_too_few_classes_is_named(tmp_path, lists):
+    for part, names in (("train", "abc"), ("test", "de")):
+        folder = tmp_path / ("images" if lists else part)
+        write_classes(folder, names)
+        if lists:
+            lines = [f"{name}/{i}.png,{name}\n" for name in names for i in range(2)]
+            (tmp_path / f"{part}.csv").write_text("".join(lines))
+    load = partial(load_dataset, tmp_path, shots=2, image_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an error says it all
+        with pytest.raises(
+            TooFewClasses, match=r"test\S* has 2 classes, .* \(--ways\): add .* to 2"
+        ) as found:
+            load(ways=3)
+    assert found.value.classes.names == tuple("abcde")
+    with pytest.warns(UserWarning, match="only 3 classes to train on"):
+        load(ways=2)
+    if not lists:
+        for name in "ab":
+            shutil.rmtree(tmp_path / "train" / name)
+        with pytest.raises(TooFewClasses, match=r"train has 1 class, .* \(--ways\): add classes there$"):
+            load(ways=2)
 
 
 def test_parts_that_share_classes_are_put_together(tmp_path):

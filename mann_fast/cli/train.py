@@ -346,7 +346,9 @@ def train_and_report(
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         classes = ""
         if of_images:
-            classes = f"{trainer.num_classes} classes to train on, {dataset.test.num_classes} held out, "
+            count, turned = dataset.train.num_classes, trainer.num_classes
+            with_turned = f" ({turned:,} with those turned)" if turned > count else ""
+            classes = f"{count:,} classes to train on{with_turned}, {dataset.test.num_classes:,} held out, "
         print(
             f"{describe(config)}: {classes}{parameters:,} parameters"
             + (f", from step {trainer.step}" if resume else ""),

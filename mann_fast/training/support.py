@@ -97,8 +97,8 @@ def images_of_class(config: TrainConfig) -> int:
 
 
 def measured_ways(config: TrainConfig, classes: ClassImages) -> int:
-    """Of how many of these classes an episode to measure on can be. A model of support and queries tells fewer apart, too, as in its
-    first steps; what a stream's answers are worth goes by how many classes it has.
+    """Of how many of these classes an episode to measure on can be. A model of support and queries tells fewer apart, as in its
+    first steps; how a stream is answered goes by how many classes it has.
 
     Raises ValueError where there are too few.
     """
