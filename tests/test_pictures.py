@@ -21,6 +21,7 @@ from mann_fast.training.plots import (
     plot_episode,
     plot_learning_curve,
     plot_predictions,
+    shown_instances,
 )
 from mann_fast.training.sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
 from mann_fast.training.sequences import SequenceTrace, SizeResult, task_of
@@ -240,6 +241,22 @@ def test_long_titles_of_images_are_not_cut(drawn, tmp_path):
     plot_learning_curve(tmp_path / "b.png", [{"step": step, **line} for step in (1, 2)], config, title)
     for figure in drawn:
         assert_whole(figure, figure.axes[0].title)
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3, 4, 10, 20])
+def test_a_learning_curve_has_the_last_image_too(drawn, tmp_path, shots):
+    shown = shown_instances(shots)
+    assert shown == (1, 2, 5, 10, 20)[: len(shown) - 1] + (shots,)
+    config = TrainConfig.of("none", "support", data="omniglot", shots=shots)
+    line = {
+        "loss": 0.6,
+        "heldout_accuracy": [0.5] * shots,
+        "heldout_interval": [[0.4] * shots, [0.6] * shots],
+    }
+    plot_learning_curve(tmp_path / "c.png", [{"step": step, **line} for step in (1, 2)], config, "a title")
+    lines = {line.get_label(): line.get_color() for line in drawn[0].axes[0].lines}
+    assert list(lines)[:-1] == [f"{k}-shot" for k in shown]
+    assert len(set(lines.values())) == len(lines)
 
 
 def test_answers_are_framed_by_whether_they_are_right(drawn, tmp_path):

@@ -29,6 +29,7 @@ READ_BY = (("backward", "#c0392b"), ("by content", "#2471a3"), ("forward", "#1e8
 RIGHT, WRONG = "#1e8449", "#c0392b"
 MOST_ROWS = 256  # of a picture of steps
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
+LAST = "#8e44ad"  # of the last instance where it is none of these
 
 
 def ordinal(number: int) -> str:
@@ -43,8 +44,8 @@ def name_of_answer(config: TrainConfig, k: int) -> str:
 
 
 def shown_instances(shots: int) -> tuple[int, ...]:
-    """Which instances a short report names: 1st, 2nd, 5th and 10th, as far as there are so many."""
-    return tuple(k for k in SHOWN if k <= shots)
+    """Which instances a short report names: 1st, 2nd, 5th and 10th, as far as there are so many, and the last."""
+    return (*(k for k in SHOWN if k < shots), shots)
 
 
 def plot_learning_curve(
@@ -61,13 +62,14 @@ def plot_learning_curve(
     of_class = " of a class" if config.layout == "stream" else ""
     for k in shown_instances(config.shots):
         values = [100 * record["heldout_accuracy"][k - 1] for record in records]
+        colour = COLOURS.get(k, LAST)
         top.plot(
-            steps, values, color=COLOURS[k], label=name_of_answer(config, k) + of_class, marker=_marker(steps)
+            steps, values, color=colour, label=name_of_answer(config, k) + of_class, marker=_marker(steps)
         )
         bounds = [
             [100 * bound[k - 1] for bound in record.get("heldout_interval", ())] or None for record in records
         ]
-        draw_band(top, steps, bounds, COLOURS[k])
+        draw_band(top, steps, bounds, colour)
     top.axhline(
         100 * config.chance,
         color="black",
