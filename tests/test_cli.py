@@ -422,14 +422,20 @@ def test_predict_gives_each_image_a_probability_per_class(capsys, run_folder, su
         probabilities = prediction["probabilities"]
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert prediction["class"] == max(probabilities, key=probabilities.get)
+        assert list(prediction["deviations"]) == list(probabilities)
+        assert all(0 < deviation < 0.5 for deviation in prediction["deviations"].values())
     assert call(capsys, "predict", *arguments, "--json")[1] == printed
     assert call(capsys, "predict", *arguments, "--json", "--seed", 1)[1] != printed
 
     status, table, _ = call(capsys, "predict", *arguments)
     assert status == 0
     assert table.count("*") == 3  # one in the title, one for each image
-    for p in result["predictions"][0]["probabilities"].values():
-        assert f"{p:.1%}" in table
+    first = result["predictions"][0]
+    for p, deviation in zip(first["probabilities"].values(), first["deviations"].values(), strict=True):
+        assert f"{p:.0%} ± {100 * deviation:.0f}" in table
+    alone = json.loads(call(capsys, "predict", *arguments, "--json", "--orders", 1)[1])
+    assert set(alone["predictions"][0]["deviations"].values()) == {0}
+    assert "±" not in call(capsys, "predict", *arguments, "--orders", 1)[1]
 
 
 def test_predict_reads_drawings_as_ink_and_photographs_as_they_are(
@@ -529,6 +535,7 @@ def mistakes(run_folder, support, tmp_path):
         "class without images": ([*predict, unreadable, image], ["class1", "at least one example"]),
         "too many classes": ([*predict, many, image], ["4 classes", "3 apart", "--ways 4"]),
         "no orders": ([*predict, support, image, "--orders", "0"], ["orders"]),
+        "no views": ([*predict, support, image, "--views", "0"], ["views", "at least 1, got 0"]),
     }
 
 
@@ -536,7 +543,7 @@ NAMES = [
     "no data", "no out", "absent data", "empty data", "bad number", "bad setting", "bad choice", "run exists",
     "nothing to resume", "out is a file", "no command", "unknown command", "unknown option", "no checkpoint",
     "not a checkpoint", "one episode", "no images", "absent image", "folder for image", "absent support",
-    "empty support", "class without images", "too many classes", "no orders",
+    "empty support", "class without images", "too many classes", "no orders", "no views",
 ]  # fmt: skip
 
 
@@ -837,8 +844,10 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     assert content["model"]["config"]["image_shape"] == [3, 16, 16]
     assert call(capsys, "show", "--checkpoint", out, "--out", tmp_path / "episode.png")[0] == 0
     images = sorted((support / "class1").glob("*.png"))
-    status, printed, _ = call(capsys, "predict", "--checkpoint", out, "--support", support, *images, "--json")
+    asked = ["predict", "--checkpoint", out, "--support", support, *images, "--json"]
+    status, printed, _ = call(capsys, *asked)
     assert status == 0 and len(json.loads(printed)["predictions"]) == len(images)
+    assert call(capsys, *asked, "--views", 8)[1] == printed != call(capsys, *asked, "--views", 1)[1]
     many = write_pictures(tmp_path / "many", classes=3, images=16, seed=9)
     measured = ["--checkpoint", out, "--data", many, "--episodes", 2, "--protocol", "2-way-1-shot"]
     status, printed, _ = call(capsys, "evaluate", *measured, "--views", 2)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         default=32,
         help="random orders of the examples to average over (default: 32)",
     )
+    parser.add_argument(
+        "--views",
+        metavar="N",
+        type=int,
+        default=8,
+        help="of a model with an encoder: views of an image, each distorted a little otherwise, to average its features over "
+        "(default: 8)",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the orders (default: 0)")
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, and nothing else, to stdout"
@@ -61,12 +71,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Prediction:
-    """names: C classes; images: Q paths; probabilities: float64 [Q, C]; examples: how many each class had."""
+    """names: C classes; examples: how many each had; images: Q paths; probabilities: float64 [Q, C]; deviations: their standard
+    deviations over the orders, 0 of a single one.
+    """
 
     names: list[str]
     examples: list[int]
     images: list[Path]
     probabilities: Tensor
+    deviations: Tensor
 
     def to_dict(self) -> dict:
         return {
@@ -78,10 +91,15 @@ class Prediction:
                     "image": str(image),
                     "class": self.names[max(range(len(row)), key=row.__getitem__)],
                     "probabilities": dict(zip(self.names, row, strict=True)),
+                    "deviations": dict(zip(self.names, deviations, strict=True)),
                 }
-                for image, row in zip(self.images, self.probabilities.tolist(), strict=True)
+                for image, row, deviations in self.rows()
             ],
         }
+
+    def rows(self) -> Iterator[tuple[Path, list[float], list[float]]]:
+        """Each image with its probabilities and their deviations."""
+        return zip(self.images, self.probabilities.tolist(), self.deviations.tolist(), strict=True)
 
 
 def classify(
@@ -90,6 +108,7 @@ def classify(
     images: list[Path],
     *,
     orders: int = 32,
+    views: int = 8,
     seed: int = 0,
     encoder: nn.Module | None = None,
 ) -> Prediction:
@@ -98,7 +117,8 @@ def classify(
     Raises FileNotFoundError and ValueError, naming the file or folder, where one is missing or cannot be
     read.
     """
-    learner = FewShotLearner.load(checkpoint, orders=orders, random_state=seed, encoder=encoder)
+    options: dict[str, Any] = {"orders": orders, "views": views, "random_state": seed, "encoder": encoder}
+    learner = FewShotLearner.load(checkpoint, **options)
     groups = example_files(support)
     files = [file for group in groups.values() for file in group]
     for image in images:
@@ -127,10 +147,9 @@ def classify(
         torch.stack([pixel[file] for group in groups.values() for file in group]),
         [name for name, group in groups.items() for _ in group],
     )
-    probabilities = learner.predict_proba(torch.stack([pixel[image] for image in images]))
-    return Prediction(
-        list(groups), [len(group) for group in groups.values()], list(images), torch.from_numpy(probabilities)
-    )
+    answers = learner.predict_proba(torch.stack([pixel[image] for image in images]), return_std=True)
+    counts = [len(group) for group in groups.values()]
+    return Prediction(list(groups), counts, list(images), *map(torch.from_numpy, answers))
 
 
 def example_files(support: Path) -> dict[str, list[Path]]:
@@ -153,9 +172,8 @@ def example_files(support: Path) -> dict[str, list[Path]]:
 
 def run(args: argparse.Namespace) -> int:
     say_which_model(args.checkpoint)
-    prediction = classify(
-        args.checkpoint, args.support, args.images, orders=args.orders, seed=args.seed, encoder=args.encoder
-    )
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("orders", "views", "seed", "encoder")}
+    prediction = classify(args.checkpoint, args.support, args.images, **options)
     if args.json:
         print(json.dumps(prediction.to_dict(), indent=2))
     else:
@@ -175,8 +193,14 @@ def print_prediction(prediction: Prediction) -> None:
     names = [image.name for image in prediction.images]
     if len(set(names)) < len(names):  # then only the whole path tells them apart
         names = list(map(str, prediction.images))
-    for name, row in zip(names, prediction.probabilities.tolist(), strict=True):
+    several = bool(prediction.deviations.any())  # orders
+    for name, (_, row, deviations) in zip(names, prediction.rows(), strict=True):
         best = max(row)
-        table.add_row(name, *(f"{p:.1%}{'*' if p == best else ' '}" for p in row))
-    print("Probability of each class, the largest marked *")
+        cells = [
+            f"{p:.0%}{f' ± {100 * d:.0f}' if several else ''}{'*' if p == best else ' '}"
+            for p, d in zip(row, deviations, strict=True)
+        ]
+        table.add_row(name, *cells)
+    of_orders = " ± its deviation over the orders of the examples" if several else ""
+    print(f"Probability of each class{of_orders}, the largest marked *")
     print_table(table)
