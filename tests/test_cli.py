@@ -33,6 +33,7 @@ from mann_fast.training import (
     InstanceAccuracy,
     TrainConfig,
     load_checkpoint,
+    plots,
     restore_model,
     resume_run,
     start_run,
@@ -860,7 +861,7 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     assert status == 2 and "encoder must be 'none' with model lstm" in errors
 
 
-def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
+def test_evaluate_by_protocol(capsys, monkeypatch, tmp_path, run_folder):
     arguments = ["--checkpoint", run_folder, "--episodes", 5, "--out", tmp_path]
     status, _, errors = call(capsys, "evaluate", *arguments, "--protocol", "2-way-1-shot")
     assert status == 2 and "2-way-1-shot cannot be measured: a class needs 16 images" in errors
@@ -876,6 +877,12 @@ def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
     of_glyphs = [*arguments, "--data", "glyphs", "--protocol", "3-way-2-shot"]
     status, printed, errors = call(capsys, "evaluate", *of_glyphs, "--orders", 3)
     assert status == 0 and "An answer is the mean over 3 orders of the examples." in printed
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_accuracy", lambda *arguments, **options: drawn.update(options))
+    status, _, _ = call(capsys, "evaluate", *of_glyphs, "--streams", 2)
+    assert status == 0 and drawn["on"] == "200 classes of glyphs"
+    assert [found["protocol"] for found in drawn["protocols"]] == ["3-way-2-shot"]
+    assert drawn["streams"]["ways"] == 2
     status, _, errors = call(capsys, "evaluate", *of_glyphs, "--orders", 0)
     assert status == 2 and "--orders must be at least 1, got 0" in errors
     status, _, errors = call(capsys, "evaluate", *arguments, "--orders", 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data import ClassImages
 from ..data.babi import load_babi
-from ..data.images import expand_user
+from ..data.images import counted, expand_user
 from ..training import BabiConfig, SequenceConfig, TrainConfig, load_checkpoint, restore_model
 from ..training.babi import measure_babi
 from ..training.checkpoint import SHIPPED
@@ -148,7 +148,10 @@ def run(args: argparse.Namespace) -> int:
 
     picture = out_folder(args) / "evaluation.png"
     title = describe(measured, source)
-    plot_accuracy(picture, accuracy, measured, title)
+    on = (
+        f"{counted(classes, 'class', 'classes')} of {name_of(args.data)}" if args.data else "held-out classes"
+    )
+    plot_accuracy(picture, accuracy, measured, title, on=on, streams=streams, protocols=by_protocol)
     result = {
         "checkpoint": str(args.checkpoint),
         "step": content["step"],
@@ -175,6 +178,11 @@ def run(args: argparse.Namespace) -> int:
             print_streams(streams, config)
 
     return report(args, result, tables)
+
+
+def name_of(source: str) -> str:
+    """Data in a word, for a title."""
+    return source if source in ("glyphs", "omniglot") else Path(source).resolve().name
 
 
 def chosen_protocols(text: str | None, config: TrainConfig, classes: ClassImages) -> list[Protocol]:
