@@ -487,6 +487,36 @@ def test_predict_skips_unreadable_examples_and_names_them(run_folder, support):
     )
 
 
+def test_predict_finds_examples_as_train_finds_classes(capsys, run_folder, support, tmp_path):
+    def predict(folder, *options):
+        image = support / "class0" / "0.png"
+        return call(capsys, "predict", "--checkpoint", run_folder, "--support", folder, image, *options)
+
+    for alphabet in ("A", "B"):
+        shutil.copytree(support / "class0", tmp_path / "alphabets" / alphabet / "character01")
+        shutil.copytree(support / "class1", tmp_path / "parts" / "train" / alphabet)
+        shutil.copytree(support / "class1", tmp_path / "deep" / alphabet / "images")
+    shutil.copytree(support / "class2", tmp_path / "alphabets" / "B" / "character02")
+    shutil.copytree(tmp_path / "parts" / "train", tmp_path / "parts" / "test")
+    for folder, names in (
+        ("alphabets", ["A/character01", "B/character01", "B/character02"]),
+        ("parts/train", ["A", "B"]),
+        ("deep", ["A", "B"]),
+    ):
+        status, printed, _ = predict(tmp_path / folder, "--json")
+        assert status == 0 and list(json.loads(printed)["classes"]) == names
+    status, _, err = predict(tmp_path / "parts")
+    assert_one_line_error(status, err, "--support", "give one of these instead (test, train)")
+    for picture in (support / "class1").iterdir():
+        picture.unlink()
+    (support / "class1" / "1.xyz").write_text("of no kind that is read")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = predict(support)
+    assert status == 2 and "class 'class1' has no readable image" in err.splitlines()[-1]
+    assert "only 1 file that cannot be read as images (1 .xyz); put at least one" in err.splitlines()[-1]
+
+
 # Mistakes
 
 
@@ -532,7 +562,7 @@ def mistakes(run_folder, support, tmp_path):
         "absent image": ([*predict, support, tmp_path / "none.png"], ["none.png"]),
         "folder for image": ([*predict, support, support], ["folder"]),
         "absent support": ([*predict, tmp_path / "none", image], ["none", "one sub-folder"]),
-        "empty support": ([*predict, tmp_path / "empty", image], ["0 sub-folders"]),
+        "empty support": ([*predict, tmp_path / "empty", image], ["--support", "no sub-folder with images"]),
         "class without images": ([*predict, unreadable, image], ["class1", "at least one example"]),
         "too many classes": ([*predict, many, image], ["4 classes", "3 apart", "--ways 4"]),
         "no orders": ([*predict, support, image, "--orders", "0"], ["orders"]),

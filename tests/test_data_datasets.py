@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mann_fast.data import ClassImages, load_dataset, load_npz, split_classes
+from mann_fast.data import ClassImages, load_dataset, load_folder, load_npz, split_classes
 from mann_fast.data.datasets import TooFewClasses, heldout_glyphs
 
 
@@ -181,6 +181,35 @@ def test_alphabets_of_characters_are_classes(tmp_path):
     assert sorted(data.train.names + data.test.names) == [
         f"{alphabet}/character0{n}" for alphabet in ("Greek", "Latin") for n in (1, 2)
     ]
+
+
+def test_stray_images_beside_folders_of_classes_hide_none(tmp_path):
+    for alphabet in ("Greek", "Latin"):
+        write_classes(tmp_path / alphabet, ["character01", "character02"], images=3)
+    shutil.copy(tmp_path / "Greek" / "character01" / "0.png", tmp_path / "Greek" / "preview.png")
+    names = tuple(f"{alphabet}/character0{n}" for alphabet in ("Greek", "Latin") for n in (1, 2))
+    said = "passed over Greek.preview.png, which lies beside folders of classes"
+    for least in (1, 3):
+        with pytest.warns(UserWarning, match=said) as warned:
+            assert load_folder(tmp_path, image_size=4, min_images=least).names == names
+        assert len(warned) == 1
+    write_classes(tmp_path, ["another"], images=3)  # a class of its own
+    assert quiet(lambda: load_folder(tmp_path, image_size=4)).names == (*names, "another")
+    # Folders beside enough images are no classes, nor are they where a class has too few.
+    write_classes(tmp_path / "photos", ["cat", "dog"], images=3)
+    write_classes(tmp_path / "photos" / "cat", ["thumbnails"], images=3)
+    assert load_folder(tmp_path / "photos", image_size=4).names == ("cat", "dog")
+    with pytest.raises(ValueError, match="at least 4 images: 'cat' has 3, 'dog' has 3"):
+        load_folder(tmp_path / "photos", image_size=4, min_images=4)
+
+
+def test_a_folder_that_all_classes_have_is_not_in_their_names(tmp_path):
+    for name in ("n01", "n02"):
+        write_classes(tmp_path / name, ["images"])
+        (tmp_path / name / "boxes.txt").write_text("")
+    assert load_folder(tmp_path, image_size=4).names == ("n01", "n02")
+    write_classes(tmp_path / "n02", ["more"])
+    assert load_folder(tmp_path, image_size=4).names == ("n01/images", "n02/images", "n02/more")
 
 
 def quiet(call):

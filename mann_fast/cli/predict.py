@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import image_files, load_images
-from ..data.folder import class_folders, warn_of_others
+from ..data import load_images
+from ..data.folder import class_files, class_names, other_files
 from ..data.images import counted, expand_user
 from ..learner import FewShotLearner
 from ._options import add_checkpoint, say_which_model
@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="DIR",
         required=True,
         type=expand_user,
-        help="folder with one sub-folder of examples per class",
+        help="folder with one sub-folder of examples per class, or of such folders (ALPHABET/character01)",
     )
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", type=expand_user, help="image files to classify"
@@ -140,7 +140,7 @@ def classify(
     for name, group in groups.items():
         if not group:
             raise ValueError(
-                f"class {name!r} has no readable image in {support / name}; put at least one example there"
+                f"class {name!r} of --support {support} has no readable image; put at least one example there"
             )
 
     learner.learn(
@@ -153,21 +153,30 @@ def classify(
 
 
 def example_files(support: Path) -> dict[str, list[Path]]:
-    """The files of each class, by the name of its folder; both sorted, so that the result does not depend on
-    the file system.
+    """The files of each class, by its name, as ``train`` finds them in a folder of images; both sorted, so that the result does
+    not depend on the file system.
     """
     if not support.is_dir():
         raise FileNotFoundError(
             f"--support {support} is not a folder; it must hold one sub-folder of examples per class"
         )
-    folders = class_folders(support)
-    if len(folders) < 2:
+    try:
+        found = class_files(support)
+    except ValueError as error:
+        raise ValueError(f"--support {error}") from None
+    if len(found) < 2:
         raise ValueError(
-            f"--support {support} has {counted(len(folders), 'sub-folder')}; it must hold one per class, "
-            "and at least 2"
+            f"--support {support} has {counted(len(found), 'class', 'classes')}; it must hold a sub-folder of examples for "
+            "each, and at least 2"
         )
-    warn_of_others(folders)
-    return {folder.name: image_files(folder) for folder in folders}
+    for folder, files in found.items():
+        if not files:
+            others = other_files([folder])
+            there = f", only {others}" if others else ""
+            raise ValueError(
+                f"class {folder.name!r} has no readable image in {folder}{there}; put at least one example there"
+            )
+    return dict(zip(class_names(support, found), found.values(), strict=True))
 
 
 def run(args: argparse.Namespace) -> int:
