@@ -650,6 +650,20 @@ def test_every_command_has_help_with_an_example(capsys, command):
     assert re.search(rf"examples?:\n  mann-fast {command}", printed)
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "show"])
+def test_help_names_the_layouts_of_data(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "1000")  # no word is parted
+    words = " ".join(call(capsys, command, "--help")[1].split())
+    for layout in (
+        "a sub-folder of images per class",
+        "train/",
+        "train.csv",
+        "a .csv alone",
+        ".npz of MedMNIST",
+    ):
+        assert layout in words
+
+
 def test_the_examples_in_the_help_can_be_parsed(capsys):
     for command in COMMANDS:
         printed = call(capsys, command, "--help")[1]

@@ -21,6 +21,11 @@ from ..training.features import encode_classes, encoder_of
 from ..training.support import images_of_class, make_episodes, measured_ways
 from ..training.trainer import fingerprint
 
+LAYOUTS_OF_DATA = (
+    "a path: a folder with a sub-folder of images per class, or with train/, val/ and test/ of such, or with lists of files "
+    "and labels, train.csv, val.csv and test.csv; a .csv alone; an .npz of MedMNIST; Omniglot's own folder"
+)
+
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -56,8 +61,8 @@ def add_heldout_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
-        "only its held-out classes are used, of a folder that is not the training data all",
+        help=f"glyphs, omniglot, or {LAYOUTS_OF_DATA} (default: what the model was trained on). Of the data that it was "
+        "trained on, of glyphs and of omniglot the held-out classes are taken, of other data all",
     )
 
 
