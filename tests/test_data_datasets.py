@@ -203,6 +203,18 @@ def test_stray_images_beside_folders_of_classes_hide_none(tmp_path):
         load_folder(tmp_path / "photos", image_size=4, min_images=4)
 
 
+def test_a_file_of_data_in_a_folder_is_to_be_given_itself(tmp_path):
+    for name in ("pathmnist.npz", "labels.csv"):
+        folder = tmp_path / name[:3]
+        folder.mkdir()
+        (folder / name).write_text("")
+        with pytest.raises(ValueError, match=rf"has no sub-folder .*; give the file itself \({name}\)"):
+            load_dataset(folder)
+    write_classes(tmp_path / "lab", ["images"])
+    with pytest.raises(ValueError, match=r"one folder, images, and labels.csv beside it: .* the file itself"):
+        load_dataset(tmp_path / "lab", shots=2)
+
+
 def test_a_folder_that_all_classes_have_is_not_in_their_names(tmp_path):
     for name in ("n01", "n02"):
         write_classes(tmp_path / name, ["images"])

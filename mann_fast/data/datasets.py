@@ -104,6 +104,12 @@ def load_dataset(
             parts = (load_npz(path, **options),)
         elif path.is_dir():
             parts = (load_folder(path, **options, min_images=shots, invert=invert),)
+            lists = sorted(file.name for file in path.glob("*.[cC][sS][vV]"))
+            if parts[0].num_classes == 1 and lists:
+                raise ValueError(
+                    f"{path} has all images in one folder, {parts[0].names[0]}, and {shortened(lists)} beside it: where that "
+                    "says the class of each, give the file itself"
+                )
         else:
             raise NotADirectoryError(
                 f"{source} is a file; expected a folder with one sub-folder of images per class, a .csv, or an .npz of MedMNIST"

@@ -177,6 +177,8 @@ def _what_is_there(path: Path, folders: list[Path]) -> str:
         )
     if image_files(path):
         return "the images lie in the folder itself: put those of each class into a folder of its own"
+    if files := [file.name for file in _files(path) if file.suffix.lower() in (".npz", ".csv")]:
+        return f"give the file itself ({shortened(sorted(files))})"
     others = other_files([path, *folders])
     found = f"; found {others}" if others else ""
     return f"expected one sub-folder of PNG or JPEG images per class{found}"
