@@ -1,25 +1,30 @@
 """What a step costs as the memory grows: sparse access beside dense, time and what is kept for backward.
 
-    python benchmarks/sparse.py --out docs/sparse.png [--largest 20] [--heads 1]
+    python benchmarks/sparse.py --out docs/sparse.png [--largest 20] [--heads 1] [--repeats 3]
+    python benchmarks/sparse.py --search     # the exact search alone, beside a copy
+    python benchmarks/sparse.py --layer      # a layer's training step of 100 steps, and the most memory that it takes
 
-A step's figures are the difference between a call of more steps and one of fewer, over the steps between them: what a call
-takes once (a copy of the memory, the slots sorted by age, a gradient of the memory) is not in them. The approximate search is
-a layer's alone, controller and heads included (benchmarks/sparse_index.py, which has more of it).
+All on one thread, by its processor's time, which other work disturbs less. A step's figures are the difference between a call
+of more steps and one of fewer, over the steps between them: what a call takes once (a copy of the memory, the slots sorted by
+age, a gradient of the memory) is not in them. The approximate search is a layer's alone, controller and heads included
+(benchmarks/sparse_index.py, which has more of it, and tells wall time).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import matplotlib
 import torch
 from sparse_index import Run, layer_of, memory_of
 from torch import Tensor
 
-from mann_fast import ops, reference
+from mann_fast import MemoryLayer, ops, reference
 from mann_fast.benchmark import ceilings
 from mann_fast.ops.sparse_index import LEAST_SLOTS
 
@@ -30,13 +35,15 @@ DENSE, EAGER = "dense, lrua_scan", "dense, eager PyTorch"
 KINDS = (ALIKE, SPARSE, APPROXIMATE, DENSE, EAGER)
 
 
-def best_of(function: Callable[[], object], repeats: int) -> float:
-    times = []
+def best_of(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The least seconds of each; in turn, so that what else the machine does meets all alike."""
+    least = [math.inf] * len(functions)
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for at, function in enumerate(functions):
+            start = time.process_time()
+            function()
+            least[at] = min(least[at], time.process_time() - start)
+    return least
 
 
 def kept_bytes(function: Callable[[], object]) -> int:
@@ -80,15 +87,54 @@ def measure(kind: str, slots: int, heads: int, repeats: int) -> tuple[float, flo
     few = 2
     # Enough that timings stand out, and for a dense scan several of the steps between two memories kept.
     many = 202 if slots <= 1 << 12 else {ALIKE: 2002, SPARSE: 22, DENSE: 34, EAGER: 5}[kind]
-    repeats *= 3 if slots <= 1 << 14 else 1
-    found = []
-    for steps in (few, many):
-        call = call_of(kind, slots, heads, steps)
-        with torch.no_grad():
-            forward = best_of(call, repeats)
-        both = best_of(lambda: call().sum().backward(), repeats)  # noqa: B023, called at once
-        found.append((forward, both, kept_bytes(call)))
+    calls = [call_of(kind, slots, heads, steps) for steps in (few, many)]
+    # From the start, many more steps than a call of so many slots takes long: the difference is small beside it.
+    repeats *= 3 if slots <= 1 << 14 or kind == ALIKE else 1
+    forward = best_of([torch.no_grad()(call) for call in calls], repeats)
+    both = best_of([lambda call=call: call().sum().backward() for call in calls], repeats)
+    found = zip(forward, both, map(kept_bytes, calls), strict=True)
     return tuple((y - x) / (many - few) for x, y in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def print_search(slots: int, bandwidth: float, repeats: int) -> None:
+    """Of sparse_read, and of a step, which knows the norms, with one head and with four: at what share of a copy's bandwidth
+    they read."""
+    torch.manual_seed(0)
+    memory = torch.randn(1, slots, SIZE)
+    for heads in (1, 4):
+        key = torch.randn(1, heads, SIZE)
+        read = partial(ops.sparse_read, memory, key, num_reads=READS)
+        scans = [call_of(SPARSE, slots, heads, steps) for steps in (2, 22)]
+        with torch.no_grad():
+            alone, few, many = best_of([read, *scans], 3 * repeats)
+        for name, seconds in (("sparse_read", alone), ("a step", (many - few) / 20)):
+            rate = memory.nbytes / seconds
+            print(
+                f"{name} of {slots:,} slots, {heads} heads: {seconds * 1e3:.2f} ms, {rate / 1e9:.1f} GB/s, "
+                f"{rate / bandwidth:.0%} of the copy"
+            )
+
+
+def print_layer(slots: int) -> None:
+    """A loop of training steps, as users have it: the state before is held while the next is made."""
+    for batch in (1, 8):
+        torch.manual_seed(0)
+        layer = MemoryLayer(
+            SIZE, 64, addressing="sparse", num_slots=slots, slot_size=SIZE, num_heads=1, num_reads=READS
+        )
+        x = torch.randn(100, batch, SIZE)
+        for call in range(3):
+            start = time.process_time()
+            output, state = layer(x)
+            middle = time.process_time()
+            output.square().mean().backward()
+            end = time.process_time()
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(
+                f"100 steps of {batch} samples of {slots:,} slots, call {call}: {middle - start:.2f} s forward, "
+                f"{end - middle:.2f} s backward; {most:.2f} GiB at most so far"
+            )
+        del state, output
 
 
 def plot(path: str, sizes: list[int], rows: dict[str, list[tuple[float, float, float]]]) -> None:
@@ -117,9 +163,15 @@ def main() -> None:
     )
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--search", action="store_true", help="the exact search of the largest memory alone")
+    parser.add_argument("--layer", action="store_true", help="a layer with the largest memory alone")
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.layer:
+        print_layer(1 << options.largest)
+        return
     copy, copied = ceilings.copy(torch.device("cpu"))
-    bandwidth = copied / best_of(copy, 10)
+    bandwidth = copied / best_of([copy], 10)[0]
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, copy {bandwidth / 1e9:.1f} GB/s; ",
         end="",
@@ -127,6 +179,9 @@ def main() -> None:
     print(f"B=1, D={SIZE}, R={options.heads}, K={READS}, float32")
     print("| N | " + " | ".join(f"{kind}: forward, both (ms), kept (KiB)" for kind in KINDS) + " |")
     print("| --- " * (1 + len(KINDS)) + "|")
+    if options.search:
+        print_search(1 << options.largest, bandwidth, options.repeats)
+        return
     sizes = [1 << k for k in range(8, options.largest + 1, 4)]
     rows: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     for slots in sizes:
@@ -139,8 +194,6 @@ def main() -> None:
             + " |",
             flush=True,
         )
-    read = sizes[-1] * SIZE * 4 / rows[SPARSE][-1][0]
-    print(f"the search at N = {sizes[-1]}: {read / 1e9:.1f} GB/s, {read / bandwidth:.0%} of the copy")
     if options.out:
         plot(options.out, sizes, rows)
 

@@ -9,6 +9,7 @@ from cases import needs_cpp
 from fuzz_cases import FAMILIES, Case
 
 from mann_fast import ops, reference
+from mann_fast.ops._register import OPS
 
 pytestmark = needs_cpp
 CASES = 300
@@ -30,6 +31,10 @@ CALLS = {  # by family, whether by one step
     "ntm_cell": ("ntm_cell", None),
     "dnc_cell": ("dnc_cell", None),
 }
+
+
+def test_every_public_op_is_among_them():
+    assert CALLS.keys() == {name for op in OPS.values() for name in op.public}
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -280,6 +280,8 @@ def test_no_steps(options):
             TypeError,
             "decay is no option here, got 0.9; .* order, eps$",
         ),
+        ({"addressing": "sparse", "order": "read_first"}, TypeError, "order is no option here"),
+        ({"addressing": "dnc", "order": None}, TypeError, "order is no option here"),
     ],
 )
 def test_refuses_arguments(options, error, message):

@@ -179,6 +179,51 @@ def test_rows_that_change_are_found_as_they_are(soon, monkeypatch):
     assert (state.memory.memory[0, neither] == 1e-6).all()
 
 
+def test_more_changes_than_the_lists_hold(monkeypatch):
+    """With many heads: meanwhile all rows are compared, and no index is asked; then it is told of what it does not hold."""
+    needs_faiss()
+    monkeypatch.setattr(sparse_index, "AUDIT_EVERY", 1)
+    monkeypatch.setattr(sparse_index, "AUDITS", 10_000)
+    monkeypatch.setattr(sparse_index, "WORTH", 1024)
+    full, asked = [], []
+    candidates = sparse_index.IndexedCall.candidates
+
+    def asking(self, key):
+        found = candidates(self, key)
+        full.append(self.samples[0].index is not None and self._lists[0, 0] < 0)
+        asked.append(found is not None)
+        return found
+
+    monkeypatch.setattr(sparse_index.IndexedCall, "candidates", asking)
+    layer = make(4, num_heads=8, num_reads=8)
+    state = layer.initial_state(1)
+    state = state._replace(memory=state.memory._replace(memory=torch.randn(1, N, D, dtype=torch.float64)))
+    totals = []
+    with torch.no_grad():
+        for _ in range(16):
+            _, state = layer(3 * torch.randn(100, 1, 4, dtype=torch.float64), state)
+            (sample,) = layer.memory._index._kept.samples
+            totals.append((0 if sample.index is None else sample.index.ntotal, int(sample.told.sum())))
+    assert any(full) and any(asked) and not any(a and f for a, f in zip(asked, full, strict=True))
+    assert all(total == told for total, told in totals) and totals[-1][0] > 0  # each row once
+    assert layer.memory._index.steps == layer.memory.recall().audits == sum(asked)
+    assert layer.memory.recall().slots < 1
+
+
+def test_nan_does_not_stay_in_the_recall(soon, monkeypatch):
+    needs_faiss()
+    monkeypatch.setattr(sparse_index, "AUDIT_EVERY", 1)
+    layer = make(EVERY_LIST)
+    with torch.no_grad():
+        _, state = layer(torch.randn(200, 1, 4, dtype=torch.float64))
+        before = layer.memory.recall()
+        state.memory.memory[0, 7] = (
+            torch.nan
+        )  # also in the index of the state, which goes on with a state of its own
+        layer(torch.randn(50, 1, 4, dtype=torch.float64), state)
+    assert before is not None and np.isfinite(layer.memory.recall().mass)
+
+
 def test_it_says_what_it_misses(soon, monkeypatch):
     """With one list of many searched: the shares by hand, over the same steps."""
     needs_faiss()
@@ -293,3 +338,11 @@ def test_options_are_checked(monkeypatch):
     ):
         Sparse(probes=4)
     assert Sparse().recall() is None
+
+
+def test_faiss_may_be_gone_where_a_layer_is_loaded(monkeypatch):
+    needs_faiss()
+    layer = make(4)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs faiss \(pip install 'mann_fast\[index\]'\)"):
+        layer(torch.randn(2, 1, 4, dtype=torch.float64))

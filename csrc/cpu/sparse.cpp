@@ -242,7 +242,7 @@ void renew_squares(const SparseScan& a, ScanScratch<T>& s, const Sample<T>& x) {
     for (int64_t j = 0; j < width<T>; ++j)
       pad_slots(x.memory + s.write_slots[first + (j < rows ? j : 0)] * a.D, 1, a.D, 1, ld, s.changed + j * ld);
     T squares[width<T>];
-    dot_with_rows(s.changed, ld, width<T>, static_cast<const T*>(nullptr), squares);
+    dot_with_rows(s.changed, ld, static_cast<const T*>(nullptr), squares);
     for (int64_t j = 0; j < rows; ++j) s.squares[s.write_slots[first + j]] = squares[j];
   }
 }

@@ -55,11 +55,6 @@ class LRUA(Memory):
         check_sharpness(self.sharpness)
         check_choice("write_vector", self.write_vector, WRITE_VECTORS)
         raw_options(**self._step_options)  # for its checks
-        _ = self._cell_options
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _ = self._cell_options
 
     @cached_property
     def _cell_options(self) -> dict[str, Any]:

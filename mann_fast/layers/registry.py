@@ -23,6 +23,7 @@ MEMORIES: dict[str, type[Memory]] = {
     "dnc": DNC,
     "sparse": Sparse,
 }
+OF_0_1 = (LRUA, NTM, Content)  # the memories of mann_fast 0.1
 
 
 class Preset(NamedTuple):
@@ -116,7 +117,10 @@ def make_memory(addressing: str | Memory, options: Mapping[str, Any]) -> Memory:
     else:
         check_choice("addressing", addressing, tuple(MEMORIES))
         memory = MEMORIES[addressing]()
-        options = {name: value for name, value in options.items() if not _says_nothing(memory, name, value)}
+        if isinstance(memory, OF_0_1):
+            options = {
+                name: value for name, value in options.items() if not _says_nothing(memory, name, value)
+            }
     own = options_of(memory)
     for name, value in options.items():
         if name not in own:

@@ -82,6 +82,8 @@ def _check_tensors(
                 raise ValueError(f"{name} [{', '.join(axes)}] may be empty in B only, got {list(shape)}")
         else:
             _check_dtype(name, value.dtype, *came[argument.like], argument.half)
+        if argument.heads_in == "" and sizes["R"] < 1:
+            raise ValueError(f"{name} [{', '.join(axes)}] must have at least one head, got {list(shape)}")
         if argument.heads_in and not 1 <= sizes["R"] <= sizes[argument.heads_in]:
             limit = f"{argument.heads_in} = {sizes[argument.heads_in]}"
             raise ValueError(

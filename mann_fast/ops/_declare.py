@@ -28,7 +28,7 @@ class Argument:
     half: may also be bfloat16 or float16, beside a float32 ``like``.
     within: the values that make sense, for tests: "real", "unit" (0 to 1), "shares" (they sum to 1), "from 1", "flags",
         "up to T", "slots" (different ones of N), "times", or "now", which no time is after.
-    heads_in: an axis that bounds R, the number of heads that this tensor has: 1 <= R, and at most the size of that axis.
+    heads_in: that this tensor has 1 <= R heads, and at most as many as this axis is long; "" where there may be any number.
     """
 
     name: str
@@ -98,8 +98,8 @@ class Op:
 
     saved: the arguments and outputs that the raw backward takes, by name; none where the op has no gradient.
     public: the functions of mann_fast.ops that it serves.
-    interval: of the raw op's values and the backend's name, every how many steps an anchor is kept (mann_fast._anchors); for
-    ops that keep anchors, whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
+    interval: of the raw op's values and the backend's name, every how many steps something is kept (mann_fast._anchors;
+    ``each_step``); for ops whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
     extents: of the sizes, those of axes that no argument has. An axis may also have the name of an option.
     results, gradients: where the raw backward gives something else than the gradient of every differentiable argument:
     what it gives, and a function of the Function's ctx, its saved tensors and these results that makes the gradients of
@@ -174,6 +174,11 @@ class Op:
         outer = [Argument(f"grad_{x.name}", x.axes, optional=True) for x in self.outer]
         arguments = [*outer, *self.saved_arguments]
         return _schema(f"{self.name}_backward", arguments, self.backward_options, self.results)
+
+
+def each_step(values: tuple[Any, ...], backend: str) -> int:
+    """The ``interval`` of an op that keeps of every step what does not grow with its memory."""
+    return 1
 
 
 def came(name: str) -> Callable[[Mapping[str, Any]], bool]:

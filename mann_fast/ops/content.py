@@ -17,7 +17,7 @@ CONTENT_READ = declare(
         "content_read",
         arguments=(
             MEMORY,
-            Argument("key", "B R D", like="memory", half=True),
+            Argument("key", "B R D", like="memory", half=True, heads_in=""),
             Argument("sharpness", "B R", like="key", optional=True),
         ),
         options=(EPS,),
@@ -51,9 +51,7 @@ def content_read(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     tensors = memory, key, sharpness
-    sizes = _checks.check_tensors(CONTENT_READ.arguments, CONTENT_READ.names[:3], tensors)
-    if sizes["R"] < 1:
-        raise ValueError(f"key [B, R, D] must have at least one head, got {list(key.shape)}")
+    _checks.check_tensors(CONTENT_READ.arguments, CONTENT_READ.names[:3], tensors)
     _checks.check_eps(eps)
     backend = _backend.serving(memory.device, CONTENT_READ)
     if backend == "reference":

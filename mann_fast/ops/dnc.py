@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.dnc import DNCInterface, DNCState
 from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, came
+from ._declare import Argument, Op, Option, Output, came, each_step
 from ._register import call, declare
 from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
 from ._sequences import sequences as of_sequences
@@ -21,7 +21,7 @@ STATE = (
     Argument("usage", "B N", like="memory", within="unit"),
     Argument("precedence", "B N", like="memory", optional=True, within="shares"),
     Argument("links", "B N N", like="memory", optional=True, within="shares"),
-    Argument("read_weights", "B R N", like="memory", within="shares"),
+    Argument("read_weights", "B R N", like="memory", within="shares", heads_in=""),
     Argument("write_weights", "B N", like="memory", differentiable=False, within="shares"),
 )
 
@@ -47,8 +47,7 @@ def _interface(steps: str) -> tuple[Argument, ...]:
 
 def kept(sharpened: Callable[[Mapping[str, Any]], bool]) -> tuple[Output, ...]:
     """What is kept of every step for backward: the weights, the order of allocation and, where they are ``sharpened``, the
-    directions before that, [backward, forward]. Memory and links are not: backward makes them again from what came in, and
-    anchor_every only says whether anything is kept."""
+    directions before that, [backward, forward]. Memory and links are not: backward makes them again from what came in."""
     return (
         Output("read_history", "T B R N", like="memory", kept=True),
         Output("write_history", "T B N", like="memory", kept=True),
@@ -78,7 +77,7 @@ DNC_SCAN = declare(
             *(*NAMES, "read_history", "write_history", "orders", "directions"),
         ),
         public=("dnc_step", "dnc_scan"),
-        interval=lambda values, backend: 1,
+        interval=each_step,
     )
 )
 
@@ -126,9 +125,7 @@ def _dnc(
     _check_together(DNCState(*state), DNCInterface(*interface))
     steps = sequences is not None
     tensors = (*state, *interface, *(sequences or NO_SEQUENCES))
-    sizes = _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps)
-    if sizes["R"] == 0:
-        raise ValueError(f"state.read_weights must have at least one head, got {list(state[4].shape)}")
+    _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps)
     _checks.check_flag("deallocate", deallocate)
     _checks.check_eps(eps)
     memory, read_keys = state[0], interface[0]

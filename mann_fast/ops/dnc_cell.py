@@ -13,7 +13,7 @@ from ..reference.dnc import DNCState
 from . import _backend
 from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
 from ._checks import check_eps, check_flag, check_number
-from ._declare import Option, Sizes
+from ._declare import Option, Sizes, each_step
 from ._sequences import raw_sequences
 from .content import EPS
 from .dnc import STATE, check_links, dnc_step, kept
@@ -31,7 +31,7 @@ DNC_CELL = declare_cell(
         EPS,
     ),
     kept(lambda values: bool(values["link_sharpening"])),
-    interval=lambda values, backend: 1,
+    interval=each_step,
 )
 PUBLIC = Public(DNCState, STATE)
 

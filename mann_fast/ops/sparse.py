@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.sparse import SparseState
 from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output
+from ._declare import Argument, Op, Option, Output, each_step
 from ._register import LIBRARIES, call, declare, define_in_place
 from ._sequences import NAMES, NO_SEQUENCES, may_look, raw_sequences
 from ._sequences import sequences as of_sequences
@@ -24,7 +24,7 @@ SPARSE_READ = declare(
         "sparse_read",
         arguments=(
             MEMORY,
-            Argument("key", "B R D", like="memory", half=True),
+            Argument("key", "B R D", like="memory", half=True, heads_in=""),
             Argument("sharpness", "B R", like="key", optional=True),
         ),
         options=(NUM_SLOTS, Option("num_reads", "SymInt", 1), EPS),
@@ -59,8 +59,7 @@ def _inputs(steps: str) -> tuple[Argument, ...]:
     )
 
 
-# Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased; anchor_every
-# only says whether it keeps them.
+# Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased.
 SPARSE_SCAN = declare(
     Op(
         "sparse_scan",
@@ -83,7 +82,7 @@ SPARSE_SCAN = declare(
             *(*NAMES, "oldest", "slot_history", "weight_history", "rows"),
         ),
         public=("sparse_step", "sparse_scan"),
-        interval=lambda values, backend: 1,
+        interval=each_step,
         extents=lambda sizes: {"N": sizes["num_slots"]},
     )
 )
@@ -135,7 +134,6 @@ def sparse_read(
     """
     tensors = memory, key, sharpness
     sizes = _checks.check_tensors(SPARSE_READ.arguments, SPARSE_READ.names[:3], tensors)
-    check_heads("key", key)
     check_num_reads(num_reads, sizes["N"])
     _checks.check_eps(eps)
     backend = _backend.serving(memory.device, SPARSE_READ)
@@ -143,11 +141,6 @@ def sparse_read(
         with _backend.without_autocast(memory.device.type):
             return reference.sparse_read(memory, key, sharpness, num_reads=num_reads, eps=eps)
     return call(SPARSE_READ, backend, *tensors, memory.shape[1], num_reads, float(eps))[:3]
-
-
-def check_heads(name: str, key: Tensor) -> None:
-    if key.shape[1] < 1:
-        raise ValueError(f"{name} [B, R, D] must have at least one head, got {list(key.shape)}")
 
 
 def check_num_reads(num_reads: Any, num_slots: int) -> None:

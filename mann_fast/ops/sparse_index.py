@@ -66,10 +66,7 @@ class _Sample:
         self.since = 0  # and that the index was told since
 
     def find(self, key: np.ndarray, count: int, room: np.ndarray) -> None:
-        """The ``count`` candidates of each head's key [R, D], into the row of an int64 tensor, -1 where there are fewer."""
-        room[:] = -1
-        if self.index is None:
-            return
+        """The ``count`` candidates of each head's key [R, D], into ``room``, a row of an int64 tensor."""
         found = self.index.search(key, count)[1]
         found = found[found >= 0]
         room[: found.size] = found
@@ -81,12 +78,12 @@ class _Sample:
         written = written[self.told[written]]
         if written.size:
             self.remove(written)
-        changed = int(lists[0])
-        rows = changed if changed >= 0 else len(self.told)
-        self.compared += rows
+        changed = int(lists[0])  # below 0: more than the lists hold, so that all are compared
+        rows = changed if changed >= 0 else len(self.told) - int(np.count_nonzero(self.told))
+        self.compared += changed if changed >= 0 else len(self.told)
         if rows < LEAST_TOLD or self.compared < WORTH * rows:
             return
-        slots = lists[1 : 1 + changed] if changed >= 0 else np.arange(rows)
+        slots = lists[1 : 1 + changed] if changed >= 0 else np.flatnonzero(~self.told)
         self.tell(memory, slots, eps)
         self.others = np.flatnonzero(~self.told)[-ALIKE:]
         lists[0] = self.compared = 0
@@ -151,6 +148,7 @@ class SparseIndex:
     @contextmanager
     def call(self, state: SparseState, eps: float) -> Iterator[IndexedCall]:
         """For the steps of one call; its end gives the next call what it knows by :meth:`IndexedCall.keep`."""
+        check_faiss()  # which may have been there when this was made, on another machine
         import faiss
 
         if torch._C._current_graph_task_id() != -1:
@@ -216,12 +214,17 @@ class IndexedCall:
                 self.samples[b].clear()
 
     def candidates(self, key: Tensor) -> Tensor | None:
-        """Of key [B, R, D], before the step that reads by it: int64 [B, M], -1 where there are fewer; None: of no sample."""
-        if all(sample.index is None for sample in self.samples):
+        """Of key [B, R, D], before the step that reads by it: int64 [B, M], -1 where there are fewer; None: of no sample. There
+        are none of one whose lists are full: all its rows are compared."""
+        self._searched = [
+            b for b, sample in enumerate(self.samples) if sample.index is not None and self._lists[b, 0] >= 0
+        ]
+        if not self._searched:
             return None
         keys = key.detach().float().numpy()
-        for sample, of_sample, room in zip(self.samples, keys, self._room, strict=True):
-            sample.find(of_sample, self._count, room)
+        self._room[:] = -1
+        for b in self._searched:
+            self.samples[b].find(keys[b], self._count, self._room[b])
         return torch.from_numpy(self._room)
 
     def note(
@@ -229,12 +232,16 @@ class IndexedCall:
     ) -> None:
         """After a step that has read ``slots`` [B, R, K] of ``memory`` [B, N, D], and written to some, each [B, ...]."""
         samples = [(b, sample) for b, sample in enumerate(self.samples) if self._taken[b]]
-        searched = [b for b, sample in samples if sample.index is not None]
+        searched = [b for b in self._searched if self._taken[b]]
         if searched:
             if self.index.steps % AUDIT_EVERY == 0:
                 b = searched[self.index.steps // AUDIT_EVERY % len(searched)]
                 of_sample = [x[b : b + 1].detach() for x in (memory, key, sharpness, slots)]
-                self.index.audits.append(_audit(*of_sample, eps=self.eps))
+                audit = _audit(*of_sample, eps=self.eps)
+                if math.isfinite(
+                    audit[1]
+                ):  # no NaN among what was read, which would be in the average for long
+                    self.index.audits.append(audit)
             self.index.steps += 1
         changed = torch.cat([x.flatten(1) for x in written], 1).numpy()
         for b, sample in samples:

@@ -79,7 +79,7 @@ def least_used(usage: Tensor, n: int) -> Tensor:
     return torch.sort(usage.detach(), dim=-1, stable=True).indices[:, :n].contiguous()
 
 
-def _write(
+def write_slots(
     memory: Tensor,
     read_weights: Tensor,
     slots: Tensor,
@@ -116,7 +116,9 @@ def lrua_write(
     """See :func:`mann_fast.ops.lrua_write`."""
     slots = least_used(usage, read_weights.shape[1])
     dtype = memory.dtype
-    return _write(memory, read_weights, slots, write_vector.to(dtype), gate_logit.to(dtype), write_target)
+    return write_slots(
+        memory, read_weights, slots, write_vector.to(dtype), gate_logit.to(dtype), write_target
+    )
 
 
 def lrua_step(
@@ -139,7 +141,7 @@ def lrua_step(
     sharpness = None if sharpness is None else sharpness.to(dtype)
     if slots is None:
         slots = least_used(usage, key.shape[1])
-    written, write_weights = _write(memory, read_weights, slots, write_vector, gate_logit, write_target)
+    written, write_weights = write_slots(memory, read_weights, slots, write_vector, gate_logit, write_target)
     addressed = written if order == "write_first" else memory
     weights = torch.softmax(similarity(addressed, wide_key, sharpness, eps), dim=-1)  # eqs. 2-3
     read = (weights @ written).to(key.dtype)  # eq. 4

@@ -89,13 +89,13 @@ class SparseState(
         return self.initial(1, slots, size, heads, reads, dtype=memory.dtype, device=memory.device)
 
 
-def _rows(memory: Tensor, slots: Tensor) -> Tensor:
+def rows_of(memory: Tensor, slots: Tensor) -> Tensor:
     """The rows [B, R, K, D] of slots [B, R, K]."""
     places = slots.flatten(1).unsqueeze(2).expand(-1, -1, memory.shape[2])
     return memory.gather(1, places).unflatten(1, slots.shape[1:])
 
 
-def _cosine(rows: Tensor, key: Tensor, eps: float) -> Tensor:
+def cosine_of(rows: Tensor, key: Tensor, eps: float) -> Tensor:
     """Of rows [B, R or 1, K, D] with keys [B, R, D]: [B, R, K]. Summed over D in one order, as content.similarity is."""
     dot = (key.unsqueeze(2) * rows).sum(-1)
     norms = (key * key).sum(-1).unsqueeze(2) * (rows * rows).sum(-1)
@@ -107,15 +107,15 @@ def _read(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read, slots and weights, in memory's dtype."""
     if slots is None:  # a constant: nothing is kept of the slots that are not read
-        every = _cosine(memory.detach().unsqueeze(1), key.detach(), eps)
+        every = cosine_of(memory.detach().unsqueeze(1), key.detach(), eps)
         slots = torch.sort(every, dim=2, descending=True, stable=True).indices[:, :, :num_reads].contiguous()
-    read, weights = read_rows(_rows(memory, slots), key, sharpness, eps)
+    read, weights = read_rows(rows_of(memory, slots), key, sharpness, eps)
     return read, slots, weights
 
 
 def read_rows(rows: Tensor, key: Tensor, sharpness: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """What each head reads of rows [B, R, K, D], and with what weights [B, R, K]."""
-    cosine = _cosine(rows, key, eps)
+    cosine = cosine_of(rows, key, eps)
     weights = torch.softmax(cosine if sharpness is None else sharpness.unsqueeze(2) * cosine, dim=2)
     return (weights.unsqueeze(3) * rows).sum(2), weights
 

@@ -111,7 +111,7 @@ def _step(
     rows, row_weights = memory.gather(1, of_rows), read_weights.gather(2, of_weights)
     others = memory.scatter(1, of_rows, 0)
     nowhere = torch.full_like(slots, -1)
-    written, write_weights = reference._write(
+    written, write_weights = reference.write_slots(
         others, read_weights, nowhere, own_vector, own_gate, write_target
     )
     scores = similarity(others if read_first else written, own_key, own_sharpness, eps)
@@ -127,7 +127,7 @@ def _step(
     # The R least used slots of all, written and read by every rank alike.
     all_rows, all_weights, all_usage = (x.transpose(0, 1).reshape(batch, -1, x.shape[3]) for x in found[:3])
     chosen = reference.least_used(all_usage.squeeze(2), heads)
-    all_written, _ = reference._write(all_rows, all_weights.mT, chosen, vector, gate, write_target)
+    all_written, _ = reference.write_slots(all_rows, all_weights.mT, chosen, vector, gate, write_target)
     all_scores = similarity(all_rows if read_first else all_written, key, sharpness, eps)
     reads, sums, maxima = found[3:]
     maximum = torch.maximum(maxima.detach().amax(0), all_scores.detach().amax(2, keepdim=True))
@@ -138,7 +138,7 @@ def _step(
 
     # This rank's own, by its own copy of its rows: so that gradients need no other way back than that of `total`.
     chosen = chosen - group.rank() * heads  # of another rank: outside [0, R)
-    rows_written, row_write_weights = reference._write(
+    rows_written, row_write_weights = reference.write_slots(
         rows, row_weights, chosen, own_vector, own_gate, write_target
     )
     row_scores = similarity(rows if read_first else rows_written, own_key, own_sharpness, eps)

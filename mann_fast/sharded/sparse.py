@@ -17,7 +17,6 @@ from ..ops.sparse import (
     PUBLIC,
     SPARSE_READ,
     STEP_NAMES,
-    check_heads,
     check_num_reads,
     check_slots,
     check_threshold,
@@ -26,7 +25,7 @@ from ..reference import sparse as reference
 from ._collectives import Gathered, Mesh, Shared, group_of
 
 # A rank may have fewer slots than heads: what has to hold of all slots together is known after the collective.
-ARGUMENTS = tuple(replace(argument, heads_in=None) for argument in PUBLIC)
+ARGUMENTS = tuple(replace(x, heads_in=None if x.heads_in is None else "") for x in PUBLIC)
 NONE = -1  # in the place of a slot, where a rank has fewer than it may send
 LATEST = 1 << 62  # later than any clock, and exact as the float that pad takes it for
 
@@ -58,14 +57,13 @@ def sparse_read(
     """
     group = group_of(mesh)
     _checks.check_tensors(SPARSE_READ.arguments, SPARSE_READ.names[:3], (memory, key, sharpness))
-    check_heads("key", key)
     check_num_reads(num_reads, SIZE_MAX)
     _checks.check_eps(eps)
     wide_key, wide_sharpness = (None if x is None else x.to(memory.dtype) for x in (key, sharpness))
     assert wide_key is not None
     with _backend.without_autocast(memory.device.type):
         slots = _nearest(memory, wide_key, num_reads, eps, key.new_empty(len(key), 0, dtype=torch.int64))
-        rows = reference._rows(memory, slots.clamp(min=0))
+        rows = reference.rows_of(memory, slots.clamp(min=0))
         (all_rows,), (all_slots, sizes) = _exchanged(
             group, [rows], [slots, slots.new_tensor([memory.shape[1]])]
         )
@@ -116,7 +114,6 @@ def sparse_step(
     _checks.check_tuple("state", state, SparseState)
     tensors = (*state, key, write_vector, gate_logit, sharpness, write_gate_logit)
     _checks.check_tensors(ARGUMENTS, STEP_NAMES, (*tensors, *NO_SEQUENCES), steps=False)
-    check_heads("key", key)
     check_threshold(threshold)
     _checks.check_eps(eps)
     if isinstance(first_slot, bool) or not isinstance(first_slot, int):
@@ -161,7 +158,7 @@ def _step(
     old_rows, missing = memory.gather(1, of_rows), heads - old.shape[1]
     (near_rows, all_old_rows), (all_near, all_old, times, of_rank) = _exchanged(
         group,
-        [reference._rows(others, near.clamp(min=0)), pad(old_rows, (0, 0, 0, missing))],
+        [reference.rows_of(others, near.clamp(min=0)), pad(old_rows, (0, 0, 0, missing))],
         [
             near,
             pad(old, (0, missing), value=NONE),
@@ -227,7 +224,7 @@ def _read(
     rows: Tensor, slots: Tensor, key: Tensor, sharpness: Tensor | None, num_reads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read, slots and weights from what all ranks have sent, rows [B, R, M, D] of slots [B, R, M]."""
-    cosine = reference._cosine(rows.detach(), key.detach(), eps).masked_fill(slots == NONE, -torch.inf)
+    cosine = reference.cosine_of(rows.detach(), key.detach(), eps).masked_fill(slots == NONE, -torch.inf)
     by_number = torch.sort(slots, dim=2).indices
     order = torch.sort(cosine.gather(2, by_number), dim=2, descending=True, stable=True).indices
     best = by_number.gather(2, order[:, :, :num_reads])

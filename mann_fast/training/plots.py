@@ -64,7 +64,7 @@ def plot_learning_curve(
         values = [100 * record["heldout_accuracy"][k - 1] for record in records]
         colour = COLOURS.get(k, LAST)
         top.plot(
-            steps, values, color=colour, label=name_of_answer(config, k) + of_class, marker=_marker(steps)
+            steps, values, color=colour, label=name_of_answer(config, k) + of_class, marker=marker_of(steps)
         )
         bounds = [
             [100 * bound[k - 1] for bound in record.get("heldout_interval", ())] or None for record in records
@@ -83,7 +83,7 @@ def plot_learning_curve(
     if of_encoder:
         places = [record["step"] for record in of_encoder]
         losses = [record["pair_loss"] for record in of_encoder]
-        bottom.plot(places, losses, color=COLOURS[2], marker=_marker(places), label="encoder, of its pairs")
+        bottom.plot(places, losses, color=COLOURS[2], marker=marker_of(places), label="encoder, of its pairs")
     plot_loss(bottom, records, "loss (nats per image)")
     highest = max(record.get("loss", record.get("pair_loss")) for record in [*of_encoder, *records])
     bottom.set(ylim=(0, 1.08 * highest))
@@ -97,7 +97,7 @@ def plot_learning_curve(
 
 def axes_of_curve(curriculum: bool) -> list[Axes]:
     """For what is measured, for the loss below it, and for a curriculum where there is one."""
-    figure = _figure(8.5, 7.2 if curriculum else 6.0)
+    figure = new_figure(8.5, 7.2 if curriculum else 6.0)
     return list(
         figure.subplots(2 + curriculum, 1, sharex=True, height_ratios=(2, 1, 0.8) if curriculum else (2, 1))
     )
@@ -108,7 +108,7 @@ def draw_curriculum(
 ) -> None:
     """How much a run learned at once, over the steps of the axes above."""
     steps, sizes = zip(*((record["step"], record[name]) for record in records), strict=True)
-    axes.step(steps, sizes, color="#444444", marker=_marker(steps), label=label)
+    axes.step(steps, sizes, color="#444444", marker=marker_of(steps), label=label)
     above.set_xlabel("")
     axes.set(xlabel="training step", ylabel=name)
     axes.set_yscale("log", base=2)
@@ -161,7 +161,7 @@ def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None
     """Training loss over steps, the lower part of a learning curve."""
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
-    axes.plot(steps, losses, color="#444444", marker=_marker(steps), label="training loss")
+    axes.plot(steps, losses, color="#444444", marker=marker_of(steps), label="training loss")
     axes.set(xlabel="training step", ylabel=label, xlim=(0, None))
     whole_ticks(axes)
     draw_legend(axes)
@@ -183,7 +183,7 @@ def plot_accuracy(
     stream, episodes = config.layout == "stream", f"{accuracy.episodes:,} episodes"
     # Of a model that has examples first, the k-th image of a stream comes after k - 1 of its class.
     first = 1 if stream else 0
-    figure = _figure(7.0 + (1.0 + 0.8 * len(protocols) if protocols else 0), 4.4)
+    figure = new_figure(7.0 + (1.0 + 0.8 * len(protocols) if protocols else 0), 4.4)
     ratios = (6.0, 0.5 + 0.8 * len(protocols)) if protocols else (1,)
     axes, *beside = figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios, squeeze=False)[0]
     figure.suptitle(f"{title}:\naccuracy on {on}", wrap=True)
@@ -266,7 +266,7 @@ def plot_predictions(
     from PIL import Image
 
     shown = max(map(len, examples.values()))
-    figure = _figure(1.1 * (len(examples) + 1), 0.75 * (shown + len(images)) + 0.8)
+    figure = new_figure(1.1 * (len(examples) + 1), 0.75 * (shown + len(images)) + 0.8)
     cells = figure.subplots(shown + len(images), len(examples) + 1, squeeze=False)
     figure.suptitle(
         "above: the examples; below: the probability of each class\nframed: the answer, green where right, red where wrong",
@@ -312,7 +312,7 @@ def plot_episode(path: str | os.PathLike, images: Tensor, instance: Tensor, trac
         0.7 + 0.17 * classes,
         *[2.6] * (len(panels) - 1),
     )  # inches; images are squares
-    figure = _figure(width, sum(heights) + 0.3 * len(heights) + 1)
+    figure = new_figure(width, sum(heights) + 0.3 * len(heights) + 1)
     rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}: {int(trace.right.sum())} of {int(trace.asked.sum())} right", wrap=True)
     strip = images.permute(2, 0, 3, 1).reshape(size, steps * size, channels).squeeze(2)
@@ -400,7 +400,7 @@ def draw_steps(
     return axes.figure.colorbar(drawn, ax=axes, pad=0.01, label=label)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """A figure of its own, apart from pyplot's global state and from any display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -410,7 +410,7 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _marker(steps: Sequence[int]) -> str:
+def marker_of(steps: Sequence[int]) -> str:
     return "." if len(steps) < 30 else ""
 
 

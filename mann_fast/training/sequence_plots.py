@@ -13,13 +13,13 @@ from .files import replacing
 from .plots import (
     WRONG,
     Colours,
-    _figure,
-    _marker,
     axes_of_curve,
     draw_band,
     draw_curriculum,
     draw_legend,
     draw_steps,
+    marker_of,
+    new_figure,
     plot_loss,
     readable_log,
     slot_panels,
@@ -54,7 +54,7 @@ def plot_sequence_curve(
     figure = top.figure
     for name in records[-1]["test_error"]:
         values = [record["test_error"][name] for record in records]
-        (line,) = top.plot(steps, values, label=name, marker=_marker(steps))
+        (line,) = top.plot(steps, values, label=name, marker=marker_of(steps))
         draw_band(
             top, steps, [record.get("test_interval", {}).get(name) for record in records], line.get_color()
         )
@@ -76,7 +76,7 @@ def plot_answers(
     path: str | os.PathLike, results: Sequence[SizeResult], config: SequenceConfig, title: str
 ) -> None:
     """Errors at the 1st, 2nd, ... answer, a line for each size; where it is known beside the best possible."""
-    figure = _figure(8.0, 4.4)
+    figure = new_figure(8.0, 4.4)
     axes = figure.subplots()
     for result in results:
         axes.plot(range(1, result.answers + 1), result.by_answer, label=result.name, linewidth=1.4)
@@ -113,7 +113,7 @@ def plot_sequence(path: str | os.PathLike, trace: SequenceTrace, config: Sequenc
             for name, drawn, colours in slot_panels(trace.slots)
         ]
     heights = [0.7 + 0.1 * values.shape[1] if values.shape[1] <= 16 else 2.6 for _, values, *_ in panels]
-    figure = _figure(min(max(7.0, 0.09 * len(trace.inputs) + 3), MOST_WIDE), sum(heights) + 1.6)
+    figure = new_figure(min(max(7.0, 0.09 * len(trace.inputs) + 3), MOST_WIDE), sum(heights) + 1.6)
     rows = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     figure.suptitle(f"{title}\n{trace.name}: {trace.error:.3g} {unit(config)}", wrap=True)
     wanted = (trace.targets, trace.outputs * trace.answered.unsqueeze(1))
