@@ -33,6 +33,7 @@ from mann_fast.training import (
     InstanceAccuracy,
     TrainConfig,
     load_checkpoint,
+    plots,
     restore_model,
     resume_run,
     start_run,
@@ -132,8 +133,8 @@ def test_train_prints_a_table_and_says_where_its_files_are(capsys, tmp_path, pic
     assert "4th" not in printed
     for name in ("checkpoint.pt", "curve.png", "metrics.jsonl"):
         assert f"{out / name}" in printed
-    assert "3-way: 20 classes to train on, 3 held out" in err  # 5 drawings, turned four ways
-    assert re.search(r"step 7/7 +loss \d\.\d+ 1st \d+% 2nd \d+% +0:00:00 left", err)
+    assert "3-way: 5 classes to train on (20 with those turned), 3 held out" in err
+    assert re.search(r"step 7/7 +loss \d\.\d+ 1st \d+% 2nd \d+% 3rd \d+% +0:00:00 left", err)
     assert "learning did not start: the 2nd image of a class is right" in err
 
 
@@ -184,7 +185,7 @@ def interrupted(number, pictures, out):
     )
     try:
         lines = iter(process.stderr.readline, "")
-        assert any("classes to train on," in line for line in lines)  # it trains now
+        assert any("held out," in line for line in lines)  # it trains now
         time.sleep(1)  # for some steps, though none would do
         process.send_signal(number)
         printed, err = process.communicate(timeout=120)
@@ -422,14 +423,20 @@ def test_predict_gives_each_image_a_probability_per_class(capsys, run_folder, su
         probabilities = prediction["probabilities"]
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert prediction["class"] == max(probabilities, key=probabilities.get)
+        assert list(prediction["deviations"]) == list(probabilities)
+        assert all(0 < deviation < 0.5 for deviation in prediction["deviations"].values())
     assert call(capsys, "predict", *arguments, "--json")[1] == printed
     assert call(capsys, "predict", *arguments, "--json", "--seed", 1)[1] != printed
 
     status, table, _ = call(capsys, "predict", *arguments)
     assert status == 0
     assert table.count("*") == 3  # one in the title, one for each image
-    for p in result["predictions"][0]["probabilities"].values():
-        assert f"{p:.1%}" in table
+    first = result["predictions"][0]
+    for p, deviation in zip(first["probabilities"].values(), first["deviations"].values(), strict=True):
+        assert f"{p:.0%} ± {100 * deviation:.0f}" in table
+    alone = json.loads(call(capsys, "predict", *arguments, "--json", "--orders", 1)[1])
+    assert set(alone["predictions"][0]["deviations"].values()) == {0}
+    assert "±" not in call(capsys, "predict", *arguments, "--orders", 1)[1]
 
 
 def test_predict_reads_drawings_as_ink_and_photographs_as_they_are(
@@ -480,6 +487,36 @@ def test_predict_skips_unreadable_examples_and_names_them(run_folder, support):
     )
 
 
+def test_predict_finds_examples_as_train_finds_classes(capsys, run_folder, support, tmp_path):
+    def predict(folder, *options):
+        image = support / "class0" / "0.png"
+        return call(capsys, "predict", "--checkpoint", run_folder, "--support", folder, image, *options)
+
+    for alphabet in ("A", "B"):
+        shutil.copytree(support / "class0", tmp_path / "alphabets" / alphabet / "character01")
+        shutil.copytree(support / "class1", tmp_path / "parts" / "train" / alphabet)
+        shutil.copytree(support / "class1", tmp_path / "deep" / alphabet / "images")
+    shutil.copytree(support / "class2", tmp_path / "alphabets" / "B" / "character02")
+    shutil.copytree(tmp_path / "parts" / "train", tmp_path / "parts" / "test")
+    for folder, names in (
+        ("alphabets", ["A/character01", "B/character01", "B/character02"]),
+        ("parts/train", ["A", "B"]),
+        ("deep", ["A", "B"]),
+    ):
+        status, printed, _ = predict(tmp_path / folder, "--json")
+        assert status == 0 and list(json.loads(printed)["classes"]) == names
+    status, _, err = predict(tmp_path / "parts")
+    assert_one_line_error(status, err, "--support", "give one of these instead (test, train)")
+    for picture in (support / "class1").iterdir():
+        picture.unlink()
+    (support / "class1" / "1.xyz").write_text("of no kind that is read")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = predict(support)
+    assert status == 2 and "class 'class1' has no readable image" in err.splitlines()[-1]
+    assert "only 1 file that cannot be read as images (1 .xyz); put at least one" in err.splitlines()[-1]
+
+
 # Mistakes
 
 
@@ -525,10 +562,11 @@ def mistakes(run_folder, support, tmp_path):
         "absent image": ([*predict, support, tmp_path / "none.png"], ["none.png"]),
         "folder for image": ([*predict, support, support], ["folder"]),
         "absent support": ([*predict, tmp_path / "none", image], ["none", "one sub-folder"]),
-        "empty support": ([*predict, tmp_path / "empty", image], ["0 sub-folders"]),
+        "empty support": ([*predict, tmp_path / "empty", image], ["--support", "no sub-folder with images"]),
         "class without images": ([*predict, unreadable, image], ["class1", "at least one example"]),
         "too many classes": ([*predict, many, image], ["4 classes", "3 apart", "--ways 4"]),
         "no orders": ([*predict, support, image, "--orders", "0"], ["orders"]),
+        "no views": ([*predict, support, image, "--views", "0"], ["views", "at least 1, got 0"]),
     }
 
 
@@ -536,7 +574,7 @@ NAMES = [
     "no data", "no out", "absent data", "empty data", "bad number", "bad setting", "bad choice", "run exists",
     "nothing to resume", "out is a file", "no command", "unknown command", "unknown option", "no checkpoint",
     "not a checkpoint", "one episode", "no images", "absent image", "folder for image", "absent support",
-    "empty support", "class without images", "too many classes", "no orders",
+    "empty support", "class without images", "too many classes", "no orders", "no views",
 ]  # fmt: skip
 
 
@@ -610,6 +648,20 @@ def test_every_command_has_help_with_an_example(capsys, command):
     status, printed, _ = call(capsys, command, "--help")
     assert status == 0
     assert re.search(rf"examples?:\n  mann-fast {command}", printed)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "show"])
+def test_help_names_the_layouts_of_data(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "1000")  # no word is parted
+    words = " ".join(call(capsys, command, "--help")[1].split())
+    for layout in (
+        "a sub-folder of images per class",
+        "train/",
+        "train.csv",
+        "a .csv alone",
+        ".npz of MedMNIST",
+    ):
+        assert layout in words
 
 
 def test_the_examples_in_the_help_can_be_parsed(capsys):
@@ -837,8 +889,10 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     assert content["model"]["config"]["image_shape"] == [3, 16, 16]
     assert call(capsys, "show", "--checkpoint", out, "--out", tmp_path / "episode.png")[0] == 0
     images = sorted((support / "class1").glob("*.png"))
-    status, printed, _ = call(capsys, "predict", "--checkpoint", out, "--support", support, *images, "--json")
+    asked = ["predict", "--checkpoint", out, "--support", support, *images, "--json"]
+    status, printed, _ = call(capsys, *asked)
     assert status == 0 and len(json.loads(printed)["predictions"]) == len(images)
+    assert call(capsys, *asked, "--views", 8)[1] == printed != call(capsys, *asked, "--views", 1)[1]
     many = write_pictures(tmp_path / "many", classes=3, images=16, seed=9)
     measured = ["--checkpoint", out, "--data", many, "--episodes", 2, "--protocol", "2-way-1-shot"]
     status, printed, _ = call(capsys, "evaluate", *measured, "--views", 2)
@@ -851,7 +905,7 @@ def test_train_with_an_encoder_in_colour_then_show_and_predict(capsys, tmp_path,
     assert status == 2 and "encoder must be 'none' with model lstm" in errors
 
 
-def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
+def test_evaluate_by_protocol(capsys, monkeypatch, tmp_path, run_folder):
     arguments = ["--checkpoint", run_folder, "--episodes", 5, "--out", tmp_path]
     status, _, errors = call(capsys, "evaluate", *arguments, "--protocol", "2-way-1-shot")
     assert status == 2 and "2-way-1-shot cannot be measured: a class needs 16 images" in errors
@@ -867,6 +921,12 @@ def test_evaluate_by_protocol(capsys, tmp_path, run_folder):
     of_glyphs = [*arguments, "--data", "glyphs", "--protocol", "3-way-2-shot"]
     status, printed, errors = call(capsys, "evaluate", *of_glyphs, "--orders", 3)
     assert status == 0 and "An answer is the mean over 3 orders of the examples." in printed
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_accuracy", lambda *arguments, **options: drawn.update(options))
+    status, _, _ = call(capsys, "evaluate", *of_glyphs, "--streams", 2)
+    assert status == 0 and drawn["on"] == "200 classes of glyphs"
+    assert [found["protocol"] for found in drawn["protocols"]] == ["3-way-2-shot"]
+    assert drawn["streams"]["ways"] == 2
     status, _, errors = call(capsys, "evaluate", *of_glyphs, "--orders", 0)
     assert status == 2 and "--orders must be at least 1, got 0" in errors
     status, _, errors = call(capsys, "evaluate", *arguments, "--orders", 2)

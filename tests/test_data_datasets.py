@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import shutil
 import warnings
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mann_fast.data import ClassImages, load_dataset, load_npz, split_classes
-from mann_fast.data.datasets import heldout_glyphs
+from mann_fast.data import ClassImages, load_dataset, load_folder, load_npz, split_classes
+from mann_fast.data.datasets import TooFewClasses, heldout_glyphs
 
 
 def classes_named(names, images=1):
@@ -130,9 +132,35 @@ def test_a_split_that_others_have_made_is_kept(tmp_path, train, others, tested):
     write_classes(tmp_path / train, ["a", "b"], value=250)
     for part in others:
         write_classes(tmp_path / part, [f"{part}1", f"{part}2"], value=250)
-    data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)
+    with pytest.warns(UserWarning, match="only 2 classes to train on"):
+        data = load_dataset(tmp_path, ways=2, shots=2, image_size=4)
     assert data.train.names == ("a", "b") and data.test.names == (f"{tested}1", f"{tested}2")
     assert data.kind == "folder" and data.train.inverted and data.test.inverted
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_part_with_too_few_classes_is_named(tmp_path, lists):
+    for part, names in (("train", "abc"), ("test", "de")):
+        folder = tmp_path / ("images" if lists else part)
+        write_classes(folder, names)
+        if lists:
+            lines = [f"{name}/{i}.png,{name}\n" for name in names for i in range(2)]
+            (tmp_path / f"{part}.csv").write_text("".join(lines))
+    load = partial(load_dataset, tmp_path, shots=2, image_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an error says it all
+        with pytest.raises(
+            TooFewClasses, match=r"test\S* has 2 classes, .* \(--ways\): add .* to 2"
+        ) as found:
+            load(ways=3)
+    assert found.value.classes.names == tuple("abcde")
+    with pytest.warns(UserWarning, match="only 3 classes to train on"):
+        load(ways=2)
+    if not lists:
+        for name in "ab":
+            shutil.rmtree(tmp_path / "train" / name)
+        with pytest.raises(TooFewClasses, match=r"train has 1 class, .* \(--ways\): add classes there$"):
+            load(ways=2)
 
 
 def test_parts_that_share_classes_are_put_together(tmp_path):
@@ -153,6 +181,47 @@ def test_alphabets_of_characters_are_classes(tmp_path):
     assert sorted(data.train.names + data.test.names) == [
         f"{alphabet}/character0{n}" for alphabet in ("Greek", "Latin") for n in (1, 2)
     ]
+
+
+def test_stray_images_beside_folders_of_classes_hide_none(tmp_path):
+    for alphabet in ("Greek", "Latin"):
+        write_classes(tmp_path / alphabet, ["character01", "character02"], images=3)
+    shutil.copy(tmp_path / "Greek" / "character01" / "0.png", tmp_path / "Greek" / "preview.png")
+    names = tuple(f"{alphabet}/character0{n}" for alphabet in ("Greek", "Latin") for n in (1, 2))
+    said = "passed over Greek.preview.png, which lies beside folders of classes"
+    for least in (1, 3):
+        with pytest.warns(UserWarning, match=said) as warned:
+            assert load_folder(tmp_path, image_size=4, min_images=least).names == names
+        assert len(warned) == 1
+    write_classes(tmp_path, ["another"], images=3)  # a class of its own
+    assert quiet(lambda: load_folder(tmp_path, image_size=4)).names == (*names, "another")
+    # Folders beside enough images are no classes, nor are they where a class has too few.
+    write_classes(tmp_path / "photos", ["cat", "dog"], images=3)
+    write_classes(tmp_path / "photos" / "cat", ["thumbnails"], images=3)
+    assert load_folder(tmp_path / "photos", image_size=4).names == ("cat", "dog")
+    with pytest.raises(ValueError, match="at least 4 images: 'cat' has 3, 'dog' has 3"):
+        load_folder(tmp_path / "photos", image_size=4, min_images=4)
+
+
+def test_a_file_of_data_in_a_folder_is_to_be_given_itself(tmp_path):
+    for name in ("pathmnist.npz", "labels.csv"):
+        folder = tmp_path / name[:3]
+        folder.mkdir()
+        (folder / name).write_text("")
+        with pytest.raises(ValueError, match=rf"has no sub-folder .*; give the file itself \({name}\)"):
+            load_dataset(folder)
+    write_classes(tmp_path / "lab", ["images"])
+    with pytest.raises(ValueError, match=r"one folder, images, and labels.csv beside it: .* the file itself"):
+        load_dataset(tmp_path / "lab", shots=2)
+
+
+def test_a_folder_that_all_classes_have_is_not_in_their_names(tmp_path):
+    for name in ("n01", "n02"):
+        write_classes(tmp_path / name, ["images"])
+        (tmp_path / name / "boxes.txt").write_text("")
+    assert load_folder(tmp_path, image_size=4).names == ("n01", "n02")
+    write_classes(tmp_path / "n02", ["more"])
+    assert load_folder(tmp_path, image_size=4).names == ("n01/images", "n02/images", "n02/more")
 
 
 def quiet(call):

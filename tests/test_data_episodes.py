@@ -318,6 +318,7 @@ def test_a_pair_one_step_late_is_the_same_episode_with_every_image_once_more(lab
     ("options", "message"),
     [
         ({"ways": 4}, "need at least 4 classes, got 3"),
+        ({"num_labels": 1}, "num_labels must be an integer of at least ways = 2, got 1"),
         ({"shots": 4}, "at least 4 images: 'c1' has 3, 'c2' has 2; add images or lower shots"),
         ({"ways": 0}, "ways must be a positive integer, got 0"),
         ({"shots": 0}, "shots must be a positive integer, got 0"),

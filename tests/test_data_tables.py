@@ -1,9 +1,12 @@
 """Images that a CSV file or a data set in Python lists."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from mann_fast.cli import main
 from mann_fast.data import Episodes, load_csv, load_dataset, load_folder, load_pairs
@@ -101,11 +104,15 @@ def test_a_label_is_not_guessed(mini):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b"gone.png,a\nn0000.png,a\n", FileNotFoundError, "gone.png in line 1"),  # no names of columns
+        (
+            b"gone.png,a\nlost.png,a\n",
+            FileNotFoundError,
+            "gone.png in line 1 .*, nor do the 1 others",
+        ),  # no names of columns
         (b"file,label\n,a\n", ValueError, "line 2 of .* must have a file and its label, got ,a"),
         (b"n0000.png,\xe4\n", ValueError, "train.csv must be text in UTF-8"),
         (b"n0000.png,a\n" + b"x" * 200_000, ValueError, "line 2 of .* cannot be read: field larger than"),
-        (b"n0000.png,a\n" + b"x" * 5_000 + b",a", FileNotFoundError, "x{200} in line 2 of .* does not exist"),
+        (b"file,label\n" + b"x" * 5_000 + b",a", FileNotFoundError, "x{200} in line 2 of .* does not exist"),
     ],
 )
 def test_what_is_no_list_is_one_line(mini, content, error, message):
@@ -141,9 +148,11 @@ def test_the_command_line_trains_on_lists(mini, tmp_path, capsys):
 
 def test_what_a_list_lacks_is_said_by_its_line(mini):
     train = mini / "train.csv"
-    train.write_text("filename,label\nn0000.png,a\ngone.png,b\n")
-    with pytest.raises(FileNotFoundError, match=r"gone.png in line 3 of .*train.csv does not exist"):
-        load_csv(train)
+    train.write_text("label,filename\nb,gone.png\na,n0000.png\na,lost.png\n")
+    said = r"skipped 2 missing image files of .*train.csv: gone.png in line 2, lost.png in line 4"
+    with pytest.warns(UserWarning, match=said):
+        found = load_csv(train)
+    assert found.names == ("a", "b") and found.counts.tolist() == [1, 0]  # as of files that cannot be read
     train.write_text("n0000.png,a\nn0001.png\n")
     with pytest.raises(
         ValueError, match=r"line 2 of .*train.csv must have a file and its label, got n0001.png"
@@ -199,6 +208,19 @@ def test_a_part_of_a_data_set_has_the_names_of_the_whole():
     assert load_pairs(part, image_size=8).names == ("ro", "mu")
 
 
+def test_parts_put_together_have_the_names_of_each():
+    half = Pairs([(picture(at, (8, 8)), at) for at in range(2)], ["ka", "ro"])
+    assert load_pairs(ConcatDataset([half, half]), image_size=8).names == ("ka", "ro")
+    unnamed = Pairs(half.items)
+    assert load_pairs(ConcatDataset([half, unnamed]), image_size=8).names == ("label00", "label01")
+
+
+def test_labels_are_those_that_a_learner_takes():
+    labels = [("b", 2), 0.5, "x", 3.0, ("a", 1), 2]
+    found = load_pairs([(picture(at, (8, 8)), label) for at, label in enumerate(labels)], image_size=8)
+    assert found.names == ("0.5", "label02", "label03", "x", "('a', 1)", "('b', 2)")
+
+
 def test_episodes_of_a_data_set():
     items = [(picture(at, (8, 8)), np.int64(at % 12)) for at in range(48)]
     data = load_dataset(Pairs(items), image_size=8, colour=True, ways=3, shots=4)
@@ -223,10 +245,12 @@ def test_dark_ink_is_inverted_as_in_a_folder():
     [
         (3, TypeError, "dataset must have a length and items, got int"),
         ([np.zeros((4, 4))], TypeError, r"dataset\[0\] must be an image and its label, got ndarray"),
+        ([(np.zeros((4, 4)), [1])], TypeError, r"label of dataset\[0\] must be hashable, got list"),
+        ([(np.zeros((4, 4)), math.nan)], ValueError, r"label of dataset\[0\] must be a label, got nan"),
         (
-            [(np.zeros((4, 4)), 0.5)],
-            TypeError,
-            r"label of dataset\[0\] must be an integer or a string, got float",
+            ConcatDataset([Pairs([(np.eye(4), 0)], ["a", "b"]), Pairs([(np.eye(4), 0)], ["b", "a"])]),
+            ValueError,
+            "parts of the same classes",
         ),
         ([(np.zeros(3), 1)], ValueError, r"dataset\[0\] cannot be read as an image"),
         (Pairs([(np.eye(4), 0), (np.eye(4), 1)], ["a", "a"]), ValueError, "each label a name of its own"),

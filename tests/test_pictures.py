@@ -21,6 +21,7 @@ from mann_fast.training.plots import (
     plot_episode,
     plot_learning_curve,
     plot_predictions,
+    shown_instances,
 )
 from mann_fast.training.sequence_plots import plot_answers, plot_sequence, plot_sequence_curve
 from mann_fast.training.sequences import SequenceTrace, SizeResult, task_of
@@ -238,8 +239,62 @@ def test_long_titles_of_images_are_not_cut(drawn, tmp_path):
     plot_accuracy(tmp_path / "a.png", InstanceAccuracy(2, [0.1, 0.2], [0.0, 0.1], [0.2, 0.3]), config, title)
     line = {"loss": 0.6, "heldout_accuracy": [0.5, 0.5], "heldout_interval": [[0.4, 0.6]] * 2}
     plot_learning_curve(tmp_path / "b.png", [{"step": step, **line} for step in (1, 2)], config, title)
-    for figure in drawn:
-        assert_whole(figure, figure.axes[0].title)
+    assert_whole(drawn[0], drawn[0]._suptitle)
+    assert_whole(drawn[1], drawn[1].axes[0].title)
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3, 4, 10, 20])
+def test_a_learning_curve_has_the_last_image_too(drawn, tmp_path, shots):
+    shown = shown_instances(shots)
+    assert shown == (1, 2, 5, 10, 20)[: len(shown) - 1] + (shots,)
+    config = TrainConfig.of("none", "support", data="omniglot", shots=shots)
+    line = {
+        "loss": 0.6,
+        "heldout_accuracy": [0.5] * shots,
+        "heldout_interval": [[0.4] * shots, [0.6] * shots],
+    }
+    plot_learning_curve(tmp_path / "c.png", [{"step": step, **line} for step in (1, 2)], config, "a title")
+    lines = {line.get_label(): line.get_color() for line in drawn[0].axes[0].lines}
+    assert list(lines)[:-1] == [f"{k}-shot" for k in shown]
+    assert len(set(lines.values())) == len(lines)
+
+
+@pytest.mark.parametrize("layout", ["stream", "support"])
+@pytest.mark.parametrize("ways", [5, 3])
+def test_what_else_was_measured_is_in_the_picture(drawn, tmp_path, layout, ways):
+    def found(count):
+        return {"episodes": 40, "mean": [0.5] * count, "low": [0.4] * count, "high": [0.7] * count}
+
+    config = TrainConfig.of("none", layout, data="omniglot", ways=5, shots=3)
+    streams = {"ways": ways, "orders": 1, "views": 1, **found(10)}
+    protocols = [
+        {"protocol": "5-way-1-shot", "mean": 0.6, "low": 0.5, "high": 0.8, "episodes": 40},
+        {"protocol": "2-way-1-shot", "mean": 0.9, "low": 0.8, "high": 0.95, "episodes": 40},
+    ]
+    accuracy = InstanceAccuracy(**found(3))
+    plot_accuracy(tmp_path / "plain.png", accuracy, config, "a title")
+    measured = {"streams": streams, "protocols": protocols, "on": "30 classes of photos"}
+    plot_accuracy(tmp_path / "one.png", accuracy, config, "a title", protocols=protocols[:1])
+    plot_accuracy(tmp_path / "all.png", accuracy, config, "a title", **measured)
+    plain, one, everything = drawn
+    assert_whole(one, one.axes[1].title)
+    assert len(plain.axes) == 1 and plain._suptitle.get_text().endswith("accuracy on held-out classes")
+    assert everything._suptitle.get_text() == "a title:\naccuracy on 30 classes of photos"
+    axes, beside = everything.axes
+    assert_whole(everything, everything._suptitle, beside.title)
+    lines = {line.get_label(): line.lines[0].get_xydata().tolist() for line in axes.containers}
+    first = 1 if layout == "stream" else 0  # of a query those before it are examples
+    usual = "as in training" if layout == "stream" else "support and queries"
+    assert lines == {
+        f"5-way, {usual}, 40 episodes": [[k, 50] for k in (1, 2, 3)],
+        f"streams of {ways} classes, 40 of them": [[k, 50] for k in range(first, first + 10)],
+    }
+    guesses = [line.get_label() for line in axes.lines if line.get_label().startswith("chance")]
+    assert guesses == (
+        ["chance (20%)"] if ways == 5 else ["chance, 5 classes (20%)", "chance, 3 classes (33.3%)"]
+    )
+    assert [label.get_text() for label in beside.get_xticklabels()] == ["5-way\n1-shot", "2-way\n1-shot"]
+    assert [bar.lines[0].get_ydata().tolist() for bar in beside.containers] == [[60], [90]]
 
 
 def test_answers_are_framed_by_whether_they_are_right(drawn, tmp_path):

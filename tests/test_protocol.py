@@ -86,7 +86,7 @@ def test_what_cannot_be_measured_is_said():
     config = TrainConfig(ways=5, image_size=2)
     for protocol, classes, why in (
         (Protocol(20, 1), constant_images(25, 20), "trained to tell 5 classes apart"),
-        (Protocol(5, 1), constant_images(4, 20), "there are 4 classes"),
+        (Protocol(5, 1), constant_images(4, 20), "it takes 5 classes, and there are 4"),
         (
             Protocol(5, 6),
             constant_images(8, 20),
@@ -193,7 +193,7 @@ def test_streams_that_cannot_be_measured():
     config = TrainConfig(ways=5, image_size=2)
     for ways, classes, why in (
         (6, constant_images(8, 10), "the model was trained to tell 5 classes apart"),
-        (5, constant_images(4, 10), "there are 4 classes to measure on"),
+        (5, constant_images(4, 10), "it takes 5 classes, and there are 4 to measure on"),
         (5, constant_images(8, 9), "a class needs 10 images and one has 9"),
     ):
         assert obstacle_to_streams(ways, config, classes) == why

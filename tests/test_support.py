@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from mann_fast.training.recall import recall
 from mann_fast.training.support import (
     make_episodes,
     measure_accuracy,
+    measured_ways,
     sample_support,
     support_accuracy,
     ways_of_step,
@@ -242,6 +244,36 @@ def test_a_model_is_trained_resumed_measured_shown_and_used_as_support_says(tmp_
     picture = tmp_path / "episode.png"
     assert cli.main(["show", *checkpoint, "--out", str(picture)]) == 0
     assert re.search(r"\d of 3 right", capsys.readouterr().out) and picture.stat().st_size > 1000
+
+    few = tmp_path / "few"
+    for name in ("class00", "class05"):
+        shutil.copytree(tmp_path / "pictures" / name, few / name)
+    asked = ["--data", str(few), "--protocol", "all"]
+    assert cli.main(["evaluate", *checkpoint, *asked, "--episodes", "3", "--streams", "2"]) == 0
+    said = capsys.readouterr()
+    assert "2-way: the data has 2 classes, and the model was trained to tell up to 3 apart" in said.err
+    assert "on few, 2-way, support" in said.out and "5 queries of each of 2 classes" in said.out
+    found = json.loads((whole / "evaluation.json").read_text())
+    assert (found["ways"], found["chance"], found["heldout_classes"]) == (2, 0.5, 2)
+    assert cli.main(["show", *checkpoint, "--data", str(few), "--out", str(picture)]) == 0
+    assert re.search(r"\d of 2 right", capsys.readouterr().out)
+    shutil.rmtree(few / "class05")
+    assert cli.main(["evaluate", *checkpoint, *asked]) == 2
+    assert "takes at least 2 classes to tell apart, and there is 1" in capsys.readouterr().err
+
+
+def test_fewer_classes_are_measured_with_any_of_the_labels_and_a_stream_says_what_it_takes():
+    classes = generate_glyphs(4, 7, image_size=8)
+    assert measured_ways(CONFIG, classes) == 4 and measured_ways(replace(CONFIG, ways=3), classes) == 3
+    few = make_episodes(CONFIG, classes, seed=0, ways=4)
+    drawn = sample_support(few, 30, ways=4, shots=1)
+    assert {len(labels.unique()) for labels in drawn.shown.T} == {4}
+    assert set(drawn.targets.unique().tolist()) == set(range(6))
+    stream = replace(CONFIG, layout="stream", shots=3)
+    with pytest.raises(
+        ValueError, match="streams of 6 classes at a time .* at least 6 classes, and there are 4"
+    ):
+        measured_ways(stream, classes)
 
 
 def test_a_learner_shows_examples_as_the_model_was_trained(tmp_path, episodes, model):

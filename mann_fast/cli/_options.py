@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from ..models.encoders import make_own
 from ..training import TrainConfig
 from ..training.checkpoint import PRETRAINED, SHIPPED, checkpoint_path
 from ..training.features import encode_classes, encoder_of
-from ..training.support import images_of_class, make_episodes
+from ..training.support import images_of_class, make_episodes, measured_ways
 from ..training.trainer import fingerprint
+
+LAYOUTS_OF_DATA = (
+    "a path: a folder with a sub-folder of images per class, or with train/, val/ and test/ of such, or with lists of files "
+    "and labels, train.csv, val.csv and test.csv; a .csv alone; an .npz of MedMNIST; Omniglot's own folder"
+)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +61,8 @@ def add_heldout_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="glyphs, omniglot, or a folder (default: what the model was trained on); "
-        "only its held-out classes are used, of a folder that is not the training data all",
+        help=f"glyphs, omniglot, or {LAYOUTS_OF_DATA} (default: what the model was trained on). Of the data that it was "
+        "trained on, of glyphs and of omniglot the held-out classes are taken, of other data all",
     )
 
 
@@ -65,7 +71,7 @@ def heldout_episodes(
 ) -> Episodes:
     """Episodes of the configured kind from classes that the model of a checkpoint was not trained on: the held-out ones of
     its data; of another folder of images all. Of what the model reads, so of features where it was trained with a backbone,
-    unless ``encoded`` is False.
+    unless ``encoded`` is False. Where there are fewer classes than the model's ways, and it can be measured on fewer, of all.
     """
     config = content["config"]
     with warnings.catch_warnings():
@@ -73,7 +79,19 @@ def heldout_episodes(
         classes = unseen_classes(content, source)
     if encoded and (encoder := encoder_of(content)):
         classes = encode_classes(classes, encoder)
-    return make_episodes(config, classes, seed=seed)
+    return make_episodes(config, classes, seed=seed, ways=measured_ways(config, classes))
+
+
+def as_measured(config: TrainConfig, episodes: Episodes) -> TrainConfig:
+    """The settings with the ways of the episodes, for titles and chance; fewer than the model's are said."""
+    if episodes.ways == config.ways:
+        return config
+    print(
+        f"mann-fast: {episodes.ways}-way: the data has {episodes.classes.num_classes} classes, and the model was trained to "
+        f"tell up to {config.ways} apart",
+        file=sys.stderr,
+    )
+    return replace(config, ways=episodes.ways, curriculum=0)
 
 
 def unseen_classes(content: dict[str, Any], source: str | None) -> ClassImages:

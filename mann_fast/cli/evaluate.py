@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data import ClassImages
 from ..data.babi import load_babi
-from ..data.images import expand_user
+from ..data.images import counted, expand_user
 from ..training import BabiConfig, SequenceConfig, TrainConfig, load_checkpoint, restore_model
 from ..training.babi import measure_babi
 from ..training.checkpoint import SHIPPED
@@ -29,7 +29,7 @@ from ..training.protocol import (
 )
 from ..training.sequences import measure
 from ..training.support import measure_accuracy
-from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
+from ._options import add_checkpoint, add_heldout_data, as_measured, heldout_episodes, say_which_model
 
 EXAMPLE = """\
 examples:
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         return evaluate_babi(args, content)
     source = args.data or config.data
     episodes = heldout_episodes(content, args.data, args.seed)
+    measured = as_measured(config, episodes)
     protocols = chosen_protocols(args.protocol, config, episodes.classes)
     if args.streams and (why := obstacle_to_streams(args.streams, config, episodes.classes)):
         raise ValueError(f"--streams {args.streams} cannot be measured: {why}")
@@ -146,8 +147,11 @@ def run(args: argparse.Namespace) -> int:
             streams = {**averages, **by_instance.to_dict()}
 
     picture = out_folder(args) / "evaluation.png"
-    title = describe(config, source)
-    plot_accuracy(picture, accuracy, config, title)
+    title = describe(measured, source)
+    on = (
+        f"{counted(classes, 'class', 'classes')} of {name_of(args.data)}" if args.data else "held-out classes"
+    )
+    plot_accuracy(picture, accuracy, measured, title, on=on, streams=streams, protocols=by_protocol)
     result = {
         "checkpoint": str(args.checkpoint),
         "step": content["step"],
@@ -155,24 +159,30 @@ def run(args: argparse.Namespace) -> int:
         "heldout_classes": classes,
         "seed": args.seed,
         "heldout_accuracy": accuracy.to_dict(),
-        "chance": config.chance,
+        "ways": measured.ways,
+        "chance": measured.chance,
         "protocols": by_protocol,
         "streams": streams,
         "picture": str(picture),
     }
     from ._report import print_accuracy, print_protocols, print_streams
 
-    measured = f"{classes} {'classes' if args.data else 'held-out classes'}, {args.episodes:,} episodes"
-    heading = f"{title}, step {content['step']}: {measured}"
+    counts = f"{classes} {'classes' if args.data else 'held-out classes'}, {args.episodes:,} episodes"
+    heading = f"{title}, step {content['step']}: {counts}"
 
     def tables() -> None:
-        print_accuracy(accuracy, config, heading)
+        print_accuracy(accuracy, measured, heading)
         if by_protocol:
             print_protocols(by_protocol, config)
         if streams:
             print_streams(streams, config)
 
     return report(args, result, tables)
+
+
+def name_of(source: str) -> str:
+    """Data in a word, for a title."""
+    return source if source in ("glyphs", "omniglot") else Path(source).resolve().name
 
 
 def chosen_protocols(text: str | None, config: TrainConfig, classes: ClassImages) -> list[Protocol]:

@@ -15,7 +15,7 @@ from ..training.loop import describe
 from ..training.sequences import trace_sequence
 from ..training.support import as_stream, sample_support
 from ..training.trace import trace
-from ._options import add_checkpoint, add_heldout_data, heldout_episodes, say_which_model
+from ._options import add_checkpoint, add_heldout_data, as_measured, heldout_episodes, say_which_model
 
 EXAMPLE = """\
 examples:
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if args.length is not None:
         raise ValueError("--length belongs to a model of a sequence task")
     source = args.data or config.data
-    episode = one_episode(config, heldout_episodes(content, args.data, args.episode))
+    episodes = heldout_episodes(content, args.data, args.episode)
+    measured = as_measured(config, episodes)
+    episode = one_episode(config, episodes)
     # The same seed draws the same images, of which a model may read features.
     pictures = episode
     if is_backbone(config.encoder):
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     images = pictures.inputs[:, 0, : math.prod(config.image_shape)].unflatten(1, config.image_shape)
     out = args.out or Path(f"episode-{args.episode}.png")
     plot_episode(
-        out, images, episode.instance[:, 0], found, f"{describe(config, source)}, episode {args.episode}"
+        out, images, episode.instance[:, 0], found, f"{describe(measured, source)}, episode {args.episode}"
     )
     print(f"{int(found.right.sum())} of {int(found.asked.sum())} right; picture: {out}")
     return 0
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def one_episode(config: TrainConfig, episodes: Episodes) -> Episode:
     if config.layout == "stream":
         return episodes.sample(1)
-    drawn = sample_support(episodes, 1, ways=config.ways, shots=config.shots, queries=1)
+    drawn = sample_support(episodes, 1, ways=episodes.ways, shots=config.shots, queries=1)
     return as_stream(drawn, config)
 
 

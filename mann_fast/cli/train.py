@@ -57,7 +57,7 @@ from ..training.lock import only_run
 from ..training.loop import CHECKPOINT, describe, read_metrics, require_no_run
 from ..training.plots import ordinal
 from ..training.tensorboard import TensorBoardWriter, summary_writer
-from ._options import import_from_here, load_data
+from ._options import LAYOUTS_OF_DATA, import_from_here, load_data
 from ._signals import StopSignals
 
 EXAMPLE = """\
@@ -96,9 +96,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--data",
         metavar="DATA",
-        help="glyphs (built in), omniglot (fetched once), or a folder: Omniglot's, or one with a "
-        "sub-folder of images per class; of --task babi the folder or archive of its files; needed except with --resume or "
-        "a sequence task",
+        help=f"glyphs (built in), omniglot (fetched once), or {LAYOUTS_OF_DATA}; of --task babi the folder or archive of its "
+        "files; needed except with --resume or a sequence task",
     )
     setting(
         "--out",
@@ -304,7 +303,7 @@ def configured(args: argparse.Namespace) -> RunConfig:
             raise ValueError("--data is needed: the path of the bAbI files, a folder or an archive")
         return BabiConfig.of(**given)
     if "data" not in given:
-        raise ValueError("--data is needed: glyphs, omniglot, or the path of a folder of images")
+        raise ValueError("--data is needed: glyphs, omniglot, or the path of images (mann-fast train --help)")
     defaults: dict[str, Any] = {"encoder": NO_ENCODER, "layout": "stream"}
     if "encoder_from" in given:
         other, _ = load_encoder(given["encoder_from"])
@@ -346,7 +345,9 @@ def train_and_report(
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         classes = ""
         if of_images:
-            classes = f"{trainer.num_classes} classes to train on, {dataset.test.num_classes} held out, "
+            count, turned = dataset.train.num_classes, trainer.num_classes
+            with_turned = f" ({turned:,} with those turned)" if turned > count else ""
+            classes = f"{count:,} classes to train on{with_turned}, {dataset.test.num_classes:,} held out, "
         print(
             f"{describe(config)}: {classes}{parameters:,} parameters"
             + (f", from step {trainer.step}" if resume else ""),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .fetch import fetch_omniglot
 from .folder import class_folders, load_folder, part_of
 from .glyphs import generate_glyphs
-from .images import ClassImages, counted, expand_user
+from .images import ClassImages, counted, expand_user, shortened
 from .npz import load_npz
 from .omniglot import ALPHABETS, find_part, load_omniglot
 from .tables import load_csv, load_pairs
@@ -65,8 +65,8 @@ def load_dataset(
     Names of parts may also be training, valid, validation or testing, in any case. Of train.csv alone, beside no folders of
     classes, the classes are split as above.
 
-    Raises ValueError where there are too few classes for episodes of ``ways`` classes, or too few images in
-    one for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
+    Warns where fewer than 30 classes are to train on. Raises ValueError where a part has too few classes for episodes of
+    ``ways``, or a class too few images for ``shots``; FileNotFoundError for a path that does not exist; FetchError.
     """
     if not isinstance(source, (str, os.PathLike)):
         options = {"image_size": image_size, "colour": colour}
@@ -95,15 +95,21 @@ def load_dataset(
         if len(tables) == 1 and not {folder.name for folder in class_folders(path)} <= {"images", "train"}:
             tables = {}  # a list beside folders of classes
         if len(folders) >= 2 and not (tables and not any(map(class_folders, folders["train"]))):
-            parts = _split_before(load_folder, folders, options, invert)
+            parts = _split_before(load_folder, folders, options, invert, ways)
         elif tables:
-            parts = _split_before(load_csv, tables, options, invert)
+            parts = _split_before(load_csv, tables, options, invert, ways)
         elif suffix == ".csv":
             parts = (load_csv(path, **options, invert=invert),)
         elif suffix == ".npz":
             parts = (load_npz(path, **options),)
         elif path.is_dir():
             parts = (load_folder(path, **options, min_images=shots, invert=invert),)
+            lists = sorted(file.name for file in path.glob("*.[cC][sS][vV]"))
+            if parts[0].num_classes == 1 and lists:
+                raise ValueError(
+                    f"{path} has all images in one folder, {parts[0].names[0]}, and {shortened(lists)} beside it: where that "
+                    "says the class of each, give the file itself"
+                )
         else:
             raise NotADirectoryError(
                 f"{source} is a file; expected a folder with one sub-folder of images per class, a .csv, or an .npz of MedMNIST"
@@ -142,8 +148,11 @@ def _split_before(
     paths: dict[str, list[Path]],
     options: dict[str, Any],
     invert: bool | None,
+    ways: int,
 ) -> tuple[ClassImages, ...]:
-    """(train, test) where no class is in two of the parts, else all classes in one; so where there is but one part."""
+    """(train, test) where no class is in two of the parts, else all classes in one; so where there is but one part. Warns where
+    few classes are to train on; raises TooFewClasses where a part has fewer than ``ways``.
+    """
     parts: dict[str, ClassImages] = {}
     for part in ("train", "val", "test"):
         if part in paths:
@@ -152,7 +161,19 @@ def _split_before(
     whole = ClassImages.merged([*parts.values()])
     if len(parts) == 1 or whole.num_classes < sum(part.num_classes for part in parts.values()):
         return (whole,)
-    return parts["train"], parts["test" if "test" in parts else "val"]
+    chosen = {name: parts[name] for name in ("train", "test" if "test" in parts else "val")}
+    smallest, count = min(
+        ((name, part.num_classes) for name, part in chosen.items()), key=lambda found: found[1]
+    )
+    if count < ways:
+        lower = f", or lower it to {count}" if count > 1 else ""
+        raise TooFewClasses(
+            f"{shortened([str(path) for path in paths[smallest]])} has {counted(count, 'class', 'classes')}, too few for "
+            f"episodes of {ways} (--ways): add classes there{lower}",
+            ClassImages.merged([*chosen.values()]),
+        )
+    _warn_of_few(parts["train"])
+    return tuple(chosen.values())
 
 
 def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tuple[ClassImages, ClassImages]:
@@ -170,15 +191,20 @@ def split_classes(classes: ClassImages, *, ways: int = 5, seed: int = 0) -> tupl
     ]
     order = sorted(range(count), key=hashes.__getitem__)
     held_out = max(ways, round(count / 5))
-    if count - held_out < FEW_CLASSES:
+    train, test = (classes.select(sorted(part)) for part in (order[held_out:], order[:held_out]))
+    _warn_of_few(train)
+    return train, test
+
+
+def _warn_of_few(train: ClassImages) -> None:
+    if train.num_classes < FEW_CLASSES:
         warnings.warn(
-            f"only {counted(count - held_out, 'class', 'classes')} to train on: a model then learns these "
+            f"only {counted(train.num_classes, 'class', 'classes')} to train on: a model then learns these "
             f"classes rather than how to learn new ones, which takes {FEW_CLASSES} at the very least and better "
-            f"hundreds. Consider training on {better_source(classes.inverted)}, and showing your classes to that model "
+            f"hundreds. Consider training on {better_source(train.inverted)}, and showing your classes to that model "
             "(mann-fast predict --support)",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return classes.select(sorted(order[held_out:])), classes.select(sorted(order[:held_out]))
 
 
 def better_source(drawn: bool) -> str:

@@ -59,7 +59,8 @@ class Episodes:
 
     An episode has ``ways`` classes drawn at random, ``shots`` different images of each in random order (T =
     ways * shots steps), and labels dealt to the classes at random. ``labels="string"`` deals strings of five
-    letters instead, different within an episode. ``late="pair"`` shows the image of the step before once more, beside its
+    letters instead, different within an episode. ``num_labels`` deals them from more labels than an episode has classes,
+    those of a model that tells so many apart. ``late="pair"`` shows the image of the step before once more, beside its
     label. ``augment=True`` turns, stretches, slants and shifts every image a little, anew in each batch. Everything random
     comes from a generator of its own: the same ``seed`` gives the same episodes, and :meth:`state_dict` continues exactly. In
     the worker processes of a ``DataLoader`` each copy draws episodes of its own, which follow from ``seed`` and the seed of the
@@ -79,8 +80,12 @@ class Episodes:
         late: str = "label",
         augment: bool = False,
         seed: int = 0,
+        num_labels: int | None = None,
     ) -> None:
         check_labels(ways, labels)
+        num_labels = ways if num_labels is None else num_labels
+        if not isinstance(num_labels, int) or num_labels < ways:
+            raise ValueError(f"num_labels must be an integer of at least ways = {ways}, got {num_labels!r}")
         check_choice("late", late, LATE)
         if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
             raise ValueError(f"shots must be a positive integer, got {shots!r}")
@@ -98,7 +103,8 @@ class Episodes:
         self.ways, self.shots, self.labels, self.late, self.augment = ways, shots, labels, late, augment
         self.image_size = classes.image_size
         self.length = ways * shots
-        self.num_outputs = num_outputs(ways, labels)
+        self.num_labels = num_labels
+        self.num_outputs = num_outputs(num_labels, labels)
         self._image_shape = classes.images.shape[1:]
         self._pixels = classes.images.flatten(1)
         self.input_size = images_of_input(late) * self._pixels.shape[1] + self.num_outputs
@@ -112,11 +118,11 @@ class Episodes:
         Raises ValueError where batch is no integer of at least 0.
         """
         pixels, which, instance, classes = self.sample_images(batch, part, ways=ways)
-        all_labels = self.labels == "onehot" and ways in (None, self.ways)
+        all_labels = self.labels == "onehot" and (ways or self.ways) == self.num_labels
         targets = which if all_labels else self.deal(batch, which, part)
         previous = torch.cat([torch.full_like(targets[:1], -1), targets[:-1]])
         before = step_before(pixels) if self.late == "pair" else None
-        inputs = encode_inputs(pixels, previous, ways=self.ways, labels=self.labels, before=before)
+        inputs = encode_inputs(pixels, previous, ways=self.num_labels, labels=self.labels, before=before)
         return Episode(inputs, targets, instance, classes)
 
     def sample_images(
@@ -147,10 +153,10 @@ class Episodes:
         return Images(pixels, label[:, part], instance, classes)
 
     def deal(self, batch: int, which: Tensor, part: slice = slice(None)) -> Tensor:
-        """Labels for classes that :meth:`sample_images` gave as numbers, int64 [T, B]: of as many as its episodes have ways,
+        """Labels for classes that :meth:`sample_images` gave as numbers, int64 [T, B]: of all ``num_labels``,
         int64 [T, B], whether or not there are fewer classes; or strings of five letters, [T, B, 5].
         """
-        dealt = self._shuffled(batch, self.ways) if self.labels == "onehot" else self._strings(batch)
+        dealt = self._shuffled(batch, self.num_labels) if self.labels == "onehot" else self._strings(batch)
         return dealt[torch.arange(batch)[part], which]
 
     def state_dict(self) -> dict[str, Tensor]:

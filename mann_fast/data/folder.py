@@ -37,7 +37,8 @@ def load_folder(
     invert: bool | None = None,
 ) -> ClassImages:
     """Every sub-folder of ``path`` is a class, named like it, of the images that lie in it; sorted by name. Where all images
-    lie a folder deeper, as in ALPHABET/characterNN, the classes are those, named by both.
+    lie a folder deeper, as in ALPHABET/characterNN, the classes are those, named by both, or where all have the same second
+    name, as in CLASS/images, by the first. :func:`class_files` has the rest.
 
     A file is an image by its suffix in any case (PNG, JPEG, WebP, GIF, BMP, TIFF, PGM and its kin, AVIF; HEIC
     where pillow-heif is installed) or because it begins as PNG and JPEG files do. Other files are passed over,
@@ -58,29 +59,64 @@ def load_folder(
         raise NotADirectoryError(
             f"{path} is a file; expected a folder with one sub-folder of images per class"
         )
-    folders = class_folders(path)
-    files = {folder: image_files(folder) for folder in folders}
-    if not any(files.values()) and not any(part_of(folder) for folder in folders):
-        outer, folders = folders, [inner for folder in folders for inner in class_folders(folder)]
-        files = {folder: image_files(folder) for folder in folders}
-        if not any(files.values()):
-            folders = outer
-    if not any(files.values()):
-        raise ValueError(f"{path} has no sub-folder with images in it; {_what_is_there(path, folders)}")
-    warn_of_others(folders)
+    files = class_files(path, min_images)
     images, read, inverted = load_images(
         [file for group in files.values() for file in group],
         image_size=image_size,
         colour=colour,
         invert=invert,
     )
-    counts = dict.fromkeys(folders, 0)
+    counts = dict.fromkeys(files, 0)
     for file in read:
         counts[file.parent] += 1
     starts = torch.tensor([0, *counts.values()]).cumsum(0)
-    classes = ClassImages(images, starts, tuple(f.relative_to(path).as_posix() for f in folders), inverted)
+    classes = ClassImages(images, starts, class_names(path, files), inverted)
     classes.require(min_images, f"add images in {path}, remove these folders, or lower the number (--shots)")
     return classes
+
+
+def class_files(path: Path, min_images: int = 1) -> dict[Path, list[Path]]:
+    """The folders under ``path`` that are classes, sorted by name, each with its images: its sub-folders, or those of its
+    sub-folders where the images lie there. Images beside folders of classes, fewer than lie in these and fewer than
+    ``min_images`` in one of the places, are passed over with a warning; other files with another.
+
+    Raises ValueError where there are no images in any.
+    """
+    folders = class_folders(path)
+    files = {folder: image_files(folder) for folder in folders}
+    lacking = [folder for folder in folders if len(files[folder]) < max(1, min_images)]
+    if lacking and not any(part_of(folder) for folder in folders):
+        deeper = {folder: inner for folder in folders if (inner := _inner(folder))}
+        fewer = all(len(files[folder]) < sum(map(len, inner.values())) for folder, inner in deeper.items())
+        if fewer and any(folder in deeper for folder in lacking):
+            beside = [str(file.relative_to(path)) for folder in deeper for file in files[folder]]
+            classes = {folder: files[folder] for folder in folders if files[folder] and folder not in deeper}
+            for inner in deeper.values():
+                classes |= inner
+            files = {folder: classes[folder] for folder in sorted(classes, key=lambda folder: folder.parts)}
+            if beside:
+                lie = "lies" if len(beside) == 1 else "lie"
+                warnings.warn(
+                    f"passed over {shortened(beside)}, which {lie} beside folders of classes", stacklevel=3
+                )
+    if not any(files.values()):
+        raise ValueError(f"{path} has no sub-folder with images in it; {_what_is_there(path, folders)}")
+    warn_of_others(files)
+    return files
+
+
+def _inner(folder: Path) -> dict[Path, list[Path]]:
+    """The sub-folders with their images, none where there are no images in any."""
+    files = {inner: image_files(inner) for inner in class_folders(folder)}
+    return files if any(files.values()) else {}
+
+
+def class_names(path: Path, folders: Iterable[Path]) -> tuple[str, ...]:
+    """What classes are called whose images lie in these folders of ``path``."""
+    parts = [folder.relative_to(path).parts for folder in folders]
+    if all(len(names) > 1 for names in parts) and len({names[-1] for names in parts}) == 1:
+        parts = [names[:-1] for names in parts]  # CLASS/images says no more than CLASS
+    return tuple("/".join(names) for names in parts)
 
 
 def part_of(path: Path) -> str | None:
@@ -101,12 +137,12 @@ def class_folders(path: Path) -> list[Path]:
 
 def warn_of_others(folders: Iterable[Path]) -> None:
     """One warning about all files of these folders that are not read as images, if there are any."""
-    others = _others(folders)
+    others = other_files(folders)
     if others:
-        warnings.warn(f"passed over {others}", stacklevel=3)
+        warnings.warn(f"passed over {others}", stacklevel=4)
 
 
-def _others(folders: Iterable[Path]) -> str:
+def other_files(folders: Iterable[Path]) -> str:
     """How many files are not read as images, by suffix, and what would read them; empty where there are none."""
     files = (file for folder in folders for file in _files(folder) if not _is_image(file))
     counts = Counter(file.suffix.lower() for file in files)
@@ -141,6 +177,8 @@ def _what_is_there(path: Path, folders: list[Path]) -> str:
         )
     if image_files(path):
         return "the images lie in the folder itself: put those of each class into a folder of its own"
-    others = _others([path, *folders])
+    if files := [file.name for file in _files(path) if file.suffix.lower() in (".npz", ".csv")]:
+        return f"give the file itself ({shortened(sorted(files))})"
+    others = other_files([path, *folders])
     found = f"; found {others}" if others else ""
     return f"expected one sub-folder of PNG or JPEG images per class{found}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .images import ClassImages, are_drawn, expand_user, load_images, readable_suffixes
+from .images import ClassImages, are_drawn, counted, expand_user, load_images, readable_suffixes, shortened
 from .pictures import plain_label, to_pixels
 
 
@@ -25,33 +26,49 @@ def load_csv(
     and Larochelle 2017), or one called as the CSV file is, ``train`` of train.csv. ``image_size``, ``colour`` and
     ``invert`` as in :func:`mann_fast.data.load_folder`.
 
-    Raises FileNotFoundError for a ``path`` or a listed file that does not exist, by its line, ValueError for a line that has no
-    label, columns of which none is known to be the label, a file without lines, or one that is no text in UTF-8.
+    Listed files that do not exist or cannot be read are skipped, with a warning that names them. Raises FileNotFoundError for a
+    ``path`` that does not exist, or where none of the listed files does, ValueError for a line that has no label, columns of
+    which none is known to be the label, a file without lines, or one that is no text in UTF-8.
     """
     path = expand_user(path)
     folders = (path.parent, path.parent / "images", path.with_suffix(""))
     groups: dict[str, list[Path]] = {}
     of_file, of_label = 0, 1
     names: list[str] = []
+    missing: list[tuple[int, list[str]]] = []
     for line, cells in _lines(path):
         where = f"line {line} of {path}"
-        if not groups and not names and not any(_is_image_name(cell) for cell in cells):
+        if not (groups or missing or names) and not any(_is_image_name(cell) for cell in cells):
             if _found(folders, cells[0]) is None:  # names of columns
                 names = [cell.strip().lower() for cell in cells]
                 continue
         if not groups and names:
-            of_file = next((at for at, cell in enumerate(cells) if _found(folders, cell)), 0)
+            likely = (lambda cell: _found(folders, cell), _is_image_name)
+            of_file = next((at for test in likely for at, cell in enumerate(cells) if test(cell)), 0)
             of_label = _label_column(path, names, of_file)
         if len(cells) <= max(of_file, of_label) or not cells[of_file].strip() or not cells[of_label].strip():
             raise ValueError(f"{where} must have a file and its label, got {','.join(cells)}")
         found = _found(folders, cells[of_file])
         if found is None:
-            raise FileNotFoundError(
-                f"{cells[of_file][:200]} in {where} does not exist, in {path.parent} or its folders images and {path.stem}"
-            )
-        groups.setdefault(cells[of_label].strip(), []).append(found)
+            missing.append((line, cells))
+        else:
+            groups.setdefault(cells[of_label].strip(), []).append(found)
+    listed = [f"{cells[of_file][:200]} in line {line}" for line, cells in missing if len(cells) > of_file]
+    if missing and not groups:
+        others = f", nor do the {len(listed) - 1} others that it lists" if len(listed) > 1 else ""
+        raise FileNotFoundError(
+            f"{listed[0]} of {path} does not exist, in {path.parent} or its folders images and {path.stem}{others}"
+        )
     if not groups:
         raise ValueError(f"{path} lists no images; expected lines of a file and its label")
+    if missing:
+        warnings.warn(
+            f"skipped {counted(len(missing), 'missing image file')} of {path}: {shortened(listed, 20)}",
+            stacklevel=2,
+        )
+        for _, cells in missing:
+            if len(cells) > of_label:  # a class that has no others is none to be passed over in silence
+                groups.setdefault(cells[of_label].strip(), [])
     classes = sorted(groups)
     order = [image for name in classes for image in groups[name]]
     images, read, inverted = load_images(order, image_size=image_size, colour=colour, invert=invert)
@@ -110,10 +127,10 @@ def load_pairs(
     """The images of a map-style data set, ``len(dataset)`` pairs ``dataset[i]`` of an image and its label: those of
     ``torchvision.datasets``, or any ``torch.utils.data.Dataset``, or a list.
 
-    An image is what :class:`mann_fast.FewShotLearner` calls one. A class has the name that ``dataset.classes`` gives its
-    number, where there is such a list (of a ``Subset`` that of the whole); else the label is the name, a number as in
-    "label03". ``image_size``, ``colour`` and ``invert`` as in :func:`mann_fast.data.load_folder`; all images are held at that
-    size at once.
+    Image and label are what :class:`mann_fast.FewShotLearner` calls so. A class has the name that ``dataset.classes`` gives its
+    number, where there is such a list (of a ``Subset`` that of the whole, of a ``ConcatDataset`` that of its parts); else the
+    label is the name, a number as in "label03". ``image_size``, ``colour`` and ``invert`` as in
+    :func:`mann_fast.data.load_folder`; all images are held at that size at once.
 
     Raises TypeError for what is no such data set or pair, ValueError for an image that cannot be read, by its place.
     """
@@ -128,17 +145,13 @@ def load_pairs(
             raise TypeError(f"dataset[{at}] must be an image and its label, got {type(pair).__name__}")
         image, label = pair
         label = plain_label(label, f"the label of dataset[{at}]")
-        if not isinstance(label, (int, str)):
-            raise TypeError(
-                f"the label of dataset[{at}] must be an integer or a string, got {type(label).__name__}"
-            )
         images.append(to_pixels(image, f"dataset[{at}]", image_size, colour))
         groups.setdefault(label, []).append(images[-1])
     if invert is None:
         invert = not colour and are_drawn(
             images, lambda at: to_pixels(dataset[at][0], f"dataset[{at}]", image_size, colour=True)
         )
-    ordered = sorted(groups.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+    ordered = sorted(groups.items(), key=lambda item: _order(item[0]))
     named = {
         _name(label, names): [255 - image for image in group] if invert else group for label, group in ordered
     }
@@ -148,15 +161,36 @@ def load_pairs(
 
 
 def _class_names(dataset: Any) -> Any:
-    """Those that it has, or that it is a part of, as ``torch.utils.data.Subset`` is of its ``dataset``; else None."""
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
+    """Those that it has, or that it is a part of, as ``torch.utils.data.Subset`` is of its ``dataset``, or that all its parts
+    have, as of a ``ConcatDataset`` its ``datasets``; else None. ValueError where its parts have different ones: a number then
+    means several classes.
+    """
+    if hasattr(dataset, "classes"):
+        return dataset.classes
+    if hasattr(dataset, "dataset"):
+        return _class_names(dataset.dataset)
+    every = [_class_names(part) for part in getattr(dataset, "datasets", ())]
+    if not every or any(names is None for names in every):
+        return None
+    if any(list(names) != list(every[0]) for names in every):
+        raise ValueError(
+            "dataset must have parts of the same classes: the parts of this one number different ones"
+        )
+    return every[0]
+
+
+def _order(label: Hashable) -> tuple[int, float, str]:
+    """Numbers first, then strings, then what else there is."""
+    if isinstance(label, (int, float)):
+        return 0, label, ""
+    return (1 if isinstance(label, str) else 2), 0, str(label)
 
 
 def _name(label: Any, names: Any) -> str:
-    if isinstance(label, str):
-        return label
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not isinstance(label, int):
+        return str(label)
     if isinstance(names, (list, tuple, np.ndarray)) and 0 <= label < len(names):
         return str(names[label])
     return f"label{label:02d}"

@@ -29,6 +29,7 @@ READ_BY = (("backward", "#c0392b"), ("by content", "#2471a3"), ("forward", "#1e8
 RIGHT, WRONG = "#1e8449", "#c0392b"
 MOST_ROWS = 256  # of a picture of steps
 COLOURS = {1: "#9aa5b1", 2: "#e07b39", 5: "#2a9d8f", 10: "#1d3557"}
+LAST = "#8e44ad"  # of the last instance where it is none of these
 
 
 def ordinal(number: int) -> str:
@@ -43,8 +44,8 @@ def name_of_answer(config: TrainConfig, k: int) -> str:
 
 
 def shown_instances(shots: int) -> tuple[int, ...]:
-    """Which instances a short report names: 1st, 2nd, 5th and 10th, as far as there are so many."""
-    return tuple(k for k in SHOWN if k <= shots)
+    """Which instances a short report names: 1st, 2nd, 5th and 10th, as far as there are so many, and the last."""
+    return (*(k for k in SHOWN if k < shots), shots)
 
 
 def plot_learning_curve(
@@ -61,17 +62,14 @@ def plot_learning_curve(
     of_class = " of a class" if config.layout == "stream" else ""
     for k in shown_instances(config.shots):
         values = [100 * record["heldout_accuracy"][k - 1] for record in records]
+        colour = COLOURS.get(k, LAST)
         top.plot(
-            steps,
-            values,
-            color=COLOURS[k],
-            label=name_of_answer(config, k) + of_class,
-            marker=marker_of(steps),
+            steps, values, color=colour, label=name_of_answer(config, k) + of_class, marker=marker_of(steps)
         )
         bounds = [
             [100 * bound[k - 1] for bound in record.get("heldout_interval", ())] or None for record in records
         ]
-        draw_band(top, steps, bounds, COLOURS[k])
+        draw_band(top, steps, bounds, colour)
     top.axhline(
         100 * config.chance,
         color="black",
@@ -170,54 +168,89 @@ def plot_loss(axes: Axes, records: Sequence[dict[str, Any]], label: str) -> None
 
 
 def plot_accuracy(
-    path: str | os.PathLike, accuracy: InstanceAccuracy, config: TrainConfig, title: str
+    path: str | os.PathLike,
+    accuracy: InstanceAccuracy,
+    config: TrainConfig,
+    title: str,
+    *,
+    on: str = "held-out classes",
+    streams: Mapping[str, Any] | None = None,
+    protocols: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Accuracy by instance or by shots with its 95% confidence intervals."""
-    chance, stream = config.chance, config.layout == "stream"
-    instances = range(1, len(accuracy.mean) + 1)
-    mean = [100 * value for value in accuracy.mean]
-    below = [m - 100 * low for m, low in zip(mean, accuracy.low, strict=True)]
-    above = [100 * high - m for m, high in zip(mean, accuracy.high, strict=True)]
-    figure = new_figure(7.0, 4.2)
-    axes = figure.subplots()
-    axes.errorbar(
-        instances,
-        mean,
-        yerr=(below, above),
-        color=COLOURS[10],
-        marker="o",
-        markersize=4,
-        capsize=3,
-        label=f"mean and 95% interval, {accuracy.episodes:,} episodes",
-    )
-    for k, value in zip(instances, mean, strict=True):
-        if len(mean) <= 15:
-            axes.annotate(
-                f"{value:.1f}",
-                (k, value),
-                textcoords="offset points",
-                xytext=(13, -13),
-                ha="center",
-                fontsize=8,
-            )
-    axes.axhline(
-        100 * chance, color="black", linestyle=":", linewidth=1, label=f"chance ({_percent(chance)})"
-    )
-    axes.set_title(f"{title}:\naccuracy on held-out classes", wrap=True)
-    axes.set(
-        xlabel="how many times the class has been shown, this image included"
-        if stream
-        else f"examples of each class, before {QUERIES} queries of each",
-        ylabel="right answers (%)",
-        ylim=(0, 105),
-        xlim=(0.5, len(mean) + 0.7),
-    )
-    if len(mean) <= 15:
-        axes.set_xticks(list(instances), [ordinal(k) if stream else str(k) for k in instances])
+    """Accuracy by instance or by shots with its 95% confidence intervals, and what else was measured, as in evaluation.json:
+    that along ``streams`` in the same axes, that by ``protocols`` beside them. ``on`` which classes, for the title.
+    """
+    stream, episodes = config.layout == "stream", f"{accuracy.episodes:,} episodes"
+    # Of a model that has examples first, the k-th image of a stream comes after k - 1 of its class.
+    first = 1 if stream else 0
+    figure = new_figure(7.0 + (1.0 + 0.8 * len(protocols) if protocols else 0), 4.4)
+    ratios = (6.0, 0.5 + 0.8 * len(protocols)) if protocols else (1,)
+    axes, *beside = figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios, squeeze=False)[0]
+    figure.suptitle(f"{title}:\naccuracy on {on}", wrap=True)
+    by_instance = {**accuracy.to_dict(), "places": range(1, len(accuracy.mean) + 1)}
+    usual = "as in training" if stream else "support and queries"
+    measured = "mean and 95% interval" if streams is None else f"{config.ways}-way, {usual}"
+    chances = {config.ways: config.chance}
+    draw_means(axes, by_instance, COLOURS[10], f"{measured}, {episodes}", below=True)
+    ticks = list(by_instance["places"])
+    if streams is not None:
+        along = {**streams, "places": range(first, first + len(streams["mean"]))}
+        label = f"streams of {streams['ways']} classes, {streams['episodes']:,} of them"
+        draw_means(axes, along, COLOURS[2], label, below=False)
+        chances.setdefault(streams["ways"], 1 / streams["ways"])
+        ticks = sorted({*ticks, *along["places"]})
+    for ways, chance in chances.items():
+        among = f", {ways} classes" if len(chances) > 1 else ""
+        colour = "black" if ways == config.ways else COLOURS[2]
+        label = f"chance{among} ({_percent(chance)})"
+        axes.axhline(100 * chance, color=colour, linestyle=":", linewidth=1, label=label)
+    if stream:
+        xlabel = "how many times the class has been shown, this image included"
+    elif streams is None:
+        xlabel = f"examples of each class, before {QUERIES} queries of each"
+    else:
+        xlabel = "examples of its class before an image"
+    axes.set(xlabel=xlabel, ylabel="right answers (%)", ylim=(0, 105), xlim=(ticks[0] - 0.5, ticks[-1] + 0.7))
+    if len(ticks) <= 15:
+        axes.set_xticks(ticks, [ordinal(k) if stream else str(k) for k in ticks])
     axes.grid(alpha=0.25)
-    axes.legend(loc="best", fontsize=9)
+    legend_title = "mean and 95% interval" if streams is not None else None
+    axes.legend(loc="best", fontsize=9, title=legend_title, title_fontsize=9)
+    for panel in beside:
+        draw_protocols(panel, protocols)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def draw_means(axes: Axes, found: Mapping[str, Any], colour: str, label: str, *, below: bool) -> None:
+    """A line of means with their 95% intervals at ``places``; of few the numbers, too, below or above it."""
+    mean = [100 * value for value in found["mean"]]
+    reach = [m - 100 * low for m, low in zip(mean, found["low"], strict=True)]
+    above = [100 * high - m for m, high in zip(mean, found["high"], strict=True)]
+    style = {"marker": "o", "markersize": 4, "capsize": 3, "color": colour}
+    axes.errorbar(found["places"], mean, yerr=(reach, above), label=label, **style)
+    if len(mean) <= 15:
+        place = {"textcoords": "offset points", "xytext": (13, -13) if below else (-13, 6), "ha": "center"}
+        for k, value in zip(found["places"], mean, strict=True):
+            axes.annotate(f"{value:.1f}", (k, value), fontsize=8, color=colour, **place)
+
+
+def draw_protocols(axes: Axes, protocols: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy by each protocol with its 95% interval and, dotted, what guessing comes to."""
+    for place, found in enumerate(protocols):
+        mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
+        style = {"marker": "s", "markersize": 5, "capsize": 3, "color": COLOURS[5], "linestyle": "none"}
+        axes.errorbar([place], [mean], yerr=([mean - low], [high - mean]), **style)
+        axes.annotate(
+            f"{mean:.1f}", (place, mean), textcoords="offset points", xytext=(6, 0), va="center", fontsize=8
+        )
+        guess = 100 / int(found["protocol"].split("-")[0])
+        axes.hlines(guess, place - 0.3, place + 0.3, color="black", linestyle=":", linewidth=1)
+    names = [found["protocol"].replace("-way-", "-way\n") for found in protocols]
+    axes.set_xticks(range(len(protocols)), names, fontsize=8)
+    axes.set(xlim=(-0.6, len(protocols) - 0.4))
+    axes.set_title(f"by protocol,\n{protocols[0]['episodes']:,} episodes", fontsize=9)
+    axes.grid(alpha=0.25, axis="y")
 
 
 def plot_predictions(

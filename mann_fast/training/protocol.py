@@ -72,7 +72,7 @@ def _obstacle(ways: int, needed: int, of_which: str, config: TrainConfig, classe
     if ways > config.ways and config.labels == "onehot":
         return f"the model was trained to tell {config.ways} classes apart"
     if ways > classes.num_classes:
-        return f"there are {classes.num_classes} classes to measure on"
+        return f"it takes {ways} classes, and there are {classes.num_classes} to measure on"
     if (least := int(classes.counts.min())) < needed:
         return f"a class needs {needed} images{of_which} and one has {least}"
     return ""

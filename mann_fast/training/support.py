@@ -96,9 +96,37 @@ def images_of_class(config: TrainConfig) -> int:
     return config.shots + (QUERIES if config.layout == "support" else 0)
 
 
-def make_episodes(config: TrainConfig, classes: ClassImages, *, augment: bool = False, seed: int) -> Episodes:
-    """Episodes of the configured kind; of support and queries with images for both."""
-    sizes = {"ways": config.ways, "shots": images_of_class(config)}
+def measured_ways(config: TrainConfig, classes: ClassImages) -> int:
+    """Of how many of these classes an episode to measure on can be. A model of support and queries tells fewer apart, as in its
+    first steps; how a stream is answered goes by how many classes it has.
+
+    Raises ValueError where there are too few.
+    """
+    count = classes.num_classes
+    if config.layout == "support":
+        if count < 2:
+            raise ValueError(f"it takes at least 2 classes to tell apart, and there is {count} to measure on")
+        return min(config.ways, count)
+    if count < config.ways:
+        raise ValueError(
+            f"the model was trained on streams of {config.ways} classes at a time and is measured on such, which takes at "
+            f"least {config.ways} classes, and there are {count} to measure on"
+        )
+    return config.ways
+
+
+def make_episodes(
+    config: TrainConfig,
+    classes: ClassImages,
+    *,
+    augment: bool = False,
+    seed: int,
+    ways: int | None = None,
+) -> Episodes:
+    """Episodes of the configured kind; of support and queries with images for both. Of fewer ``ways`` than configured, but of
+    the same labels.
+    """
+    sizes = {"ways": ways or config.ways, "shots": images_of_class(config), "num_labels": config.ways}
     options = {"labels": config.labels, "late": config.late}
     return Episodes(classes, **sizes, **options, augment=augment, seed=seed)
 
@@ -112,7 +140,7 @@ def measure_accuracy(
     stop: Callable[[], bool] = lambda: False,
 ) -> InstanceAccuracy:
     """Accuracy by instance over ``count`` episodes of :func:`make_episodes`; of support and queries that on the queries after
-    1, 2, ... ``config.shots`` examples of each class, over ``count`` new episodes of each.
+    1, 2, ... ``config.shots`` examples of each class, over ``count`` new episodes of each, of as many classes as its episodes.
 
     `stop` is asked between batches; Interrupted is raised where it says yes.
     """
@@ -120,7 +148,7 @@ def measure_accuracy(
         return evaluate(model, episodes, count, labels=config.labels, shots=config.shots, stop=stop)
     model.eval()
     answering, classes = encoded_classes(model, episodes.classes)  # an image is in many episodes
-    seen = make_episodes(config, classes, seed=0)
+    seen = make_episodes(config, classes, seed=0, ways=episodes.ways)
     seen.load_state_dict(episodes.state_dict())
     by_shots = []
     for shots in range(1, config.shots + 1):
@@ -128,7 +156,7 @@ def measure_accuracy(
         for start in range(0, count, BATCH):
             if stop():
                 raise Interrupted
-            episode = sample_support(seen, min(BATCH, count - start), ways=config.ways, shots=shots)
+            episode = sample_support(seen, min(BATCH, count - start), ways=episodes.ways, shots=shots)
             parts.append(support_accuracy(answering, config, episode))
         by_shots.append(torch.cat(parts))
     return InstanceAccuracy.from_episodes(torch.stack(by_shots, 1))
