@@ -7,7 +7,7 @@
 All on one thread, by its processor's time, which other work disturbs less. A step's figures are the difference between a call
 of more steps and one of fewer, over the steps between them: what a call takes once (a copy of the memory, the slots sorted by
 age, a gradient of the memory) is not in them. The approximate search is a layer's alone, controller and heads included
-(benchmarks/sparse_index.py, which has more of it, and tells wall time).
+(benchmarks/sparse_index.py, which has more of it).
 """
 
 from __future__ import annotations

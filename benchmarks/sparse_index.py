@@ -3,8 +3,8 @@
     python benchmarks/sparse_index.py [--largest 20] [--probes 16 64] [--repeats 3]
 
 Every row of the memory is another: drawn at random, of which neighbours are hardest to find, or around N / 64 centres; keys are
-rows with some noise. A layer's steps, timed on one thread as the difference between a call of more and one of fewer, once the
-index is built; the build is timed apart. Milliseconds forward, and forward and backward.
+rows with some noise. A layer's steps, by the processor's time on one thread, as the difference between a call of more and one
+of fewer, once the index is built; the build is timed apart. Milliseconds forward, and forward and backward.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Run:
     def call(self, steps: int, backward: bool) -> float:
         rows = self.memory[torch.randint(len(self.memory), (steps, 1))]
         x = SCALE * (rows + NOISE * torch.randn(steps, 1, SIZE))
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.set_grad_enabled(backward):
             output, state = self.layer(x, self.state)
             if backward:
                 output.square().sum().backward()
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         self.state = state.detach()
         return seconds
 

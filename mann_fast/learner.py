@@ -32,6 +32,7 @@ from .training.checkpoint import PRETRAINED, WEIGHTS, load_checkpoint, restore_m
 from .training.config import TrainConfig
 from .training.features import encoder_of
 from .training.files import write_json
+from .training.loop import describe
 from .training.prediction import predict_by_order, require_ways
 from .training.recall import Recall, recall
 
@@ -42,7 +43,25 @@ except ImportError:
 else:
     HUB_MIXIN = ModelHubMixin
 
-SETTINGS = "config.json"  # what save_pretrained writes beside the weights; huggingface_hub's name
+# What save_pretrained writes beside the weights; huggingface_hub's names.
+SETTINGS = "config.json"
+CARD = "README.md"
+CARD_OF = """---
+library_name: mann_fast
+tags:
+- few-shot-learning
+- memory-augmented-neural-network
+---
+{model}: a model of mann_fast that learns new classes from a few images of each, in its memory.
+
+```python
+from mann_fast import FewShotLearner  # pip install mann_fast
+
+learner = FewShotLearner.from_pretrained("USER/NAME")  # this repository, or a folder of these files
+learner.learn(images, labels)
+learner.predict(other_images)
+```
+"""
 
 
 class _Averages(TypedDict):
@@ -276,7 +295,9 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> Any:
-        """Write the model to a folder, made if need be, and no examples. options: of huggingface_hub's mixin, where it is."""
+        """Write the model to a folder, made if need be, with a README.md that says what it is where there is none, and no
+        examples. options: of huggingface_hub's mixin, where it is.
+        """
         return super().save_pretrained(expand_user(os.fspath(save_directory)), **options)
 
     @classmethod
@@ -309,6 +330,9 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         for name in ("checkpoint", "encoder"):  # a path of this machine, and code
             del settings[name]
         write_json(save_directory / SETTINGS, settings)
+        card = save_directory / CARD
+        if not card.exists():  # else its owner has written one
+            card.write_text(CARD_OF.format(model=describe(dataclasses.replace(content["config"], data=data))))
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> FewShotLearner:

@@ -411,6 +411,12 @@ def test_it_can_be_saved_and_loaded(learner, glyphs, tmp_path):
     wanted = learner.predict_proba(glyphs[0, 1:4])
     assert (pickle.loads(pickle.dumps(learner)).predict_proba(glyphs[0, 1:4]) == wanted).all()
     learner.save_pretrained(tmp_path / "saved")
+    card = tmp_path / "saved" / "README.md"
+    assert card.read_text().startswith("---\nlibrary_name: mann_fast")
+    assert "20-way, support and queries: a model of mann_fast that learns" in card.read_text()
+    card.write_text("of its owner")
+    learner.save_pretrained(tmp_path / "saved")
+    assert card.read_text() == "of its owner"
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == {
         "orders": 3,
         "views": 8,
