@@ -30,7 +30,7 @@ from mann_fast.ops.sparse_index import LEAST_SLOTS
 
 SIZE, READS, PROBES = 32, 4, 16
 ALIKE, SPARSE = "sparse, from the start of a sequence", "sparse, every row another"
-APPROXIMATE = "the same, approximate search"
+APPROXIMATE = "every row another, approximate search"
 DENSE, EAGER = "dense, lrua_scan", "dense, eager PyTorch"
 KINDS = (ALIKE, SPARSE, APPROXIMATE, DENSE, EAGER)
 
@@ -177,11 +177,11 @@ def main() -> None:
         end="",
     )
     print(f"B=1, D={SIZE}, R={options.heads}, K={READS}, float32")
-    print("| N | " + " | ".join(f"{kind}: forward, both (ms), kept (KiB)" for kind in KINDS) + " |")
-    print("| --- " * (1 + len(KINDS)) + "|")
     if options.search:
         print_search(1 << options.largest, bandwidth, options.repeats)
         return
+    print("| N | " + " | ".join(f"{kind}: forward, both (ms), kept (KiB)" for kind in KINDS) + " |")
+    print("| --- " * (1 + len(KINDS)) + "|")
     sizes = [1 << k for k in range(8, options.largest + 1, 4)]
     rows: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     for slots in sizes:
