@@ -427,6 +427,8 @@ def test_options_are_checked():
     inputs = dnc_inputs(3, 2, 5, 4, 2, dtype=torch.float32)
     with pytest.raises(TypeError, match="deallocate must be a bool, got int"):
         call(ops.dnc_scan, inputs, deallocate=1)
+    with pytest.raises(TypeError, match="deallocate must be a bool, got numpy.bool"):
+        call(ops.dnc_scan, inputs, deallocate=np.True_)
     with pytest.raises(ValueError, match="eps must be positive"):
         call(ops.dnc_scan, inputs, eps=0.0)
     with pytest.raises(TypeError, match="link must be a bool, got int"):

@@ -142,7 +142,9 @@ def check_number(name: str, value: Any, expected: str = "a number") -> None:
 
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        kind = type(value)
+        of_others = "" if kind.__module__ == "builtins" else f"{kind.__module__}."  # NumPy has a bool, too
+        raise TypeError(f"{name} must be a bool, got {of_others}{kind.__name__}")
 
 
 def check_eps(eps: Any) -> None:
