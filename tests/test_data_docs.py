@@ -12,6 +12,7 @@ def test_examples():
     episode = names["episode"]
     assert episode.inputs.shape == (50, 16, 405)
     assert episode.targets.shape == episode.instance.shape == episode.classes.shape == (50, 16)
-    exec(own, dict(names))
+    exec(own, {})
+    names = {}
     exec(workers, names)
     assert next(iter(names["loader"])).inputs.shape == (50, 16, 405)

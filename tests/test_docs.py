@@ -30,13 +30,15 @@ def anchors(page):
 
 
 def run_examples(page, count):
-    """One after the other, as a reader would type them. What they have named."""
+    """Each alone, as a reader would take it. What all have named."""
     examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) == count
-    namespace = {}
+    found = {}
     for example in examples:
+        namespace = {}
         exec(compile(example, str(page), "exec"), namespace)
-    return namespace
+        found |= namespace
+    return found
 
 
 def test_examples_of_layers_run():
@@ -48,6 +50,10 @@ def test_examples_of_few_shot_run():
     assert found["probabilities"].shape == (1, 3) and found["logits"].shape == (20, 4, 5)
     assert found["same"].orders == 32
     assert found["found"].examples.shape == (1, 5) and found["found"].slots.shape == (1, 32, 400)
+
+
+def test_examples_of_compiling_run():
+    assert run_examples(DOCS / "compiling.md", 3)["logits"].shape == (7, 2, 5)
 
 
 def test_example_of_migrating_runs():

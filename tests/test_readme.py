@@ -12,8 +12,10 @@ README = Path(__file__).parent.parent / "README.md"
 def test_readme_examples_run():
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(examples) == 2
-    namespace = {}
-    for example in examples:
+    found = {}
+    for example in examples:  # each alone
+        namespace = {}
         exec(compile(example, "README.md", "exec"), namespace)
-    assert namespace["output"].shape == (50, 16, 360)
-    assert namespace["reads"].shape == (50, 16, 4, 40)
+        found |= namespace
+    assert found["output"].shape == (50, 16, 360)
+    assert found["reads"].shape == (50, 16, 4, 40)
