@@ -224,7 +224,7 @@ def test_settings_of_a_task_are_its_own_and_can_be_changed():
     config = SequenceConfig.of_task("regression", heads=2)
     assert (config.addressing, config.heads, config.hidden_size) == ("lrua", 2, 200)
     assert SequenceConfig.from_dict(config.to_dict()) == config
-    assert SequenceConfig.of_task("copy") == SequenceConfig()
+    assert SequenceConfig.of_task("copy") == SequenceConfig(clip=1.0)
     other = SequenceConfig.of_task("key-value", addressing="lrua")
     assert other.memory == "" and SequenceConfig.of_task("key-value", slots=9).memory.startswith(
         "masks=true "
