@@ -376,7 +376,7 @@ def dnc(case):
 
 def by_cosine(choices, ended):
     def far_and_read(memory, key, sharpness, num_reads, eps, slots):
-        return -reference.sparse._cosine(memory.unsqueeze(1), key, eps), slots
+        return -reference.sparse.cosine_of(memory.unsqueeze(1), key, eps), slots
 
     return Chosen(choices, reference.sparse, "_read", far_and_read, ended)
 
