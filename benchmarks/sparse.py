@@ -88,7 +88,7 @@ def measure(kind: str, slots: int, heads: int, repeats: int) -> tuple[float, flo
     # Enough that timings stand out, and for a dense scan several of the steps between two memories kept.
     many = 202 if slots <= 1 << 12 else {ALIKE: 2002, SPARSE: 22, DENSE: 34, EAGER: 5}[kind]
     calls = [call_of(kind, slots, heads, steps) for steps in (few, many)]
-    # From the start, many more steps than a call of so many slots takes long: the difference is small beside it.
+    # A step from the start takes microseconds, what a call takes once up to a tenth of a second: that has to be told well.
     repeats *= 3 if slots <= 1 << 14 or kind == ALIKE else 1
     forward = best_of([torch.no_grad()(call) for call in calls], repeats)
     both = best_of([lambda call=call: call().sum().backward() for call in calls], repeats)

@@ -177,7 +177,9 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         require_ways(len(classes), config)
         self._examples = pixels if before is None else np.concatenate([before, pixels])
         self._labels: list[Hashable] = every
-        self._forms: Forms = self._forms | forms_of(images) if before is not None else forms_of(images)
+        # None where examples were learned by an older release and unpickled: then any form may have been.
+        forms: Forms | None = set() if before is None else self.__dict__.get("_forms")
+        self._forms: Forms | None = None if forms is None else forms | forms_of(images)
         self.classes_ = classes
         return self
 
@@ -332,7 +334,8 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         write_json(save_directory / SETTINGS, settings)
         card = save_directory / CARD
         if not card.exists():  # else its owner has written one
-            card.write_text(CARD_OF.format(model=describe(dataclasses.replace(content["config"], data=data))))
+            model = describe(dataclasses.replace(content["config"], data=data))
+            card.write_text(CARD_OF.format(model=model), encoding="utf-8")
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> FewShotLearner:
@@ -351,7 +354,8 @@ class FewShotLearner(HUB_MIXIN or _Folders):  # type: ignore[misc]
         content = self._content()
         config = content["config"]
         images = as_images(images)
-        require_several(images, self._forms)
+        if (forms := self.__dict__.get("_forms")) is not None:
+            require_several(images, forms)
         queries, examples = as_pixels(images, config.image_size, config.colour), self._examples
         self._require_same_size(examples, queries)
         if content["data"]["drawn"] and is_light(list(examples.mean(1) if config.colour else examples)):

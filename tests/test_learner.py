@@ -509,6 +509,8 @@ def test_a_lone_picture_is_not_taken_for_several(learner, glyphs):
     learner = pickle.loads(pickle.dumps(learner))
     with pytest.raises(ValueError, match="4 grey ones"):
         learner.recall(glyphs[:4, 0])
+    del learner.__dict__["_forms"]  # as an older release has pickled it
+    assert len(learner.learn(flat[:, 2], ["a", "b", "c"]).predict(glyphs[:3, 1])) == 3
 
 
 def test_labels_that_numpy_would_change_are_found_again(learner, glyphs):

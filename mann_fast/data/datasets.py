@@ -212,14 +212,12 @@ def better_source(drawn: bool) -> str:
     if drawn:
         return "Omniglot or the glyphs"
     return (
-        "hundreds of classes of other photographs, by a pretrained network (--encoder torchvision/resnet18)"
+        "hundreds of classes of other photographs, by a pretrained network "
+        "(mann-fast train --encoder torchvision/resnet18)"
     )
 
 
-FOR_PHOTOGRAPHS = (
-    "for photographs train a model on hundreds of classes of other photographs, by a pretrained network "
-    "(mann-fast train --data FOLDER --encoder torchvision/resnet18), and show yours to that one"
-)
+FOR_PHOTOGRAPHS = f"for photographs train a model on {better_source(drawn=False)}, and show yours to that one"
 
 
 def _too_few(count: int, ways: int, drawn: bool) -> str:

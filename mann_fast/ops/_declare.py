@@ -177,7 +177,7 @@ class Op:
 
 
 def each_step(values: tuple[Any, ...], backend: str) -> int:
-    """The ``interval`` of an op that keeps of every step what does not grow with its memory."""
+    """The ``interval`` of an op that keeps something of every step: ``anchor_every`` then says only whether it does."""
     return 1
 
 

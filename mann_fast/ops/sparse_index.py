@@ -238,9 +238,8 @@ class IndexedCall:
                 b = searched[self.index.steps // AUDIT_EVERY % len(searched)]
                 of_sample = [x[b : b + 1].detach() for x in (memory, key, sharpness, slots)]
                 audit = _audit(*of_sample, eps=self.eps)
-                if math.isfinite(
-                    audit[1]
-                ):  # no NaN among what was read, which would be in the average for long
+                # No NaN among what was read, which would be in the average for long.
+                if math.isfinite(audit[1]):
                     self.index.audits.append(audit)
             self.index.steps += 1
         changed = torch.cat([x.flatten(1) for x in written], 1).numpy()
