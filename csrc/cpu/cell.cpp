@@ -7,6 +7,8 @@
 // rows of a block those that still run are always the first ones.
 // Backward hands out the gradients of the gates and of the heads for all steps, so that the gradient of every weight is one
 // large product after it.
+#include <unistd.h>
+
 #include "controller.h"
 #include "dnc_cell.h"
 #include "lrua_cell.h"
@@ -19,8 +21,14 @@ namespace {
 
 // How much scratch the samples of a block may have, but for one. A block goes round in it at every step. Products take least time
 // with as many rows as they can have; but a DNC's backward, which has the links of several steps there, is faster with 4 samples
-// than with 8 (at the paper's size, with 1 MB of second-level cache).
-constexpr size_t block_scratch = size_t{6} << 20;
+// than with 8 where the second-level cache has 1 MB (at the paper's size; with 2 MB 8 are faster).
+inline size_t block_scratch() {
+  long cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less where nobody knows
+#endif
+  return 6 * static_cast<size_t>(cache > 0 ? cache : 1 << 20);
+}
 
 // Forward and backward's common sizes. K numbers go round: the hidden state and the reads.
 struct Sizes {
@@ -29,9 +37,9 @@ struct Sizes {
   explicit Sizes(const Memory& memory)
       : RD(memory.a.R * memory.a.D), K(memory.a.H + RD), G(gates_per_unit(memory.a.controller) * memory.a.H),
         kept(kept_per_unit(memory.a.controller) * memory.a.H), block(block_rows) {
-    Arena size;
-    memory.scratch(size);
-    while (block > 1 && static_cast<size_t>(block) * size.used() > block_scratch) --block;
+    Arena size, common;
+    memory.scratch(size, common);
+    for (const size_t most = block_scratch(); block > 1 && static_cast<size_t>(block) * size.used() > most;) --block;
   }
 };
 
@@ -113,6 +121,23 @@ struct Shared {  // by all blocks
   Order order;
 };
 
+// The scratch arrays of a block's samples. What no step leaves to the next they have in common, so that it stays in the first
+// cache, and what goes round in the second is less.
+template <class Memory>
+typename Memory::Scratch* take_samples(Arena& arena, const Sizes& n, const Memory& memory) {
+  auto* samples = arena.take<typename Memory::Scratch>(n.block);
+  Arena size, end = arena;
+  memory.scratch(size, end);
+  const Arena common = arena;
+  arena = end;
+  for (int64_t m = 0; m < n.block; ++m) {
+    Arena again = common;
+    const auto sample = memory.scratch(arena, again);
+    if (samples != nullptr) samples[m] = sample;
+  }
+  return samples;
+}
+
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 template <class T, class Memory>
@@ -127,12 +152,7 @@ struct ForwardBlock {  // of one block; rows side by side
         heads_ld(padded<T>(memory.heads)), round(arena.take<T>(block_rows * n.K)), cell(arena.take<T>(block_rows * a.H)),
         of_reads(arena.take<T>(block_rows * gates_ld)), of_hidden(arena.take<T>(block_rows * gates_ld)),
         heads(arena.take<T>(block_rows * heads_ld)), room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.K) : 0)),
-        samples(arena.take<typename Memory::Scratch>(n.block)) {
-    for (int64_t m = 0; m < n.block; ++m) {
-      const auto sample = memory.scratch(arena);
-      if (samples != nullptr) samples[m] = sample;
-    }
-  }
+        samples(take_samples(arena, n, memory)) {}
 };
 
 template <class T, class Memory, class Arguments>
@@ -244,12 +264,7 @@ struct BackwardBlock {
         grad_heads(arena.take<T>(block_rows * memory.heads)), grad_gates(arena.take<T>(block_rows * n.G)),
         grad_hidden_gates(arena.take<T>(a.grad_hidden_gates ? block_rows * n.G : 0)), zeros(arena.take<T>(a.H)),
         room(arena.take<T>(a.bfloat16 ? rounded_numbers(n.G > memory.heads ? n.G : memory.heads) : 0)),
-        samples(arena.take<typename Memory::Scratch>(n.block)) {
-    for (int64_t m = 0; m < n.block; ++m) {
-      const auto sample = memory.scratch(arena);
-      if (samples != nullptr) samples[m] = sample;
-    }
-  }
+        samples(take_samples(arena, n, memory)) {}
 };
 
 template <class T, class Memory, class Arguments>

@@ -61,14 +61,14 @@ bool run_samples(const Arguments& a, const Parallel& parallel, double times, Scr
 template <class T>
 bool dnc_scan(const DncScan& a, const Parallel& parallel) {
   return run_samples<T>(
-      a, parallel, 1, [](Arena& arena, const DncSizes<T>& n) { return DncScratch<T>(arena, n); },
+      a, parallel, 1, [](Arena& arena, const DncSizes<T>& n) { return DncScratch<T>(arena, arena, n); },
       [&](const DncSizes<T>& n, int64_t b, DncScratch<T>& s) { scan_sample(a, n, b, s); });
 }
 
 template <class T>
 bool dnc_scan_backward(const DncScanBackward& a, const Parallel& parallel) {
   return run_samples<T>(
-      a, parallel, 3, [&](Arena& arena, const DncSizes<T>& n) { return DncBackwardScratch<T>(arena, n, a.T); },
+      a, parallel, 3, [&](Arena& arena, const DncSizes<T>& n) { return DncBackwardScratch<T>(arena, arena, n, a.T); },
       [&](const DncSizes<T>& n, int64_t b, DncBackwardScratch<T>& s) { scan_backward_sample(a, n, b, s); });
 }
 

@@ -86,7 +86,7 @@ struct DncForward : DncHeads<T, DncCell> {
   using DncHeads<T, DncCell>::DncHeads, DncHeads<T, DncCell>::a, DncHeads<T, DncCell>::n;
   using Scratch = DncScratch<T>;
   int64_t multiply_adds() const { return n.multiply_adds(); }
-  Scratch scratch(Arena& arena) const { return Scratch(arena, n); }
+  Scratch scratch(Arena& own, Arena& common) const { return Scratch(own, common, n); }
 
   void begin(int64_t b, Scratch& s) const { begin_state(a.before, n, b, s); }
   void restart(Scratch& s) const { restart_state(a.sequences.start, n, s); }
@@ -105,7 +105,7 @@ struct DncBackward : DncHeads<T, DncCellBackward> {
   using Heads::Heads, Heads::a, Heads::n, Heads::there, Heads::places;
   using Scratch = DncBackwardScratch<T>;
   int64_t multiply_adds() const { return 3 * n.multiply_adds(); }
-  Scratch scratch(Arena& arena) const { return Scratch(arena, n, a.T); }
+  Scratch scratch(Arena& own, Arena& common) const { return Scratch(own, common, n, a.T); }
 
   void begin(int64_t b, Scratch& s) const {
     begin_backward(a.grad_after, n, b, grad_start(b), s);

@@ -46,15 +46,16 @@ void precede(const DncSizes<T>& n, const T* weights, const T* from, T* to) {
 
 template <class T>
 struct DncScratch {
+  T *state, *read_weights, *write_weights;  // from step to step; all else is of one step
   DncTold<T> in;
   DncContent<T> write, read;
   DncSorting<T> sorting;
-  T *state, *read_weights, *write_weights, *retained, *allocation, *directions, *logs, *shares, *reads;
-  DncScratch(Arena& arena, const DncSizes<T>& n)
-      : in(arena, n), write(arena, n, 1), read(arena, n, n.R), sorting(arena, n), state(arena.take<T>(n.state())),
-        read_weights(arena.take<T>(n.R * n.ld)), write_weights(arena.take<T>(n.ld)), retained(arena.take<T>(n.ld)),
-        allocation(arena.take<T>(n.ld)), directions(arena.take<T>(2 * n.R * n.ld)), logs(arena.take<T>(n.ld)),
-        shares(arena.take<T>(2 * n.ld)), reads(arena.take<T>(n.R * n.D)) {}
+  T *retained, *allocation, *directions, *logs, *shares, *reads;
+  DncScratch(Arena& own, Arena& common, const DncSizes<T>& n)
+      : state(own.take<T>(n.state())), read_weights(own.take<T>(n.R * n.ld)), write_weights(own.take<T>(n.ld)), in(common, n),
+        write(common, n, 1), read(common, n, n.R), sorting(common, n), retained(common.take<T>(n.ld)),
+        allocation(common.take<T>(n.ld)), directions(common.take<T>(2 * n.R * n.ld)), logs(common.take<T>(n.ld)),
+        shares(common.take<T>(2 * n.ld)), reads(common.take<T>(n.R * n.D)) {}
 };
 
 template <class T>
@@ -137,28 +138,30 @@ inline int64_t replay_every(int64_t T) {
 
 template <class T>
 struct DncBackwardScratch {
-  DncTold<T> in;
-  DncContent<T> write, read;
+  // From step to step:
   int64_t every;
   T *anchors, *states;                  // states: at the start of a segment and after each of its steps
   T *weights, *precedences, *retained;  // of each step of a segment: written, before it, retained
   T *grad_state, *grad_read_weights, *grad_write_weights;
+  // Of one step:
+  DncTold<T> in;
+  DncContent<T> write, read;
   T *came_read, *came_write, *read_weights, *write_weights;
   T *allocation, *products, *grad_rows, *grad_squares, *grad_retained, *grad_came, *columns;
   T *directions, *logs, *shares, *along, *scaled, *grad_read;
   DncInterface<T*> grad_told;
-  DncBackwardScratch(Arena& arena, const DncSizes<T>& n, int64_t steps)
-      : in(arena, n), write(arena, n, 1), read(arena, n, n.R), every(replay_every(steps)),
-        anchors(arena.take<T>((steps + every - 1) / every * n.state())), states(arena.take<T>((every + 1) * n.state())),
-        weights(arena.take<T>(every * n.ld)), precedences(arena.take<T>(every * n.ld)), retained(arena.take<T>(every * n.ld)),
-        grad_state(arena.take<T>(n.state())), grad_read_weights(arena.take<T>(n.R * n.ld)),
-        grad_write_weights(arena.take<T>(n.ld)), came_read(arena.take<T>(n.R * n.ld)), came_write(arena.take<T>(n.ld)),
-        read_weights(arena.take<T>(n.R * n.ld)), write_weights(arena.take<T>(n.ld)), allocation(arena.take<T>(n.ld)),
-        products(arena.take<T>(n.ld)), grad_rows(arena.take<T>(n.R * n.ld)), grad_squares(arena.take<T>(n.R * n.ld)),
-        grad_retained(arena.take<T>(n.ld)), grad_came(arena.take<T>(n.R * n.ld)), columns(arena.take<T>(2 * n.ld)),
-        directions(arena.take<T>(2 * n.R * n.ld)), logs(arena.take<T>(n.ld)), shares(arena.take<T>(n.ld)),
-        along(arena.take<T>(2 * n.R * n.ld)), scaled(arena.take<T>(2 * n.R * n.ld)), grad_read(arena.take<T>(n.R * n.D)) {
-    for (int k = 0; k < told_count; ++k) grad_told.*told_fields<T*>[k] = arena.take<T>(n.told[k]);
+  DncBackwardScratch(Arena& own, Arena& common, const DncSizes<T>& n, int64_t steps)
+      : every(replay_every(steps)), anchors(own.take<T>((steps + every - 1) / every * n.state())),
+        states(own.take<T>((every + 1) * n.state())), weights(own.take<T>(every * n.ld)),
+        precedences(own.take<T>(every * n.ld)), retained(own.take<T>(every * n.ld)), grad_state(own.take<T>(n.state())),
+        grad_read_weights(own.take<T>(n.R * n.ld)), grad_write_weights(own.take<T>(n.ld)), in(common, n), write(common, n, 1),
+        read(common, n, n.R), came_read(common.take<T>(n.R * n.ld)), came_write(common.take<T>(n.ld)),
+        read_weights(common.take<T>(n.R * n.ld)), write_weights(common.take<T>(n.ld)), allocation(common.take<T>(n.ld)),
+        products(common.take<T>(n.ld)), grad_rows(common.take<T>(n.R * n.ld)), grad_squares(common.take<T>(n.R * n.ld)),
+        grad_retained(common.take<T>(n.ld)), grad_came(common.take<T>(n.R * n.ld)), columns(common.take<T>(2 * n.ld)),
+        directions(common.take<T>(2 * n.R * n.ld)), logs(common.take<T>(n.ld)), shares(common.take<T>(n.ld)),
+        along(common.take<T>(2 * n.R * n.ld)), scaled(common.take<T>(2 * n.R * n.ld)), grad_read(common.take<T>(n.R * n.D)) {
+    for (int k = 0; k < told_count; ++k) grad_told.*told_fields<T*>[k] = common.take<T>(n.told[k]);
   }
   // The state before step t, a multiple of `every`, and after a step of the segment.
   DncHeld<T> anchor(int64_t t, const DncSizes<T>& n) const { return DncHeld<T>(anchors + t / every * n.state(), n); }
@@ -365,14 +368,24 @@ void use_backward(const DncSizes<T>& n, const T* usage, const T* retained, T* gr
     store(s.grad_retained + i, load(s.grad_retained + i) + g * (used + (T(1) - used) * weight));
     store(grad_usage + i, g * load(retained + i) * (T(1) - weight));
   }
+  // What all heads but one leave is a product from the front times one from the back: nothing is divided.
+  T* others = s.grad_rows;
+  for (int64_t i = 0; i < n.ld; i += width<T>) {
+    Vec<T> front = load(s.grad_retained + i), back = splat<T>(1);
+    for (int64_t r = 0; r < n.R; ++r) {
+      store(others + r * n.ld + i, front);
+      front *= T(1) - load(s.came_read + r * n.ld + i) * free_gates[r];
+    }
+    for (int64_t r = n.R - 1; r >= 0; --r) {
+      store(others + r * n.ld + i, load(others + r * n.ld + i) * back);
+      back *= T(1) - load(s.came_read + r * n.ld + i) * free_gates[r];
+    }
+  }
   for (int64_t r = 0; r < n.R; ++r) {
     Vec<T> of_gate{};
-    for (int64_t i = 0; i < n.ld; i += width<T>) {
-      Vec<T> others = load(s.grad_retained + i);
-      for (int64_t v = 0; v < n.R; ++v)
-        if (v != r) others *= T(1) - load(s.came_read + v * n.ld + i) * free_gates[v];
-      of_gate -= others * load(s.came_read + r * n.ld + i);
-      store(s.grad_came + r * n.ld + i, load(s.grad_came + r * n.ld + i) - others * free_gates[r]);
+    for (int64_t i = r * n.ld; i < (r + 1) * n.ld; i += width<T>) {
+      of_gate -= load(others + i) * load(s.came_read + i);
+      store(s.grad_came + i, load(s.grad_came + i) - load(others + i) * free_gates[r]);
     }
     s.grad_told.free_gates[r] = sum_lanes<T>(of_gate);
   }

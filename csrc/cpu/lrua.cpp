@@ -175,7 +175,7 @@ bool lrua_scan(const LruaScan& a, const Parallel& parallel) {
   const Scan<T> scan = {a.N, a.D, a.R, padded_slots(a.N), 1, a.read_first, a.shared_target, static_cast<T>(a.eps)};
   return run_scan<T>(
       a, parallel, scan, static_cast<double>(a.D * (3 * a.R + 1)),
-      [](Arena& arena, const Scan<T>& scan) { return ScanScratch<T>(arena, scan); },
+      [](Arena& arena, const Scan<T>& scan) { return ScanScratch<T>(arena, arena, scan); },
       [&](int64_t b, const Scan<T>& scan, ScanScratch<T>& s) { scan_sample(a, scan, b, parallel, s); });
 }
 
@@ -232,7 +232,7 @@ bool lrua_scan_backward(const LruaScanBackward& a, const Parallel& parallel) {
   const int64_t steps = a.T < a.anchor_every ? a.T : a.anchor_every;
   return run_scan<T>(
       a, parallel, scan, static_cast<double>(a.D * (8 * a.R + 2)),
-      [&](Arena& arena, const Scan<T>& scan) { return ScanBackwardScratch<T>(arena, scan, steps); },
+      [&](Arena& arena, const Scan<T>& scan) { return ScanBackwardScratch<T>(arena, arena, scan, steps); },
       [&](int64_t b, const Scan<T>& scan, ScanBackwardScratch<T>& s) { scan_backward_sample(a, scan, b, parallel, s); });
 }
 

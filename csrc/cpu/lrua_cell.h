@@ -5,7 +5,8 @@
 //   heads                numbers in such a row
 //   squashed             of them, the first so many go through tanh
 //   multiply_adds        of a step
-//   Scratch, scratch(arena)                         the arrays of one sample; forward they include the step's `reads` [R, D]
+//   Scratch, scratch(own, common)                   the arrays of one sample: of its own those that go from step to step, the
+//                                                   others in common with the samples beside it; forward also `reads` [R, D]
 // forward, of sample b:
 //   begin(b, scratch)                               takes in the state
 //   restart(scratch)                                takes the state of a sample that begins anew instead
@@ -59,7 +60,7 @@ struct LruaForward : LruaHeads<T, Cell> {
   using LruaHeads<T, Cell>::LruaHeads, LruaHeads<T, Cell>::a, LruaHeads<T, Cell>::scan;
   using Scratch = ScanScratch<T>;
   int64_t multiply_adds() const { return a.N * a.D * (3 * a.R + 1); }
-  Scratch scratch(Arena& arena) const { return Scratch(arena, scan); }
+  Scratch scratch(Arena& own, Arena& common) const { return Scratch(own, common, scan); }
 
   void begin(int64_t b, Scratch& s) const {
     begin_sample(scan, this->of_sample(a.memory, b, a.N * a.D), this->of_sample(a.read_weights, b, a.R * a.N),
@@ -89,7 +90,9 @@ struct LruaBackward : LruaHeads<T, CellBackward> {
   using LruaHeads<T, CellBackward>::RD, LruaHeads<T, CellBackward>::squashed, LruaHeads<T, CellBackward>::heads;
   using Scratch = ScanBackwardScratch<T>;
   int64_t multiply_adds() const { return a.N * a.D * (8 * a.R + 2); }
-  Scratch scratch(Arena& arena) const { return Scratch(arena, scan, a.T < a.anchor_every ? a.T : a.anchor_every); }
+  Scratch scratch(Arena& own, Arena& common) const {
+    return Scratch(own, common, scan, a.T < a.anchor_every ? a.T : a.anchor_every);
+  }
 
   void begin(int64_t b, Scratch& s) const {
     begin_backward(scan, this->of_sample(a.grad_memory, b, a.N * a.D), this->of_sample(a.grad_read_weights, b, a.R * a.N),

@@ -163,18 +163,23 @@ void weigh(const Scan<T>& scan, int64_t p, T* read_weights, Softmax<T>& softmax)
 
 template <class T>
 struct ScanScratch {
+  // From step to step:
+  T *memory, *read_weights, *usage;
+  Int<T>* least;
+  int64_t* candidates;
+  // Of one step:
   StepInputs<T> in;
   Softmax<T> softmax;
-  T *memory, *read_weights, *write_weights, *dots, *squares, *usage, *reads, *columns;
-  Int<T>*order, *least;
-  int64_t *candidates, *slots;
-  ScanScratch(Arena& arena, const Scan<T>& scan)
-      : in(arena, scan.R, scan.D), softmax(arena, scan.parts, scan.R), memory(arena.take<T>(scan.D * scan.ld)),
-        read_weights(arena.take<T>(scan.R * scan.ld)), write_weights(arena.take<T>(scan.R * scan.ld)),
-        dots(arena.take<T>(scan.R * scan.ld)), squares(arena.take<T>(scan.ld)), usage(arena.take<T>(scan.ld)),
-        reads(arena.take<T>(scan.parts * scan.R * scan.D)), columns(arena.take<T>(scan.parts * scan.D)),
-        order(arena.take<Int<T>>(scan.ld)), least(arena.take<Int<T>>(scan.parts * scan.R)),
-        candidates(arena.take<int64_t>(scan.parts * scan.R)), slots(arena.take<int64_t>(scan.R)) {}
+  T *write_weights, *dots, *squares, *reads, *columns;
+  Int<T>* order;
+  int64_t* slots;
+  ScanScratch(Arena& own, Arena& common, const Scan<T>& scan)
+      : memory(own.take<T>(scan.D * scan.ld)), read_weights(own.take<T>(scan.R * scan.ld)), usage(own.take<T>(scan.ld)),
+        least(own.take<Int<T>>(scan.parts * scan.R)), candidates(own.take<int64_t>(scan.parts * scan.R)),
+        in(common, scan.R, scan.D), softmax(common, scan.parts, scan.R), write_weights(common.take<T>(scan.R * scan.ld)),
+        dots(common.take<T>(scan.R * scan.ld)), squares(common.take<T>(scan.ld)),
+        reads(common.take<T>(scan.parts * scan.R * scan.D)), columns(common.take<T>(scan.parts * scan.D)),
+        order(common.take<Int<T>>(scan.ld)), slots(common.take<int64_t>(scan.R)) {}
 };
 
 // The R least used slots of part p.
@@ -281,24 +286,26 @@ void end_sample(const Scan<T>& scan, T* memory, T* read_weights, T* usage, const
 
 template <class T>
 struct ScanBackwardScratch {
+  // From step to step. Of one replay: memories and read weights before each of its steps and after the last, similarity of each.
+  T *memories, *read_weights, *dots, *q, *squares;
+  T *grad_memory, *grad_read_weights;
+  // Of one step:
   StepInputs<T> in;
   Softmax<T> softmax;
-  // One replay: memories and read weights before each of its steps and after the last, similarity of each step.
-  T *memories, *read_weights, *dots, *q, *squares;
-  T *write_weights, *grad_memory, *grad_read_weights, *grad_weights, *grad_write_weights, *grad_squares, *columns;
+  T *write_weights, *grad_weights, *grad_write_weights, *grad_squares, *columns;
   T *grad_read, *delta;                                                      // [R, D]; [parts, R]
   T *grad_key, *grad_vector, *grad_key_square, *grad_sharpness, *grad_gate;  // of each part: [R, D] and [R]
-  ScanBackwardScratch(Arena& arena, const Scan<T>& scan, int64_t steps)
-      : in(arena, scan.R, scan.D), softmax(arena, scan.parts, scan.R), memories(arena.take<T>((steps + 1) * scan.D * scan.ld)),
-        read_weights(arena.take<T>((steps + 1) * scan.R * scan.ld)), dots(arena.take<T>(steps * scan.R * scan.ld)),
-        q(arena.take<T>(steps * scan.R * scan.ld)), squares(arena.take<T>(steps * scan.ld)),
-        write_weights(arena.take<T>(scan.R * scan.ld)), grad_memory(arena.take<T>(scan.D * scan.ld)),
-        grad_read_weights(arena.take<T>(scan.R * scan.ld)), grad_weights(arena.take<T>(scan.R * scan.ld)),
-        grad_write_weights(arena.take<T>(scan.R * scan.ld)), grad_squares(arena.take<T>(scan.ld)),
-        columns(arena.take<T>(scan.parts * scan.D)), grad_read(arena.take<T>(scan.R * scan.D)),
-        delta(arena.take<T>(scan.parts * scan.R)), grad_key(arena.take<T>(scan.parts * scan.R * scan.D)),
-        grad_vector(arena.take<T>(scan.parts * scan.R * scan.D)), grad_key_square(arena.take<T>(scan.parts * scan.R)),
-        grad_sharpness(arena.take<T>(scan.parts * scan.R)), grad_gate(arena.take<T>(scan.parts * scan.R)) {}
+  ScanBackwardScratch(Arena& own, Arena& common, const Scan<T>& scan, int64_t steps)
+      : memories(own.take<T>((steps + 1) * scan.D * scan.ld)), read_weights(own.take<T>((steps + 1) * scan.R * scan.ld)),
+        dots(own.take<T>(steps * scan.R * scan.ld)), q(own.take<T>(steps * scan.R * scan.ld)),
+        squares(own.take<T>(steps * scan.ld)), grad_memory(own.take<T>(scan.D * scan.ld)),
+        grad_read_weights(own.take<T>(scan.R * scan.ld)), in(common, scan.R, scan.D), softmax(common, scan.parts, scan.R),
+        write_weights(common.take<T>(scan.R * scan.ld)), grad_weights(common.take<T>(scan.R * scan.ld)),
+        grad_write_weights(common.take<T>(scan.R * scan.ld)), grad_squares(common.take<T>(scan.ld)),
+        columns(common.take<T>(scan.parts * scan.D)), grad_read(common.take<T>(scan.R * scan.D)),
+        delta(common.take<T>(scan.parts * scan.R)), grad_key(common.take<T>(scan.parts * scan.R * scan.D)),
+        grad_vector(common.take<T>(scan.parts * scan.R * scan.D)), grad_key_square(common.take<T>(scan.parts * scan.R)),
+        grad_sharpness(common.take<T>(scan.parts * scan.R)), grad_gate(common.take<T>(scan.parts * scan.R)) {}
 };
 
 // First phase back, slots of part p: the gradient that reaches this step's read weights.

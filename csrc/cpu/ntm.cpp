@@ -108,7 +108,7 @@ bool run_samples(const Arguments& a, const Parallel& parallel, double multiply_a
 template <class T>
 bool ntm_scan(const NtmScan& a, const Parallel& parallel) {
   return run_samples<T>(
-      a, parallel, 3, [](Arena& arena, const NtmSizes<T>& n) { return NtmScratch<T>(arena, n); },
+      a, parallel, 3, [](Arena& arena, const NtmSizes<T>& n) { return NtmScratch<T>(arena, arena, n); },
       [&](const NtmSizes<T>& n, int64_t b, NtmScratch<T>& s) { scan_sample(a, n, b, s); });
 }
 
@@ -116,7 +116,7 @@ template <class T>
 bool ntm_scan_backward(const NtmScanBackward& a, const Parallel& parallel) {
   const int64_t steps = a.T < a.anchor_every ? a.T : a.anchor_every;
   return run_samples<T>(
-      a, parallel, 10, [&](Arena& arena, const NtmSizes<T>& n) { return NtmBackwardScratch<T>(arena, n, steps); },
+      a, parallel, 10, [&](Arena& arena, const NtmSizes<T>& n) { return NtmBackwardScratch<T>(arena, arena, n, steps); },
       [&](const NtmSizes<T>& n, int64_t b, NtmBackwardScratch<T>& s) { scan_backward_sample(a, n, b, s); });
 }
 

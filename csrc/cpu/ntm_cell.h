@@ -90,7 +90,7 @@ struct NtmForward : NtmHeads<T, NtmCell> {
   using NtmHeads<T, NtmCell>::NtmHeads, NtmHeads<T, NtmCell>::a, NtmHeads<T, NtmCell>::n;
   using Scratch = NtmScratch<T>;
   int64_t multiply_adds() const { return n.N * n.heads * (3 * n.D + 20); }
-  Scratch scratch(Arena& arena) const { return Scratch(arena, n); }
+  Scratch scratch(Arena& own, Arena& common) const { return Scratch(own, common, n); }
 
   void begin(int64_t b, Scratch& s) const {
     load_slots(this->of_sample(a.memory, b, n.N * n.D), n.N, n.D, 0, n.ld, s.memory, n.ld);
@@ -122,7 +122,9 @@ struct NtmBackward : NtmHeads<T, NtmCellBackward> {
   using Heads::Heads, Heads::a, Heads::n, Heads::RD, Heads::of_kind, Heads::location;
   using Scratch = NtmBackwardScratch<T>;
   int64_t multiply_adds() const { return n.N * n.heads * (10 * n.D + 60); }
-  Scratch scratch(Arena& arena) const { return Scratch(arena, n, a.T < a.anchor_every ? a.T : a.anchor_every); }
+  Scratch scratch(Arena& own, Arena& common) const {
+    return Scratch(own, common, n, a.T < a.anchor_every ? a.T : a.anchor_every);
+  }
 
   void begin(int64_t b, Scratch& s) const {
     const T *memory = this->of_sample(a.grad_memory, b, n.N * n.D),

@@ -166,12 +166,13 @@ void erase_and_add(const NtmSizes<T>& n, const T* weights, const T* erase, const
 
 template <class T>
 struct NtmScratch {
+  T *memory, *previous;  // from step to step; all else is of one step
   NtmInputs<T> in;
   Address<T> x;
-  T *memory, *previous, *reads;
-  NtmScratch(Arena& arena, const NtmSizes<T>& n)
-      : in(arena, n), x(arena, n), memory(arena.take<T>(n.D * n.ld)), previous(arena.take<T>(n.heads * n.ld)),
-        reads(arena.take<T>(n.R * n.D)) {}
+  T* reads;
+  NtmScratch(Arena& own, Arena& common, const NtmSizes<T>& n)
+      : memory(own.take<T>(n.D * n.ld)), previous(own.take<T>(n.heads * n.ld)), in(common, n), x(common, n),
+        reads(common.take<T>(n.R * n.D)) {}
 };
 
 // One step with the inputs in s.in, from the weights in s.previous: the reads come to lie in s.reads, the new weights in s.previous
@@ -200,19 +201,21 @@ void ntm_step(const NtmSizes<T>& n, bool read_first, T* anchor, NtmScratch<T>& s
 
 template <class T>
 struct NtmBackwardScratch {
+  // From step to step; grad_weights [R+W][ld] is of the weights that a step comes out with.
+  T *memories, *grad_memory, *grad_weights;
+  // Of one step:
   NtmInputs<T> in;
   Address<T> x;
-  T *memories, *previous, *grad_memory, *grad_weights;  // grad_weights [R+W][ld]: of the weights that a step comes out with
-  T *grad_dots, *grad_squares, *grad_read;
+  T *previous, *grad_dots, *grad_squares, *grad_read;
   T* ring;  // the gradient of one head's shifted weights
   T *grad_key, *grad_sharpness, *grad_gate, *grad_shift, *grad_sharpening, *grad_erase, *grad_add;
-  NtmBackwardScratch(Arena& arena, const NtmSizes<T>& n, int64_t steps)
-      : in(arena, n), x(arena, n), memories(arena.take<T>((steps + 1) * n.D * n.ld)), previous(arena.take<T>(n.heads * n.ld)),
-        grad_memory(arena.take<T>(n.D * n.ld)), grad_weights(arena.take<T>(n.heads * n.ld)),
-        grad_dots(arena.take<T>(n.heads * n.ld)), grad_squares(arena.take<T>(n.ld)), grad_read(arena.take<T>(n.R * n.D)),
-        ring(arena.take<T>(n.ring_ld)), grad_key(arena.take<T>(n.heads * n.D)), grad_sharpness(arena.take<T>(n.heads)),
-        grad_gate(arena.take<T>(n.heads)), grad_shift(arena.take<T>(n.heads * n.shifts)),
-        grad_sharpening(arena.take<T>(n.heads)), grad_erase(arena.take<T>(n.W * n.D)), grad_add(arena.take<T>(n.W * n.D)) {}
+  NtmBackwardScratch(Arena& own, Arena& common, const NtmSizes<T>& n, int64_t steps)
+      : memories(own.take<T>((steps + 1) * n.D * n.ld)), grad_memory(own.take<T>(n.D * n.ld)),
+        grad_weights(own.take<T>(n.heads * n.ld)), in(common, n), x(common, n), previous(common.take<T>(n.heads * n.ld)),
+        grad_dots(common.take<T>(n.heads * n.ld)), grad_squares(common.take<T>(n.ld)), grad_read(common.take<T>(n.R * n.D)),
+        ring(common.take<T>(n.ring_ld)), grad_key(common.take<T>(n.heads * n.D)), grad_sharpness(common.take<T>(n.heads)),
+        grad_gate(common.take<T>(n.heads)), grad_shift(common.take<T>(n.heads * n.shifts)),
+        grad_sharpening(common.take<T>(n.heads)), grad_erase(common.take<T>(n.W * n.D)), grad_add(common.take<T>(n.W * n.D)) {}
 };
 
 // Back through the addressing of head h, which s.x has gone through again: from its row of grad_weights to its own gradients and

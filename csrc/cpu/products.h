@@ -13,7 +13,11 @@ namespace mann_fast {
 namespace {
 
 constexpr int block_rows = 8;
-constexpr int panel_vectors = vector_registers == 32 ? 3 : 1;  // times block_rows accumulators
+constexpr int panel_vectors = 3;                            // times panel_rows accumulators
+constexpr int panel_rows = vector_registers == 32 ? 8 : 4;  // that go through a panel together
+// A panel comes from the second cache or the third, since a step reads all of them and much else: so many of its rows ahead
+// they are sent for.
+constexpr int64_t rows_ahead = 24;
 
 // A packed matrix of so many rows (the depth of the product) and columns; the padding of the columns is 0.
 template <class T>
@@ -81,7 +85,10 @@ inline void product_panel(const T* a, int64_t lda, int64_t depth, const T* panel
     for (int j = 0; j < VECTORS; ++j) sum[m][j] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k, panel += VECTORS * W) {
     Vec<T> weight[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) weight[j] = load(panel + j * W);
+    for (int j = 0; j < VECTORS; ++j) {
+      __builtin_prefetch(panel + (rows_ahead * VECTORS + j) * W);
+      weight[j] = load(panel + j * W);
+    }
     for (int m = 0; m < ROWS; ++m)
       for (int j = 0; j < VECTORS; ++j) sum[m][j] += weight[j] * a[m * lda + k];
   }
@@ -90,19 +97,23 @@ inline void product_panel(const T* a, int64_t lda, int64_t depth, const T* panel
 }
 
 template <class T, int ROWS>
-inline void product_rows(const T* a, int64_t lda, const Packed<T>& b, T* out, int64_t ldo) {
-  for (int64_t p = 0; p < b.panels(); ++p) {
+inline void product_panel(const T* a, int64_t lda, const Packed<T>& b, int64_t p, T* out, int64_t ldo) {
+  if constexpr (ROWS > panel_rows) {
+    product_panel<T, panel_rows>(a, lda, b, p, out, ldo);
+    product_panel<T, ROWS - panel_rows>(a + panel_rows * lda, lda, b, p, out + panel_rows * ldo, ldo);
+  } else {
     T* to = out + b.panel_start(p);
-    if constexpr (panel_vectors == 3) {
-      switch (b.panel_width(p) / width<T>) {
-        case 1: product_panel<T, ROWS, 1>(a, lda, b.depth, b.panel(p), to, ldo); break;
-        case 2: product_panel<T, ROWS, 2>(a, lda, b.depth, b.panel(p), to, ldo); break;
-        default: product_panel<T, ROWS, 3>(a, lda, b.depth, b.panel(p), to, ldo);
-      }
-    } else {
-      product_panel<T, ROWS, panel_vectors>(a, lda, b.depth, b.panel(p), to, ldo);
+    switch (b.panel_width(p) / width<T>) {
+      case 1: return product_panel<T, ROWS, 1>(a, lda, b.depth, b.panel(p), to, ldo);
+      case 2: return product_panel<T, ROWS, 2>(a, lda, b.depth, b.panel(p), to, ldo);
+      default: return product_panel<T, ROWS, 3>(a, lda, b.depth, b.panel(p), to, ldo);
     }
   }
+}
+
+template <class T, int ROWS>
+inline void product_rows(const T* a, int64_t lda, const Packed<T>& b, T* out, int64_t ldo) {
+  for (int64_t p = 0; p < b.panels(); ++p) product_panel<T, ROWS>(a, lda, b, p, out, ldo);
 }
 
 // out[m][:] = a[m][:] b for 1 to block_rows rows; out has padded<T> columns, ldo apart.
@@ -139,7 +150,10 @@ __attribute__((target("avx512bf16"))) inline void pair_product_panel(const uint1
     for (int j = 0; j < VECTORS; ++j) sum[m][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k, panel += VECTORS * 16) {
     __m512i weight[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) weight[j] = _mm512_loadu_si512(panel + j * 16);
+    for (int j = 0; j < VECTORS; ++j) {
+      __builtin_prefetch(panel + (rows_ahead * VECTORS + j) * 16);
+      weight[j] = _mm512_loadu_si512(panel + j * 16);
+    }
     for (int m = 0; m < ROWS; ++m) {
       int32_t pair;
       std::memcpy(&pair, a + m * lda + 2 * k, sizeof pair);
