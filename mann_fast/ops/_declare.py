@@ -84,11 +84,18 @@ class Output:
 @dataclass(frozen=True)
 class Option:
     """A value that is no tensor; ``type`` as the schema has it, ``default`` as the public function's default comes out.
-    backward: whether the raw backward takes it too."""
+
+    raw: what the raw op takes, from the public option's name, its value, and whatever is known by name (sizes, other options);
+    it raises where that is wrong. None where no public option decides it: then it is the default.
+    public: the public option's name, where that is another.
+    backward: whether the raw backward takes it too.
+    """
 
     name: str
     type: str
     default: object
+    raw: Callable[[str, Any, Mapping[str, Any]], Any] | None = None
+    public: str = ""
     backward: bool = True
 
 
@@ -117,11 +124,15 @@ class Op:
     results: tuple[Output, ...] = ()
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
     also_saved: tuple[str, ...] = ()
+    names: tuple[str, ...] = field(init=False)  # of the raw op's values: arguments, then options
+    num_given: int = field(init=False)  # how many outputs a public function hands out, which come first
 
     def __post_init__(self):
         if self.interval:
             anchor_every = Option("anchor_every", "SymInt", 0)
             object.__setattr__(self, "options", (*self.options, anchor_every))
+        object.__setattr__(self, "names", tuple(x.name for x in (*self.arguments, *self.options)))
+        object.__setattr__(self, "num_given", sum(not x.kept for x in self.outputs))
         if self.saved and not self.results:
             kinds = {a.name: self.dtype_of(a) for a in self.saved_arguments}
             given = {kind: name for name, kind in reversed(kinds.items())}  # the first of each dtype
@@ -143,10 +154,13 @@ class Op:
             argument = next(a for a in self.arguments if a.name == argument.like)
         return argument.name
 
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of the raw op's values: arguments, then options."""
-        return tuple(x.name for x in (*self.arguments, *self.options))
+    def raw_options(self, options: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The raw op's options, from the public ones, which are checked. known: sizes of axes, and what options depend on."""
+        known = {**known, **options}
+        of_public = [(option, option.public or option.name) for option in self.options]
+        return tuple(
+            x.default if x.raw is None else x.raw(name, known.get(name), known) for x, name in of_public
+        )
 
     @property
     def saved_arguments(self) -> list[Argument]:

@@ -71,7 +71,7 @@ def call(op: Op, backend: str, *values: Any) -> Any:
         if level >= 0:  # a compiled graph would drop tangents on their way here
             raise NotImplementedError(_NO_FORWARD_MODE.format(op.name))
         return _raw[op.name, backend](*values)
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return _raw[op.name, backend](*values)
     # What the Autograd key would do, without a way through the dispatcher into Python: a step is called T times.
     if op.saved and (level >= 0 or _asks_gradient(values)):
