@@ -263,7 +263,7 @@ class Cell:
             given = self.known(memory)
             sizes = given | _checks.check_tensors(self.state, self.state_names, memory)
             self.op.raw_options(options, sizes)  # for its checks
-            given |= {"RD": sizes["R"] * sizes["D"], "heads": sum(self.head_sizes(sizes, **options))}
+            given |= {"RD": sizes["R"] * sizes["D"], "heads": sum(self.head_sizes(sizes, options))}
             return given | check_controller(controller, state, tuple(weights))
 
         def then(sizes: Sizes) -> tuple[Any, ...]:

@@ -82,6 +82,8 @@ def _check_tensors(
                 raise ValueError(
                     f"{name} must have shape [{', '.join(axes)}] = {expected}, got {list(shape)}"
                 )
+            if axis == "2S+1" and size % 2 == 0:
+                raise ValueError(f"{name} must have an odd number 2S + 1 of moves, got {size}")
         if argument.dtype is not None:
             if value.dtype != argument.dtype:
                 raise TypeError(f"{name} must be {argument.dtype}, got {value.dtype}")
@@ -167,14 +169,17 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 Raw = Callable[[str, Any, Mapping[str, Any]], Any]
 
 
-def number(within: Callable[[float], bool], expected: str) -> Raw:
+def number(within: Callable[[float], bool], expected: str, kind: str = "a number") -> Raw:
     def raw(name, value, known):
-        check_number(name, value)
+        check_number(name, value, kind)
         if not within(value):
             raise ValueError(f"{name} must be {expected}, got {value}")
         return float(value)
 
     return raw
+
+
+fraction = number(lambda x: 0 <= x < 1, "within [0, 1)")
 
 
 def choice(choices: Sequence[str], yes: str) -> Raw:

@@ -36,7 +36,7 @@ def run(op: Op, reference: Callable[..., Any], *tensors: Tensor | None, **option
 def checked(
     op: Op,
     arguments: tuple[Argument, ...],
-    names: Sequence[str],
+    names: Sequence[str] | None,
     tensors: Tensors,
     options: Mapping[str, Any],
     agree: Callable[[Sizes, Tensors], None] = lambda sizes, tensors: None,
@@ -56,9 +56,9 @@ class Scan:
     """The public functions of a memory's step and scan, which are one raw op. They differ in the leading T and in what begins
     and ends samples, which only a scan has.
 
-    kind: the type of the state. of_step, of_scan: the reference's; they take state, inputs and options, as the methods do.
-    step_names, scan_names: of the inputs, as callers know them. arguments: state, inputs and what is of sequences, where these
-    are not those of the raw op. start: every number of a memory where a sample begins anew.
+    kind: the type of the state. of_step, of_scan: the reference's. step_names, scan_names: of the tensors that are told a step,
+    as callers know them. arguments: state, inputs and what is of sequences, where these are not those of the raw op. start:
+    every number of a memory where a sample begins anew.
     """
 
     def __init__(
@@ -81,9 +81,7 @@ class Scan:
         )
         state = [f"state.{name}" for name in kind._fields]
         self.step_names, self.scan_names = ((*state, *names, *NAMES) for names in (step_names, scan_names))
-        self.one_of_many = op.outputs[0].axes.startswith(
-            "T "
-        )  # whether a step is a scan of one to the raw op
+        self.needs_steps = op.outputs[0].axes.startswith("T ")  # then a step is a scan of one
 
     def agree(self, sizes: Sizes, tensors: Tensors) -> None:
         """Raises where tensors, each right by itself, do not go together; from sizes and from which there are."""
@@ -96,6 +94,10 @@ class Scan:
         return state
 
     def raw_inputs(self, inputs: Tensors) -> Tensors:
+        return inputs
+
+    def public_inputs(self, inputs: Tensors) -> Sequence[Any]:
+        """As the public functions take them."""
         return inputs
 
     def public_state(self, given: Tensors, state: Any, sizes: Sizes) -> Any:
@@ -126,12 +128,12 @@ class Scan:
         backend = _backend.serving(memory.device, op)
         if backend == "reference":
             with _backend.without_autocast(memory.device.type):
+                given = (self.kind(*state), *self.public_inputs(inputs))
                 if sequences is None:
-                    return self.of_step(self.kind(*state), *inputs, **options)
-                given = dict(zip(NAMES, sequences, strict=True))
-                return self.of_scan(self.kind(*state), *inputs, **options, **given)
+                    return self.of_step(*given, **options)
+                return self.of_scan(*given, **options, **dict(zip(NAMES, sequences, strict=True)))
         of_inputs = self.raw_inputs(inputs)
-        alone = self.one_of_many and not steps
+        alone = self.needs_steps and not steps
         if alone:
             of_inputs = [x if x is None else x.unsqueeze(0) for x in of_inputs]
         outputs = call(op, backend, *self.raw_state(state), *of_inputs, *(sequences or NO_SEQUENCES), *raw)

@@ -14,16 +14,11 @@ from ..reference.cell import SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
 from . import _checks
 from ._cell import Cell, Network, declare_cell
-from ._declare import Option, Output, Sizes
+from ._declare import Option, Output
 from .content import EPS
-from .lrua import (
-    LRUA,
-    READ_FIRST,
-    SHARED_TARGET,
-    STATE,
-    USAGE_DECAY,
-    lrua_step,
-)
+from .lrua import LRUA, READ_FIRST, SHARED_TARGET, STATE, USAGE_DECAY, lrua_step
+
+WRITE_VECTORS = ("separate", "key")
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
@@ -38,11 +33,7 @@ def _sharpness(name: str, value: Any, known: Mapping[str, Any]) -> float:
         raise ValueError(f"{name} must be 'learned', a number or None, got {_checks.shown(value)}")
     if number and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    return SHARPNESS_MIN if value == "learned" else 1.0 if value is None else float(value)
-
-
-def _is_learned(name: str, value: Any, known: Mapping[str, Any]) -> bool:
-    return isinstance(value, str) and value == "learned"
+    return float(value) if number else 1.0 if value is None else SHARPNESS_MIN
 
 
 # Sharpness is learned where the heads have values for it: then the factor on the similarity is sharpness + sharpness_scale *
@@ -51,14 +42,8 @@ CELL = declare_cell(
     "cell",
     STATE,
     (
-        Option(
-            "separate_vector",
-            "bool",
-            True,
-            _checks.choice(("separate", "key"), "separate"),
-            "write_vector",
-        ),
-        Option("learned_sharpness", "bool", True, _is_learned, "sharpness"),
+        Option("separate_vector", "bool", True, _checks.choice(WRITE_VECTORS, "separate"), "write_vector"),
+        Option("learned_sharpness", "bool", True, lambda name, x, known: isinstance(x, str), "sharpness"),
         Option("sharpness", "float", SHARPNESS_MIN, _sharpness),
         Option("sharpness_scale", "float", SHARPNESS_SCALE),
         *(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
@@ -74,18 +59,12 @@ CELL = declare_cell(
 )
 
 
-def _head_sizes(
-    sizes: Sizes, *, write_vector: str, sharpness: str | float | None, **of_step: Any
-) -> list[int]:
-    return head_sizes(sizes["R"], sizes["D"], write_vector, sharpness)
-
-
 NETWORK = Cell(
     CELL,
     LRUA,
     reference.cell,
     lrua_step,
-    _head_sizes,
+    lambda sizes, of: head_sizes(sizes["R"], sizes["D"], of["write_vector"], of["sharpness"]),
     lambda options: (options["separate_vector"], options["learned_sharpness"]),
 )
 

@@ -107,21 +107,19 @@ class _DNC(Scan):
             came = type(sharpening).__name__
             raise TypeError(f"interface.link_sharpening must be None where state.links is, got {came}")
 
+    def public_inputs(self, inputs: Any) -> tuple[DNCInterface]:
+        return (DNCInterface(*inputs),)
+
     def public_state(self, given: Any, state: Any, sizes: Sizes) -> DNCState:
         there: Any = [None if old is None else x for x, old in zip(given, state, strict=True)]
         return DNCState(*there)
 
 
-def _of_tensors(function: Any) -> Any:
-    """The reference's, of all tensors of an interface."""
-    return lambda state, *told, **options: function(state, DNCInterface(*told), **options)
-
-
 DNC = _DNC(
     DNC_SCAN,
     DNCState,
-    _of_tensors(reference.dnc_step),
-    _of_tensors(reference.dnc_scan),
+    reference.dnc_step,
+    reference.dnc_scan,
     *[[f"interface.{name}" for name in DNCInterface._fields]] * 2,
     start=0.0,
 )

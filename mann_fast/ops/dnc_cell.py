@@ -24,23 +24,14 @@ def _link_sharpening(name: str, value: Any, known: Mapping[str, Any]) -> bool:
     return bool(value)
 
 
-_share = _checks.number(lambda x: 0 <= x < 1, "within [0, 1)")
+_clip = _checks.number(lambda x: 0 < x < math.inf, "a positive number or None", "a number or None")
 
 
 def _mask_min(name: str, value: Any, known: Mapping[str, Any]) -> float:
-    raw = _share(name, value, known)
-    if value and not known["masks"]:
+    raw: float = _checks.fraction(name, value, known)
+    if raw and not known["masks"]:
         raise ValueError(f"{name} must be 0 without masks, got {value}")
-    return float(raw)
-
-
-def _clip(name: str, value: Any, known: Mapping[str, Any]) -> float:
-    if value is None:
-        return 0.0
-    _checks.check_number(name, value, "a number or None")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number or None, got {value}")
-    return float(value)
+    return raw
 
 
 # Links are there where they come in. clip: 0 where values are taken as they are.
@@ -52,7 +43,7 @@ DNC_CELL = declare_cell(
         Option("mask_min", "float", 0.0, _mask_min),
         DEALLOCATE,
         Option("link_sharpening", "bool", False, _link_sharpening),
-        Option("clip", "float", 0.0, _clip),
+        Option("clip", "float", 0.0, lambda name, x, known: 0.0 if x is None else _clip(name, x, known)),
         EPS,
     ),
     kept(lambda values: bool(values["link_sharpening"])),
@@ -68,9 +59,9 @@ class _DNCCell(Cell):
         return {"link": links is not None}
 
 
-def _head_sizes(sizes: Sizes, *, masks: bool, link_sharpening: bool, **options: Any) -> list[int]:
-    link = bool(sizes["link"])
-    return dnc_head_sizes(sizes["R"], sizes["D"], link=link, masks=masks, link_sharpening=link_sharpening)
+def _head_sizes(sizes: Sizes, options: Mapping[str, Any]) -> list[int]:
+    parts: Any = {"link": sizes["link"], **{name: options[name] for name in ("masks", "link_sharpening")}}
+    return dnc_head_sizes(sizes["R"], sizes["D"], **parts)
 
 
 NETWORK = _DNCCell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,6 @@ NTM_SCAN = declare(
 
 # What the public functions take, in the order in which it is checked.
 ADDRESS = (MEMORY, Argument("previous", "B R N", like="memory"), *_head("head.", "R", "memory", half=True))
-ADDRESS_NAMES = [argument.name for argument in ADDRESS]
 INPUTS = (
     Argument("erase", "[T] B W D", like="memory", half=True),
     Argument("add", "[T] B W D", like="erase"),
@@ -82,16 +82,8 @@ STATE = (
 )
 
 
-def _check_moves(name: str, sizes: Sizes) -> None:
-    if sizes["2S+1"] % 2 == 0:
-        raise ValueError(f"{name}.shift must have an odd number 2S + 1 of moves, got {sizes['2S+1']}")
-
-
 class _NTM(Scan):
     """To the raw op the heads of both kinds are one tensor."""
-
-    def agree(self, sizes: Sizes, tensors: Tensors) -> None:
-        _check_moves("read_head", sizes)
 
     def raw_state(self, state: Any) -> Tensors:
         memory, *weights = state
@@ -102,27 +94,22 @@ class _NTM(Scan):
         axis, half = erase.dim() - 2, len(heads) // 2
         return *(torch.cat(pair, axis) for pair in zip(heads[:half], heads[half:], strict=True)), erase, add
 
+    def public_inputs(self, inputs: Any) -> Sequence[Any]:
+        erase, add, *heads = inputs
+        half = len(heads) // 2
+        return NTMHead(*heads[:half]), NTMHead(*heads[half:]), erase, add
+
     def public_state(self, given: Any, state: Any, sizes: Sizes) -> NTMState:
         memory, weights = given
         # Copies: no two tensors of a state share their storage.
         return NTMState(memory, weights[:, : sizes["R"]].clone(), weights[:, sizes["R"] :].clone())
 
 
-def _of_tensors(function: Any) -> Any:
-    """The reference's, of all tensors in the order of INPUTS."""
-
-    def of_tensors(state: NTMState, erase: Tensor, add: Tensor, *heads: Tensor, **options: Any) -> Any:
-        read_head, write_head = NTMHead(*heads[: len(heads) // 2]), NTMHead(*heads[len(heads) // 2 :])
-        return function(state, read_head, write_head, erase, add, **options)
-
-    return of_tensors
-
-
 NTM = _NTM(
     NTM_SCAN,
     NTMState,
-    _of_tensors(reference.ntm_step),
-    _of_tensors(reference.ntm_scan),
+    reference.ntm_step,
+    reference.ntm_scan,
     *[[argument.name for argument in INPUTS]] * 2,
     arguments=(*STATE, *INPUTS, *of_sequences("[T] B")),
 )
@@ -157,15 +144,7 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     """
     _checks.check_tuple("head", head, NTMHead)
     tensors, options = (memory, previous, *head), {"order": "read_first", "eps": eps}
-    sizes, raw = checked(
-        NTM_SCAN,
-        ADDRESS,
-        ADDRESS_NAMES,
-        tensors,
-        options,
-        lambda sizes, tensors: _check_moves("head", sizes),
-        steps=False,
-    )
+    sizes, raw = checked(NTM_SCAN, ADDRESS, None, tensors, options, steps=False)
     backend = _backend.serving(memory.device, NTM_SCAN)
     if backend == "reference":
         with _backend.without_autocast(memory.device.type):

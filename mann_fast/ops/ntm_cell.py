@@ -13,7 +13,7 @@ from .._state import check_size
 from ..reference.cell import ntm_head_sizes
 from ..reference.ntm import NTMState
 from ._cell import Cell, Network, declare_cell
-from ._declare import Argument, Option, Output, Sizes
+from ._declare import Argument, Option, Output
 from .content import EPS, MEMORY
 from .lrua import READ_FIRST
 from .ntm import NTM, ntm_step
@@ -41,16 +41,12 @@ NTM_CELL = declare_cell(
 )
 
 
-def _head_sizes(sizes: Sizes, *, max_shift: int | None, **of_step: Any) -> list[int]:
-    return ntm_head_sizes(sizes["R"], sizes["D"], max_shift)
-
-
 NETWORK = Cell(
     NTM_CELL,
     NTM,
     reference.ntm_cell,
     ntm_step,
-    _head_sizes,
+    lambda sizes, of: ntm_head_sizes(sizes["R"], sizes["D"], of["max_shift"]),
     lambda options: (max(0, 2 * options["max_shift"] + 1),),
     (
         MEMORY,

@@ -59,9 +59,7 @@ INPUTS = (
 )
 
 
-THRESHOLD = Option(
-    "threshold", "float", 0.005, _checks.number(lambda x: 0 <= x < 1, "within [0, 1)"), backward=False
-)
+THRESHOLD = Option("threshold", "float", 0.005, _checks.fraction, backward=False)
 
 # Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased.
 SPARSE_SCAN = declare(
