@@ -103,7 +103,8 @@ class Option:
 class Op:
     """A raw op, forward and backward.
 
-    saved: the arguments and outputs that the raw backward takes, by name; none where the op has no gradient.
+    saved: the arguments and outputs that the raw backward takes, by name; where it is not said all arguments but the
+    ``unsaved`` and all that is kept, or nothing where the op has no gradient.
     public: the functions of mann_fast.ops that it serves.
     interval: of the raw op's values and the backend's name, every how many steps something is kept (mann_fast._anchors;
     ``each_step``); for ops whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
@@ -118,6 +119,7 @@ class Op:
     options: tuple[Option, ...]
     outputs: tuple[Output, ...]
     saved: tuple[str, ...] = ()
+    unsaved: tuple[str, ...] = ()
     public: tuple[str, ...] = ()
     interval: Callable[[tuple[Any, ...], str], int] | None = None
     extents: Callable[[Sizes], Sizes] = lambda sizes: {}
@@ -133,6 +135,10 @@ class Op:
             object.__setattr__(self, "options", (*self.options, anchor_every))
         object.__setattr__(self, "names", tuple(x.name for x in (*self.arguments, *self.options)))
         object.__setattr__(self, "num_given", sum(not x.kept for x in self.outputs))
+        if not self.saved and any(a.differentiable for a in self.arguments):
+            arguments = (a.name for a in self.arguments if a.name not in self.unsaved)
+            saved = (*arguments, *(x.name for x in self.outputs if x.kept))
+            object.__setattr__(self, "saved", saved)
         if self.saved and not self.results:
             kinds = {a.name: self.dtype_of(a) for a in self.saved_arguments}
             given = {kind: name for name, kind in reversed(kinds.items())}  # the first of each dtype

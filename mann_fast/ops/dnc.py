@@ -13,7 +13,6 @@ from . import _checks
 from ._declare import Argument, Op, Option, Output, Sizes, came, each_step
 from ._public import Scan, Tensors
 from ._register import declare
-from ._sequences import NAMES
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 
@@ -72,10 +71,6 @@ DNC_SCAN = declare(
             Output("read_weights", "B R N", like="memory"),
             Output("write_weights", "B N", like="memory"),
             *kept(came("link_sharpening")),
-        ),
-        saved=(
-            *(argument.name for argument in (*STATE, *INTERFACE)),
-            *(*NAMES, "read_history", "write_history", "orders", "directions"),
         ),
         public=("dnc_step", "dnc_scan"),
         interval=each_step,

@@ -13,7 +13,6 @@ from . import _checks
 from ._declare import Argument, Op, Option, Output
 from ._public import Scan, run
 from ._register import declare
-from ._sequences import NAMES
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 
@@ -61,7 +60,7 @@ LRUA_WRITE = declare(
             Output("write_weights", "B R N", like="memory"),
             Output("slots", "B R", like="memory", integer=True, kept=True),
         ),
-        saved=("read_weights", "write_vector", "gate_logit", "slots"),
+        unsaved=("memory", "usage"),
         public=("lrua_write",),
     )
 )
@@ -85,17 +84,7 @@ LRUA_SCAN = declare(
             Output("slots", "[T] B R", like="memory", integer=True, kept=True),
             Output("anchors", "A B D+R P", like="memory", kept=True),
         ),
-        saved=(
-            "memory",
-            "read_weights",
-            "keys",
-            "write_vectors",
-            "gate_logits",
-            "sharpness",
-            *NAMES,
-            "slots",
-            "anchors",
-        ),
+        unsaved=("usage",),
         public=("lrua_step", "lrua_scan"),
         interval=_interval,
         extents=lambda sizes: {"D+R": sizes["D"] + sizes["R"]},

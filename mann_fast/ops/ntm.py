@@ -15,7 +15,7 @@ from . import _backend, _checks
 from ._declare import Argument, Op, Output, Sizes
 from ._public import Scan, Tensors, checked
 from ._register import call, declare
-from ._sequences import NAMES, NO_SEQUENCES
+from ._sequences import NO_SEQUENCES
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 from .lrua import READ_FIRST
@@ -56,10 +56,6 @@ NTM_SCAN = declare(
             Output("weights", "B R+W N", like="memory"),
             Output("history", "T B R+W N", like="memory", kept=True),
             Output("anchors", "A B D P", like="memory", kept=True),
-        ),
-        saved=(
-            *("memory", "weights", "keys", "sharpness", "gates", "shift", "sharpening", "erase", "add"),
-            *(*NAMES, "history", "anchors"),
         ),
         public=("ntm_address", "ntm_step", "ntm_scan"),
         interval=lambda values, backend: ntm_interval(values[0].shape[2], values[1].shape[1]),

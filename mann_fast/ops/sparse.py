@@ -13,7 +13,7 @@ from . import _checks
 from ._declare import Argument, Op, Option, Output, Sizes, each_step
 from ._public import Scan, Tensors, run
 from ._register import LIBRARIES, declare, define_in_place
-from ._sequences import NAMES, may_look
+from ._sequences import may_look
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 
@@ -79,10 +79,7 @@ SPARSE_SCAN = declare(
             Output("weight_history", "T B R K", like="memory", kept=True),
             Output("rows", "T B R K D", like="memory", kept=True),
         ),
-        saved=(
-            *("read_slots", "read_weights", *(argument.name for argument in INPUTS)),
-            *(*NAMES, "oldest", "slot_history", "weight_history", "rows"),
-        ),
+        unsaved=("memory", "last_access", "clock"),
         public=("sparse_step", "sparse_scan"),
         interval=each_step,
         extents=lambda sizes: {"N": sizes["num_slots"]},
