@@ -108,6 +108,8 @@ class Op:
     public: the functions of mann_fast.ops that it serves.
     interval: of the raw op's values and the backend's name, every how many steps something is kept (mann_fast._anchors;
     ``each_step``); for ops whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
+    layout: of a scan, what <name>_layout takes beside B, N and D, as the schema has it: the raw op of the CUDA kernels that
+    tells how a launch takes each of B samples in float32, forward, or backward where anchor_every > 0.
     extents: of the sizes, those of axes that no argument has. An axis may also have the name of an option.
     results, gradients: where the raw backward gives something else than the gradient of every differentiable argument:
     what it gives, and a function of the Function's ctx, its saved tensors and these results that makes the gradients of
@@ -122,6 +124,7 @@ class Op:
     unsaved: tuple[str, ...] = ()
     public: tuple[str, ...] = ()
     interval: Callable[[tuple[Any, ...], str], int] | None = None
+    layout: str = ""
     extents: Callable[[Sizes], Sizes] = lambda sizes: {}
     results: tuple[Output, ...] = ()
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None

@@ -47,6 +47,11 @@ def declare(op: Op) -> Op:
             function = _functions[op.name, backend] = _differentiated(op, forward.op, backward.op, backend)
             backward.differentiate(_refused(op, backward.op))
             forward.differentiate(function)
+    if op.layout:
+        LIBRARIES["cuda"].define(
+            f"{op.name}_layout(int B, int N, int D, {op.layout}, int anchor_every)"
+            " -> (int blocks, int warps, str memory, int shared)"
+        )
     return op
 
 

@@ -72,6 +72,7 @@ DNC_SCAN = declare(
             Output("write_weights", "B N", like="memory"),
             *kept(came("link_sharpening")),
         ),
+        layout="int R, bool link",
         public=("dnc_step", "dnc_scan"),
         interval=each_step,
     )

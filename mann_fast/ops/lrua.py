@@ -85,6 +85,7 @@ LRUA_SCAN = declare(
             Output("anchors", "A B D+R P", like="memory", kept=True),
         ),
         unsaved=("usage",),
+        layout="int R",
         public=("lrua_step", "lrua_scan"),
         interval=_interval,
         extents=lambda sizes: {"D+R": sizes["D"] + sizes["R"]},

@@ -57,6 +57,7 @@ NTM_SCAN = declare(
             Output("history", "T B R+W N", like="memory", kept=True),
             Output("anchors", "A B D P", like="memory", kept=True),
         ),
+        layout="int R, int W, int shifts",
         public=("ntm_address", "ntm_step", "ntm_scan"),
         interval=lambda values, backend: ntm_interval(values[0].shape[2], values[1].shape[1]),
         extents=lambda sizes: {"R": sizes["R+W"] - sizes["W"]},
