@@ -13,12 +13,12 @@ from .. import ops
 from .._state import check_size
 from ..ops import SparseState
 from ..ops.sparse import SPARSE_SCAN
-from ..ops.sparse_cell import sparse_cell
-from ..ops.sparse_index import SearchRecall, SparseIndex, check_faiss
 from ..reference.cell import head_sizes, split_sparse_heads
 from ..reference.sparse import sparse_writes
 from .base import Memory, MemoryWeights
 from .lrua import VECTOR_GAIN
+from .sparse_cell import sparse_cell
+from .sparse_index import SearchRecall, SparseIndex, check_faiss
 
 
 @dataclass(frozen=True, kw_only=True)

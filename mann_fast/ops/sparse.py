@@ -88,7 +88,8 @@ SPARSE_SCAN = declare(
 
 # Blocks of the current device that share the search in each of B sparse memories.
 LIBRARIES["cuda"].define("sparse_blocks(int B, int N, int D) -> int")
-# For sparse_cell.py: they change a memory, a gradient and times that nobody else sees, and lists of slots that steps hand on.
+# For mann_fast/layers/sparse_cell.py: they change a memory, a gradient and times that nobody else sees, and lists of slots that
+# steps hand on.
 LIBRARIES["cpp"].define("sparse_lists(Tensor memory) -> Tensor")
 define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
