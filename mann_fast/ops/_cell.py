@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .._state import check_dense
 from ..reference.cell import CONTROLLERS
 from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, Sizes, always, came
+from ._declare import Argument, Op, Option, Output, Sizes, after, came, there
 from ._public import Scan
 from ._register import LIBRARIES, call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
@@ -95,9 +95,6 @@ def declare_cell(
     ) -> tuple[Tensor | None, ...]:
         return _gradients(op, ctx, tensors, results)
 
-    def there(argument: Argument) -> Callable[[Mapping[str, Any]], bool]:
-        return came(argument.name) if argument.optional else always
-
     op = Op(
         name,
         arguments=(*GATES, *state, *REST),
@@ -111,10 +108,7 @@ def declare_cell(
             Output("hidden", "B H", like="gates", when=_recurrent),
             Output("cell", "B H", like="gates", when=came("cell")),
             Output("reads", "B R D", like="gates"),
-            *(
-                Output(a.name, a.axes, "gates", differentiable=a.name not in constant, when=there(a))
-                for a in state
-            ),
+            *after(state, "gates", constant=constant),
             Output("kept_gates", "T B kept", like="gates", kept=True),
             Output("kept_states", "T B H", like="gates", kept=True, when=_recurrent),
             Output("kept_heads", "T B heads", like="gates", kept=True),
@@ -306,8 +300,8 @@ class Cell:
         last = (hidden, cell)[: len(state)]
         if dtype != output.dtype:
             output, reads, last = output.to(dtype), reads.to(dtype), tuple(x.to(dtype) for x in last)
-        after = self.memory.public_state(results[4 : 4 + len(of_memory)], memory, sizes)
-        return output, last, after, reads
+        memory = self.memory.public_state(results[4 : 4 + len(of_memory)], memory, sizes)
+        return output, last, memory, reads
 
 
 _fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._state import SIZE_MAX, check_dense
-from ._declare import Argument, Sizes, fixed_sizes
+from ._declare import Argument, Raw, Sizes, fixed_sizes
 
 STATE_DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -165,8 +165,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
-# What an Option's ``raw`` is: of a public option's name and value, and what is known besides, the value of the raw op.
-Raw = Callable[[str, Any, Mapping[str, Any]], Any]
+# What options' ``raw`` may be.
 
 
 def number(within: Callable[[float], bool], expected: str, kind: str = "a number") -> Raw:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 Sizes = dict[str, int]
+# What the raw op takes of a public option, from its name, its value, and whatever is known by name (sizes, other options); it
+# raises where the value is wrong.
+Raw = Callable[[str, Any, Mapping[str, Any]], Any]
 
 
 def always(values: Mapping[str, Any]) -> bool:
@@ -85,8 +88,7 @@ class Output:
 class Option:
     """A value that is no tensor; ``type`` as the schema has it, ``default`` as the public function's default comes out.
 
-    raw: what the raw op takes, from the public option's name, its value, and whatever is known by name (sizes, other options);
-    it raises where that is wrong. None where no public option decides it: then it is the default.
+    raw: None where no public option decides it, which is then the default.
     public: the public option's name, where that is another.
     backward: whether the raw backward takes it too.
     """
@@ -94,7 +96,7 @@ class Option:
     name: str
     type: str
     default: object
-    raw: Callable[[str, Any, Mapping[str, Any]], Any] | None = None
+    raw: Raw | None = None
     public: str = ""
     backward: bool = True
 
@@ -150,7 +152,7 @@ class Op:
                     f"grad_{a.name}",
                     a.axes if a.per_sample else f"B {a.axes}",
                     given[self.dtype_of(a)],
-                    when=came(a.name) if a.optional else always,
+                    when=there(a),
                 )
                 for a in self.arguments
                 if a.differentiable
@@ -199,6 +201,21 @@ class Op:
         return _schema(f"{self.name}_backward", arguments, self.backward_options, self.results)
 
 
+def after(
+    state: Iterable[Argument], like: str = "memory", *, constant: Container[str] = ()
+) -> tuple[Output, ...]:
+    """The outputs of a state that goes in and comes out. constant: what of it comes out as a constant, with all integers."""
+    return tuple(
+        Output(
+            *(a.name, a.axes, like),
+            differentiable=a.dtype is None and a.name not in constant,
+            integer=a.dtype is not None,
+            when=there(a),
+        )
+        for a in state
+    )
+
+
 def each_step(values: tuple[Any, ...], backend: str) -> int:
     """The ``interval`` of an op that keeps something of every step: ``anchor_every`` then says only whether it does."""
     return 1
@@ -206,6 +223,11 @@ def each_step(values: tuple[Any, ...], backend: str) -> int:
 
 def came(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda values: values[name] is not None
+
+
+def there(argument: Argument) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether there is what comes out where this argument came."""
+    return came(argument.name) if argument.optional else always
 
 
 def _schema(name, arguments, options, outputs) -> str:

@@ -56,9 +56,9 @@ class Scan:
     """The public functions of a memory's step and scan, which are one raw op. They differ in the leading T and in what begins
     and ends samples, which only a scan has.
 
-    kind: the type of the state. of_step, of_scan: the reference's. step_names, scan_names: of the tensors that are told a step,
-    as callers know them. arguments: state, inputs and what is of sequences, where these are not those of the raw op. start:
-    every number of a memory where a sample begins anew.
+    kind: the type of the state. of_step, of_scan: the reference's. step_names: what callers of a step know its inputs by, where
+    those of a scan do not; prefix: of the inputs' names. arguments: state, inputs and what is of sequences, where these are not
+    those of the raw op. start: every number of a memory where a sample begins anew.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Scan:
         kind: Any,
         of_step: Callable[..., Any],
         of_scan: Callable[..., Any],
-        step_names: Sequence[str],
-        scan_names: Sequence[str],
+        step_names: Sequence[str] = (),
         *,
+        prefix: str = "",
         arguments: tuple[Argument, ...] = (),
         start: float = START,
     ):
@@ -80,7 +80,9 @@ class Scan:
             for a in op.arguments
         )
         state = [f"state.{name}" for name in kind._fields]
-        self.step_names, self.scan_names = ((*state, *names, *NAMES) for names in (step_names, scan_names))
+        inputs = [prefix + a.name for a in self.arguments[len(state) : -len(NAMES)]]
+        self.scan_names = (*state, *inputs, *NAMES)
+        self.step_names = (*state, *(step_names or inputs), *NAMES)
         self.needs_steps = op.outputs[0].axes.startswith("T ")  # then a step is a scan of one
 
     def agree(self, sizes: Sizes, tensors: Tensors) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import reference
 from ..reference.dnc import DNCInterface, DNCState
 from . import _checks
-from ._declare import Argument, Op, Option, Output, Sizes, came, each_step
+from ._declare import Argument, Op, Option, Output, Sizes, after, came, each_step
 from ._public import Scan, Tensors
 from ._register import declare
+from ._sequences import NAMES
 from ._sequences import sequences as of_sequences
 from .content import EPS, MEMORY
 
@@ -64,12 +65,7 @@ DNC_SCAN = declare(
         options=(DEALLOCATE, EPS),
         outputs=(
             Output("reads", "T B R D", like="read_keys"),
-            Output("memory", "B N D", like="memory"),
-            Output("usage", "B N", like="memory"),
-            Output("precedence", "B N", like="memory", when=came("precedence")),
-            Output("links", "B N N", like="memory", when=came("links")),
-            Output("read_weights", "B R N", like="memory"),
-            Output("write_weights", "B N", like="memory"),
+            *after(STATE),
             *kept(came("link_sharpening")),
         ),
         layout="int R, bool link",
@@ -92,15 +88,15 @@ def _together(name: str, value: Any, other_name: str, other: Any) -> None:
 
 
 class _DNC(Scan):
-    def agree(self, sizes: Sizes, tensors: Tensors) -> None:
+    def agree(self, sizes: Sizes, tensors: Any) -> None:
         """What comes together, or not without another."""
-        parts = dict(zip((*DNCState._fields, *DNCInterface._fields), tensors, strict=False))
-        links, sharpening = parts["links"], parts["link_sharpening"]
-        check_links("state", parts["precedence"], links)
-        _together("interface.read_modes", parts["read_modes"], "state.links", links)
-        _together("interface.write_mask", parts["write_mask"], "interface.read_masks", parts["read_masks"])
-        if sharpening is not None and links is None:
-            came = type(sharpening).__name__
+        _, _, precedence, links, _, _, *told = tensors[: -len(NAMES)]
+        interface = DNCInterface(*told)
+        check_links("state", precedence, links)
+        _together("interface.read_modes", interface.read_modes, "state.links", links)
+        _together("interface.write_mask", interface.write_mask, "interface.read_masks", interface.read_masks)
+        if interface.link_sharpening is not None and links is None:
+            came = type(interface.link_sharpening).__name__
             raise TypeError(f"interface.link_sharpening must be None where state.links is, got {came}")
 
     def public_inputs(self, inputs: Any) -> tuple[DNCInterface]:
@@ -116,7 +112,7 @@ DNC = _DNC(
     DNCState,
     reference.dnc_step,
     reference.dnc_scan,
-    *[[f"interface.{name}" for name in DNCInterface._fields]] * 2,
+    prefix="interface.",
     start=0.0,
 )
 

@@ -10,7 +10,7 @@ from .. import reference
 from .._anchors import lrua_interval
 from ..reference.lrua import LRUAState
 from . import _checks
-from ._declare import Argument, Op, Option, Output
+from ._declare import Argument, Op, Option, Output, after
 from ._public import Scan, run
 from ._register import declare
 from ._sequences import sequences as of_sequences
@@ -26,10 +26,11 @@ USAGE_DECAY = Option(
     "usage_decay", "float", 0.95, _checks.number(lambda x: 0 <= x <= 1, "within [0, 1]"), backward=False
 )
 
-# Of a state, and what goes out of it.
-READ_WEIGHTS = Argument("read_weights", "B R N", like="memory", within="shares", heads_in="N")
-USAGE = Argument("usage", "B N", like="memory", differentiable=False)
-STATE = (MEMORY, READ_WEIGHTS, USAGE)
+STATE = (
+    MEMORY,
+    Argument("read_weights", "B R N", like="memory", within="shares", heads_in="N"),
+    Argument("usage", "B N", like="memory", differentiable=False),
+)
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
@@ -78,9 +79,7 @@ LRUA_SCAN = declare(
         options=(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
         outputs=(
             Output("reads", "[T] B R D", like="keys"),
-            Output("memory", "B N D", like="memory"),
-            Output("read_weights", "B R N", like="memory"),
-            Output("usage", "B N", like="memory", differentiable=False),
+            *after(STATE, constant=("usage",)),
             Output("slots", "[T] B R", like="memory", integer=True, kept=True),
             Output("anchors", "A B D+R P", like="memory", kept=True),
         ),
@@ -98,7 +97,6 @@ LRUA = Scan(
     reference.lrua_step,
     reference.lrua_scan,
     ("key", "write_vector", "gate_logit", "sharpness"),
-    ("keys", "write_vectors", "gate_logits", "sharpness"),
 )
 
 

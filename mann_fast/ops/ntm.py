@@ -107,7 +107,6 @@ NTM = _NTM(
     NTMState,
     reference.ntm_step,
     reference.ntm_scan,
-    *[[argument.name for argument in INPUTS]] * 2,
     arguments=(*STATE, *INPUTS, *of_sequences("[T] B")),
 )
 

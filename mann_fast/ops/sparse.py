@@ -10,12 +10,12 @@ from torch import Tensor
 from .. import reference
 from ..reference.sparse import SparseState
 from . import _checks
-from ._declare import Argument, Op, Option, Output, Sizes, each_step
+from ._declare import Argument, Op, Option, Output, Sizes, after, each_step
 from ._public import Scan, Tensors, run
 from ._register import LIBRARIES, declare, define_in_place
 from ._sequences import may_look
 from ._sequences import sequences as of_sequences
-from .content import EPS, MEMORY
+from .content import EPS, KEY, MEMORY
 
 # N, which backward cannot see from what is kept: nothing of the memory's size is.
 NUM_SLOTS = Option("num_slots", "SymInt", 0, lambda name, value, known: known["N"])
@@ -23,11 +23,7 @@ NUM_SLOTS = Option("num_slots", "SymInt", 0, lambda name, value, known: known["N
 SPARSE_READ = declare(
     Op(
         "sparse_read",
-        arguments=(
-            MEMORY,
-            Argument("key", "B R D", like="memory", half=True, heads_in=""),
-            Argument("sharpness", "B R", like="key", optional=True),
-        ),
+        arguments=(MEMORY, *KEY),
         options=(NUM_SLOTS, Option("num_reads", "SymInt", 1, _checks.count(1, "N")), EPS),
         outputs=(
             Output("read", "B R D", like="key"),
@@ -69,11 +65,7 @@ SPARSE_SCAN = declare(
         options=(NUM_SLOTS, THRESHOLD, EPS),
         outputs=(
             Output("reads", "T B R D", like="keys"),
-            Output("memory", "B N D", like="memory"),
-            Output("read_slots", "B R K", like="memory", integer=True, differentiable=False),
-            Output("read_weights", "B R K", like="memory"),
-            Output("last_access", "B N", like="memory", integer=True, differentiable=False),
-            Output("clock", "B", like="memory", integer=True, differentiable=False),
+            *after(STATE),
             Output("oldest", "T B R", like="memory", kept=True, integer=True),
             Output("slot_history", "T B R K", like="memory", kept=True, integer=True),
             Output("weight_history", "T B R K", like="memory", kept=True),
@@ -174,7 +166,6 @@ SPARSE = _Sparse(
     reference.sparse_step,
     reference.sparse_scan,
     ("key", "write_vector", "gate_logit", "sharpness", "write_gate_logit"),
-    [argument.name for argument in INPUTS],
 )
 
 
