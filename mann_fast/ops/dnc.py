@@ -11,7 +11,7 @@ from .. import reference
 from ..reference.dnc import DNCInterface, DNCState
 from . import _checks
 from ._declare import Argument, Op, Option, Output, Sizes, after, came, each_step
-from ._public import Scan, Tensors
+from ._public import Scan
 from ._register import declare
 from ._sequences import NAMES
 from ._sequences import sequences as of_sequences
