@@ -148,11 +148,6 @@ def check_tuple(name: str, value: object, kind: Any) -> None:
         raise TypeError(f"{name} must be {article} {expected}, got {type(value).__name__}")
 
 
-def check_number(name: str, value: Any, expected: str = "a number") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-
-
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         kind = type(value)
@@ -165,12 +160,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
-# What options' ``raw`` may be.
+# Of options: what their ``raw`` may be.
 
 
 def number(within: Callable[[float], bool], expected: str, kind: str = "a number") -> Raw:
     def raw(name, value, known):
-        check_number(name, value, kind)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
         if not within(value):
             raise ValueError(f"{name} must be {expected}, got {value}")
         return float(value)

@@ -195,10 +195,13 @@ class Op:
         return _schema(self.name, self.arguments, self.options, self.outputs)
 
     @property
+    def backward_arguments(self) -> list[Argument]:
+        outer = (Argument(f"grad_{x.name}", x.axes, optional=True) for x in self.outer)
+        return [*outer, *self.saved_arguments]
+
+    @property
     def backward_schema(self) -> str:
-        outer = [Argument(f"grad_{x.name}", x.axes, optional=True) for x in self.outer]
-        arguments = [*outer, *self.saved_arguments]
-        return _schema(f"{self.name}_backward", arguments, self.backward_options, self.results)
+        return _schema(f"{self.name}_backward", self.backward_arguments, self.backward_options, self.results)
 
 
 def after(

@@ -39,11 +39,8 @@ def declare(op: Op) -> Op:
         _raw[op.name, backend] = forward.op
         if op.saved:
             library.define(op.backward_schema)
-            outer = tuple(Argument(f"grad_{x.name}", x.axes, optional=True) for x in op.outer)
-            backward = _Raw(
-                library, f"{op.name}_backward", (*outer, *op.saved_arguments), op.results, backend
-            )
-            backward.register(_backward_fake(op, len(outer)))
+            backward = _Raw(library, f"{op.name}_backward", op.backward_arguments, op.results, backend)
+            backward.register(_backward_fake(op, len(op.outer)))
             function = _functions[op.name, backend] = _differentiated(op, forward.op, backward.op, backend)
             backward.differentiate(_refused(op, backward.op))
             forward.differentiate(function)
