@@ -18,8 +18,7 @@ from ._declare import Argument, Op, Option, Output, Sizes, after, came, there
 from ._public import Scan
 from ._register import LIBRARIES, call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
-from ._sequences import Values, may_look, raw_sequences
-from ._sequences import sequences as of_sequences
+from ._sequences import Values, may_look, of_sequences, raw_sequences
 
 # Of Controller in csrc/include/arguments.h.
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}

@@ -38,26 +38,23 @@ def check_tensors(
     it. known: sizes of axes beforehand. then: what to give back, of the size of every axis. Both follow from ``choices``, which
     are options, and from what the tensors are: what has passed once is not looked at again.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():  # torch.jit asks twice
-        return then(_check_tensors(arguments, names, values, steps, known()))
-    try:
-        kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]
-    except (AttributeError, RuntimeError):  # not a tensor, or a nested one, which has no shape
-        return then(_check_tensors(arguments, names, values, steps, known()))
-    # With their types: True is equal to 1, but no number here.
-    key = (id(arguments), steps, *choices, *map(type, choices), *kinds)
-    try:
-        result = _passed.get(key)
-    except (
-        TypeError
-    ):  # symbolic sizes, as make_fx has them, cannot be looked up; nor can an array, which is no choice
-        return then(_check_tensors(arguments, names, values, steps, known()))
+    key = result = None
+    if not (torch.compiler.is_compiling() or torch._C._is_tracing()):  # torch.jit asks twice
+        try:
+            kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]
+            # With their types: True is equal to 1, but no number here.
+            key = (id(arguments), steps, *choices, *map(type, choices), *kinds)
+            result = _passed.get(key)
+        # Not a tensor; a nested one, which has no shape; or what cannot be looked up: symbolic sizes, as make_fx has them, or
+        # an array, which is no choice.
+        except (AttributeError, RuntimeError, TypeError):
+            key = None
     if result is None:
-        if len(_passed) > 1000:
-            _passed.clear()
-        sizes = _check_tensors(arguments, names, values, steps, known())
-        _check_sizes(arguments, names, values, steps)
-        result = _passed[key] = then(sizes)
+        result = then(_check_tensors(arguments, names, values, steps, known(), key is not None))
+        if key is not None:
+            if len(_passed) > 1000:
+                _passed.clear()
+            _passed[key] = result
     return result
 
 
@@ -67,7 +64,9 @@ def _check_tensors(
     values: Sequence[object],
     steps: bool,
     sizes: Sizes,
+    bounded: bool,
 ) -> Sizes:
+    """bounded: sizes must not be too large. Of symbols no compiler is to learn a bound."""
     names = names or [argument.name for argument in arguments]
     came: dict[str, tuple[str, torch.dtype]] = {}
     for argument, name, value in zip(arguments, names, values, strict=True):
@@ -101,25 +100,16 @@ def _check_tensors(
             raise ValueError(
                 f"{name} [{', '.join(axes)}] must have 1 <= R <= {limit} heads, got {list(shape)}"
             )
+        if bounded and max(shape) > SIZE_MAX:
+            raise ValueError(
+                f"{name} [{', '.join(axes)}] must have sizes of at most 2^31 - 1 = {SIZE_MAX}, got {list(shape)}"
+            )
         if not came:
             first, device = name, value.device
         elif value.device != device:
             raise RuntimeError(f"{name} must be on the device of {first}, {device}, got {value.device}")
         came[argument.name] = name, value.dtype
     return sizes
-
-
-def _check_sizes(
-    arguments: tuple[Argument, ...], names: Sequence[str] | None, values: Sequence[Any], steps: bool
-) -> None:
-    """Of tensors without symbols, whose sizes no compiler is to learn a bound of."""
-    names = names or [argument.name for argument in arguments]
-    for argument, name, value in zip(arguments, names, values, strict=True):
-        if value is not None and max(value.shape) > SIZE_MAX:
-            axes = argument.names if steps else argument.step_names
-            raise ValueError(
-                f"{name} [{', '.join(axes)}] must have sizes of at most 2^31 - 1 = {SIZE_MAX}, got {list(value.shape)}"
-            )
 
 
 def check_shape(name: str, value: Any, axes: Sequence[str]) -> torch.Size:

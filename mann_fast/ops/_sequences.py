@@ -15,7 +15,7 @@ from ._declare import Argument
 NAMES = ("resets", "lengths", "start")
 
 
-def sequences(resets_axes: str) -> tuple[Argument, ...]:
+def of_sequences(resets_axes: str) -> tuple[Argument, ...]:
     """The arguments of an op; of a raw op resets and start come together."""
     return (
         Argument(

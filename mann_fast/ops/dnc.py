@@ -13,8 +13,7 @@ from . import _checks
 from ._declare import Argument, Op, Option, Output, Sizes, after, came, each_step
 from ._public import Scan
 from ._register import declare
-from ._sequences import NAMES
-from ._sequences import sequences as of_sequences
+from ._sequences import NAMES, of_sequences
 from .content import EPS, MEMORY
 
 STATE = (

@@ -13,7 +13,7 @@ from . import _checks
 from ._declare import Argument, Op, Option, Output, after
 from ._public import Scan, run
 from ._register import declare
-from ._sequences import sequences as of_sequences
+from ._sequences import of_sequences
 from .content import EPS, MEMORY
 
 READ_FIRST = Option(

@@ -15,8 +15,7 @@ from . import _backend, _checks
 from ._declare import Argument, Op, Output, Sizes
 from ._public import Scan, Tensors, checked
 from ._register import call, declare
-from ._sequences import NO_SEQUENCES
-from ._sequences import sequences as of_sequences
+from ._sequences import NO_SEQUENCES, of_sequences
 from .content import EPS, MEMORY
 from .lrua import READ_FIRST
 

@@ -13,8 +13,7 @@ from . import _checks
 from ._declare import Argument, Op, Option, Output, Sizes, after, each_step
 from ._public import Scan, Tensors, run
 from ._register import LIBRARIES, declare, define_in_place
-from ._sequences import may_look
-from ._sequences import sequences as of_sequences
+from ._sequences import may_look, of_sequences
 from .content import EPS, KEY, MEMORY
 
 # N, which backward cannot see from what is kept: nothing of the memory's size is.
