@@ -14,15 +14,15 @@ from ._register import declare
 
 EPS = Option("eps", "float", 1e-6, _checks.number(lambda x: 0 < x < math.inf, "positive and finite"))
 MEMORY = Argument("memory", "B N D")
-KEY = (
-    Argument("key", "B R D", like="memory", half=True, heads_in=""),
-    Argument("sharpness", "B R", like="key", optional=True),
-)
 
 CONTENT_READ = declare(
     Op(
         "content_read",
-        arguments=(MEMORY, *KEY),
+        arguments=(
+            MEMORY,
+            Argument("key", "B R D", like="memory", half=True, heads_in=""),
+            Argument("sharpness", "B R", like="key", optional=True),
+        ),
         options=(EPS,),
         outputs=(Output("read", "B R D", like="key"), Output("weights", "B R N", like="memory")),
         saved=("memory", "key", "sharpness", "weights"),

@@ -14,7 +14,7 @@ from ._declare import Argument, Op, Option, Output, Sizes, after, each_step
 from ._public import Scan, Tensors, run
 from ._register import LIBRARIES, declare, define_in_place
 from ._sequences import may_look, of_sequences
-from .content import EPS, KEY, MEMORY
+from .content import CONTENT_READ, EPS, MEMORY
 
 # N, which backward cannot see from what is kept: nothing of the memory's size is.
 NUM_SLOTS = Option("num_slots", "SymInt", 0, lambda name, value, known: known["N"])
@@ -22,7 +22,7 @@ NUM_SLOTS = Option("num_slots", "SymInt", 0, lambda name, value, known: known["N
 SPARSE_READ = declare(
     Op(
         "sparse_read",
-        arguments=(MEMORY, *KEY),
+        arguments=(MEMORY, *CONTENT_READ.arguments[1:]),  # key and sharpness
         options=(NUM_SLOTS, Option("num_reads", "SymInt", 1, _checks.count(1, "N")), EPS),
         outputs=(
             Output("read", "B R D", like="key"),
