@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mann_fast import MemoryLayer, ops, reference
 from mann_fast.benchmark import ceilings
-from mann_fast.ops.sparse_index import LEAST_SLOTS
+from mann_fast.layers.sparse_index import LEAST_SLOTS
 
 SIZE, READS, PROBES = 32, 4, 16
 ALIKE, SPARSE = "sparse, from the start of a sequence", "sparse, every row another"

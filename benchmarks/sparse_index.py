@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from mann_fast import MemoryLayer
-from mann_fast.layers import MemoryState
-from mann_fast.ops import sparse_index
+from mann_fast.layers import MemoryState, sparse_index
 
 SIZE, READS, FEW, MANY, NOISE, SCALE = 32, 4, 4, 104, 0.3, 0.05
 KINDS = ("random", "centres")

@@ -29,6 +29,7 @@ from mann_fast.cli._report import print_accuracy
 from mann_fast.cli._signals import StopSignals
 from mann_fast.cli._stderr import ForgivingStream
 from mann_fast.data import generate_glyphs
+from mann_fast.ops._register import OPS
 from mann_fast.training import (
     InstanceAccuracy,
     TrainConfig,
@@ -770,8 +771,8 @@ def test_doctor_explains(capsys):
         assert call(capsys, "doctor", "--explain", op, "20", "4", "10")[0] == 0
     _, printed, _ = call(capsys, "doctor", "--explain", "dnc_scan", "256", "4", "10")
     assert "memory and links, 4 and 256 KiB" in printed or "not built" in printed
-    assert "each slot counts" in _cuda("least_used", 256, 1, 1)
-    assert "2,048 slots" in _cuda("least_used", 257, 1, 1)
+    assert "each slot counts" in _cuda(OPS["least_used"], "least_used", 256, 1, 1)
+    assert "2,048 slots" in _cuda(OPS["least_used"], "least_used", 257, 1, 1)
     for arguments, message in (
         (["lrua_scan", "1", "2", "x"], "--explain takes an op and three numbers, got lrua_scan 1 2 x"),
         (["scan", "1", "2", "3"], "op must be one of content_read, .* got 'scan'"),

@@ -86,7 +86,7 @@ def test_resets_and_lengths_in_place(given, controller, start, monkeypatch):
     def copies(*arguments, **options):
         raise AssertionError("a step that copies the memory")
 
-    monkeypatch.setattr("mann_fast.ops.sparse_cell.sparse_step", copies)
+    monkeypatch.setattr("mann_fast.layers.sparse_cell.sparse_step", copies)
     assert_close(run(layer, x, state, **sequences), expected)
     if given == "resets":
         return

@@ -10,8 +10,7 @@ import torch
 from cases import BACKEND
 
 from mann_fast import MemoryLayer, ops
-from mann_fast.layers import Sparse
-from mann_fast.ops import sparse_index
+from mann_fast.layers import Sparse, sparse_index
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpp", reason="an index serves the C++ kernels")
 N, D, R, K = sparse_index.LEAST_SLOTS, 5, 2, 3

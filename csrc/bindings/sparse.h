@@ -151,7 +151,7 @@ Tensor sparse_lists(Tensor memory) {
   return lists;
 }
 
-// One step that changes memory and last_access where they are; for mann_fast/ops/sparse_cell.py, which owns them.
+// One step that changes memory and last_access where they are; for mann_fast/layers/sparse_cell.py, which owns them.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
     Tensor memory, Tensor read_slots, Tensor read_weights, Tensor last_access, Tensor clock, Tensor key, Tensor write_vector,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from .._anchors import lrua_interval, ntm_interval
 from ..ops._backend import DEVICES
+from ..ops._declare import Op
 from ..ops._loading import EMULATION, missing
 from ..ops._register import OPS, has_kernels
 
@@ -29,21 +29,22 @@ def explain(op: str, num_slots: int, slot_size: int, num_heads: int) -> dict[str
     for name, size in (("N", num_slots), ("D", slot_size), ("R", num_heads)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if op.startswith(("lrua", "sparse")) and num_heads > num_slots:
+    raw = next(raw for raw in OPS.values() if op in raw.public)
+    if num_heads > num_slots and any(argument.heads_in == "N" for argument in raw.arguments):
         raise ValueError(f"R must be at most N = {num_slots}, got {num_heads}")
-    raw = next(raw.name for raw in OPS.values() if op in raw.public)
     sizes = num_slots, slot_size, num_heads
 
     def of(backend: str, sentence: Callable[[], str]) -> str:
         devices = {"cpu", DEVICES[backend]}  # on a processor those that are emulated or interpreted
-        served = missing(backend) is None and any(has_kernels(raw, backend, device) for device in devices)
-        return missing(backend) or (sentence() if served else NO_KERNEL)
+        return missing(backend) or (
+            sentence() if any(has_kernels(raw.name, backend, device) for device in devices) else NO_KERNEL
+        )
 
     return {
         "cpp": of("cpp", lambda: _cpp(op, num_slots, slot_size)),
         "reference": "PyTorch operations" + (", a loop over the steps" if op.endswith("scan") else ""),
-        "cuda": of("cuda", lambda: _cuda(op, *sizes)),
-        "triton": of("triton", lambda: _triton(raw, op, *sizes)),
+        "cuda": of("cuda", lambda: _cuda(raw, op, *sizes)),
+        "triton": of("triton", lambda: _triton(raw.name, op, *sizes)),
     }
 
 
@@ -74,7 +75,7 @@ def _cpp(op: str, num_slots: int, slot_size: int) -> str:
     return f"one call: {work}; samples over threads{slots}"
 
 
-def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
+def _cuda(raw: Op, op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
     if op == "least_used":
         if num_slots <= 256:
             return "one launch: each slot counts those before it"
@@ -91,16 +92,11 @@ def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
             f"{blocks} blocks search a sample, then one joins what they found: two launches a step; backward a block per "
             f"sample; with as many samples as blocks run at once, {alone}"
         )
-    sizes = (num_slots, slot_size, num_heads)
-    if op.startswith("dnc"):
-        sizes += (True,)  # with links
-        every, layout = 1, torch.ops.mann_fast_cuda.dnc_scan_layout
-    elif op.startswith("ntm"):
-        sizes += (0, 3)  # all heads read, none writes; moves of a shift
-        every, layout = ntm_interval(slot_size, num_heads), torch.ops.mann_fast_cuda.ntm_scan_layout
-    else:
-        device = torch.device("cpu" if EMULATION else "cuda")
-        every, layout = lrua_interval(*sizes, device), torch.ops.mann_fast_cuda.lrua_scan_layout
+    every = _interval(raw, num_slots, slot_size, num_heads)
+    layout = getattr(torch.ops.mann_fast_cuda, f"{raw.name}_layout")
+    # All of an NTM's heads read, none writes; moves of a shift; a DNC has links.
+    of_op = {"R": num_heads, "W": 0, "shifts": 3, "link": True}
+    sizes = (num_slots, slot_size, *(of_op[size.split()[1]] for size in raw.layout.split(", ")))
     scan = op.endswith("scan")
     try:
         ways = [_layout(layout, sizes, anchor_every) for anchor_every in (0, every if scan else 1)]
@@ -108,6 +104,13 @@ def _cuda(op: str, num_slots: int, slot_size: int, num_heads: int) -> str:
         return str(error).splitlines()[0]
     steps = " for all steps" if scan else ""
     return f"one launch per direction{steps}; in float32, forward {ways[0]}; backward {ways[1]}"
+
+
+def _interval(raw: Op, num_slots: int, slot_size: int, num_heads: int) -> int:
+    """Every how many steps the CUDA kernels keep something, of memory and weights that take no room."""
+    one = torch.zeros(1, 1, 1, device="cpu" if EMULATION else "cuda")
+    tensors = one.expand(1, num_slots, slot_size), one.expand(1, num_heads, num_slots)
+    return raw.interval(tensors, "cuda")
 
 
 def _layout(

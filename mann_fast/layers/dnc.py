@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import DNCInterface, DNCState
 from ..ops._checks import check_flag
-from ..ops.dnc_cell import check_options
+from ..ops.dnc_cell import DNC_CELL
 from ..reference.cell import dnc_head_sizes, split_dnc_heads
 from .base import Memory, MemoryWeights
 
@@ -59,9 +59,12 @@ class DNC(Memory):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("link", self.link)
-        check_options(
-            self.link, self.masks, self.mask_min, self.deallocate, self.link_sharpening, self.clip, self.eps
-        )
+        DNC_CELL.raw_options(self._cell_options, {"link": self.link})  # for its checks
+
+    @property
+    def _cell_options(self) -> dict[str, Any]:
+        names = ("masks", "mask_min", "deallocate", "link_sharpening", "clip", "eps")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def _parts(self) -> dict[str, bool]:
@@ -94,6 +97,4 @@ class DNC(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], DNCState, Tensor]:
-        names = ("masks", "mask_min", "deallocate", "link_sharpening", "clip", "eps")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names} | sequences
-        return ops.dnc_cell(*tensors, controller=controller, **options)
+        return ops.dnc_cell(*tensors, controller=controller, **self._cell_options | sequences)

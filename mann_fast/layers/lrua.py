@@ -11,9 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import LRUAState
-from ..ops._checks import check_choice
-from ..ops.cell import WRITE_VECTORS, check_sharpness
-from ..ops.lrua import raw_options
+from ..ops.cell import CELL
 from ..reference.cell import head_sizes, split_heads
 from .base import Memory, MemoryWeights
 
@@ -52,9 +50,7 @@ class LRUA(Memory):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sharpness(self.sharpness)
-        check_choice("write_vector", self.write_vector, WRITE_VECTORS)
-        raw_options(**self._step_options)  # for its checks
+        CELL.raw_options(self._cell_options, {})  # for its checks
 
     @cached_property
     def _cell_options(self) -> dict[str, Any]:

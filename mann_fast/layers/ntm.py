@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._state import check_size
 from ..ops import NTMHead, NTMState
-from ..ops._checks import check_choice, check_eps
-from ..ops.lrua import ORDERS
-from ..ops.ntm_cell import check_max_shift
+from ..ops.ntm_cell import NTM_CELL
 from ..reference.cell import ntm_head_sizes, split_ntm_heads
 from .base import Memory, MemoryWeights
 
@@ -41,12 +40,15 @@ class Content(Memory):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("order", self.order, ORDERS)
-        check_eps(self.eps)
+        NTM_CELL.raw_options(self._cell_options, {})  # for its checks
 
     def _shifts(self) -> int | None:
         """S; None of heads that have no location."""
         return None
+
+    @property
+    def _cell_options(self) -> dict[str, Any]:
+        return {"max_shift": self._shifts(), "order": self.order, "eps": self.eps}
 
     def head_sizes(self) -> list[int]:
         return ntm_head_sizes(self.num_heads, self.slot_size, self._shifts())
@@ -67,12 +69,7 @@ class Content(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], NTMState, Tensor]:
-        options: dict[str, Any] = {
-            "max_shift": self._shifts(),
-            "order": self.order,
-            "eps": self.eps,
-        } | sequences
-        return ops.ntm_cell(*tensors, controller=controller, **options)
+        return ops.ntm_cell(*tensors, controller=controller, **self._cell_options | sequences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +89,8 @@ class NTM(Content):
     max_shift: int = 1
 
     def __post_init__(self) -> None:
+        check_size("max_shift", self.max_shift, 0)  # not None
         super().__post_init__()
-        check_max_shift(self.max_shift)
 
     def _shifts(self) -> int:
         return self.max_shift

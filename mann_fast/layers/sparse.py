@@ -12,14 +12,13 @@ from torch import Tensor
 from .. import ops
 from .._state import check_size
 from ..ops import SparseState
-from ..ops._checks import check_eps
-from ..ops.sparse import check_threshold
-from ..ops.sparse_cell import sparse_cell
-from ..ops.sparse_index import SearchRecall, SparseIndex, check_faiss
+from ..ops.sparse import SPARSE_SCAN
 from ..reference.cell import head_sizes, split_sparse_heads
 from ..reference.sparse import sparse_writes
 from .base import Memory, MemoryWeights
 from .lrua import VECTOR_GAIN
+from .sparse_cell import sparse_cell
+from .sparse_index import SearchRecall, SparseIndex, check_faiss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +62,11 @@ class Sparse(Memory):
         if self.probes is not None:
             check_size("probes", self.probes, 1)
             check_faiss()
-        check_threshold(self.threshold)
-        check_eps(self.eps)
+        SPARSE_SCAN.raw_options(self._step_options, {"N": self.num_slots})  # for its checks
+
+    @property
+    def _step_options(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, "eps": self.eps}
 
     def head_sizes(self) -> list[int]:
         return [*head_sizes(self.num_heads, self.slot_size, "separate", "learned"), self.num_heads]
@@ -82,13 +84,11 @@ class Sparse(Memory):
     def step(
         self, state: SparseState, heads: tuple[Tensor, ...], record: bool = False
     ) -> tuple[Tensor, SparseState, MemoryWeights | None]:
-        key, vector, gate, sharpness, write_gate = heads
         before = state
-        reads, state = ops.sparse_step(
-            state, key, vector, gate, sharpness, write_gate, threshold=self.threshold, eps=self.eps
-        )
+        reads, state = ops.sparse_step(state, *heads, **self._step_options)
         if not record:
             return reads, state, None
+        _, _, gate, _, write_gate = heads
         write_slots, write = sparse_writes(before, *(x.to(before.memory.dtype) for x in (gate, write_gate)))
         weights = MemoryWeights(
             state.read_weights, write, None, read_slots=state.read_slots, write_slots=write_slots
@@ -98,7 +98,7 @@ class Sparse(Memory):
     def cell(
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
-        options: dict[str, Any] = {"threshold": self.threshold, "eps": self.eps, **sequences}
+        options: dict[str, Any] = {**self._step_options, **sequences}
         return sparse_cell(*tensors, controller=controller, index=self._index, **options)
 
     @cached_property

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .._state import check_dense
 from ..reference.cell import CONTROLLERS
 from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, Sizes, always, came
-from ._register import call, declare
+from ._declare import Argument, Op, Option, Output, Sizes, after, came, there
+from ._public import Scan
+from ._register import LIBRARIES, call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
-from ._sequences import Values, may_look
-from ._sequences import sequences as of_sequences
+from ._sequences import Values, may_look, of_sequences, raw_sequences
 
 # Of Controller in csrc/include/arguments.h.
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
@@ -69,6 +69,7 @@ def declare_cell(
     kept: tuple[Output, ...],
     *,
     interval: Callable[[tuple[Any, ...], str], int],
+    choices: str,
     extents: Callable[[Sizes], Sizes] = lambda sizes: {},
     constant: tuple[str, ...] = (),
 ) -> Op:
@@ -77,7 +78,7 @@ def declare_cell(
 
     state: the memory's, which the op takes and gives; ``constant``: what of it comes out as a constant, which backward does not
     take. options: the memory's. kept: what backward needs beside what it takes of the controller. interval: as of Op. extents:
-    of axes that are the memory's own.
+    of axes that are the memory's own. choices: what <name>_fits takes of its options, as the schema has it.
     """
 
     def all_extents(sizes: Sizes) -> Sizes:
@@ -93,9 +94,6 @@ def declare_cell(
     ) -> tuple[Tensor | None, ...]:
         return _gradients(op, ctx, tensors, results)
 
-    def there(argument: Argument) -> Callable[[Mapping[str, Any]], bool]:
-        return came(argument.name) if argument.optional else always
-
     op = Op(
         name,
         arguments=(*GATES, *state, *REST),
@@ -109,10 +107,7 @@ def declare_cell(
             Output("hidden", "B H", like="gates", when=_recurrent),
             Output("cell", "B H", like="gates", when=came("cell")),
             Output("reads", "B R D", like="gates"),
-            *(
-                Output(a.name, a.axes, "gates", differentiable=a.name not in constant, when=there(a))
-                for a in state
-            ),
+            *after(state, "gates", constant=constant),
             Output("kept_gates", "T B kept", like="gates", kept=True),
             Output("kept_states", "T B H", like="gates", kept=True, when=_recurrent),
             Output("kept_heads", "T B heads", like="gates", kept=True),
@@ -141,6 +136,9 @@ def declare_cell(
             Output("grad_start", "B N D", like="memory", when=came("start")),
         ),
         gradients=all_gradients,
+    )
+    LIBRARIES["cuda"].define(
+        f"{name}_fits(int N, int D, int R, int H, int controller, {choices}, bool wide) -> bool"
     )
     return declare(op)
 
@@ -217,43 +215,92 @@ def _product(grads: Tensor, met: Tensor, taken: Tensor | None) -> Tensor:
     return torch.mm(grads.t(), met)
 
 
-class Public:
-    """What a public function takes, named as its callers know it. kind, state: of its memory, a NamedTuple and its tensors."""
+class Cell:
+    """The public function of a whole sequence.
 
-    def __init__(self, kind: Any, state: tuple[Argument, ...]):
-        self.kind, self.state = kind, state
-        self.tensors = (*state, *GATES, *REST)
-        self.state_names = tuple(f"memory.{field}" for field in kind._fields)
+    memory: the family of its memory. reference: the function of mann_fast.reference, which takes the memory's public ``step``
+    for one of its own. head_sizes: the numbers of values of the heads, from the sizes of the memory and all options. choices:
+    the last that <op>_fits takes, from sizes and raw options. state: the memory's tensors, where the op does not have them as
+    callers do.
+    """
+
+    def __init__(
+        self,
+        op: Op,
+        memory: Scan,
+        reference: Callable[..., Any],
+        step: Callable[..., Any],
+        head_sizes: Callable[..., Sequence[int]],
+        choices: Callable[[Mapping[str, Any]], tuple[int, ...]],
+        state: tuple[Argument, ...] = (),
+    ):
+        self.op, self.memory, self.reference, self.step = op, memory, reference, step
+        self.head_sizes, self.choices = head_sizes, choices
+        self.state = state or op.arguments[len(GATES) : -len(REST)]
+        self.arguments = (*self.state, *GATES, *REST)
+        self.state_names = tuple(f"memory.{field}" for field in memory.kind._fields)
         states = ("gates", "state.hidden", "state.cell")
         self.names = (*self.state_names, *states, *(argument.name for argument in REST))
 
-    def check(
-        self,
-        network: Network,
-        memory: tuple[Tensor | None, ...],
-        sequences: tuple[Tensor | None, ...],
-        options: tuple[Any, ...],
-        heads: Callable[..., Sequence[int]],
-    ) -> Sizes:
-        """The size of every axis. options: the controller, and what ``heads`` takes after the sizes of the memory: it checks
-        these options, and gives the numbers of values of the heads. What has passed once is not looked at again: a rollout
-        comes here at every step."""
-        _checks.check_tuple("memory", memory, self.kind)
+    def known(self, memory: Any) -> dict[str, Any]:
+        """What options depend on, of which tensors a memory's state has; it raises where these do not go together."""
+        return {}
+
+    def _checked(
+        self, network: Network, memory: Any, sequences: Values, controller: Any, options: dict[str, Any]
+    ) -> tuple[Sizes, tuple[Any, ...], tuple[int, ...]]:
+        """The size of every axis, the memory's options as the raw op takes them, and what <op>_fits takes of these."""
         gates, state, reads, *weights = network
 
         def known() -> Sizes:
-            controller, *of_memory = options
-            sizes = _checks.check_tensors(self.state, self.state_names, memory)
-            values = sum(heads(sizes, *of_memory))
-            return check_controller(controller, state, tuple(weights)) | {
-                "RD": sizes["R"] * sizes["D"],
-                "heads": values,
-            }
+            given = self.known(memory)
+            sizes = given | _checks.check_tensors(self.state, self.state_names, memory)
+            self.op.raw_options(options, sizes)  # for its checks
+            given |= {"RD": sizes["R"] * sizes["D"], "heads": sum(self.head_sizes(sizes, options))}
+            return given | check_controller(controller, state, tuple(weights))
 
+        def then(sizes: Sizes) -> tuple[Any, ...]:
+            raw = self.op.raw_options(options, sizes)
+            named = zip(self.op.names[-len(raw) :], raw, strict=True)
+            return sizes, raw[1:-2], self.choices(sizes | dict(named))
+
+        _checks.check_tuple("memory", memory, self.memory.kind)
         tensors = (*memory, gates, *network.states, reads, *weights, *sequences)
-        # With their types: True is equal to 1, but no number here.
-        choices = (type(state), len(state) if isinstance(state, tuple) else 0, *options, *map(type, options))
-        return _checks.check_tensors(self.tensors, self.names, tensors, choices=choices, known=known)
+        choices = (
+            *(type(state), len(state) if isinstance(state, tuple) else 0),
+            *(controller, *options.values()),
+        )
+        return _checks.check_tensors(
+            self.arguments, self.names, tensors, choices=choices, known=known, then=then
+        )
+
+    def run(
+        self, network: Network, memory: Any, sequences: Values, controller: str, options: dict[str, Any]
+    ) -> Any:
+        sizes, raw, choices = self._checked(network, memory, sequences, controller, options)
+        gates, state, reads, *weights = network
+        dtype = gates.dtype
+        sequences = raw_sequences(memory[0], gates.shape[0], *sequences, value=self.memory.start)
+        backend = _backend.serving(gates.device, self.op)
+        if gates.shape[0] == 0 or not fused(self.op, backend, gates, sizes, controller, choices):
+            options |= zip(SEQUENCE_NAMES, sequences, strict=True)
+            memory = self.memory.kind(*memory)
+            with _backend.without_autocast(gates.device.type):
+                return self.reference(
+                    *(gates, state, memory, reads, *weights), controller=controller, step=self.step, **options
+                )
+        of_memory = self.memory.raw_state(memory)
+        tensors = [gates, *network.states, *of_memory, reads, *weights]
+        if dtype in _checks.HALF_DTYPES:  # it computes in float32
+            tensors = [x if x is None else x.float() for x in tensors]
+        rounded = dtype == torch.bfloat16 and backend == "cpp"
+        results = call(self.op, backend, *tensors, *sequences, NUMBERS[controller], *raw, rounded, 0)
+        output, hidden, cell, reads = results[:4]
+        last = (hidden, cell)[: len(state)]
+        if dtype != output.dtype:
+            output, reads, last = output.to(dtype), reads.to(dtype), tuple(x.to(dtype) for x in last)
+        memory = self.memory.public_state(results[4 : 4 + len(of_memory)], memory, sizes)
+        return output, last, memory, reads
 
 
 _fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
@@ -272,53 +319,15 @@ def _fits(name: str, device: torch.device, wide: bool, *sizes: int) -> bool:
 _fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
 
 
-def fused(op: Op, backend: str, gates: Tensor, sizes: Sizes, controller: str, *choices: int) -> bool:
+def fused(
+    op: Op, backend: str, gates: Tensor, sizes: Sizes, controller: str, choices: tuple[int, ...]
+) -> bool:
     """Whether the backend that serves the op takes the whole sequence in a call, not step by step. choices: the last of
     <op>_fits."""
     if backend != "cuda":
         return backend != "reference"
     numbers = (operator.index(sizes[axis]) for axis in "NDRH")  # not symbols, for torch.compile
     return _fits(op.name, gates.device, gates.dtype == torch.float64, *numbers, NUMBERS[controller], *choices)
-
-
-def run_steps(
-    function: Any,
-    network: Network,
-    memory: Any,
-    sequences: Values,
-    options: dict[str, Any],
-    step: Any,
-) -> Any:
-    """The reference of the op, with the public ``step``, which takes what kernels there are."""
-    gates, state, reads, *weights = network
-    given = dict(zip(SEQUENCE_NAMES, sequences, strict=True))
-    with _backend.without_autocast(gates.device.type):
-        return function(gates, state, memory, reads, *weights, **options, **given, step=step)
-
-
-def run_cell(
-    op: Op,
-    backend: str,
-    network: Network,
-    memory: tuple[Tensor | None, ...],
-    sequences: Values,
-    controller: str,
-    options: tuple[Any, ...],
-) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor], Tensor]:
-    """Run the raw op: output, the controller's state, the memory's as the op has it, reads. In half precision it computes in
-    float32."""
-    dtype = network.gates.dtype
-    gates, _, *rest = network
-    tensors = [gates, *network.states, *memory, *rest]
-    if dtype in _checks.HALF_DTYPES:
-        tensors = [x if x is None else x.float() for x in tensors]
-    rounded = dtype == torch.bfloat16 and backend == "cpp"
-    results = call(op, backend, *tensors, *sequences, NUMBERS[controller], *options, rounded, 0)
-    output, hidden, cell, reads = results[:4]
-    last = (hidden, cell)[: len(network.state)]
-    if dtype != output.dtype:
-        output, reads, last = output.to(dtype), reads.to(dtype), tuple(x.to(dtype) for x in last)
-    return output, last, list(results[4 : 4 + len(memory)]), reads
 
 
 def check_controller(controller: Any, state: Any, weights: tuple[Tensor | None, ...]) -> Sizes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .._state import SIZE_MAX, check_dense
-from ._declare import Argument, Sizes, fixed_sizes
+from ._declare import Argument, Raw, Sizes, fixed_sizes
 
 STATE_DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -19,46 +19,55 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"mann_fast\.")
 
 # What has passed: a step is called T times with the same shapes, and each check counts.
-_passed: dict[tuple[Any, ...], Sizes] = {}
+_passed: dict[tuple[Any, ...], Any] = {}
 
 
 def check_tensors(
     arguments: tuple[Argument, ...],
-    names: Sequence[str],
+    names: Sequence[str] | None,
     values: Sequence[Any],
     *,
     steps: bool = True,
-    choices: tuple[Any, ...] = (),
+    choices: Collection[Any] = (),
     known: Callable[[], Sizes] = dict,
-) -> Sizes:
+    then: Callable[[Sizes], Any] = lambda sizes: sizes,
+) -> Any:
     """Tensors of the axes, dtypes and device that their declaration asks for.
 
-    names: what the caller knows them by. steps: whether those with an axis [T] have it. known: sizes of axes beforehand, which
-    follow from ``choices`` and what the tensors are. Returns the size of every axis.
+    names: what the caller knows them by, where their declaration does not say it. steps: whether those with an axis [T] have
+    it. known: sizes of axes beforehand. then: what to give back, of the size of every axis. Both follow from ``choices``, which
+    are options, and from what the tensors are: what has passed once is not looked at again.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _check_tensors(arguments, names, values, steps, known())
-    try:
-        kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]
-    except (AttributeError, RuntimeError):  # not a tensor, or a nested one, which has no shape
-        return _check_tensors(arguments, names, values, steps, known())
-    key = (id(arguments), steps, choices, *kinds)
-    try:
-        sizes = _passed.get(key)
-    except TypeError:  # symbolic sizes, as make_fx has them, cannot be looked up
-        return _check_tensors(arguments, names, values, steps, known())
-    if sizes is None:
-        if len(_passed) > 1000:
-            _passed.clear()
-        sizes = _check_tensors(arguments, names, values, steps, known())
-        _check_sizes(arguments, names, values, steps)
-        _passed[key] = sizes
-    return sizes
+    key = result = None
+    if not (torch.compiler.is_compiling() or torch._C._is_tracing()):  # torch.jit asks twice
+        try:
+            kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in values]
+            # With their types: True is equal to 1, but no number here.
+            key = (id(arguments), steps, *choices, *map(type, choices), *kinds)
+            result = _passed.get(key)
+        # Not a tensor; a nested one, which has no shape; or what cannot be looked up: symbolic sizes, as make_fx has them, or
+        # an array, which is no choice.
+        except (AttributeError, RuntimeError, TypeError):
+            key = None
+    if result is None:
+        result = then(_check_tensors(arguments, names, values, steps, known(), key is not None))
+        if key is not None:
+            if len(_passed) > 1000:
+                _passed.clear()
+            _passed[key] = result
+    return result
 
 
 def _check_tensors(
-    arguments: tuple[Argument, ...], names: Sequence[str], values: Sequence[object], steps: bool, sizes: Sizes
+    arguments: tuple[Argument, ...],
+    names: Sequence[str] | None,
+    values: Sequence[object],
+    steps: bool,
+    sizes: Sizes,
+    bounded: bool,
 ) -> Sizes:
+    """bounded: sizes must not be too large. Of symbols no compiler is to learn a bound."""
+    names = names or [argument.name for argument in arguments]
     came: dict[str, tuple[str, torch.dtype]] = {}
     for argument, name, value in zip(arguments, names, values, strict=True):
         if value is None and argument.optional:
@@ -72,6 +81,8 @@ def _check_tensors(
                 raise ValueError(
                     f"{name} must have shape [{', '.join(axes)}] = {expected}, got {list(shape)}"
                 )
+            if axis == "2S+1" and size % 2 == 0:
+                raise ValueError(f"{name} must have an odd number 2S + 1 of moves, got {size}")
         if argument.dtype is not None:
             if value.dtype != argument.dtype:
                 raise TypeError(f"{name} must be {argument.dtype}, got {value.dtype}")
@@ -89,24 +100,16 @@ def _check_tensors(
             raise ValueError(
                 f"{name} [{', '.join(axes)}] must have 1 <= R <= {limit} heads, got {list(shape)}"
             )
+        if bounded and max(shape) > SIZE_MAX:
+            raise ValueError(
+                f"{name} [{', '.join(axes)}] must have sizes of at most 2^31 - 1 = {SIZE_MAX}, got {list(shape)}"
+            )
         if not came:
             first, device = name, value.device
         elif value.device != device:
             raise RuntimeError(f"{name} must be on the device of {first}, {device}, got {value.device}")
         came[argument.name] = name, value.dtype
     return sizes
-
-
-def _check_sizes(
-    arguments: tuple[Argument, ...], names: Sequence[str], values: Sequence[Any], steps: bool
-) -> None:
-    """Of tensors without symbols, whose sizes no compiler is to learn a bound of."""
-    for argument, name, value in zip(arguments, names, values, strict=True):
-        if value is not None and max(value.shape) > SIZE_MAX:
-            axes = argument.names if steps else argument.step_names
-            raise ValueError(
-                f"{name} [{', '.join(axes)}] must have sizes of at most 2^31 - 1 = {SIZE_MAX}, got {list(value.shape)}"
-            )
 
 
 def check_shape(name: str, value: Any, axes: Sequence[str]) -> torch.Size:
@@ -135,11 +138,6 @@ def check_tuple(name: str, value: object, kind: Any) -> None:
         raise TypeError(f"{name} must be {article} {expected}, got {type(value).__name__}")
 
 
-def check_number(name: str, value: Any, expected: str = "a number") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-
-
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         kind = type(value)
@@ -147,15 +145,54 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {of_others}{kind.__name__}")
 
 
-def check_eps(eps: Any) -> None:
-    check_number("eps", eps)
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be positive and finite, got {eps}")
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:  # an array would be compared item by item
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+# Of options: what their ``raw`` may be.
+
+
+def number(within: Callable[[float], bool], expected: str, kind: str = "a number") -> Raw:
+    def raw(name, value, known):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+        if not within(value):
+            raise ValueError(f"{name} must be {expected}, got {value}")
+        return float(value)
+
+    return raw
+
+
+fraction = number(lambda x: 0 <= x < 1, "within [0, 1)")
+
+
+def choice(choices: Sequence[str], yes: str) -> Raw:
+    """One of two, and whether it is ``yes``."""
+
+    def raw(name, value, known):
+        check_choice(name, value, choices)
+        return value == yes
+
+    return raw
+
+
+def flag(name: str, value: Any, known: Mapping[str, Any]) -> Any:
+    check_flag(name, value)
+    return value
+
+
+def count(least: int, axis: str) -> Raw:
+    """At most as many as the axis is long."""
+
+    def raw(name, value, known):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if not least <= value <= known[axis]:
+            raise ValueError(f"{name} must be within [{least}, {axis} = {known[axis]}], got {value}")
+        return value
+
+    return raw
 
 
 def shown(value: object) -> str:

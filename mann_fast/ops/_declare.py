@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 Sizes = dict[str, int]
+# What the raw op takes of a public option, from its name, its value, and whatever is known by name (sizes, other options); it
+# raises where the value is wrong.
+Raw = Callable[[str, Any, Mapping[str, Any]], Any]
 
 
 def always(values: Mapping[str, Any]) -> bool:
@@ -84,11 +87,17 @@ class Output:
 @dataclass(frozen=True)
 class Option:
     """A value that is no tensor; ``type`` as the schema has it, ``default`` as the public function's default comes out.
-    backward: whether the raw backward takes it too."""
+
+    raw: None where no public option decides it, which is then the default.
+    public: the public option's name, where that is another.
+    backward: whether the raw backward takes it too.
+    """
 
     name: str
     type: str
     default: object
+    raw: Raw | None = None
+    public: str = ""
     backward: bool = True
 
 
@@ -96,10 +105,13 @@ class Option:
 class Op:
     """A raw op, forward and backward.
 
-    saved: the arguments and outputs that the raw backward takes, by name; none where the op has no gradient.
+    saved: the arguments and outputs that the raw backward takes, by name; where it is not said all arguments but the
+    ``unsaved`` and all that is kept, or nothing where the op has no gradient.
     public: the functions of mann_fast.ops that it serves.
     interval: of the raw op's values and the backend's name, every how many steps something is kept (mann_fast._anchors;
     ``each_step``); for ops whose last option is ``anchor_every``, 0 to keep nothing. Axes A and P are those of anchors.
+    layout: of a scan, what <name>_layout takes beside B, N and D, as the schema has it: the raw op of the CUDA kernels that
+    tells how a launch takes each of B samples in float32, forward, or backward where anchor_every > 0.
     extents: of the sizes, those of axes that no argument has. An axis may also have the name of an option.
     results, gradients: where the raw backward gives something else than the gradient of every differentiable argument:
     what it gives, and a function of the Function's ctx, its saved tensors and these results that makes the gradients of
@@ -111,17 +123,27 @@ class Op:
     options: tuple[Option, ...]
     outputs: tuple[Output, ...]
     saved: tuple[str, ...] = ()
+    unsaved: tuple[str, ...] = ()
     public: tuple[str, ...] = ()
     interval: Callable[[tuple[Any, ...], str], int] | None = None
+    layout: str = ""
     extents: Callable[[Sizes], Sizes] = lambda sizes: {}
     results: tuple[Output, ...] = ()
     gradients: Callable[..., tuple[Tensor | None, ...]] | None = None
     also_saved: tuple[str, ...] = ()
+    names: tuple[str, ...] = field(init=False)  # of the raw op's values: arguments, then options
+    num_given: int = field(init=False)  # how many outputs a public function hands out, which come first
 
     def __post_init__(self):
         if self.interval:
             anchor_every = Option("anchor_every", "SymInt", 0)
             object.__setattr__(self, "options", (*self.options, anchor_every))
+        object.__setattr__(self, "names", tuple(x.name for x in (*self.arguments, *self.options)))
+        object.__setattr__(self, "num_given", sum(not x.kept for x in self.outputs))
+        if not self.saved and any(a.differentiable for a in self.arguments):
+            arguments = (a.name for a in self.arguments if a.name not in self.unsaved)
+            saved = (*arguments, *(x.name for x in self.outputs if x.kept))
+            object.__setattr__(self, "saved", saved)
         if self.saved and not self.results:
             kinds = {a.name: self.dtype_of(a) for a in self.saved_arguments}
             given = {kind: name for name, kind in reversed(kinds.items())}  # the first of each dtype
@@ -130,7 +152,7 @@ class Op:
                     f"grad_{a.name}",
                     a.axes if a.per_sample else f"B {a.axes}",
                     given[self.dtype_of(a)],
-                    when=came(a.name) if a.optional else always,
+                    when=there(a),
                 )
                 for a in self.arguments
                 if a.differentiable
@@ -143,10 +165,13 @@ class Op:
             argument = next(a for a in self.arguments if a.name == argument.like)
         return argument.name
 
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """Of the raw op's values: arguments, then options."""
-        return tuple(x.name for x in (*self.arguments, *self.options))
+    def raw_options(self, options: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The raw op's options, from the public ones, which are checked. known: sizes of axes, and what options depend on."""
+        known = {**known, **options}
+        of_public = [(option, option.public or option.name) for option in self.options]
+        return tuple(
+            x.default if x.raw is None else x.raw(name, known.get(name), known) for x, name in of_public
+        )
 
     @property
     def saved_arguments(self) -> list[Argument]:
@@ -170,10 +195,28 @@ class Op:
         return _schema(self.name, self.arguments, self.options, self.outputs)
 
     @property
+    def backward_arguments(self) -> list[Argument]:
+        outer = (Argument(f"grad_{x.name}", x.axes, optional=True) for x in self.outer)
+        return [*outer, *self.saved_arguments]
+
+    @property
     def backward_schema(self) -> str:
-        outer = [Argument(f"grad_{x.name}", x.axes, optional=True) for x in self.outer]
-        arguments = [*outer, *self.saved_arguments]
-        return _schema(f"{self.name}_backward", arguments, self.backward_options, self.results)
+        return _schema(f"{self.name}_backward", self.backward_arguments, self.backward_options, self.results)
+
+
+def after(
+    state: Iterable[Argument], like: str = "memory", *, constant: Container[str] = ()
+) -> tuple[Output, ...]:
+    """The outputs of a state that goes in and comes out. constant: what of it comes out as a constant, with all integers."""
+    return tuple(
+        Output(
+            *(a.name, a.axes, like),
+            differentiable=a.dtype is None and a.name not in constant,
+            integer=a.dtype is not None,
+            when=there(a),
+        )
+        for a in state
+    )
 
 
 def each_step(values: tuple[Any, ...], backend: str) -> int:
@@ -183,6 +226,11 @@ def each_step(values: tuple[Any, ...], backend: str) -> int:
 
 def came(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda values: values[name] is not None
+
+
+def there(argument: Argument) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether there is what comes out where this argument came."""
+    return came(argument.name) if argument.optional else always
 
 
 def _schema(name, arguments, options, outputs) -> str:

@@ -13,26 +13,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ._register import LIBRARIES
 
 LIBRARIES["cuda"].define("probe(Tensor tensor) -> Tensor")
-for _cell, _heads in (
-    ("cell", "bool separate_vector, bool learned_sharpness"),
-    ("ntm_cell", "int shifts"),  # 0 of heads that go by content alone
-    ("dnc_cell", "bool link, bool masks, bool link_sharpening"),
-):
-    LIBRARIES["cuda"].define(
-        f"{_cell}_fits(int N, int D, int R, int H, int controller, {_heads}, bool wide) -> bool"
-    )
-# How a scan takes each of B samples in float32, on the current device: forward, or backward where anchor_every > 0.
-for _scan, _sizes in (
-    ("lrua_scan", "int R"),
-    ("ntm_scan", "int R, int W, int shifts"),
-    ("dnc_scan", "int R, bool link"),
-):
-    LIBRARIES["cuda"].define(
-        f"{_scan}_layout(int B, int N, int D, {_sizes}, int anchor_every)"
-        " -> (int blocks, int warps, str memory, int shared)"
-    )
-# Blocks of the current device that share the search in each of B sparse memories.
-LIBRARIES["cuda"].define("sparse_blocks(int B, int N, int D) -> int")
 
 EXTENSION = Path(__file__).parent.parent / "_C.abi3.so"
 CUDA_EXTENSION = EXTENSION.with_name("_C_cuda.abi3.so")

@@ -39,14 +39,16 @@ def declare(op: Op) -> Op:
         _raw[op.name, backend] = forward.op
         if op.saved:
             library.define(op.backward_schema)
-            outer = tuple(Argument(f"grad_{x.name}", x.axes, optional=True) for x in op.outer)
-            backward = _Raw(
-                library, f"{op.name}_backward", (*outer, *op.saved_arguments), op.results, backend
-            )
-            backward.register(_backward_fake(op, len(outer)))
+            backward = _Raw(library, f"{op.name}_backward", op.backward_arguments, op.results, backend)
+            backward.register(_backward_fake(op, len(op.outer)))
             function = _functions[op.name, backend] = _differentiated(op, forward.op, backward.op, backend)
             backward.differentiate(_refused(op, backward.op))
             forward.differentiate(function)
+    if op.layout:
+        LIBRARIES["cuda"].define(
+            f"{op.name}_layout(int B, int N, int D, {op.layout}, int anchor_every)"
+            " -> (int blocks, int warps, str memory, int shared)"
+        )
     return op
 
 
@@ -71,7 +73,7 @@ def call(op: Op, backend: str, *values: Any) -> Any:
         if level >= 0:  # a compiled graph would drop tangents on their way here
             raise NotImplementedError(_NO_FORWARD_MODE.format(op.name))
         return _raw[op.name, backend](*values)
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return _raw[op.name, backend](*values)
     # What the Autograd key would do, without a way through the dispatcher into Python: a step is called T times.
     if op.saved and (level >= 0 or _asks_gradient(values)):

@@ -15,14 +15,14 @@ from ._declare import Argument
 NAMES = ("resets", "lengths", "start")
 
 
-def sequences(resets_axes: str, memory: str = "memory") -> tuple[Argument, ...]:
-    """The arguments of an op; of a raw op resets and start come together. memory: the argument whose dtype start has."""
+def of_sequences(resets_axes: str) -> tuple[Argument, ...]:
+    """The arguments of an op; of a raw op resets and start come together."""
     return (
         Argument(
             NAMES[0], resets_axes, dtype=torch.bool, optional=True, differentiable=False, within="flags"
         ),
         Argument(NAMES[1], "B", dtype=torch.int64, optional=True, differentiable=False, within="up to T"),
-        Argument(NAMES[2], "N D", like=memory, optional=True),
+        Argument(NAMES[2], "N D", like="memory", optional=True),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,19 +12,11 @@ from .. import reference
 from .._anchors import lrua_interval
 from ..reference.cell import SHARPNESS_MIN, SHARPNESS_SCALE, head_sizes
 from ..reference.lrua import LRUAState
-from . import _backend, _checks
-from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
-from ._declare import Option, Output, Sizes
-from ._sequences import raw_sequences
+from . import _checks
+from ._cell import Cell, Network, declare_cell
+from ._declare import Option, Output
 from .content import EPS
-from .lrua import (
-    READ_FIRST,
-    SHARED_TARGET,
-    STATE,
-    USAGE_DECAY,
-    lrua_step,
-    raw_options,
-)
+from .lrua import LRUA, READ_FIRST, SHARED_TARGET, STATE, USAGE_DECAY, lrua_step
 
 WRITE_VECTORS = ("separate", "key")
 
@@ -34,15 +27,24 @@ def _interval(values: tuple[Any, ...], backend: str) -> int:
     return lrua_interval(num_slots, slot_size, heads)
 
 
+def _sharpness(name: str, value: Any, known: Mapping[str, Any]) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (value is None or number or (isinstance(value, str) and value == "learned")):
+        raise ValueError(f"{name} must be 'learned', a number or None, got {_checks.shown(value)}")
+    if number and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value) if number else 1.0 if value is None else SHARPNESS_MIN
+
+
 # Sharpness is learned where the heads have values for it: then the factor on the similarity is sharpness + sharpness_scale *
 # softplus(value), else sharpness.
 CELL = declare_cell(
     "cell",
     STATE,
     (
-        Option("separate_vector", "bool", True),
-        Option("learned_sharpness", "bool", True),
-        Option("sharpness", "float", SHARPNESS_MIN),
+        Option("separate_vector", "bool", True, _checks.choice(WRITE_VECTORS, "separate"), "write_vector"),
+        Option("learned_sharpness", "bool", True, lambda name, x, known: isinstance(x, str), "sharpness"),
+        Option("sharpness", "float", SHARPNESS_MIN, _sharpness),
         Option("sharpness_scale", "float", SHARPNESS_SCALE),
         *(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
     ),
@@ -53,8 +55,18 @@ CELL = declare_cell(
     interval=_interval,
     extents=lambda sizes: {"D+R": sizes["D"] + sizes["R"]},
     constant=("usage",),
+    choices="bool separate_vector, bool learned_sharpness",
 )
-PUBLIC = Public(LRUAState, STATE)
+
+
+NETWORK = Cell(
+    CELL,
+    LRUA,
+    reference.cell,
+    lrua_step,
+    lambda sizes, of: head_sizes(sizes["R"], sizes["D"], of["write_vector"], of["sharpness"]),
+    lambda options: (options["separate_vector"], options["learned_sharpness"]),
+)
 
 
 def cell(
@@ -117,45 +129,13 @@ def cell(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     network = Network(gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    options = (write_vector, sharpness, order, write_target, usage_decay, eps)
-    sizes = PUBLIC.check(network, memory, (resets, lengths, start), (controller, *options), _head_sizes)
-    sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start)
-    backend = _backend.serving(gates.device, CELL)
-    learned, separate = sharpness == "learned", write_vector == "separate"
-    if gates.shape[0] == 0 or not fused(CELL, backend, gates, sizes, controller, separate, learned):
-        named = {
-            "controller": controller,
-            "write_vector": write_vector,
-            "sharpness": sharpness,
-            "order": order,
-        }
-        named |= {"write_target": write_target, "usage_decay": usage_decay, "eps": eps}
-        return run_steps(reference.cell, network, LRUAState(*memory), sequences, named, lrua_step)
-    raw = (
-        separate,
-        learned,
-        SHARPNESS_MIN if learned else 1.0 if sharpness is None else float(sharpness),
-        SHARPNESS_SCALE,
-        order == "read_first",
-        write_target == "shared",
-        float(usage_decay),
-        float(eps),
-    )
-    output, last, after, reads = run_cell(CELL, backend, network, memory, sequences, controller, raw)
-    return output, last, LRUAState(*after), reads
-
-
-def _head_sizes(sizes: Sizes, write_vector: Any, sharpness: Any, *of_step: Any) -> list[int]:
-    _checks.check_choice("write_vector", write_vector, WRITE_VECTORS)
-    check_sharpness(sharpness)
-    raw_options(*of_step)  # for its checks
-    return head_sizes(sizes["R"], sizes["D"], write_vector, sharpness)
-
-
-def check_sharpness(sharpness: Any) -> None:
-    """ "learned", a finite number or None."""
-    number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
-    if not (sharpness is None or number or (isinstance(sharpness, str) and sharpness == "learned")):
-        raise ValueError(f"sharpness must be 'learned', a number or None, got {_checks.shown(sharpness)}")
-    if number and not math.isfinite(sharpness):
-        raise ValueError(f"sharpness must be finite, got {sharpness}")
+    sequences = (resets, lengths, start)
+    options = {
+        "write_vector": write_vector,
+        "sharpness": sharpness,
+        "order": order,
+        "write_target": write_target,
+        "usage_decay": usage_decay,
+        "eps": eps,
+    }
+    return NETWORK.run(network, memory, sequences, controller, options)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .. import reference
-from . import _backend, _checks
+from . import _checks
 from ._declare import Argument, Op, Option, Output
-from ._register import call, declare
+from ._public import run
+from ._register import declare
 
-EPS = Option("eps", "float", 1e-6)
+EPS = Option("eps", "float", 1e-6, _checks.number(lambda x: 0 < x < math.inf, "positive and finite"))
 MEMORY = Argument("memory", "B N D")
 
 CONTENT_READ = declare(
@@ -50,11 +53,4 @@ def content_read(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    tensors = memory, key, sharpness
-    _checks.check_tensors(CONTENT_READ.arguments, CONTENT_READ.names[:3], tensors)
-    _checks.check_eps(eps)
-    backend = _backend.serving(memory.device, CONTENT_READ)
-    if backend == "reference":
-        with _backend.without_autocast(memory.device.type):
-            return reference.content_read(memory, key, sharpness, eps=eps)
-    return call(CONTENT_READ, backend, *tensors, float(eps))
+    return run(CONTENT_READ, reference.content_read, memory, key, sharpness, eps=eps)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.dnc import DNCInterface, DNCState
-from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, came, each_step
-from ._register import call, declare
-from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
-from ._sequences import sequences as of_sequences
+from . import _checks
+from ._declare import Argument, Op, Option, Output, Sizes, after, came, each_step
+from ._public import Scan
+from ._register import declare
+from ._sequences import NAMES, of_sequences
 from .content import EPS, MEMORY
 
 STATE = (
@@ -26,23 +26,21 @@ STATE = (
 )
 
 
-def _interface(steps: str) -> tuple[Argument, ...]:
-    key = "read_keys"
-    return (
-        Argument(key, f"{steps} B R D", like="memory", half=True),
-        Argument("read_sharpness", f"{steps} B R", like=key, within="from 1"),
-        Argument("write_key", f"{steps} B D", like=key),
-        Argument("write_sharpness", f"{steps} B", like=key, within="from 1"),
-        Argument("erase", f"{steps} B D", like=key, within="unit"),
-        Argument("write_vector", f"{steps} B D", like=key),
-        Argument("free_gates", f"{steps} B R", like=key, within="unit"),
-        Argument("allocation_gate", f"{steps} B", like=key, within="unit"),
-        Argument("write_gate", f"{steps} B", like=key, within="unit"),
-        Argument("read_modes", f"{steps} B R 3", like=key, optional=True, within="shares"),
-        Argument("read_masks", f"{steps} B R D", like=key, optional=True, within="unit"),
-        Argument("write_mask", f"{steps} B D", like=key, optional=True, within="unit"),
-        Argument("link_sharpening", f"{steps} B R 2", like=key, optional=True, within="from 1"),
-    )
+INTERFACE = (
+    Argument("read_keys", "T B R D", like="memory", half=True),
+    Argument("read_sharpness", "T B R", like="read_keys", within="from 1"),
+    Argument("write_key", "T B D", like="read_keys"),
+    Argument("write_sharpness", "T B", like="read_keys", within="from 1"),
+    Argument("erase", "T B D", like="read_keys", within="unit"),
+    Argument("write_vector", "T B D", like="read_keys"),
+    Argument("free_gates", "T B R", like="read_keys", within="unit"),
+    Argument("allocation_gate", "T B", like="read_keys", within="unit"),
+    Argument("write_gate", "T B", like="read_keys", within="unit"),
+    Argument("read_modes", "T B R 3", like="read_keys", optional=True, within="shares"),
+    Argument("read_masks", "T B R D", like="read_keys", optional=True, within="unit"),
+    Argument("write_mask", "T B D", like="read_keys", optional=True, within="unit"),
+    Argument("link_sharpening", "T B R 2", like="read_keys", optional=True, within="from 1"),
+)
 
 
 def kept(sharpened: Callable[[Mapping[str, Any]], bool]) -> tuple[Output, ...]:
@@ -56,43 +54,29 @@ def kept(sharpened: Callable[[Mapping[str, Any]], bool]) -> tuple[Output, ...]:
     )
 
 
+DEALLOCATE = Option("deallocate", "bool", False, _checks.flag)
+
 # precedence, links and read_modes come together, and so do the masks; link_sharpening comes with links alone.
 DNC_SCAN = declare(
     Op(
         "dnc_scan",
-        arguments=(*STATE, *_interface("T"), *of_sequences("T B")),
-        options=(Option("deallocate", "bool", False), EPS),
+        arguments=(*STATE, *INTERFACE, *of_sequences("T B")),
+        options=(DEALLOCATE, EPS),
         outputs=(
             Output("reads", "T B R D", like="read_keys"),
-            Output("memory", "B N D", like="memory"),
-            Output("usage", "B N", like="memory"),
-            Output("precedence", "B N", like="memory", when=came("precedence")),
-            Output("links", "B N N", like="memory", when=came("links")),
-            Output("read_weights", "B R N", like="memory"),
-            Output("write_weights", "B N", like="memory"),
+            *after(STATE),
             *kept(came("link_sharpening")),
         ),
-        saved=(
-            *(argument.name for argument in (*STATE, *_interface("T"))),
-            *(*NAMES, "read_history", "write_history", "orders", "directions"),
-        ),
+        layout="int R, bool link",
         public=("dnc_step", "dnc_scan"),
         interval=each_step,
     )
 )
 
-# What the public functions take, named as their callers know it.
-PUBLIC = (*STATE, *_interface("[T]"), *of_sequences("[T] B"))
-PUBLIC_NAMES = [
-    *(f"state.{name}" for name in DNCState._fields),
-    *(f"interface.{name}" for name in DNCInterface._fields),
-    *NAMES,
-]
 
-
-def check_links(name: str, state: DNCState) -> None:
+def check_links(name: str, precedence: Tensor | None, links: Tensor | None) -> None:
     """precedence and links of the state of that name come together."""
-    _together(f"{name}.precedence", state.precedence, f"{name}.links", state.links)
+    _together(f"{name}.precedence", precedence, f"{name}.links", links)
 
 
 def _together(name: str, value: Any, other_name: str, other: Any) -> None:
@@ -102,50 +86,34 @@ def _together(name: str, value: Any, other_name: str, other: Any) -> None:
         raise TypeError(f"{name} must be None where {other_name} is, got {type(value).__name__}")
 
 
-def _check_together(state: DNCState, interface: DNCInterface) -> None:
-    """What comes together, or not without another."""
-    check_links("state", state)
-    _together("interface.read_modes", interface.read_modes, "state.links", state.links)
-    _together("interface.write_mask", interface.write_mask, "interface.read_masks", interface.read_masks)
-    if interface.link_sharpening is not None and state.links is None:
-        came = type(interface.link_sharpening).__name__
-        raise TypeError(f"interface.link_sharpening must be None where state.links is, got {came}")
+class _DNC(Scan):
+    def agree(self, sizes: Sizes, tensors: Any) -> None:
+        """What comes together, or not without another."""
+        _, _, precedence, links, _, _, *told = tensors[: -len(NAMES)]
+        interface = DNCInterface(*told)
+        check_links("state", precedence, links)
+        _together("interface.read_modes", interface.read_modes, "state.links", links)
+        _together("interface.write_mask", interface.write_mask, "interface.read_masks", interface.read_masks)
+        if interface.link_sharpening is not None and links is None:
+            came = type(interface.link_sharpening).__name__
+            raise TypeError(f"interface.link_sharpening must be None where state.links is, got {came}")
+
+    def public_inputs(self, inputs: Any) -> tuple[DNCInterface]:
+        return (DNCInterface(*inputs),)
+
+    def public_state(self, given: Any, state: Any, sizes: Sizes) -> DNCState:
+        there: Any = [None if old is None else x for x, old in zip(given, state, strict=True)]
+        return DNCState(*there)
 
 
-def _dnc(
-    state: DNCState,
-    interface: DNCInterface,
-    sequences: tuple[Tensor | None, ...] | None,
-    deallocate: bool,
-    eps: float,
-) -> tuple[Tensor, DNCState]:
-    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has."""
-    _checks.check_tuple("state", state, DNCState)
-    _checks.check_tuple("interface", interface, DNCInterface)
-    _check_together(DNCState(*state), DNCInterface(*interface))
-    steps = sequences is not None
-    tensors = (*state, *interface, *(sequences or NO_SEQUENCES))
-    _checks.check_tensors(PUBLIC, PUBLIC_NAMES, tensors, steps=steps)
-    _checks.check_flag("deallocate", deallocate)
-    _checks.check_eps(eps)
-    memory, read_keys = state[0], interface[0]
-    if sequences:
-        sequences = raw_sequences(memory, read_keys.shape[0], *sequences, value=0.0)
-    backend = _backend.serving(memory.device, DNC_SCAN)
-    if backend == "reference":
-        function: Any = reference.dnc_scan if steps else reference.dnc_step
-        options = dict(zip(NAMES, sequences, strict=True)) if sequences else {}
-        with _backend.without_autocast(memory.device.type):
-            return function(
-                DNCState(*state), DNCInterface(*interface), deallocate=deallocate, eps=eps, **options
-            )
-    inputs = interface if steps else [x if x is None else x.unsqueeze(0) for x in interface]
-    outputs = call(
-        DNC_SCAN, backend, *state, *inputs, *(sequences or NO_SEQUENCES), deallocate, float(eps), 0
-    )
-    reads, *rest = outputs[:7]
-    after: list[Any] = [None if old is None else x for x, old in zip(rest, state, strict=True)]
-    return reads if steps else reads.squeeze(0), DNCState(*after)
+DNC = _DNC(
+    DNC_SCAN,
+    DNCState,
+    reference.dnc_step,
+    reference.dnc_scan,
+    prefix="interface.",
+    start=0.0,
+)
 
 
 def dnc_step(
@@ -190,7 +158,8 @@ def dnc_step(
         TypeError, ValueError: wrong type, dtype, shape or value, or a tensor without those that it comes with; RuntimeError:
             tensors on different devices.
     """
-    return _dnc(state, interface, None, deallocate, eps)
+    _checks.check_tuple("interface", interface, DNCInterface)
+    return DNC.step(state, *interface, deallocate=deallocate, eps=eps)
 
 
 def dnc_scan(
@@ -209,4 +178,6 @@ def dnc_scan(
     :func:`dnc_step`; resets [T, B], lengths [B] and start [N, D] as in :func:`mann_fast.ops.lrua_scan`, where a reset takes
     everything to ``DNCState.initial``. Backward keeps the weights and the order of every step, no links.
     """
-    return _dnc(state, interface, (resets, lengths, start), deallocate, eps)
+    _checks.check_tuple("interface", interface, DNCInterface)
+    sequences = (resets, lengths, start)
+    return DNC.scan(state, *interface, sequences=sequences, deallocate=deallocate, eps=eps)

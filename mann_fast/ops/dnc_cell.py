@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,30 +11,67 @@ from torch import Tensor
 from .. import reference
 from ..reference.cell import dnc_head_sizes
 from ..reference.dnc import DNCState
-from . import _backend
-from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
-from ._checks import check_eps, check_flag, check_number
+from . import _checks
+from ._cell import Cell, Network, declare_cell
 from ._declare import Option, Sizes, each_step
-from ._sequences import raw_sequences
 from .content import EPS
-from .dnc import STATE, check_links, dnc_step, kept
+from .dnc import DEALLOCATE, DNC, STATE, check_links, dnc_step, kept
+
+
+def _link_sharpening(name: str, value: Any, known: Mapping[str, Any]) -> bool:
+    if _checks.flag(name, value, known) and not known["link"]:
+        raise ValueError(f"{name} must be False without link, got True")
+    return bool(value)
+
+
+_clip = _checks.number(lambda x: 0 < x < math.inf, "a positive number or None", "a number or None")
+
+
+def _mask_min(name: str, value: Any, known: Mapping[str, Any]) -> float:
+    raw: float = _checks.fraction(name, value, known)
+    if raw and not known["masks"]:
+        raise ValueError(f"{name} must be 0 without masks, got {value}")
+    return raw
+
 
 # Links are there where they come in. clip: 0 where values are taken as they are.
 DNC_CELL = declare_cell(
     "dnc_cell",
     STATE,
     (
-        Option("masks", "bool", False),
-        Option("mask_min", "float", 0.0),
-        Option("deallocate", "bool", False),
-        Option("link_sharpening", "bool", False),
-        Option("clip", "float", 0.0),
+        Option("masks", "bool", False, _checks.flag),
+        Option("mask_min", "float", 0.0, _mask_min),
+        DEALLOCATE,
+        Option("link_sharpening", "bool", False, _link_sharpening),
+        Option("clip", "float", 0.0, lambda name, x, known: 0.0 if x is None else _clip(name, x, known)),
         EPS,
     ),
     kept(lambda values: bool(values["link_sharpening"])),
     interval=each_step,
+    choices="bool link, bool masks, bool link_sharpening",
 )
-PUBLIC = Public(DNCState, STATE)
+
+
+class _DNCCell(Cell):
+    def known(self, memory: Any) -> dict[str, Any]:
+        _, _, precedence, links, *_ = memory
+        check_links("memory", precedence, links)
+        return {"link": links is not None}
+
+
+def _head_sizes(sizes: Sizes, options: Mapping[str, Any]) -> list[int]:
+    parts: Any = {"link": sizes["link"], **{name: options[name] for name in ("masks", "link_sharpening")}}
+    return dnc_head_sizes(sizes["R"], sizes["D"], **parts)
+
+
+NETWORK = _DNCCell(
+    DNC_CELL,
+    DNC,
+    reference.dnc_cell,
+    dnc_step,
+    _head_sizes,
+    lambda options: (options["link"], options["masks"], options["link_sharpening"]),
+)
 
 
 def dnc_cell(
@@ -87,45 +125,13 @@ def dnc_cell(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     network = Network(gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    options = (masks, mask_min, deallocate, link_sharpening, clip, eps)
-    link = isinstance(memory, tuple) and len(memory) > 3 and memory[3] is not None
-    sizes = PUBLIC.check(network, memory, (resets, lengths, start), (controller, link, *options), _head_sizes)
-    check_links("memory", DNCState(*memory))
-    sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start, value=0.0)
-    backend = _backend.serving(gates.device, DNC_CELL)
-    if gates.shape[0] == 0 or not fused(
-        DNC_CELL, backend, gates, sizes, controller, link, masks, link_sharpening
-    ):
-        named = {"controller": controller, "masks": masks, "mask_min": mask_min, "deallocate": deallocate}
-        named |= {"link_sharpening": link_sharpening, "clip": clip, "eps": eps}
-        return run_steps(reference.dnc_cell, network, DNCState(*memory), sequences, named, dnc_step)
-    raw = (masks, float(mask_min), deallocate, link_sharpening, float(clip or 0), float(eps))
-    output, last, after, reads = run_cell(DNC_CELL, backend, network, memory, sequences, controller, raw)
-    there: list[Any] = [None if old is None else x for x, old in zip(after, memory, strict=True)]
-    return output, last, DNCState(*there), reads
-
-
-def check_options(
-    link: bool, masks: Any, mask_min: Any, deallocate: Any, link_sharpening: Any, clip: Any, eps: Any
-) -> None:
-    """Those of :func:`dnc_cell`, and whether there are links."""
-    for name, value in (("masks", masks), ("deallocate", deallocate), ("link_sharpening", link_sharpening)):
-        check_flag(name, value)
-    if link_sharpening and not link:
-        raise ValueError("link_sharpening must be False without link, got True")
-    check_number("mask_min", mask_min)
-    if not 0 <= mask_min < 1:
-        raise ValueError(f"mask_min must be within [0, 1), got {mask_min}")
-    if mask_min and not masks:
-        raise ValueError(f"mask_min must be 0 without masks, got {mask_min}")
-    if clip is not None:
-        check_number("clip", clip, "a number or None")
-        if not 0 < clip < math.inf:
-            raise ValueError(f"clip must be a positive number or None, got {clip}")
-    check_eps(eps)
-
-
-def _head_sizes(sizes: Sizes, link: bool, *options: Any) -> list[int]:
-    check_options(link, *options)
-    masks, _, _, link_sharpening, _, _ = options
-    return dnc_head_sizes(sizes["R"], sizes["D"], link=link, masks=masks, link_sharpening=link_sharpening)
+    sequences = (resets, lengths, start)
+    options = {
+        "masks": masks,
+        "mask_min": mask_min,
+        "deallocate": deallocate,
+        "link_sharpening": link_sharpening,
+        "clip": clip,
+        "eps": eps,
+    }
+    return NETWORK.run(network, memory, sequences, controller, options)

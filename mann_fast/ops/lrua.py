@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from .._anchors import lrua_interval
 from ..reference.lrua import LRUAState
-from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output
-from ._register import call, declare
-from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
-from ._sequences import sequences as of_sequences
+from . import _checks
+from ._declare import Argument, Op, Option, Output, after
+from ._public import Scan, run
+from ._register import declare
+from ._sequences import of_sequences
 from .content import EPS, MEMORY
 
-ORDERS = ("write_first", "read_first")
-WRITE_TARGETS = ("per_head", "shared")
+READ_FIRST = Option(
+    "read_first", "bool", False, _checks.choice(("write_first", "read_first"), "read_first"), "order"
+)
+SHARED_TARGET = Option(
+    "shared_target", "bool", False, _checks.choice(("per_head", "shared"), "shared"), "write_target"
+)
+USAGE_DECAY = Option(
+    "usage_decay", "float", 0.95, _checks.number(lambda x: 0 <= x <= 1, "within [0, 1]"), backward=False
+)
 
-READ_FIRST = Option("read_first", "bool", False)
-SHARED_TARGET = Option("shared_target", "bool", False)
-USAGE_DECAY = Option("usage_decay", "float", 0.95, backward=False)
-
-# Of a state, and what goes out of it.
-READ_WEIGHTS = Argument("read_weights", "B R N", like="memory", within="shares", heads_in="N")
-USAGE = Argument("usage", "B N", like="memory", differentiable=False)
-STATE = (MEMORY, READ_WEIGHTS, USAGE)
+STATE = (
+    MEMORY,
+    Argument("read_weights", "B R N", like="memory", within="shares", heads_in="N"),
+    Argument("usage", "B N", like="memory", differentiable=False),
+)
 
 
 def _interval(values: tuple[Any, ...], backend: str) -> int:
@@ -40,7 +42,7 @@ LEAST_USED = declare(
     Op(
         "least_used",
         arguments=(Argument("usage", "B N", differentiable=False),),
-        options=(Option("n", "SymInt", 1),),
+        options=(Option("n", "SymInt", 1, _checks.count(0, "N")),),
         outputs=(Output("slots", "B n", like="usage", integer=True, differentiable=False),),
         public=("least_used",),
     )
@@ -59,7 +61,7 @@ LRUA_WRITE = declare(
             Output("write_weights", "B R N", like="memory"),
             Output("slots", "B R", like="memory", integer=True, kept=True),
         ),
-        saved=("read_weights", "write_vector", "gate_logit", "slots"),
+        unsaved=("memory", "usage"),
         public=("lrua_write",),
     )
 )
@@ -77,45 +79,25 @@ LRUA_SCAN = declare(
         options=(READ_FIRST, SHARED_TARGET, USAGE_DECAY, EPS),
         outputs=(
             Output("reads", "[T] B R D", like="keys"),
-            Output("memory", "B N D", like="memory"),
-            Output("read_weights", "B R N", like="memory"),
-            Output("usage", "B N", like="memory", differentiable=False),
+            *after(STATE, constant=("usage",)),
             Output("slots", "[T] B R", like="memory", integer=True, kept=True),
             Output("anchors", "A B D+R P", like="memory", kept=True),
         ),
-        saved=(
-            "memory",
-            "read_weights",
-            "keys",
-            "write_vectors",
-            "gate_logits",
-            "sharpness",
-            *NAMES,
-            "slots",
-            "anchors",
-        ),
+        unsaved=("usage",),
+        layout="int R",
         public=("lrua_step", "lrua_scan"),
         interval=_interval,
         extents=lambda sizes: {"D+R": sizes["D"] + sizes["R"]},
     )
 )
 
-WRITE_NAMES = LRUA_WRITE.names[:5]
-SCAN_NAMES = ("state.memory", "state.read_weights", "state.usage", *LRUA_SCAN.names[3:7], *NAMES)
-STEP_NAMES = (*SCAN_NAMES[:3], "key", "write_vector", "gate_logit", "sharpness", *NAMES)
-
-
-def raw_options(
-    order: str, write_target: str, usage_decay: float, eps: float
-) -> tuple[bool, bool, float, float]:
-    """The options of a step as the raw op takes them, checked."""
-    _checks.check_choice("order", order, ORDERS)
-    _checks.check_choice("write_target", write_target, WRITE_TARGETS)
-    _checks.check_number("usage_decay", usage_decay)
-    if not 0 <= usage_decay <= 1:
-        raise ValueError(f"usage_decay must be within [0, 1], got {usage_decay}")
-    _checks.check_eps(eps)
-    return order == "read_first", write_target == "shared", float(usage_decay), float(eps)
+LRUA = Scan(
+    LRUA_SCAN,
+    LRUAState,
+    reference.lrua_step,
+    reference.lrua_scan,
+    ("key", "write_vector", "gate_logit", "sharpness"),
+)
 
 
 def least_used(usage: Tensor, n: int) -> Tensor:
@@ -133,15 +115,7 @@ def least_used(usage: Tensor, n: int) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or n.
     """
-    sizes = _checks.check_tensors(LEAST_USED.arguments, ("usage",), (usage,))
-    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
-        raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if not 0 <= n <= sizes["N"]:
-        raise ValueError(f"n must be within [0, N = {sizes['N']}], got {n}")
-    backend = _backend.serving(usage.device, LEAST_USED)
-    if backend == "reference":
-        return reference.least_used(usage, n)
-    return call(LEAST_USED, backend, usage, n)
+    return run(LEAST_USED, reference.least_used, usage, n=n)
 
 
 def lrua_write(
@@ -174,40 +148,7 @@ def lrua_write(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     tensors = memory, read_weights, usage, write_vector, gate_logit
-    _checks.check_tensors(LRUA_WRITE.arguments, WRITE_NAMES, tensors)
-    _checks.check_choice("write_target", write_target, WRITE_TARGETS)
-    backend = _backend.serving(memory.device, LRUA_WRITE)
-    if backend == "reference":
-        with _backend.without_autocast(memory.device.type):
-            return reference.lrua_write(*tensors, write_target=write_target)
-    return call(LRUA_WRITE, backend, *tensors, write_target == "shared")[:2]
-
-
-def _lrua(
-    state: LRUAState,
-    inputs: tuple[Any, ...],
-    names: tuple[str, ...],
-    function: Callable[..., tuple[Tensor, LRUAState]],
-    *,
-    sequences: tuple[Tensor | None, ...] | None,
-    **options: Any,
-) -> tuple[Tensor, LRUAState]:
-    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has; ``function`` is the
-    reference's."""
-    _checks.check_tuple("state", state, LRUAState)
-    steps = sequences is not None
-    tensors = (*state, *inputs)
-    _checks.check_tensors(LRUA_SCAN.arguments, names, (*tensors, *(sequences or NO_SEQUENCES)), steps=steps)
-    raw = raw_options(**options)
-    sequences = raw_sequences(state[0], inputs[0].shape[0], *sequences) if sequences else NO_SEQUENCES
-    backend = _backend.serving(state[0].device, LRUA_SCAN)
-    if backend == "reference":
-        if steps:
-            options |= zip(NAMES, sequences, strict=True)
-        with _backend.without_autocast(state[0].device.type):
-            return function(state, *inputs, **options)
-    outputs = call(LRUA_SCAN, backend, *tensors, *sequences, *raw, 0)
-    return outputs[0], LRUAState(*outputs[1:4])
+    return run(LRUA_WRITE, reference.lrua_write, *tensors, write_target=write_target)
 
 
 def lrua_step(
@@ -246,12 +187,8 @@ def lrua_step(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return _lrua(
-        state,
-        (key, write_vector, gate_logit, sharpness),
-        STEP_NAMES,
-        reference.lrua_step,
-        sequences=None,
+    return LRUA.step(
+        *(state, key, write_vector, gate_logit, sharpness),
         order=order,
         write_target=write_target,
         usage_decay=usage_decay,
@@ -294,11 +231,8 @@ def lrua_scan(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return _lrua(
-        state,
-        (keys, write_vectors, gate_logits, sharpness),
-        SCAN_NAMES,
-        reference.lrua_scan,
+    return LRUA.scan(
+        *(state, keys, write_vectors, gate_logits, sharpness),
         sequences=(resets, lengths, start),
         order=order,
         write_target=write_target,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,11 +13,11 @@ from .._anchors import ntm_interval
 from ..reference.ntm import NTMHead, NTMState
 from . import _backend, _checks
 from ._declare import Argument, Op, Output, Sizes
+from ._public import Scan, Tensors, checked
 from ._register import call, declare
-from ._sequences import NAMES, NO_SEQUENCES, raw_sequences
-from ._sequences import sequences as of_sequences
+from ._sequences import NO_SEQUENCES, of_sequences
 from .content import EPS, MEMORY
-from .lrua import ORDERS, READ_FIRST
+from .lrua import READ_FIRST
 
 
 def _head(prefix: str, heads: str, like: str, half: bool = False) -> tuple[Argument, ...]:
@@ -53,34 +56,64 @@ NTM_SCAN = declare(
             Output("history", "T B R+W N", like="memory", kept=True),
             Output("anchors", "A B D P", like="memory", kept=True),
         ),
-        saved=(
-            *("memory", "weights", "keys", "sharpness", "gates", "shift", "sharpening", "erase", "add"),
-            *(*NAMES, "history", "anchors"),
-        ),
+        layout="int R, int W, int shifts",
         public=("ntm_address", "ntm_step", "ntm_scan"),
         interval=lambda values, backend: ntm_interval(values[0].shape[2], values[1].shape[1]),
         extents=lambda sizes: {"R": sizes["R+W"] - sizes["W"]},
     )
 )
 
-# What the public functions take, named as their callers know it.
+# What the public functions take, in the order in which it is checked.
 ADDRESS = (MEMORY, Argument("previous", "B R N", like="memory"), *_head("head.", "R", "memory", half=True))
-STEP = (
-    Argument("state.memory", "B N D"),
-    Argument("state.read_weights", "B R N", like="state.memory"),
-    Argument("state.write_weights", "B W N", like="state.memory"),
-    Argument("erase", "[T] B W D", like="state.memory", half=True),
+INPUTS = (
+    Argument("erase", "[T] B W D", like="memory", half=True),
     Argument("add", "[T] B W D", like="erase"),
     *_head("read_head.", "R", "erase"),
     *_head("write_head.", "W", "erase"),
-    *of_sequences("[T] B", memory="state.memory"),
 )
-ADDRESS_NAMES, STEP_NAMES = ([argument.name for argument in arguments] for arguments in (ADDRESS, STEP))
+STATE = (
+    MEMORY,
+    Argument("read_weights", "B R N", like="memory"),
+    Argument("write_weights", "B W N", like="memory"),
+)
 
 
-def _check_moves(name: str, sizes: Sizes) -> None:
-    if sizes["2S+1"] % 2 == 0:
-        raise ValueError(f"{name}.shift must have an odd number 2S + 1 of moves, got {sizes['2S+1']}")
+class _NTM(Scan):
+    """To the raw op the heads of both kinds are one tensor."""
+
+    def raw_state(self, state: Any) -> Tensors:
+        memory, *weights = state
+        return memory, torch.cat(weights, dim=1)
+
+    def raw_inputs(self, inputs: Any) -> Tensors:
+        erase, add, *heads = inputs
+        axis, half = erase.dim() - 2, len(heads) // 2
+        return *(torch.cat(pair, axis) for pair in zip(heads[:half], heads[half:], strict=True)), erase, add
+
+    def public_inputs(self, inputs: Any) -> Sequence[Any]:
+        erase, add, *heads = inputs
+        half = len(heads) // 2
+        return NTMHead(*heads[:half]), NTMHead(*heads[half:]), erase, add
+
+    def public_state(self, given: Any, state: Any, sizes: Sizes) -> NTMState:
+        memory, weights = given
+        # Copies: no two tensors of a state share their storage.
+        return NTMState(memory, weights[:, : sizes["R"]].clone(), weights[:, sizes["R"] :].clone())
+
+
+NTM = _NTM(
+    NTM_SCAN,
+    NTMState,
+    reference.ntm_step,
+    reference.ntm_scan,
+    arguments=(*STATE, *INPUTS, *of_sequences("[T] B")),
+)
+
+
+def _inputs(read_head: NTMHead, write_head: NTMHead, erase: Tensor, add: Tensor) -> tuple[Tensor, ...]:
+    for name, head in (("read_head", read_head), ("write_head", write_head)):
+        _checks.check_tuple(name, head, NTMHead)
+    return erase, add, *read_head, *write_head
 
 
 def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -105,61 +138,15 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     _checks.check_tuple("head", head, NTMHead)
-    sizes = _checks.check_tensors(ADDRESS, ADDRESS_NAMES, (memory, previous, *head), steps=False)
-    _check_moves("head", sizes)
-    _checks.check_eps(eps)
+    tensors, options = (memory, previous, *head), {"order": "read_first", "eps": eps}
+    sizes, raw = checked(NTM_SCAN, ADDRESS, None, tensors, options, steps=False)
     backend = _backend.serving(memory.device, NTM_SCAN)
     if backend == "reference":
         with _backend.without_autocast(memory.device.type):
             return reference.ntm_address(memory, head, previous, eps=eps)
     nothing = head[0].new_empty(1, sizes["B"], 0, sizes["D"])
     inputs = (*(x.unsqueeze(0) for x in head), nothing, nothing)
-    return call(NTM_SCAN, backend, memory, previous, *inputs, *NO_SEQUENCES, True, float(eps), 0)[2]
-
-
-def _ntm(
-    state: NTMState,
-    read_head: NTMHead,
-    write_head: NTMHead,
-    erase: Tensor,
-    add: Tensor,
-    *,
-    sequences: tuple[Tensor | None, ...] | None,
-    order: str,
-    eps: float,
-) -> tuple[Tensor, NTMState]:
-    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has."""
-    for name, value, kind in (
-        ("state", state, NTMState),
-        ("read_head", read_head, NTMHead),
-        ("write_head", write_head, NTMHead),
-    ):
-        _checks.check_tuple(name, value, kind)
-    steps = sequences is not None
-    tensors = (*state, erase, add, *read_head, *write_head, *(sequences or NO_SEQUENCES))
-    sizes = _checks.check_tensors(STEP, STEP_NAMES, tensors, steps=steps)
-    _check_moves("read_head", sizes)
-    _checks.check_choice("order", order, ORDERS)
-    _checks.check_eps(eps)
-    memory, read_weights, write_weights = state
-    sequences = raw_sequences(memory, erase.shape[0], *sequences) if sequences else NO_SEQUENCES
-    backend = _backend.serving(memory.device, NTM_SCAN)
-    if backend == "reference":
-        function = reference.ntm_scan if steps else reference.ntm_step
-        options = dict(zip(NAMES, sequences, strict=True)) if steps else {}
-        with _backend.without_autocast(memory.device.type):
-            return function(state, read_head, write_head, erase, add, order=order, eps=eps, **options)
-    inputs = [torch.cat(pair, dim=2 if steps else 1) for pair in zip(read_head, write_head, strict=True)]
-    inputs += [erase, add]
-    if not steps:
-        inputs = [x.unsqueeze(0) for x in inputs]
-    weights = torch.cat([read_weights, write_weights], dim=1)
-    raw = (order == "read_first", float(eps), 0)
-    outputs = call(NTM_SCAN, backend, memory, weights, *inputs, *sequences, *raw)
-    reads, memory, weights = outputs[:3]
-    # Copies: no two tensors of a state share their storage.
-    parts = (x.clone() for x in weights.split([sizes["R"], sizes["W"]], dim=1))
-    return reads if steps else reads.squeeze(0), NTMState(memory, *parts)
+    return call(NTM_SCAN, backend, memory, previous, *inputs, *NO_SEQUENCES, *raw)[2]
 
 
 def ntm_step(
@@ -192,7 +179,7 @@ def ntm_step(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return _ntm(state, read_head, write_head, erase, add, sequences=None, order=order, eps=eps)
+    return NTM.step(state, *_inputs(read_head, write_head, erase, add), order=order, eps=eps)
 
 
 def ntm_scan(
@@ -215,5 +202,5 @@ def ntm_scan(
     :func:`mann_fast.ops.lrua_scan`, where a reset takes weights to those of ``NTMState.initial``. Backward keeps the
     weights of every step and the memory of every few.
     """
-    sequences = (resets, lengths, start)
-    return _ntm(state, read_head, write_head, erase, add, sequences=sequences, order=order, eps=eps)
+    inputs, sequences = _inputs(read_head, write_head, erase, add), (resets, lengths, start)
+    return NTM.scan(state, *inputs, sequences=sequences, order=order, eps=eps)

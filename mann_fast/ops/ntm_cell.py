@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from .._anchors import ntm_interval
+from .._state import check_size
 from ..reference.cell import ntm_head_sizes
 from ..reference.ntm import NTMState
-from . import _backend, _checks
-from ._cell import Network, Public, declare_cell, fused, run_cell, run_steps
-from ._declare import Argument, Option, Output, Sizes
-from ._sequences import raw_sequences
+from ._cell import Cell, Network, declare_cell
+from ._declare import Argument, Option, Output
 from .content import EPS, MEMORY
-from .lrua import ORDERS, READ_FIRST
-from .ntm import ntm_step
+from .lrua import READ_FIRST
+from .ntm import NTM, ntm_step
+
+
+def _max_shift(name: str, value: Any, known: Mapping[str, Any]) -> int:
+    if value is None:
+        return -1
+    check_size(name, value, 0)
+    return int(value)
+
 
 # Weights are those of the heads that read, then of as many that write. max_shift: -1 where heads go by content alone.
 NTM_CELL = declare_cell(
     "ntm_cell",
     (MEMORY, Argument("weights", "B 2R N", like="memory", within="shares")),
-    (Option("max_shift", "int", 1), READ_FIRST, EPS),
+    (Option("max_shift", "int", 1, _max_shift), READ_FIRST, EPS),
     (
         Output("history", "T B 2R N", like="gates", kept=True),
         Output("anchors", "A B D P", like="gates", kept=True),
     ),
     interval=lambda values, backend: ntm_interval(values[3].shape[2], values[4].shape[1]),
     extents=lambda sizes: {"R": sizes["2R"] // 2},  # backward takes no reads, whose axis it is
+    choices="int shifts",  # 0 of heads that go by content alone
 )
-PUBLIC = Public(
-    NTMState,
+
+
+NETWORK = Cell(
+    NTM_CELL,
+    NTM,
+    reference.ntm_cell,
+    ntm_step,
+    lambda sizes, of: ntm_head_sizes(sizes["R"], sizes["D"], of["max_shift"]),
+    lambda options: (max(0, 2 * options["max_shift"] + 1),),
     (
         MEMORY,
         Argument("read_weights", "B R N", like="memory"),
@@ -82,36 +97,6 @@ def ntm_cell(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     network = Network(gates, state, reads, hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
-    options = (controller, max_shift, order, eps)
-    sizes = PUBLIC.check(network, memory, (resets, lengths, start), options, _head_sizes)
-    sequences = raw_sequences(memory[0], gates.shape[0], resets, lengths, start)
-    backend = _backend.serving(gates.device, NTM_CELL)
-    shifts = 0 if max_shift is None else 2 * max_shift + 1
-    if gates.shape[0] == 0 or not fused(NTM_CELL, backend, gates, sizes, controller, shifts):
-        named = {"controller": controller, "max_shift": max_shift, "order": order, "eps": eps}
-        return run_steps(reference.ntm_cell, network, NTMState(*memory), sequences, named, ntm_step)
-    slots, read_weights, write_weights = memory
-    of_heads = torch.cat([read_weights, write_weights], dim=1)
-    raw = (-1 if max_shift is None else max_shift, order == "read_first", float(eps))
-    output, last, (slots, of_heads), reads = run_cell(
-        NTM_CELL, backend, network, (slots, of_heads), sequences, controller, raw
-    )
-    # Copies: no two tensors of a state share their storage.
-    parts = (x.clone() for x in of_heads.chunk(2, dim=1))
-    return output, last, NTMState(slots, *parts), reads
-
-
-def check_max_shift(max_shift: Any) -> None:
-    """An int of at least 0."""
-    if isinstance(max_shift, bool) or not isinstance(max_shift, int):
-        raise TypeError(f"max_shift must be an int, got {type(max_shift).__name__}")
-    if max_shift < 0:
-        raise ValueError(f"max_shift must be at least 0, got {max_shift}")
-
-
-def _head_sizes(sizes: Sizes, max_shift: Any, order: Any, eps: Any) -> list[int]:
-    if max_shift is not None:
-        check_max_shift(max_shift)
-    _checks.check_choice("order", order, ORDERS)
-    _checks.check_eps(eps)
-    return ntm_head_sizes(sizes["R"], sizes["D"], max_shift)
+    sequences = (resets, lengths, start)
+    options = {"max_shift": max_shift, "order": order, "eps": eps}
+    return NETWORK.run(network, memory, sequences, controller, options)

@@ -9,25 +9,21 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.sparse import SparseState
-from . import _backend, _checks
-from ._declare import Argument, Op, Option, Output, each_step
-from ._register import LIBRARIES, call, declare, define_in_place
-from ._sequences import NAMES, NO_SEQUENCES, may_look, raw_sequences
-from ._sequences import sequences as of_sequences
-from .content import EPS, MEMORY
+from . import _checks
+from ._declare import Argument, Op, Option, Output, Sizes, after, each_step
+from ._public import Scan, Tensors, run
+from ._register import LIBRARIES, declare, define_in_place
+from ._sequences import may_look, of_sequences
+from .content import CONTENT_READ, EPS, MEMORY
 
 # N, which backward cannot see from what is kept: nothing of the memory's size is.
-NUM_SLOTS = Option("num_slots", "SymInt", 0)
+NUM_SLOTS = Option("num_slots", "SymInt", 0, lambda name, value, known: known["N"])
 
 SPARSE_READ = declare(
     Op(
         "sparse_read",
-        arguments=(
-            MEMORY,
-            Argument("key", "B R D", like="memory", half=True, heads_in=""),
-            Argument("sharpness", "B R", like="key", optional=True),
-        ),
-        options=(NUM_SLOTS, Option("num_reads", "SymInt", 1), EPS),
+        arguments=(MEMORY, *CONTENT_READ.arguments[1:]),  # key and sharpness
+        options=(NUM_SLOTS, Option("num_reads", "SymInt", 1, _checks.count(1, "N")), EPS),
         outputs=(
             Output("read", "B R D", like="key"),
             Output("slots", "B R num_reads", like="memory", integer=True, differentiable=False),
@@ -49,45 +45,42 @@ STATE = (
 )
 
 
-def _inputs(steps: str) -> tuple[Argument, ...]:
-    return (
-        Argument("keys", f"{steps} B R D", like="memory", half=True),
-        Argument("write_vectors", f"{steps} B R D", like="keys"),
-        Argument("gate_logits", f"{steps} B R", like="keys"),
-        Argument("sharpness", f"{steps} B R", like="keys", optional=True),
-        Argument("write_gate_logits", f"{steps} B R", like="keys", optional=True),
-    )
+INPUTS = (
+    Argument("keys", "T B R D", like="memory", half=True),
+    Argument("write_vectors", "T B R D", like="keys"),
+    Argument("gate_logits", "T B R", like="keys"),
+    Argument("sharpness", "T B R", like="keys", optional=True),
+    Argument("write_gate_logits", "T B R", like="keys", optional=True),
+)
 
+
+THRESHOLD = Option("threshold", "float", 0.005, _checks.fraction, backward=False)
 
 # Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased.
 SPARSE_SCAN = declare(
     Op(
         "sparse_scan",
-        arguments=(*STATE, *_inputs("T"), *of_sequences("T B")),
-        options=(NUM_SLOTS, Option("threshold", "float", 0.005, backward=False), EPS),
+        arguments=(*STATE, *INPUTS, *of_sequences("T B")),
+        options=(NUM_SLOTS, THRESHOLD, EPS),
         outputs=(
             Output("reads", "T B R D", like="keys"),
-            Output("memory", "B N D", like="memory"),
-            Output("read_slots", "B R K", like="memory", integer=True, differentiable=False),
-            Output("read_weights", "B R K", like="memory"),
-            Output("last_access", "B N", like="memory", integer=True, differentiable=False),
-            Output("clock", "B", like="memory", integer=True, differentiable=False),
+            *after(STATE),
             Output("oldest", "T B R", like="memory", kept=True, integer=True),
             Output("slot_history", "T B R K", like="memory", kept=True, integer=True),
             Output("weight_history", "T B R K", like="memory", kept=True),
             Output("rows", "T B R K D", like="memory", kept=True),
         ),
-        saved=(
-            *("read_slots", "read_weights", *(argument.name for argument in _inputs("T"))),
-            *(*NAMES, "oldest", "slot_history", "weight_history", "rows"),
-        ),
+        unsaved=("memory", "last_access", "clock"),
         public=("sparse_step", "sparse_scan"),
         interval=each_step,
         extents=lambda sizes: {"N": sizes["num_slots"]},
     )
 )
 
-# For sparse_cell.py: they change a memory, a gradient and times that nobody else sees, and lists of slots that steps hand on.
+# Blocks of the current device that share the search in each of B sparse memories.
+LIBRARIES["cuda"].define("sparse_blocks(int B, int N, int D) -> int")
+# For mann_fast/layers/sparse_cell.py: they change a memory, a gradient and times that nobody else sees, and lists of slots that
+# steps hand on.
 LIBRARIES["cpp"].define("sparse_lists(Tensor memory) -> Tensor")
 define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
@@ -102,12 +95,6 @@ define_in_place(
     "bool of_start) -> (Tensor grad_weights, Tensor grad_key, Tensor grad_write_vector, Tensor grad_gate_logit, "
     "Tensor grad_sharpness, Tensor grad_write_gate_logit, Tensor grad_start)"
 )
-
-# What the public functions take, named as their callers know it.
-PUBLIC = (*STATE, *_inputs("[T]"), *of_sequences("[T] B"))
-STATE_NAMES = tuple(f"state.{name}" for name in SparseState._fields)
-SCAN_NAMES = (*STATE_NAMES, *(argument.name for argument in _inputs("T")), *NAMES)
-STEP_NAMES = (*STATE_NAMES, "key", "write_vector", "gate_logit", "sharpness", "write_gate_logit", *NAMES)
 
 
 def sparse_read(
@@ -132,22 +119,7 @@ def sparse_read(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    tensors = memory, key, sharpness
-    sizes = _checks.check_tensors(SPARSE_READ.arguments, SPARSE_READ.names[:3], tensors)
-    check_num_reads(num_reads, sizes["N"])
-    _checks.check_eps(eps)
-    backend = _backend.serving(memory.device, SPARSE_READ)
-    if backend == "reference":
-        with _backend.without_autocast(memory.device.type):
-            return reference.sparse_read(memory, key, sharpness, num_reads=num_reads, eps=eps)
-    return call(SPARSE_READ, backend, *tensors, memory.shape[1], num_reads, float(eps))[:3]
-
-
-def check_num_reads(num_reads: Any, num_slots: int) -> None:
-    if isinstance(num_reads, bool) or not isinstance(num_reads, (int, torch.SymInt)):
-        raise TypeError(f"num_reads must be an int, got {type(num_reads).__name__}")
-    if not 1 <= num_reads <= num_slots:
-        raise ValueError(f"num_reads must be within [1, N = {num_slots}], got {num_reads}")
+    return run(SPARSE_READ, reference.sparse_read, memory, key, sharpness, num_reads=num_reads, eps=eps)
 
 
 def check_slots(slots: Tensor, num_slots: int) -> None:
@@ -173,49 +145,27 @@ def check_times(last_access: Tensor, clock: Tensor) -> None:
             )
 
 
-def check_threshold(threshold: Any) -> None:
-    _checks.check_number("threshold", threshold)
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be within [0, 1), got {threshold}")
+class _Sparse(Scan):
+    def agree(self, sizes: Sizes, tensors: Tensors) -> None:
+        if not 1 <= sizes["K"] <= sizes["N"]:
+            shape = [sizes[axis] for axis in "BRK"]
+            raise ValueError(
+                f"state.read_slots [B, R, K] must have 1 <= K <= N = {sizes['N']} slots, got {shape}"
+            )
+
+    def look(self, state: Any) -> None:
+        memory, slots, _, last_access, clock = state
+        check_slots(slots, memory.shape[1])
+        check_times(last_access, clock)
 
 
-def _sparse(
-    state: SparseState,
-    inputs: tuple[Tensor | None, ...],
-    sequences: tuple[Tensor | None, ...] | None,
-    threshold: float,
-    eps: float,
-) -> tuple[Tensor, SparseState]:
-    """A step or a scan, which differ in the leading T and in ``sequences``, which only a scan has."""
-    _checks.check_tuple("state", state, SparseState)
-    steps = sequences is not None
-    names = SCAN_NAMES if steps else STEP_NAMES
-    tensors = (*state, *inputs, *(sequences or NO_SEQUENCES))
-    sizes = _checks.check_tensors(PUBLIC, names, tensors, steps=steps)
-    if not 1 <= sizes["K"] <= sizes["N"]:
-        raise ValueError(
-            f"state.read_slots [B, R, K] must have 1 <= K <= N = {sizes['N']} slots, got {list(state[1].shape)}"
-        )
-    check_threshold(threshold)
-    _checks.check_eps(eps)
-    memory, keys = state[0], inputs[0]
-    check_slots(state[1], memory.shape[1])
-    check_times(state[3], state[4])
-    if sequences:
-        assert keys is not None
-        sequences = raw_sequences(memory, keys.shape[0], *sequences)
-    backend = _backend.serving(memory.device, SPARSE_SCAN)
-    if backend == "reference":
-        function: Any = reference.sparse_scan if steps else reference.sparse_step
-        options: dict[str, Any] = dict(zip(NAMES, sequences, strict=True)) if sequences else {}
-        with _backend.without_autocast(memory.device.type):
-            return function(SparseState(*state), *inputs, threshold=threshold, eps=eps, **options)
-    given = inputs if steps else [x if x is None else x.unsqueeze(0) for x in inputs]
-    reads, *after = call(
-        *(SPARSE_SCAN, backend, *state, *given, *(sequences or NO_SEQUENCES)),
-        *(memory.shape[1], float(threshold), float(eps), 0),
-    )[:6]
-    return reads if steps else reads.squeeze(0), SparseState(*after)
+SPARSE = _Sparse(
+    SPARSE_SCAN,
+    SparseState,
+    reference.sparse_step,
+    reference.sparse_scan,
+    ("key", "write_vector", "gate_logit", "sharpness", "write_gate_logit"),
+)
 
 
 def sparse_step(
@@ -259,7 +209,8 @@ def sparse_step(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return _sparse(state, (key, write_vector, gate_logit, sharpness, write_gate_logit), None, threshold, eps)
+    inputs = (key, write_vector, gate_logit, sharpness, write_gate_logit)
+    return SPARSE.step(state, *inputs, threshold=threshold, eps=eps)
 
 
 def sparse_scan(
@@ -293,4 +244,5 @@ def sparse_scan(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     inputs = (keys, write_vectors, gate_logits, sharpness, write_gate_logits)
-    return _sparse(state, inputs, (resets, lengths, start), threshold, eps)
+    sequences = (resets, lengths, start)
+    return SPARSE.scan(state, *inputs, sequences=sequences, threshold=threshold, eps=eps)

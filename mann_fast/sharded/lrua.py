@@ -7,8 +7,9 @@ from torch import Tensor, distributed
 
 from .. import ops
 from ..ops import LRUAState, _backend, _checks
+from ..ops._public import checked
 from ..ops._sequences import NO_SEQUENCES
-from ..ops.lrua import LRUA_SCAN, STEP_NAMES, raw_options
+from ..ops.lrua import LRUA, LRUA_SCAN
 from ..reference import lrua as reference
 from ..reference.content import similarity
 from ._collectives import Gathered, Mesh, Shared, gather, group_of
@@ -75,8 +76,10 @@ def lrua_step(
     group = group_of(mesh)
     _checks.check_tuple("state", state, LRUAState)
     tensors = (*state, key, write_vector, gate_logit, sharpness, *NO_SEQUENCES)
-    _checks.check_tensors(LRUA_SCAN.arguments, STEP_NAMES, tensors, steps=False)
-    read_first, *_ = raw_options(order, write_target, usage_decay, eps)
+    options = {"order": order, "write_target": write_target, "usage_decay": usage_decay, "eps": eps}
+    _, (read_first, *_) = checked(
+        LRUA_SCAN, LRUA_SCAN.arguments, LRUA.step_names, tensors, options, steps=False
+    )
     dtype = state[0].dtype
     wide = key.to(dtype), write_vector.to(dtype), gate_logit.to(dtype)
     wide_sharpness = None if sharpness is None else sharpness.to(dtype)

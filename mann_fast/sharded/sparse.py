@@ -12,20 +12,19 @@ from torch.nn.functional import pad
 from .. import ops
 from .._state import SIZE_MAX
 from ..ops import SparseState, _backend, _checks
+from ..ops._public import checked
 from ..ops._sequences import NO_SEQUENCES
 from ..ops.sparse import (
-    PUBLIC,
+    SPARSE,
     SPARSE_READ,
-    STEP_NAMES,
-    check_num_reads,
+    SPARSE_SCAN,
     check_slots,
-    check_threshold,
 )
 from ..reference import sparse as reference
 from ._collectives import Gathered, Mesh, Shared, group_of
 
 # A rank may have fewer slots than heads: what has to hold of all slots together is known after the collective.
-ARGUMENTS = tuple(replace(x, heads_in=None if x.heads_in is None else "") for x in PUBLIC)
+ARGUMENTS = tuple(replace(x, heads_in=None if x.heads_in is None else "") for x in SPARSE.arguments)
 NONE = -1  # in the place of a slot, where a rank has fewer than it may send
 LATEST = 1 << 62  # later than any clock, and exact as the float that pad takes it for
 
@@ -57,8 +56,8 @@ def sparse_read(
     """
     group = group_of(mesh)
     _checks.check_tensors(SPARSE_READ.arguments, SPARSE_READ.names[:3], (memory, key, sharpness))
-    check_num_reads(num_reads, SIZE_MAX)
-    _checks.check_eps(eps)
+    options = {"num_reads": num_reads, "eps": eps}
+    SPARSE_READ.raw_options(options, {"N": SIZE_MAX})  # for its checks
     wide_key, wide_sharpness = (None if x is None else x.to(memory.dtype) for x in (key, sharpness))
     assert wide_key is not None
     with _backend.without_autocast(memory.device.type):
@@ -67,7 +66,7 @@ def sparse_read(
         (all_rows,), (all_slots, sizes) = _exchanged(
             group, [rows], [slots, slots.new_tensor([memory.shape[1]])]
         )
-        check_num_reads(num_reads, int(sizes.sum()))
+        SPARSE_READ.raw_options(options, {"N": int(sizes.sum())})
         first = sizes.cumsum(0) - sizes
         all_slots = _numbered(all_slots, first.view(-1, 1, 1, 1))
         read, slots, weights = _read(
@@ -113,9 +112,8 @@ def sparse_step(
     group = group_of(mesh)
     _checks.check_tuple("state", state, SparseState)
     tensors = (*state, key, write_vector, gate_logit, sharpness, write_gate_logit)
-    _checks.check_tensors(ARGUMENTS, STEP_NAMES, (*tensors, *NO_SEQUENCES), steps=False)
-    check_threshold(threshold)
-    _checks.check_eps(eps)
+    options = {"threshold": threshold, "eps": eps}
+    checked(SPARSE_SCAN, ARGUMENTS, SPARSE.step_names, (*tensors, *NO_SEQUENCES), options, steps=False)
     if isinstance(first_slot, bool) or not isinstance(first_slot, int):
         raise TypeError(f"first_slot must be an int, got {type(first_slot).__name__}")
     dtype = state[0].dtype

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import sparse_read
+from ..ops._register import NAMESPACES
 from ..reference.sparse import SparseState
-from ._register import NAMESPACES
-from .sparse import sparse_read
 
 _RAW = getattr(torch.ops, NAMESPACES["cpp"])
 LEAST_SLOTS = 1 << 14  # below, comparing all takes no longer than asking an index

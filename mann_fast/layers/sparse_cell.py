@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..ops import _backend, sparse_step
+from ..ops._register import NAMESPACES
+from ..ops._sequences import NO_SEQUENCES, is_plain, may_look, raw_sequences
+from ..ops.sparse import SPARSE_SCAN, check_slots, check_times
 from ..reference.cell import sequence, split_sparse_heads
 from ..reference.sequences import AnyState, Steps
 from ..reference.sparse import SparseState
-from . import _backend
-from ._register import NAMESPACES
-from ._sequences import NO_SEQUENCES, is_plain, may_look, raw_sequences
-from .sparse import SPARSE_SCAN, check_slots, check_times, sparse_step
 from .sparse_index import LEAST_SLOTS, SparseIndex
 
 _RAW = {backend: getattr(torch.ops, NAMESPACES[backend]) for backend in ("cpp", "cuda")}
