@@ -164,7 +164,7 @@ def _gradients(
     if needed["head_bias"]:
         of["head_bias"] = grad_heads.sum((0, 1))
     with _backend.without_autocast(output.device.type):  # backward may be called inside the caller's
-        met = output.to(products)
+        met = _rows(output.to(products))
         nothing, taken = resets, None
         if lengths is not None:
             ended = torch.arange(output.shape[0], device=lengths.device).unsqueeze(1) >= lengths
@@ -174,16 +174,20 @@ def _gradients(
             taken = (~ended).flatten().nonzero().squeeze(1) if may_look(lengths) else None
         of_gates = grad_gates.to(products)
         of_hidden = of_gates if grad_hidden_gates is grad_gates else grad_hidden_gates.to(products)
-        if needed["hidden_weight"]:
-            of["hidden_weight"] = _weight_gradient(
-                of_hidden, hidden.to(products), met[..., :size], nothing, taken
-            )
-        if needed["reads_weight"]:
-            reads = saved["reads"]
-            first = reads.reshape(reads.shape[0], met.shape[2] - size).to(products)
-            of["reads_weight"] = _weight_gradient(of_gates, first, met[..., size:], nothing, taken)
+        if needed["hidden_weight"] or needed["reads_weight"]:
+            # What gates met: hidden state and reads of the step before, but 0 where that is nothing. (No tensor of T - 1 steps:
+            # torch.compile would make T = 2 a case of its own.)
+            reads = saved["reads"].reshape(saved["reads"].shape[0], met.shape[1] - size)
+            first = torch.cat([reads.new_zeros(reads.shape[0], size) if hidden is None else hidden, reads], 1)
+            before = torch.cat([first.to(products), met])[: met.shape[0]]
+            if nothing is not None:
+                before = before.masked_fill(nothing.reshape(-1, 1), 0)
+            if needed["hidden_weight"]:
+                of["hidden_weight"] = _product(of_hidden, before[:, :size], taken)
+            if needed["reads_weight"]:
+                of["reads_weight"] = _product(of_gates, before[:, size:], taken)
         if needed["head_weight"]:
-            of["head_weight"] = _product(_rows(grad_heads.to(products)), _rows(met[..., :size]), taken)
+            of["head_weight"] = _product(grad_heads.to(products), met[:, :size], taken)
     given |= {name: x.to(output.dtype) for name, x in of.items()}
     if needed["start"]:
         given["start"] = given["start"].sum(0)
@@ -196,20 +200,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(steps * batch, width)
 
 
-def _weight_gradient(
-    grads: Tensor, first: Tensor, met: Tensor, nothing: Tensor | None, taken: Tensor | None
-) -> Tensor:
-    """The sum over steps and samples of grads [T, B, G] times what they met: ``first`` [B, K] at the first step, then met
-    [T, B, K] of the step before, but 0 where they met ``nothing`` [T, B]. (No tensor of T - 1 steps: torch.compile would make
-    T = 2 a case of its own.) taken: see :func:`_product`."""
-    before = torch.cat([first, _rows(met)])[: grads.shape[0] * grads.shape[1]]
-    if nothing is not None:
-        before = before.masked_fill(nothing.reshape(-1, 1), 0)
-    return _product(_rows(grads), before, taken)
-
-
 def _product(grads: Tensor, met: Tensor, taken: Tensor | None) -> Tensor:
-    """grads^T met over their rows; where ``taken`` is known, over those alone, as all others are 0."""
+    """The sum over steps and samples of grads [T, B, G] times what they met [T B, K]; where ``taken`` is known, over those
+    alone, as all others are 0."""
+    grads = _rows(grads)
     if taken is not None:
         grads, met = grads.index_select(0, taken), met.index_select(0, taken)
     return torch.mm(grads.t(), met)

@@ -17,20 +17,20 @@ from ._sequences import NAMES, NO_SEQUENCES, Values, raw_sequences
 Tensors = Sequence[Tensor | None]
 
 
-def run(op: Op, reference: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Any:
+def run(op: Op, reference: Callable[..., Any], tensors: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A public function that takes tensors and options, and gives the outputs, as the raw op does."""
-    raw = _checks.check_tensors(
-        *(op.arguments, None, tensors),
-        choices=options.values(),
-        then=lambda sizes: op.raw_options(options, sizes),
-    )
-    device = tensors[0].device  # type: ignore[union-attr]
+
+    def then(sizes: Sizes) -> tuple[Any, ...]:
+        return op.raw_options(options, sizes)
+
+    raw = _checks.check_tensors(op.arguments, None, tensors, choices=options.values(), then=then)
+    device = tensors[0].device
     backend = _backend.serving(device, op)
     if backend == "reference":
         with _backend.without_autocast(device.type):
             return reference(*tensors, **options)
     outputs = call(op, backend, *tensors, *raw)
-    return outputs if isinstance(outputs, Tensor) else outputs[: op.num_given]
+    return outputs[: op.num_given] if op.num_given > 1 else outputs
 
 
 def checked(

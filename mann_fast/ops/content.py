@@ -53,4 +53,4 @@ def content_read(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return run(CONTENT_READ, reference.content_read, memory, key, sharpness, eps=eps)
+    return run(CONTENT_READ, reference.content_read, (memory, key, sharpness), {"eps": eps})

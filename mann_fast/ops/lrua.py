@@ -115,7 +115,7 @@ def least_used(usage: Tensor, n: int) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or n.
     """
-    return run(LEAST_USED, reference.least_used, usage, n=n)
+    return run(LEAST_USED, reference.least_used, (usage,), {"n": n})
 
 
 def lrua_write(
@@ -148,7 +148,7 @@ def lrua_write(
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
     tensors = memory, read_weights, usage, write_vector, gate_logit
-    return run(LRUA_WRITE, reference.lrua_write, *tensors, write_target=write_target)
+    return run(LRUA_WRITE, reference.lrua_write, tensors, {"write_target": write_target})
 
 
 def lrua_step(

@@ -119,7 +119,8 @@ def sparse_read(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or value; RuntimeError: tensors on different devices.
     """
-    return run(SPARSE_READ, reference.sparse_read, memory, key, sharpness, num_reads=num_reads, eps=eps)
+    options = {"num_reads": num_reads, "eps": eps}
+    return run(SPARSE_READ, reference.sparse_read, (memory, key, sharpness), options)
 
 
 def check_slots(slots: Tensor, num_slots: int) -> None:
