@@ -35,6 +35,10 @@ struct Cpu {
 }  // namespace
 }  // namespace mann_fast
 
+STABLE_TORCH_LIBRARY_IMPL(mann_fast, CompositeImplicitAutograd, m) {
+  m.impl("fast_bfloat16", TORCH_BOX(&mann_fast::fast_bfloat16));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mann_fast, CPU, m) {
 #define MANN_FAST_REGISTER(op, Arguments) m.impl(#op, TORCH_BOX(&mann_fast::op<mann_fast::Cpu>));
   MANN_FAST_OPS(MANN_FAST_REGISTER)

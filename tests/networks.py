@@ -1,5 +1,7 @@
 """Inputs and results of the ops of whole sequences, as dicts: what their tests share."""
 
+import sys
+
 import torch
 from cases import fixed_noise, worst_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +22,15 @@ class Called(TorchDispatchMode):
         if function.namespace.startswith("mann_fast"):
             self.names.add(function._schema.name.split("::")[1])
         return function(*args, **(kwargs or {}))
+
+
+# Half precision, and whether products of bfloat16 are said to be fast: of a processor only one is true.
+HALVES = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
+
+
+def say_fast_bfloat16(monkeypatch, fast):
+    answers = sys.modules["mann_fast.ops._cell"]._answers
+    monkeypatch.setitem(answers, (torch.empty(0).device, "fast_bfloat16"), fast)
 
 
 def normals():

@@ -17,6 +17,7 @@ from cases import (
     served_by,
     worst_error,
 )
+from networks import HALVES, say_fast_bfloat16
 
 from mann_fast import MemoryLayer, ops, reference
 from mann_fast.reference.cell import CONTROLLERS, head_sizes
@@ -362,11 +363,12 @@ def test_compiles_in_one_graph(controller, dynamic):
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "fast"), HALVES)
 @pytest.mark.parametrize("shape", [(6, 9, 50, 33, 17, 2), (3, 2, 7, 9, 5, 3)])
-def test_half_precision_is_as_good_as_plain_pytorch(shape, dtype, controller):
+def test_half_precision_is_as_good_as_plain_pytorch(shape, dtype, fast, controller, monkeypatch):
     """Odd sizes, so that the last pair of a product has one factor only. Rounding hardly ever changes which slot is least used
     here: the slots' usage is far apart."""
+    say_fast_bfloat16(monkeypatch, fast)
     inputs = cell_inputs(*shape, controller=controller)
     state = ("memory", "read_weights", "usage")
     rounded = [
@@ -377,6 +379,10 @@ def test_half_precision_is_as_good_as_plain_pytorch(shape, dtype, controller):
     exact = results_and_gradients(reference.cell, exact_inputs, None, controller=controller)
     fused = results_and_gradients(ops.cell, rounded, None, controller=controller)
     plain = results_and_gradients(reference.cell, rounded, None, controller=controller)
+    if not fast:  # computed in float32
+        wide = [None if x is None else x.float() for x in rounded]
+        output = results_and_gradients(ops.cell, wide, None, controller=controller)[0]["output"]
+        assert torch.equal(fused[0]["output"], output.to(dtype))
     for part, factor in ((0, 2), (1, 3)):
         for name, y in plain[part].items():
             assert fused[part][name].dtype == y.dtype
@@ -464,7 +470,7 @@ def test_wrong_options_are_named():
 @pytest.mark.skipif(BACKEND == "cpp", reason="only the CUDA kernels are asked for room")
 def test_asking_for_room_is_no_part_of_an_exported_graph(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["mann_fast.ops._cell"], "_fitting", {}
+        sys.modules["mann_fast.ops._cell"], "_answers", {}
     )  # as at the first call of a process
     layer = MemoryLayer(3, 5, num_slots=6, slot_size=4, num_heads=2)
     program = torch.export.export(layer, (torch.randn(4, 2, 3),), strict=False)

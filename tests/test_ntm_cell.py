@@ -6,7 +6,7 @@ import networks
 import pytest
 import torch
 from cases import BACKEND, RAW_OPS, implemented, needs_kernels
-from networks import Called, compare, network_inputs, normals
+from networks import HALVES, Called, compare, network_inputs, normals, say_fast_bfloat16
 
 from mann_fast import ops, reference
 from mann_fast.reference.cell import CONTROLLERS, ntm_head_sizes
@@ -144,9 +144,10 @@ def test_steps_in_turn_are_the_sequence(max_shift):
         assert torch.allclose(x, whole[name], rtol=0, atol=1e-12), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_the_reference(dtype):
-    """The memory's state stays float32; a bfloat16 rounds what the products of each step take."""
+@pytest.mark.parametrize(("dtype", "fast"), HALVES)
+def test_half_precision_is_near_the_reference(dtype, fast, monkeypatch):
+    """The memory's state stays float32; where that is fast, a bfloat16 rounds what the products of each step take."""
+    say_fast_bfloat16(monkeypatch, fast)
     inputs = cell_inputs(5, 3, 20, 12, 8, 2)
     state = ops.NTMState._fields
     half = {name: x.to(torch.float32 if name in state else dtype) for name, x in inputs.items()}

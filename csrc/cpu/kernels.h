@@ -21,6 +21,9 @@ struct Kernels {
 // The kernels for this processor, or those named by MANN_FAST_CPU_ISA; null where this build or processor does not have them.
 const Kernels* kernels();
 
+// Whether products of bfloat16 take less time than float's, these kernels' or the library's.
+bool fast_bfloat16();
+
 // 64-byte aligned; filled with NaN where MANN_FAST_POISON is set, so that tests see a read of what was never written.
 void* scratch_allocate(size_t bytes);
 void scratch_free(void* scratch);

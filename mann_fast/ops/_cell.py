@@ -16,9 +16,11 @@ from ..reference.cell import CONTROLLERS
 from . import _backend, _checks
 from ._declare import Argument, Op, Option, Output, Sizes, after, came, there
 from ._public import Scan
-from ._register import LIBRARIES, call, declare
+from ._register import LIBRARIES, NAMESPACES, call, declare
 from ._sequences import NAMES as SEQUENCE_NAMES
 from ._sequences import Values, may_look, of_sequences, raw_sequences
+
+LIBRARIES["cpp"].define("fast_bfloat16() -> bool")
 
 # Of Controller in csrc/include/arguments.h.
 NUMBERS = {name: number for number, name in enumerate(CONTROLLERS)}
@@ -287,7 +289,9 @@ class Cell:
         tensors = [gates, *network.states, *of_memory, reads, *weights]
         if dtype in _checks.HALF_DTYPES:  # it computes in float32
             tensors = [x if x is None else x.float() for x in tensors]
-        rounded = dtype == torch.bfloat16 and backend == "cpp"
+        rounded = (
+            dtype == torch.bfloat16 and backend == "cpp" and _answer("cpp", gates.device, "fast_bfloat16")
+        )
         results = call(self.op, backend, *tensors, *sequences, NUMBERS[controller], *raw, rounded, 0)
         output, hidden, cell, reads = results[:4]
         last = (hidden, cell)[: len(state)]
@@ -297,31 +301,32 @@ class Cell:
         return output, last, memory, reads
 
 
-_fitting: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
+_answers: dict[tuple[Any, ...], bool] = {}  # not functools.cache, which torch.compile does not see through
 
 
-def _fits(name: str, device: torch.device, wide: bool, *sizes: int) -> bool:
-    """Whether the CUDA kernels have room for a network of these sizes: N, D, R, H, and the choices of <name>_fits."""
-    key = (name, device, wide, *sizes)
-    if key not in _fitting:
+def _answer(backend: str, device: torch.device, question: str, *values: Any) -> bool:
+    """What the kernels of a backend answer on a device."""
+    key = (device, question, *values)
+    if key not in _answers:
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with on_device, _disable_current_modes():  # no part of what may be tracing this call
-            _fitting[key] = getattr(torch.ops.mann_fast_cuda, f"{name}_fits")(*sizes, wide)
-    return _fitting[key]
+            _answers[key] = getattr(getattr(torch.ops, NAMESPACES[backend]), question)(*values)
+    return _answers[key]
 
 
-_fits._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
+_answer._dynamo_marked_constant = True  # type: ignore[attr-defined] # for torch.compile, as _loading.missing
 
 
 def fused(
     op: Op, backend: str, gates: Tensor, sizes: Sizes, controller: str, choices: tuple[int, ...]
 ) -> bool:
-    """Whether the backend that serves the op takes the whole sequence in a call, not step by step. choices: the last of
-    <op>_fits."""
+    """Whether the backend that serves the op takes the whole sequence in a call, not step by step: in CUDA where there is room
+    for a network of these sizes. choices: the last of <op>_fits."""
     if backend != "cuda":
         return backend != "reference"
     numbers = (operator.index(sizes[axis]) for axis in "NDRH")  # not symbols, for torch.compile
-    return _fits(op.name, gates.device, gates.dtype == torch.float64, *numbers, NUMBERS[controller], *choices)
+    wide = gates.dtype == torch.float64
+    return _answer("cuda", gates.device, f"{op.name}_fits", *numbers, NUMBERS[controller], *choices, wide)
 
 
 def check_controller(controller: Any, state: Any, weights: tuple[Tensor | None, ...]) -> Sizes:
