@@ -440,6 +440,18 @@ def test_wrong_arguments_are_named(place, field, value, error, message):
         ops.ntm_step(*arguments)
 
 
+def test_an_even_number_of_moves_is_refused():
+    state, read_head, write_head, erase, add = wrong_case()
+    read_head, write_head = (
+        head._replace(shift=torch.zeros(2, heads, 4).double())
+        for head, heads in ((read_head, 2), (write_head, 1))
+    )
+    with pytest.raises(ValueError, match=r"read_head.shift must have an odd number 2S \+ 1 of moves, got 4"):
+        ops.ntm_step(state, read_head, write_head, erase, add)
+    with pytest.raises(ValueError, match=r"head.shift must have an odd number 2S \+ 1 of moves, got 4"):
+        ops.ntm_address(state.memory, read_head, state.read_weights)
+
+
 def test_wrong_options_are_named():
     for options, error, message in (
         ({"order": "last"}, ValueError, "order must be one of"),

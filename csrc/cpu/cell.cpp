@@ -23,11 +23,14 @@ namespace {
 // with as many rows as they can have; but a DNC's backward, which has the links of several steps there, is faster with 4 samples
 // than with 8 where the second-level cache has 1 MB (at the paper's size; with 2 MB 8 are faster).
 inline size_t block_scratch() {
-  long cache = 0;
+  static const size_t bytes = [] {  // once: a virtual machine takes its time to tell
+    long cache = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less where nobody knows
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or less where nobody knows
 #endif
-  return 6 * static_cast<size_t>(cache > 0 ? cache : 1 << 20);
+    return 6 * static_cast<size_t>(cache > 0 ? cache : 1 << 20);
+  }();
+  return bytes;
 }
 
 // Forward and backward's common sizes. K numbers go round: the hidden state and the reads.
@@ -39,7 +42,7 @@ struct Sizes {
         kept(kept_per_unit(memory.a.controller) * memory.a.H), block(block_rows) {
     Arena size, common;
     memory.scratch(size, common);
-    for (const size_t most = block_scratch(); block > 1 && static_cast<size_t>(block) * size.used() > most;) --block;
+    while (block > 1 && static_cast<size_t>(block) * size.used() > block_scratch()) --block;
   }
 };
 

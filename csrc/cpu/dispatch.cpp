@@ -70,7 +70,7 @@ const Kernels* kernels() {
 
 bool fast_bfloat16() {
 #ifdef __x86_64__
-  // AVX512-BF16 has twice the rate of float on AMD's Zen 4, and half of it on Intel's Sapphire Rapids, which has AMX instead,
+  // AVX512-BF16 has twice the rate of float on AMD's Zen 4, and half of it on Intel's Emerald Rapids, which has AMX instead,
   // where the system lets it be used.
   unsigned a, b, c, d;
   const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16

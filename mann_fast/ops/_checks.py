@@ -81,8 +81,6 @@ def _check_tensors(
                 raise ValueError(
                     f"{name} must have shape [{', '.join(axes)}] = {expected}, got {list(shape)}"
                 )
-            if axis == "2S+1" and size % 2 == 0:
-                raise ValueError(f"{name} must have an odd number 2S + 1 of moves, got {size}")
         if argument.dtype is not None:
             if value.dtype != argument.dtype:
                 raise TypeError(f"{name} must be {argument.dtype}, got {value.dtype}")

@@ -78,8 +78,16 @@ STATE = (
 )
 
 
+def _check_moves(name: str, sizes: Sizes) -> None:
+    if sizes["2S+1"] % 2 == 0:
+        raise ValueError(f"{name}.shift must have an odd number 2S + 1 of moves, got {sizes['2S+1']}")
+
+
 class _NTM(Scan):
     """To the raw op the heads of both kinds are one tensor."""
+
+    def agree(self, sizes: Sizes, tensors: Tensors) -> None:
+        _check_moves("read_head", sizes)
 
     def raw_state(self, state: Any) -> Tensors:
         memory, *weights = state
@@ -139,7 +147,9 @@ def ntm_address(memory: Tensor, head: NTMHead, previous: Tensor, *, eps: float =
     """
     _checks.check_tuple("head", head, NTMHead)
     tensors, options = (memory, previous, *head), {"order": "read_first", "eps": eps}
-    sizes, raw = checked(NTM_SCAN, ADDRESS, None, tensors, options, steps=False)
+    sizes, raw = checked(
+        NTM_SCAN, ADDRESS, None, tensors, options, lambda sizes, _: _check_moves("head", sizes), steps=False
+    )
     backend = _backend.serving(memory.device, NTM_SCAN)
     if backend == "reference":
         with _backend.without_autocast(memory.device.type):
