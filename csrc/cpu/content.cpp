@@ -1,47 +1,11 @@
 // content_read: forward in one pass over the memory in tiles of slots, with an online softmax as in flash attention (Dao et
 // al. 2022), backward in two. The weights are made from the similarities when the maximum of all is known, so that equal
 // slots get equal bits whatever tile they fall in.
-#include "blocks.h"
+#include "rows.h"
 
 namespace mann_fast {
 namespace MANN_FAST_ISA {
 namespace {
-
-// ---- the slots as they lie, [count][ld], ld a multiple of the vector width ----------------------------------------
-// To transpose a memory that is gone over once or twice would take longer than all else.
-
-// Of slots [0, count), count a multiple of the width, with vectors [R][ld]: dots[r][i], and unless it is null squares[i]. The
-// slots that come `next`, [count][D] or null, are sent for meanwhile, row by row and no nearer than the second cache: the
-// processor does not see by itself that one tile follows the other, and has room for few that are on their way at once.
-template <class T>
-inline void dot_rows_of_slots(const T* rows, int64_t ld, int64_t count, int64_t R, const T* vectors, T* dots, T* squares,
-                              const T* next, int64_t D) {
-  constexpr int W = width<T>;
-  for (int64_t i = 0; i < count; i += W)
-    for_heads<T>(R, [&](int64_t head, auto group) {
-      constexpr int HEADS = decltype(group)::value;
-      const auto dot = [&](auto square) {
-        constexpr int SUMS = HEADS + (decltype(square)::value ? 1 : 0);
-        Vec<T> part[SUMS][W];
-        for (int lane = 0; lane < W; ++lane) {
-          const T* row = rows + (i + lane) * ld;
-          if (next && head == 0) prefetch_far(next + (i + lane) * D, D);
-          Vec<T> sum[SUMS];
-          for (int r = 0; r < SUMS; ++r) sum[r] = Vec<T>{};
-          for (int64_t d = 0; d < ld; d += W) {
-            const Vec<T> m = load(row + d);
-            for (int r = 0; r < HEADS; ++r) sum[r] += m * load(vectors + (head + r) * ld + d);
-            if (SUMS > HEADS) sum[SUMS - 1] += m * m;
-          }
-          for (int r = 0; r < SUMS; ++r) part[r][lane] = sum[r];
-        }
-        for (int r = 0; r < HEADS; ++r) store(dots + (head + r) * tile + i, sum_lanes<T>(part[r]));
-        if (SUMS > HEADS) store(squares + i, sum_lanes<T>(part[SUMS - 1]));
-      };
-      if (squares != nullptr && head == 0) dot(std::true_type());
-      else dot(std::false_type());
-    });
-}
 
 // Calls body(d, chunks) for the columns [0, ld) in as many vectors at once, a type, as there are registers for.
 template <class T, int MOST, class Body>
@@ -81,13 +45,15 @@ inline void add_weighted_rows(const T* rows, int64_t ld, int64_t count, int64_t 
   });
 }
 
-// As below, of HEADS heads and C vectors of columns, to all of which the pointers point. The first heads write `to`, others add.
+// As below, of HEADS heads and C vectors of columns, to all of which the pointers point; what other heads made is `so_far`,
+// null for the first ones.
 template <class T, int HEADS, int C, bool READ>
-inline void gradient_of_columns(const T* rows, int64_t ld, int64_t count, bool first, const T* weights, const T* grad_reads,
+inline void gradient_of_columns(const T* rows, int64_t ld, int64_t count, const T* weights, const T* grad_reads,
                                 const T* grad_dots, const T* keys, const T* grad_squares, const T* next, int64_t D,
-                                bool streams, T* to, T* sums) {
+                                const T* so_far, bool streams, T* to, T* sums) {
   constexpr int W = width<T>;
   Vec<T> grad_read[HEADS][C], key[HEADS][C], grad_key[HEADS][C];
+#pragma GCC unroll 4  // or g++ stores all of grad_key at every slot
   for (int r = 0; r < HEADS; ++r)
     for (int c = 0; c < C; ++c) {
       if (READ) grad_read[r][c] = load(grad_reads + r * ld + c * W);
@@ -95,11 +61,11 @@ inline void gradient_of_columns(const T* rows, int64_t ld, int64_t count, bool f
       grad_key[r][c] = Vec<T>{};
     }
   for (int64_t i = 0; i < count; ++i, rows += ld, to += ld) {
-    if (next) prefetch_far(next + i * D, D);
+    if (next) prefetch_far(next + i * D, C * W);
     Vec<T> m[C], sum[C];
     for (int c = 0; c < C; ++c) {
       m[c] = load(rows + c * W);
-      sum[c] = first ? m[c] * (2 * grad_squares[i]) : load(to + c * W);
+      sum[c] = so_far ? load(so_far + i * ld + c * W) : m[c] * (2 * grad_squares[i]);
     }
     for (int r = 0; r < HEADS; ++r) {
       const Vec<T> grad_dot = splat(grad_dots[r * tile + i]);
@@ -114,6 +80,7 @@ inline void gradient_of_columns(const T* rows, int64_t ld, int64_t count, bool f
     else
       for (int c = 0; c < C; ++c) store(to + c * W, sum[c]);
   }
+#pragma GCC unroll 4
   for (int r = 0; r < HEADS; ++r)
     for (int c = 0; c < C; ++c) store(sums + r * ld + c * W, load(sums + r * ld + c * W) + grad_key[r][c]);
 }
@@ -121,29 +88,22 @@ inline void gradient_of_columns(const T* rows, int64_t ld, int64_t count, bool f
 // The gradient of slots [0, count): to[i][d] = sum over heads of weights[r][i] * grad_reads[r][d] (READ) + of grad_dots[r][i] *
 // keys[r][d], + 2 grad_squares[i] * rows[i][d]; and that of the keys, sums[r][d] += sum over slots of grad_dots[r][i] *
 // rows[i][d], these slots' sum first, as a sum of all slots one by one would lose digits. Vectors and sums are [R][ld]. The slots
-// that come `next` are sent for as in dot_rows_of_slots. With `streams`, for heads of one group, `to` is written past the caches.
+// that come `next` are sent for as in dot_rows_of_slots. What all heads but the last ones make is in `room`; with `streams` these
+// write past the caches.
 template <class T, bool READ>
 inline void gradient_of_rows(const T* rows, int64_t ld, int64_t count, int64_t R, const T* weights, const T* grad_reads,
-                             const T* grad_dots, const T* keys, const T* grad_squares, const T* next, int64_t D, bool streams,
-                             T* to, T* sums) {
+                             const T* grad_dots, const T* keys, const T* grad_squares, const T* next, int64_t D, T* room,
+                             bool streams, T* to, T* sums) {
   for_heads<T>(R, [&](int64_t r, auto group) {
     constexpr int HEADS = decltype(group)::value;
+    const bool last = r + HEADS == R;
     for_columns<T, vector_registers == 32 ? (HEADS > 2 ? 2 : 4) : (HEADS > 1 ? 1 : 2)>(ld, [&](int64_t d, auto chunks) {
       gradient_of_columns<T, HEADS, decltype(chunks)::value, READ>(
-          rows + d, ld, count, r == 0, READ ? weights + r * tile : nullptr, READ ? grad_reads + r * ld + d : nullptr,
-          grad_dots + r * tile, keys + r * ld + d, grad_squares, r == 0 && d == 0 ? next : nullptr, D, streams, to + d,
-          sums + r * ld + d);
+          rows + d, ld, count, READ ? weights + r * tile : nullptr, READ ? grad_reads + r * ld + d : nullptr,
+          grad_dots + r * tile, keys + r * ld + d, grad_squares, r == 0 && next ? next + d : nullptr, D,
+          r == 0 ? nullptr : room + d, last && streams, (last ? to : room) + d, sums + r * ld + d);
     });
   });
-}
-
-template <class T>
-void pad_rows(const T* from, int64_t rows, int64_t D, int64_t padded_rows, int64_t ld, T* to) {
-  for (int64_t i = 0; i < padded_rows; ++i) {
-    const int64_t valid = i < rows ? D : 0;
-    if (valid > 0) std::memcpy(to + i * ld, from + i * D, D * sizeof(T));
-    for (int64_t d = valid; d < ld; ++d) to[i * ld + d] = 0;
-  }
 }
 
 // A tile of slots from `lo` on: where they lie if they are whole vectors there, else in `room`.
@@ -322,8 +282,10 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T
   // A gradient that no cache keeps need not go through them.
   const bool large = a.B * a.N * a.D * static_cast<int64_t>(sizeof(T)) >= int64_t{1} << 24;
   const bool whole_lines = (a.D * sizeof(T)) % 64 == 0 && reinterpret_cast<uintptr_t>(grad_memory) % 64 == 0;
-  for (int64_t lo = slots.lo; lo < slots.hi; lo += tile) {
-    const int64_t end = lo + tile < slots.hi ? lo + tile : slots.hi, valid = end - lo, count = padded_slots(valid);
+  // From the end on: what the first pass read last may still be in a cache.
+  for (int64_t left = (slots.hi - slots.lo + tile - 1) / tile; left > 0; --left) {
+    const int64_t lo = slots.lo + (left - 1) * tile, end = lo + tile < slots.hi ? lo + tile : slots.hi;
+    const int64_t valid = end - lo, count = padded_slots(valid);
     const T* rows = rows_of_tile(memory, a.D, lo, valid, count, s.rows);
     const Products<T> of(a, products, b, lo);
     load_tile_rows(weights + lo, a.R, a.N, valid, count, s.weights);
@@ -338,16 +300,21 @@ void backward_part(const ContentReadBackward& a, int64_t b, Range slots, const T
       s.grad_sharpness[r] += grad.beta;
       s.grad_key_square[r] += grad.key_square;
     }
-    T* to = rows == s.rows ? s.grad : grad_memory + lo * a.D;
-    const T* next = end < slots.hi ? memory + end * a.D : nullptr;
-    const bool streams = large && whole_lines && a.R <= 4 && to != s.grad;
+    const T* next = left > 1 ? memory + (lo - tile) * a.D : nullptr;
+    const bool streams = large && whole_lines && rows != s.rows;
+    T* to = grad_memory + lo * a.D;
+    // Vectors of half a cache line and less make a row in pieces: these must meet before they go past the caches.
+    T* made = rows == s.rows || (streams && sizeof(Vec<T>) < 64) ? s.grad : to;
+    T* room = streams ? s.grad : made;
     if (a.grad_read)
       gradient_of_rows<T, true>(rows, ld, count, a.R, s.weights, grad_read, of.grad_weights, key, s.grad_squares, next, a.D,
-                                streams, to, s.grad_key);
+                                room, streams && made == to, made, s.grad_key);
     else
-      gradient_of_rows<T, false>(rows, ld, count, a.R, nullptr, nullptr, of.grad_weights, key, s.grad_squares, next, a.D,
-                                 streams, to, s.grad_key);
-    for (int64_t i = 0; to == s.grad && i < valid; ++i) std::memcpy(grad_memory + (lo + i) * a.D, to + i * ld, a.D * sizeof(T));
+      gradient_of_rows<T, false>(rows, ld, count, a.R, nullptr, nullptr, of.grad_weights, key, s.grad_squares, next, a.D, room,
+                                 streams && made == to, made, s.grad_key);
+    if (made == to) continue;
+    for (int64_t j = 0; streams && j < count * ld; j += width<T>) stream(to + j, load(made + j));
+    for (int64_t i = 0; !streams && i < valid; ++i) std::memcpy(to + i * a.D, made + i * ld, a.D * sizeof(T));
   }
   finish_streams();  // before another thread reads them
 }

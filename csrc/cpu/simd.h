@@ -298,12 +298,20 @@ inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t 
   for (int j = 0; j < LANES; ++j) std::memcpy(to + j * to_stride, &v[j], sizeof(V));
 }
 
-// The sums over the lanes of `width` vectors, as one vector: the same shuffles, adding what they bring together.
+// The sums over the lanes of `width` vectors, as one vector: the same shuffles, adding what they bring together. A tree whose
+// branches are vectors STEP apart, one after the other, so that few of them need a register at once.
+template <class T, int STEP>
+inline Vec<T> sum_branch(const Vec<T>* v) {
+  if constexpr (STEP == width<T>) {
+    return *v;
+  } else {
+    const Vec<T> a = sum_branch<T, 2 * STEP>(v), b = sum_branch<T, 2 * STEP>(v + STEP);
+    return low<width<T>>(a, b) + high<width<T>>(a, b);
+  }
+}
 template <class T>
-inline Vec<T> sum_lanes(Vec<T> (&v)[width<T>]) {
-  for (int half = width<T> / 2; half >= 1; half /= 2)
-    for (int j = 0; j < half; ++j) v[j] = low<width<T>>(v[j], v[j + half]) + high<width<T>>(v[j], v[j + half]);
-  return v[0];
+inline Vec<T> sum_lanes(const Vec<T> (&v)[width<T>]) {
+  return sum_branch<T, 1>(v);
 }
 
 // Lane i + step in the place of lane i, cyclically.

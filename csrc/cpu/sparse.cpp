@@ -32,7 +32,7 @@ struct Searching {
   // The best of each head, among all slots, or the first n of a list.
   const Best<T>* run(const T* memory, const T* keys, int64_t R, int64_t D, T eps, T* squares, bool known,
                      const Parallel& parallel, const int64_t* list = nullptr, int64_t n = 0) {
-    pad_slots(keys, R, D, R, ld, padded_keys);
+    pad_rows(keys, R, D, R, ld, padded_keys);
     for (int64_t r = 0; r < R; ++r) key_squares[r] = dot_of(keys + r * D, keys + r * D, D);
     const Keys<T> given = {padded_keys, key_squares, R, D, eps};
     const int64_t slots = list ? n : N, used = list && n < 16 * tile ? 1 : count;
@@ -240,9 +240,10 @@ void renew_squares(const SparseScan& a, ScanScratch<T>& s, const Sample<T>& x) {
   for (int64_t first = 0; first < count; first += width<T>) {
     const int64_t rows = count - first < width<T> ? count - first : width<T>;
     for (int64_t j = 0; j < width<T>; ++j)
-      pad_slots(x.memory + s.write_slots[first + (j < rows ? j : 0)] * a.D, 1, a.D, 1, ld, s.changed + j * ld);
+      pad_rows(x.memory + s.write_slots[first + (j < rows ? j : 0)] * a.D, 1, a.D, 1, ld, s.changed + j * ld);
     T squares[width<T>];
-    dot_with_rows(s.changed, ld, static_cast<const T*>(nullptr), squares);
+    const T* none = nullptr;
+    dot_group_of_slots<T, 0, true>(s.changed, ld, width<T>, none, static_cast<T*>(nullptr), squares, none, a.D);
     for (int64_t j = 0; j < rows; ++j) s.squares[s.write_slots[first + j]] = squares[j];
   }
 }

@@ -1,6 +1,6 @@
 // Sparse access, one sample: the search for the most similar slots, the order of the slots by age, and a step's backward.
 #pragma once
-#include "blocks.h"
+#include "rows.h"
 
 namespace mann_fast {
 namespace {
@@ -48,56 +48,6 @@ struct Best {
   }
 };
 
-// Rows [count][D] into [padded count][ld], the rest 0.
-template <class T>
-inline void pad_slots(const T* from, int64_t count, int64_t D, int64_t padded_count, int64_t ld, T* to) {
-  for (int64_t i = 0; i < padded_count; ++i) {
-    const int64_t valid = i < count ? D : 0;
-    if (valid > 0) std::memcpy(to + i * ld, from + i * D, D * sizeof(T));
-    for (int64_t d = valid; d < ld; ++d) to[i * ld + d] = 0;
-  }
-}
-
-// out[i] = the dot product of `key` [ld] with row i, or of the row with itself where key is null: for `width` rows, the same
-// instructions for each. Equal rows have equal bits wherever they are. The rows that come `next`, [width][D] or null, are sent
-// for meanwhile, as in content.cpp. VECTORS: ld in vectors where it is known, so that the key stays in registers; else 0.
-template <class T, int VECTORS>
-inline void dot_with_rows_of(const T* rows, int64_t ld, const T* key, T* out, const T* next, int64_t D) {
-  constexpr int W = width<T>;
-  Vec<T> part[W], of_key[VECTORS ? VECTORS : 1]{};
-  if (key)
-    for (int v = 0; v < VECTORS; ++v) of_key[v] = load(key + v * W);
-#pragma GCC unroll 16
-  for (int lane = 0; lane < W; ++lane) {
-    const T* row = rows + lane * (VECTORS ? VECTORS * W : ld);
-    if (next) prefetch_far(next + lane * D, D);
-    Vec<T> sum{};
-    if constexpr (VECTORS > 0) {
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vec<T> m = load(row + v * W);
-        sum += m * (key == nullptr ? m : of_key[v]);
-      }
-    } else {
-      for (int64_t d = 0; d < ld; d += W) {
-        const Vec<T> m = load(row + d);
-        sum += m * (key == nullptr ? m : load(key + d));
-      }
-    }
-    part[lane] = sum;
-  }
-  store(out, sum_lanes<T>(part));
-}
-
-template <class T>
-inline void dot_with_rows(const T* rows, int64_t ld, const T* key, T* out) {
-  switch (ld / width<T>) {
-    case 1: return dot_with_rows_of<T, 1>(rows, ld, key, out, nullptr, 0);
-    case 2: return dot_with_rows_of<T, 2>(rows, ld, key, out, nullptr, 0);
-    case 4: return dot_with_rows_of<T, 4>(rows, ld, key, out, nullptr, 0);
-    default: return dot_with_rows_of<T, 0>(rows, ld, key, out, nullptr, 0);
-  }
-}
-
 // Of one part of a sample's slots.
 template <class T>
 struct SearchPart {
@@ -136,26 +86,18 @@ void search_slots(const T* memory, const int64_t* list, Range slots, const Keys<
     const T* rows = memory + lo * keys.D;
     if (list) {
       for (int64_t i = 0; i < count; ++i)
-        pad_slots(memory + list[lo + (i < valid ? i : 0)] * keys.D, i < valid, keys.D, 1, ld, s.rows + i * ld);
+        pad_rows(memory + list[lo + (i < valid ? i : 0)] * keys.D, i < valid, keys.D, 1, ld, s.rows + i * ld);
       rows = s.rows;
     } else if (ld != keys.D || valid != count) {
-      pad_slots(rows, valid, keys.D, count, ld, s.rows);
+      pad_rows(rows, valid, keys.D, count, ld, s.rows);
       rows = s.rows;
     }
     if (known) {
       std::memcpy(s.squares, squares + lo, valid * sizeof(T));
       for (int64_t i = valid; i < count; ++i) s.squares[i] = 0;
     }
-    // All that is asked of a vector of slots in one go, and as many of the next tile on their way meanwhile.
-    for (int64_t i = 0; i < count; i += W) {
-      const T* next = end < slots.hi && !list ? memory + (lo + tile + i) * keys.D : nullptr;
-      const T *these = rows + i * ld, *none = nullptr;
-      // The first key, too, at the pace of rows that come from far: faster arithmetic waits for them, a tenth longer.
-      if (!known) dot_with_rows_of<T, 0>(these, ld, none, s.squares + i, next, keys.D);
-      if (next) dot_with_rows_of<T, 0>(these, ld, keys.padded_keys, s.scores + i, known ? next : none, keys.D);
-      for (int64_t r = next ? 1 : 0; r < keys.R; ++r)
-        dot_with_rows(these, ld, keys.padded_keys + r * ld, s.scores + r * tile + i);
-    }
+    dot_rows_of_slots(rows, ld, count, keys.R, keys.padded_keys, s.scores, known ? nullptr : s.squares,
+                      end < slots.hi && !list ? memory + end * keys.D : nullptr, keys.D);
     if (!known && squares) std::memcpy(squares + lo, s.squares, valid * sizeof(T));
     for (int64_t r = 0; r < keys.R; ++r) {
       Best<T>& best = s.best[r];
