@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 SLOT_PADDING = 16  # slot_padding in csrc/include/arguments.h
+REPLAY_NUMBERS = 2**25  # that the replay of a large memory may take
 
 
 def anchors_shape(steps: int, batch: int, rows: int, num_slots: int, every: int) -> tuple[int, ...]:
@@ -23,12 +24,13 @@ def lrua_interval(num_slots: int, slot_size: int, num_heads: int, cuda: torch.de
     Enough steps that what is kept, (D + R) N floats an anchor, stays below the R (N + D) floats a step that keeping all
     read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache. The CUDA
     kernels, on the device ``cuda``, keep them in shared memory, where a few steps less make them fit: then below
-    R (N + 2 D) floats.
+    R (N + 2 D) floats. Where they fit no cache, a replay takes no more than ``REPLAY_NUMBERS``, or eight steps.
     """
     kept = (slot_size + num_heads) * num_slots
+    memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
     interval = max(8, -(-kept // (num_heads * (num_slots + slot_size))))
+    interval = min(interval, max(8, REPLAY_NUMBERS // (memory + rows)))
     if cuda is not None:
-        memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
         fitting = (_replay_numbers(cuda) - memory - 4 * num_heads * num_slots) // (memory + rows)
         if fitting > 0 and kept <= fitting * num_heads * (num_slots + 2 * slot_size):
             return min(interval, fitting)

@@ -18,7 +18,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mann_fast import ops, reference
+from mann_fast import _anchors, ops, reference
 
 pytestmark = needs_kernels
 
@@ -398,6 +398,20 @@ def test_what_is_saved_for_backward_is_bounded(steps):
         ops.lrua_scan(state, *inputs)
     extra = sum(x.numel() * x.element_size() for x in saved if x.data_ptr() not in own)
     assert 0 < extra / 4 <= steps * batch * (heads * slots + 3 * heads * size)
+
+
+@pytest.mark.parametrize("numbers, every", [(1, 8), (15 * 160 * 23, 15), (2**25, 19)])
+def test_a_replay_has_a_bound_and_the_same_bits_within_any(monkeypatch, numbers, every):
+    """A memory too large for 19 steps at once is kept more often: 160 slots, of 20 numbers and three rows in a replay."""
+    steps, batch, slots, size, heads = shorter(40, 20), 2, 160, 20, 1
+    memory, weights, usage = distinct_state(batch, slots, size, heads)
+    inputs = [memory, weights, usage, *scan_inputs(steps, batch, size, heads)]
+    usual = run_with_gradients(ops.lrua_scan, inputs, torch.float32)
+    monkeypatch.setattr(_anchors, "REPLAY_NUMBERS", numbers)
+    assert _anchors.lrua_interval(slots, size, heads) == every
+    bounded = run_with_gradients(ops.lrua_scan, inputs, torch.float32)
+    for x, y in zip((*usual[0], *usual[1]), (*bounded[0], *bounded[1]), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.once
