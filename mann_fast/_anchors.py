@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 SLOT_PADDING = 16  # slot_padding in csrc/include/arguments.h
-REPLAY_NUMBERS = 2**25  # that the replay of a large memory may take
+REPLAY_NUMBERS = 2**25  # that the replay of a large memory may take, where 8 steps do not take more
 
 
 def anchors_shape(steps: int, batch: int, rows: int, num_slots: int, every: int) -> tuple[int, ...]:
@@ -24,12 +24,12 @@ def lrua_interval(num_slots: int, slot_size: int, num_heads: int, cuda: torch.de
     Enough steps that what is kept, (D + R) N floats an anchor, stays below the R (N + D) floats a step that keeping all
     read weights and erased rows would take; few enough that the memories of one replay stay in a core's cache. The CUDA
     kernels, on the device ``cuda``, keep them in shared memory, where a few steps less make them fit: then below
-    R (N + 2 D) floats. Where they fit no cache, a replay takes no more than ``REPLAY_NUMBERS``, or eight steps.
+    R (N + 2 D) floats. A large memory is kept more often, but not within 8 steps, for a replay of no more than
+    ``REPLAY_NUMBERS``.
     """
     kept = (slot_size + num_heads) * num_slots
     memory, rows = num_slots * slot_size, (2 * num_heads + 1) * num_slots
-    interval = max(8, -(-kept // (num_heads * (num_slots + slot_size))))
-    interval = min(interval, max(8, REPLAY_NUMBERS // (memory + rows)))
+    interval = _with_room(-(-kept // (num_heads * (num_slots + slot_size))), memory + rows)
     if cuda is not None:
         fitting = (_replay_numbers(cuda) - memory - 4 * num_heads * num_slots) // (memory + rows)
         if fitting > 0 and kept <= fitting * num_heads * (num_slots + 2 * slot_size):
@@ -45,7 +45,12 @@ def _replay_numbers(cuda: torch.device) -> int:
     return (shared - 16 * 1024) // 4
 
 
-def ntm_interval(slot_size: int, heads: int) -> int:
+def ntm_interval(num_slots: int, slot_size: int, heads: int) -> int:
     """Every how many steps an NTM scan keeps an anchor, N D floats: so many that it takes no more than the weights that every
-    step keeps, heads N floats, and few enough for a core's cache."""
-    return max(8, -(-slot_size // max(heads, 1)))
+    step keeps, heads N floats, and few enough for a core's cache; of a large memory as for LRUA."""
+    return _with_room(-(-slot_size // max(heads, 1)), num_slots * slot_size)
+
+
+def _with_room(interval: int, numbers: int) -> int:
+    """Of so many steps, at least 8, those whose replay has room at so many numbers a step."""
+    return max(8, min(interval, REPLAY_NUMBERS // max(numbers, 1)))

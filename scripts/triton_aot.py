@@ -156,7 +156,7 @@ def launches(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Launch]:
             *[empty(20, 2, writes, size, dtype=dtype)] * 2,
         )  # fmt: skip
         weights = empty(2, heads + writes, slots)
-        every = ntm_interval(size, heads + writes)
+        every = ntm_interval(slots, size, heads + writes)
         for read_first, sequences in variants if shape == PAPER else [(True, whole)]:
             options = (read_first, 1e-6, every)
             reads, memory, weights, *kept = ntm.ntm_scan(memory, weights, *inputs, *sequences, *options)

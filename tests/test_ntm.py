@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mann_fast
-from mann_fast import ops, reference
-from mann_fast._anchors import ntm_interval
+from mann_fast import _anchors, ops, reference
 
 ORDERS = ("read_first", "write_first")
 reason = mann_fast.backends()[BACKEND]
@@ -299,10 +298,24 @@ def test_what_is_saved_for_backward_is_bounded(heads):
     extra = sum(count for pointer, count in saved.items() if pointer not in own)
     weights, anchors = (
         steps * sum(heads) * slots,
-        (steps - 1) // ntm_interval(width, sum(heads)) * slots * width,
+        (steps - 1) // _anchors.ntm_interval(slots, width, sum(heads)) * slots * width,
     )
     told = steps * sum(heads) * (width + 6) + sum(heads) * slots  # key, sharpness, gate, 3 shifts, sharpening
     assert anchors <= weights and extra == batch * (weights + anchors + told)
+
+
+@needs_ntm
+@pytest.mark.parametrize("numbers, every", [(1, 8), (10 * 33 * 28, 10), (2**25, 14)])
+def test_a_replay_has_a_bound_and_the_same_bits_within_any(monkeypatch, numbers, every):
+    """A memory too large for 14 steps at once is kept more often."""
+    steps, batch, slots, width = shorter(30, 16), 2, 33, 28
+    inputs = ntm_inputs(steps, batch, slots, width, 1, 1, 1, dtype=torch.float32)
+    usual = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
+    monkeypatch.setattr(_anchors, "REPLAY_NUMBERS", numbers)
+    assert _anchors.ntm_interval(slots, width, 2) == every
+    bounded = results_and_gradients(ops.ntm_scan, inputs, torch.float32)
+    for x, y in zip((*usual[0], *usual[1]), (*bounded[0], *bounded[1]), strict=True):
+        assert torch.equal(x, y)
 
 
 @needs_ntm

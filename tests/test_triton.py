@@ -125,7 +125,7 @@ def run_both_ways(op, slots, size, heads):
     elif op.startswith("ntm"):
         shapes = [(heads, *tail) for tail in ((size,), (), (), (3,), ())] + [(0, size)] * 2
         inputs = [torch.zeros(2, 1, *shape) for shape in shapes]
-        every = ntm_interval(size, heads)
+        every = ntm_interval(slots, size, heads)
         whole = [None] * 3
         _, *_, history, anchors = ntm.ntm_scan(memory, weights, *inputs, *whole, True, 1e-6, every)
         ntm.ntm_scan_backward(

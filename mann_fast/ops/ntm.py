@@ -58,7 +58,9 @@ NTM_SCAN = declare(
         ),
         layout="int R, int W, int shifts",
         public=("ntm_address", "ntm_step", "ntm_scan"),
-        interval=lambda values, backend: ntm_interval(values[0].shape[2], values[1].shape[1]),
+        interval=lambda values, backend: ntm_interval(
+            values[0].shape[1], values[0].shape[2], values[1].shape[1]
+        ),
         extents=lambda sizes: {"R": sizes["R+W"] - sizes["W"]},
     )
 )

@@ -35,7 +35,7 @@ NTM_CELL = declare_cell(
         Output("history", "T B 2R N", like="gates", kept=True),
         Output("anchors", "A B D P", like="gates", kept=True),
     ),
-    interval=lambda values, backend: ntm_interval(values[3].shape[2], values[4].shape[1]),
+    interval=lambda values, backend: ntm_interval(values[3].shape[1], values[3].shape[2], values[4].shape[1]),
     extents=lambda sizes: {"R": sizes["2R"] // 2},  # backward takes no reads, whose axis it is
     choices="int shifts",  # 0 of heads that go by content alone
 )
