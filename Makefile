@@ -23,7 +23,7 @@ TORCH_OTHER ?= torch==2.14.1 torchvision==0.29.1 timm
 
 VENV := .venv
 BIN := $(VENV)/bin
-OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_sparse.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sequences.py
+OP_TESTS := tests/test_content.py tests/test_lrua.py tests/test_ops.py tests/test_contract.py tests/test_cell.py tests/test_ntm.py tests/test_dnc.py tests/test_sparse.py tests/test_ntm_cell.py tests/test_dnc_cell.py tests/test_sparse_cell.py tests/test_sequences.py
 
 # What of make check runs: all of it, but CI leaves out what would show again what it has shown (make due). Of a target that is
 # not due and runs Python a sample is left, which goes through every op, and what has changed of the tests.

@@ -28,7 +28,7 @@ struct Cpu {
   explicit Cpu(const Tensor&) {}
 #define MANN_FAST_RUN(op, Arguments) \
   void run(const Arguments& a) const { ran(available_kernels().op(a, torch_threads())); }
-  MANN_FAST_OPS(MANN_FAST_RUN)
+  MANN_FAST_CPU_OPS(MANN_FAST_RUN)
 #undef MANN_FAST_RUN
 };
 
@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(mann_fast, CompositeImplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mann_fast, CPU, m) {
 #define MANN_FAST_REGISTER(op, Arguments) m.impl(#op, TORCH_BOX(&mann_fast::op<mann_fast::Cpu>));
-  MANN_FAST_OPS(MANN_FAST_REGISTER)
+  MANN_FAST_CPU_OPS(MANN_FAST_REGISTER)
 #undef MANN_FAST_REGISTER
   m.impl("sparse_lists", TORCH_BOX(&mann_fast::sparse_lists<mann_fast::Cpu>));
   m.impl("sparse_step_", TORCH_BOX(&mann_fast::sparse_step_<mann_fast::Cpu>));

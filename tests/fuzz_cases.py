@@ -12,7 +12,13 @@ import torch
 from mann_fast import ops, reference
 from mann_fast.ops._register import OPS
 from mann_fast.ops._sequences import raw_sequences
-from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
+from mann_fast.reference.cell import (
+    CONTROLLERS,
+    dnc_head_sizes,
+    head_sizes,
+    ntm_head_sizes,
+    sparse_head_sizes,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -482,6 +488,9 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, consta
     per_unit, names = CONTROLLERS[kind]
     gates, values = per_unit * case.H, sum(sizes)
     heads = (case.R, case.R) if state_of is ops.NTMState else (case.R,)
+    if state_of is ops.SparseState:
+        heads += (rest["read_slots"].shape[2],)
+    rest.setdefault("read_weights", case.shares(case.B, case.R, case.N, of_state=True))
     tensors = {
         "gates": case.normal(case.T, case.B, gates),
         **{name: case.normal(case.B, case.H) for name in names},
@@ -489,7 +498,6 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, consta
             state_of,
             (case.B, case.N, case.D, *heads),
             memory=case.memory(),
-            read_weights=case.shares(case.B, case.R, case.N, of_state=True),
             **rest,
         ),
         "reads": case.normal(case.B, case.R, case.D),
@@ -503,7 +511,7 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, consta
         **case.sequences(),
     }
 
-    def call(of, x, orders=None):
+    def call(of, x, orders=None, slots=None):
         x = dict(x)
         state = tuple(x.pop(name) for name in names)
         memory = taken(x, state_of)
@@ -511,22 +519,32 @@ def cell(case, op="cell", of_memory=lrua_of_cell, state_of=ops.LRUAState, consta
         if orders is not None:
             steps = iter(orders)
             given["step"] = lambda *told, **given: of.dnc_step(*told, orders=next(steps), **given)
+        if slots is not None:
+            steps = iter(slots)
+            given["step"] = lambda *told, **given: of.sparse_step(*told, slots=(None, next(steps)), **given)
         output, state, memory, reads = getattr(of, op)(state=state, memory=memory, **given)
         return [x for x in (output, *state, *memory, reads) if x is not None]
 
     def choices(x):
         x = {name: y.to(case.wide) if y.is_floating_point() else y for name, y in x.items()}
         given = (x.get(name) for name in ("resets", "lengths", "start"))
-        sequences = raw_sequences(x["memory"], case.T, *given, value=0.0)
-        values = x | options | dict(zip(("resets", "lengths", "start"), sequences, strict=True))
-        values |= {"controller": list(CONTROLLERS).index(kind), "clip": options["clip"] or 0.0}
+        start = {"value": 0.0} if op == "dnc_cell" else {}
+        sequences = raw_sequences(x["memory"], case.T, *given, **start)
+        of_op = OPS[op]
+        values = {option.name: option.default for option in of_op.options} | x | options
+        values |= dict(zip(("resets", "lengths", "start"), sequences, strict=True))
+        values |= {"controller": list(CONTROLLERS).index(kind), "num_slots": case.N}
         values |= {"bfloat16": case.half == torch.bfloat16, "anchor_every": 1}
-        of_op = OPS["dnc_cell"]
-        results = torch.ops.mann_fast.dnc_cell(*(values.get(name) for name in of_op.names))
-        return {"orders": case.within(x, results[[x.name for x in of_op.outputs].index("orders")])}
+        values["clip"] = values.get("clip") or 0.0
+        results = getattr(torch.ops.mann_fast, op)(*(values.get(name) for name in of_op.names))
+        results = dict(zip((x.name for x in of_op.outputs), results, strict=True))
+        if op == "dnc_cell":
+            return {"orders": case.within(x, results["orders"])}
+        ended, slots = case.ended(x), results["slot_history"]
+        return {"slots": slots if ended is None else slots.masked_fill(ended[:, :, None, None], 0)}
 
-    chosen = orders_of_allocation(choices, case.ended(tensors)) if op == "dnc_cell" else None
-    return Drawn(tensors, constant, call, chosen)
+    chosen = {"dnc_cell": orders_of_allocation, "sparse_cell": by_cosine}.get(op)
+    return Drawn(tensors, constant, call, chosen(choices, case.ended(tensors)) if chosen else None)
 
 
 def ntm_cell(case):
@@ -553,6 +571,24 @@ def dnc_cell(case):
     return cell(case, "dnc_cell", dnc_of_cell, ops.DNCState, ("write_weights",))
 
 
+def sparse_of_cell(case):
+    num_reads = case.draw.randint(1, min(case.N, 9))
+    rest = {
+        "read_slots": case.read_slots(num_reads),
+        "read_weights": case.shares(case.B, case.R, num_reads, of_state=True),
+        "last_access": torch.randint(-1, 5, (case.B, case.N), generator=case.noise),
+        "clock": torch.full((case.B,), 4),
+    }
+    # No threshold is a sum of equal shares, which might fall on either side of it.
+    options = {"threshold": case.draw.choice([0.005, 0.0, 0.37])}
+    return options, sparse_head_sizes(case.R, case.D), rest
+
+
+def sparse_cell(case):
+    case.wide, case.half = torch.float64, None  # in less its choices are not compared yet
+    return cell(case, "sparse_cell", sparse_of_cell, ops.SparseState, ())
+
+
 FAMILIES = {
     "least_used": least_used,
     "content": content,
@@ -566,4 +602,5 @@ FAMILIES = {
     "cell": cell,
     "ntm_cell": ntm_cell,
     "dnc_cell": dnc_cell,
+    "sparse_cell": sparse_cell,
 }

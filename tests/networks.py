@@ -75,8 +75,8 @@ def call(function, kind, inputs, **options):
 def results_and_gradients(function, kind, inputs, dtype, constant=(), start=None, only=None, **options):
     """start comes in as one of the inputs: its gradient is among the others. constant: inputs without a gradient."""
     inputs = {
-        name: None
-        if x is None
+        name: x
+        if x is None or not x.is_floating_point()
         else x.detach().to(dtype, copy=True).requires_grad_(name not in constant and only in (None, name))
         for name, x in inputs.items()
     }
@@ -86,17 +86,19 @@ def results_and_gradients(function, kind, inputs, dtype, constant=(), start=None
     results = call(function, kind, inputs, **options)
     generator = torch.Generator().manual_seed(1)
     noise = {name: fixed_noise(x, generator).double() for name, x in results.items() if x is not None}
-    loss = sum((results[name].double() * x).sum() for name, x in noise.items())
+    loss = sum((results[name].double() * x).sum() for name, x in noise.items() if results[name].requires_grad)
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
     return results, dict(zip(wanted, gradients, strict=True))
 
 
 def compare(actual, expected, tolerance):
-    """Results and gradients; what is None must be."""
+    """Results and gradients; what is None must be, and integers are the same."""
     assert actual[0].keys() == expected[0].keys()
     for name, y in expected[0].items():
         assert (actual[0][name] is None) == (y is None), name
-        if y is not None:
+        if y is not None and not y.is_floating_point():
+            assert torch.equal(actual[0][name], y), name
+        elif y is not None:
             error = worst_error(actual[0][name], y, batch_axis=1 if name == "output" else 0)
             assert error < tolerance, name
     assert actual[1].keys() == expected[1].keys()

@@ -13,7 +13,7 @@ from mann_fast import MANN, FewShotLearner, MemoryLayer, ops
 from mann_fast.data import encode_inputs, load_omniglot
 from mann_fast.layers import MemoryStack
 from mann_fast.ops._register import OPS
-from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes
+from mann_fast.reference.cell import dnc_head_sizes, ntm_head_sizes, sparse_head_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -62,6 +62,8 @@ def calls():
     of_ntm_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
     values = sum(dnc_head_sizes(R, D, link=True, masks=False, link_sharpening=False))
     of_dnc_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
+    values = sum(sparse_head_sizes(R, D))
+    of_sparse_heads = {"head_weight": torch.rand(values, H), "head_bias": torch.rand(values)}
     return {
         "content_read": {"memory": state.memory, "key": keys[0], "sharpness": gates[0]},
         "least_used": {"usage": state.usage, "n": 2},
@@ -85,6 +87,7 @@ def calls():
         "cell": {**cell, "memory": state, **of_heads},
         "ntm_cell": {**cell, "memory": start, **of_ntm_heads},
         "dnc_cell": {**cell, "memory": dnc, **of_dnc_heads},
+        "sparse_cell": {**cell, "memory": many, **of_sparse_heads},
     }
 
 

@@ -18,7 +18,13 @@ from mann_fast import ops, reference
 from mann_fast.ops._cell import NUMBERS
 from mann_fast.ops._declare import fixed_sizes, sizes_of
 from mann_fast.ops._register import OPS
-from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
+from mann_fast.reference.cell import (
+    CONTROLLERS,
+    dnc_head_sizes,
+    head_sizes,
+    ntm_head_sizes,
+    sparse_head_sizes,
+)
 
 pytestmark = needs_kernels
 
@@ -54,6 +60,7 @@ HEADS = {
     "cell": heads_of_cell,
     "ntm_cell": lambda r, d, v: ntm_head_sizes(r, d, None if v["max_shift"] < 0 else v["max_shift"]),
     "dnc_cell": heads_of_dnc,
+    "sparse_cell": lambda r, d, v: sparse_head_sizes(r, d),
 }
 TIGHT = 1e-11
 MAPPED = 3  # size of the axis that vmap maps over
@@ -664,6 +671,7 @@ def public_calls(of, dtype):
 
     lrua, ntm = network(sum(head_sizes(2, 3, "key", "learned"))), network(sum(ntm_head_sizes(2, 3, 1)))
     dnc = network(sum(dnc_head_sizes(2, 3, link=True, masks=False, link_sharpening=False)))
+    sparse = network(sum(sparse_head_sizes(2, 3)))
     erase = torch.sigmoid(drawn(3, 2, 2, 3))
     return {
         "content_read": lambda x: of.content_read(state.memory, x[0]),
@@ -682,6 +690,7 @@ def public_calls(of, dtype):
         "cell": lambda x: lrua(of.cell, state, x, write_vector="key"),
         "ntm_cell": lambda x: ntm(of.ntm_cell, start, x),
         "dnc_cell": lambda x: dnc(of.dnc_cell, linked, x),
+        "sparse_cell": lambda x: sparse(of.sparse_cell, many, x),
     }
 
 

@@ -30,6 +30,7 @@ CALLS = {  # by family, whether by one step
     "cell": ("cell", None),
     "ntm_cell": ("ntm_cell", None),
     "dnc_cell": ("dnc_cell", None),
+    "sparse_cell": ("sparse_cell", None),
 }
 
 

@@ -22,7 +22,13 @@ from test_dnc import dnc_inputs
 from test_sparse import sparse_inputs
 
 from mann_fast import MemoryLayer, ops, reference
-from mann_fast.reference.cell import CONTROLLERS, dnc_head_sizes, head_sizes, ntm_head_sizes
+from mann_fast.reference.cell import (
+    CONTROLLERS,
+    dnc_head_sizes,
+    head_sizes,
+    ntm_head_sizes,
+    sparse_head_sizes,
+)
 
 SLOTS, WIDTH, HEADS, HIDDEN = 7, 5, 2, 6
 
@@ -191,6 +197,18 @@ class DncCell(Cell):
         return Dnc({}).first(memory)
 
 
+class SparseCell(Cell):
+    constants = (1, 3, 4)
+    op, memory = staticmethod(ops.sparse_cell), ops.SparseState
+
+    def of_memory(self, batch):
+        state = sparse_inputs((1, batch, SLOTS, WIDTH, HEADS, Sparse.reads))[:5]
+        return state, sparse_head_sizes(HEADS, WIDTH)
+
+    def first_of_memory(self, memory):
+        return Sparse({}).first(memory)
+
+
 FAMILIES = {
     "lrua": Lrua({}),
     "lrua-read-first": Lrua({"order": "read_first", "write_target": "shared"}),
@@ -201,6 +219,7 @@ FAMILIES = {
     **{f"cell-{name}": Cell({"controller": name}) for name in CONTROLLERS},
     **{f"ntm-cell-{name}": NtmCell({"controller": name}) for name in CONTROLLERS},
     "dnc-cell-lstm": DncCell({"controller": "lstm", "deallocate": True}),
+    "sparse-cell-lstm": SparseCell({"controller": "lstm"}),
 }
 every_family = pytest.mark.parametrize(
     "family",

@@ -1,6 +1,7 @@
-// cell, ntm_cell and dnc_cell. Each op checks the shapes of its tensors, makes its results, and runs on a Device.
+// cell, ntm_cell, dnc_cell and sparse_cell. Each op checks the shapes of its tensors, makes its results, and runs on a Device.
 #pragma once
 #include "dnc.h"
+#include "sparse.h"
 #include "tensors.h"
 
 namespace mann_fast {
@@ -48,6 +49,7 @@ int64_t dnc_values(const NetworkShape& n, bool links, bool masks, bool sharpened
   const int64_t of_reads = n.D + 2 + (links ? 3 : 0) + (masks ? n.D : 0) + (sharpened ? 2 : 0);
   return n.R * of_reads + 3 * n.D + 3 + (masks ? n.D : 0);
 }
+int64_t sparse_values(const NetworkShape& n) { return 2 * n.R * n.D + 3 * n.R; }
 
 // What comes in of a network and goes out, whatever its memory.
 struct NetworkTensors {
@@ -308,6 +310,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {network.grad_gates,   network.grad_hidden_gates, network.grad_heads,    network.grad_in_hidden,
           network.grad_in_cell, grad_before.memory,        grad_before.usage,     grad_before.precedence,
           grad_before.links,    grad_before.read_weights,  network.grad_in_reads, network.grad_start};
+}
+
+// ---- with sparse access ---------------------------------------------------------------------------------------------
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor, Tensor>
+sparse_cell(Tensor gates, MaybeTensor hidden, MaybeTensor cell, Tensor memory, Tensor read_slots, Tensor read_weights,
+            Tensor last_access, Tensor clock, Tensor reads, MaybeTensor hidden_weight, MaybeTensor hidden_bias,
+            Tensor reads_weight, Tensor head_weight, Tensor head_bias, MaybeTensor resets, MaybeTensor lengths,
+            MaybeTensor start, int64_t controller, int64_t num_slots, double threshold, double eps, double sharpness,
+            double sharpness_scale, bool bfloat16, int64_t anchor_every) {
+  const NetworkShape n(gates.size(0), memory, read_slots.size(1), head_weight, controller);
+  NetworkTensors network(n, sparse_values(n), memory, gates, hidden, cell, reads, hidden_weight, hidden_bias, reads_weight,
+                         head_weight, head_bias, resets, lengths, start, bfloat16, anchor_every);
+  const SparseStateTensors before(memory, read_slots, read_weights, last_access, clock, num_slots);
+  SparseResultTensors after(before, n.T, network.keeps());
+  Device(memory).run(
+      SparseCell{network.arguments(), sharpness, sharpness_scale,
+                 after.arguments(before, n.T, dtype_of(memory), threshold, eps, {}, network.sequences.arguments(), nullptr)});
+  return {network.output, network.out_hidden, network.out_cell,     network.out_reads,
+          after.memory,   after.read_slots,   after.read_weights,   after.last_access,
+          after.clock,    network.kept_gates, network.kept_states,  network.kept_heads,
+          after.oldest,   after.slot_history, after.weight_history, after.rows};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_cell_backward(
+    MaybeTensor grad_output, MaybeTensor grad_hidden, MaybeTensor grad_cell, MaybeTensor grad_reads, MaybeTensor grad_memory,
+    MaybeTensor grad_read_weights, MaybeTensor hidden, MaybeTensor cell, Tensor read_slots, Tensor read_weights,
+    MaybeTensor hidden_weight, Tensor reads_weight, Tensor head_weight, Tensor kept_gates, Tensor kept_states,
+    Tensor kept_heads, Tensor oldest, Tensor slot_history, Tensor weight_history, Tensor rows, MaybeTensor resets,
+    MaybeTensor lengths, MaybeTensor start, int64_t controller, int64_t num_slots, double eps, double sharpness,
+    double sharpness_scale, bool bfloat16, int64_t anchor_every) {
+  SparseBackwardTensors memory(grad_memory, grad_read_weights, read_slots, read_weights, oldest, slot_history, weight_history,
+                               rows, num_slots);
+  const NetworkShape n(memory.T, memory.grad_in_memory, memory.R, head_weight, controller);
+  NetworkBackwardTensors network(n, sparse_values(n), memory.grad_in_memory, grad_output, grad_hidden, grad_cell, grad_reads,
+                                 hidden, cell, hidden_weight, reads_weight, head_weight, kept_gates, kept_states, kept_heads,
+                                 resets, lengths, start, bfloat16, anchor_every);
+  Device(rows).run(SparseCellBackward{network.arguments(), sharpness, sharpness_scale,
+                                      memory.arguments(dtype_of(rows), eps, nullptr, {}, network.sequences.arguments(), {},
+                                                       pointer(network.grad_start, start.has_value()))});
+  return {network.grad_gates,          network.grad_hidden_gates, network.grad_heads,
+          network.grad_in_hidden,      network.grad_in_cell,      memory.grad_in_memory,
+          memory.grad_in_read_weights, network.grad_in_reads,     network.grad_start};
 }
 
 }  // namespace

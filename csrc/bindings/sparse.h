@@ -64,42 +64,83 @@ struct SparseTold {
   }
 };
 
+// The state that comes in, made contiguous.
+struct SparseStateTensors {
+  int64_t B, N, D, R, K;
+  Tensor memory, read_slots, read_weights, last_access, clock;
+  SparseStateTensors(const Tensor& memory, const Tensor& read_slots, const Tensor& read_weights, const Tensor& last_access,
+                     const Tensor& clock, int64_t num_slots)
+      : B(memory.size(0)), N(memory.size(1)), D(memory.size(2)), R(read_slots.size(1)), K(read_slots.size(2)),
+        memory(input(memory, {B, N, D})), read_slots(integers(read_slots, {B, R, K})),
+        read_weights(input(read_weights, {B, R, K})), last_access(integers(last_access, {B, N})), clock(integers(clock, {B})) {
+    STD_TORCH_CHECK(num_slots == N && R >= 1 && R <= N && K >= 1 && K <= N, "num_slots must be N, R and K within [1, N]");
+  }
+};
+
+// The state that goes out, and what is kept of T steps.
+struct SparseResultTensors {
+  bool keeps;
+  Tensor memory, read_slots, read_weights, last_access, clock, oldest, slot_history, weight_history, rows;
+  SparseResultTensors(const SparseStateTensors& n, int64_t T, bool keeps)
+      : keeps(keeps), memory(empty(n.memory, {n.B, n.N, n.D})), read_slots(empty_slots(n.memory, {n.B, n.R, n.K})),
+        read_weights(empty(n.memory, {n.B, n.R, n.K})), last_access(empty_slots(n.memory, {n.B, n.N})),
+        clock(empty_slots(n.memory, {n.B})), oldest(empty_slots(n.memory, keeps ? Shape{T, n.B, n.R} : Shape{0})),
+        slot_history(empty_slots(n.memory, keeps ? Shape{T, n.B, n.R, n.K} : Shape{0})),
+        weight_history(empty(n.memory, keeps ? Shape{T, n.B, n.R, n.K} : Shape{0})),
+        rows(empty(n.memory, keeps ? Shape{T, n.B, n.R, n.K, n.D} : Shape{0})) {}
+  SparseScan arguments(const SparseStateTensors& n, int64_t T, Dtype of_inputs, double threshold, double eps,
+                       const SparseInputs<const void*>& told, const Sequences& sequences, void* reads) {
+    return {T, n.B, n.N, n.D, n.R, n.K, dtype_of(n.memory), of_inputs, threshold, eps, data(n.memory),
+            n.read_slots.const_data_ptr<int64_t>(), data(n.read_weights), n.last_access.const_data_ptr<int64_t>(),
+            n.clock.const_data_ptr<int64_t>(), told, sequences,
+            // results
+            reads, memory.mutable_data_ptr(), slots_of(read_slots), read_weights.mutable_data_ptr(), slots_of(last_access),
+            slots_of(clock), keeps ? slots_of(oldest) : nullptr, keeps ? slots_of(slot_history) : nullptr,
+            pointer(weight_history, keeps), pointer(rows, keeps)};
+  }
+};
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_scan(
     Tensor memory, Tensor read_slots, Tensor read_weights, Tensor last_access, Tensor clock, Tensor keys, Tensor write_vectors,
     Tensor gate_logits, std::optional<Tensor> sharpness, std::optional<Tensor> write_gate_logits, std::optional<Tensor> resets,
     std::optional<Tensor> lengths, std::optional<Tensor> start, int64_t num_slots, double threshold, double eps,
     int64_t anchor_every) {
-  const int64_t T = keys.size(0), B = memory.size(0), N = memory.size(1), D = memory.size(2);
-  const int64_t R = read_slots.size(1), K = read_slots.size(2);
-  STD_TORCH_CHECK(num_slots == N && R >= 1 && R <= N && K >= 1 && K <= N, "num_slots must be N, R and K within [1, N]");
-  memory = input(memory, {B, N, D});
-  read_slots = integers(read_slots, {B, R, K});
-  read_weights = input(read_weights, {B, R, K});
-  last_access = integers(last_access, {B, N});
-  clock = integers(clock, {B});
-  const SparseTold told({T, B, R, D}, {T, B, R}, keys, write_vectors, gate_logits, sharpness, write_gate_logits);
-  const SequenceTensors sequences(resets, lengths, start, {T, B}, B, memory);
-  const bool keeps = anchor_every > 0;
-  Tensor reads = empty(keys, {T, B, R, D}), out_memory = empty(memory, {B, N, D});
-  Tensor out_read_slots = empty_slots(memory, {B, R, K}), out_read_weights = empty(memory, {B, R, K});
-  Tensor out_last_access = empty_slots(memory, {B, N}), out_clock = empty_slots(memory, {B});
-  Tensor oldest = empty_slots(memory, keeps ? Shape{T, B, R} : Shape{0});
-  Tensor slot_history = empty_slots(memory, keeps ? Shape{T, B, R, K} : Shape{0});
-  Tensor weight_history = empty(memory, keeps ? Shape{T, B, R, K} : Shape{0});
-  Tensor rows = empty(memory, keeps ? Shape{T, B, R, K, D} : Shape{0});
-  Device(memory).run(SparseScan{T, B, N, D, R, K, dtype_of(memory), dtype_of(keys), threshold, eps, data(memory),
-                                read_slots.const_data_ptr<int64_t>(), data(read_weights), last_access.const_data_ptr<int64_t>(),
-                                clock.const_data_ptr<int64_t>(), told.arguments(), sequences.arguments(),
-                                // results
-                                reads.mutable_data_ptr(), out_memory.mutable_data_ptr(), slots_of(out_read_slots),
-                                out_read_weights.mutable_data_ptr(), slots_of(out_last_access), slots_of(out_clock),
-                                keeps ? slots_of(oldest) : nullptr, keeps ? slots_of(slot_history) : nullptr,
-                                keeps ? weight_history.mutable_data_ptr() : nullptr,
-                                keeps ? rows.mutable_data_ptr() : nullptr});
-  return {reads,     out_memory, out_read_slots, out_read_weights, out_last_access,
-          out_clock, oldest,     slot_history,   weight_history,   rows};
+  const SparseStateTensors n(memory, read_slots, read_weights, last_access, clock, num_slots);
+  const int64_t T = keys.size(0);
+  const SparseTold told({T, n.B, n.R, n.D}, {T, n.B, n.R}, keys, write_vectors, gate_logits, sharpness, write_gate_logits);
+  const SequenceTensors sequences(resets, lengths, start, {T, n.B}, n.B, memory);
+  SparseResultTensors after(n, T, anchor_every > 0);
+  Tensor reads = empty(keys, {T, n.B, n.R, n.D});
+  Device(memory).run(
+      after.arguments(n, T, dtype_of(keys), threshold, eps, told.arguments(), sequences.arguments(), reads.mutable_data_ptr()));
+  return {reads,       after.memory, after.read_slots,   after.read_weights,   after.last_access,
+          after.clock, after.oldest, after.slot_history, after.weight_history, after.rows};
 }
+
+// What comes into backward of the memory, and its gradients: grad_told goes to what the steps were told, where that is known.
+struct SparseBackwardTensors {
+  int64_t T, B, N, D, R, K;
+  MaybeTensor grad_memory, grad_read_weights;
+  Tensor read_slots, read_weights, oldest, slot_history, weight_history, rows, grad_in_memory, grad_in_read_weights;
+  SparseBackwardTensors(const MaybeTensor& grad_memory, const MaybeTensor& grad_read_weights, const Tensor& read_slots,
+                        const Tensor& read_weights, const Tensor& oldest, const Tensor& slot_history,
+                        const Tensor& weight_history, const Tensor& rows, int64_t num_slots)
+      : T(rows.size(0)), B(rows.size(1)), N(num_slots), D(rows.size(4)), R(rows.size(2)), K(rows.size(3)),
+        grad_memory(input(grad_memory, {B, N, D})), grad_read_weights(input(grad_read_weights, {B, R, K})),
+        read_slots(integers(read_slots, {B, R, K})), read_weights(input(read_weights, {B, R, K})),
+        oldest(integers(oldest, {T, B, R})), slot_history(integers(slot_history, {T, B, R, K})),
+        weight_history(input(weight_history, {T, B, R, K})), rows(input(rows, {T, B, R, K, D})),
+        grad_in_memory(empty(rows, {B, N, D})), grad_in_read_weights(empty(rows, {B, R, K})) {}
+  SparseScanBackward arguments(Dtype of_inputs, double eps, const void* grad_reads, const SparseInputs<const void*>& told,
+                               const Sequences& sequences, const SparseInputs<void*>& grad_told, void* grad_start) {
+    return {T, B, N, D, R, K, dtype_of(rows), of_inputs, eps, grad_reads, data(grad_memory), data(grad_read_weights),
+            read_slots.const_data_ptr<int64_t>(), data(read_weights), told, sequences, oldest.const_data_ptr<int64_t>(),
+            slot_history.const_data_ptr<int64_t>(), data(weight_history), data(rows),
+            // results
+            grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(), grad_told, grad_start};
+  }
+};
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_scan_backward(
@@ -108,38 +149,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spars
     std::optional<Tensor> sharpness, std::optional<Tensor> write_gate_logits, std::optional<Tensor> resets,
     std::optional<Tensor> lengths, std::optional<Tensor> start, Tensor oldest, Tensor slot_history, Tensor weight_history,
     Tensor rows, int64_t num_slots, double eps, int64_t anchor_every) {
-  const int64_t T = keys.size(0), B = keys.size(1), R = keys.size(2), D = keys.size(3), N = num_slots, K = read_slots.size(2);
   STD_TORCH_CHECK(anchor_every > 0, "anchor_every must be positive");
-  const Shape vectors = {T, B, R, D}, gates = {T, B, R};
+  SparseBackwardTensors n(grad_memory, grad_read_weights, read_slots, read_weights, oldest, slot_history, weight_history, rows,
+                          num_slots);
+  const Shape vectors = {n.T, n.B, n.R, n.D}, gates = {n.T, n.B, n.R};
   grad_reads = input(grad_reads, vectors);
-  grad_memory = input(grad_memory, {B, N, D});
-  grad_read_weights = input(grad_read_weights, {B, R, K});
-  read_slots = integers(read_slots, {B, R, K});
-  read_weights = input(read_weights, {B, R, K});
   const SparseTold told(vectors, gates, keys, write_vectors, gate_logits, sharpness, write_gate_logits);
-  oldest = integers(oldest, gates);
-  slot_history = integers(slot_history, {T, B, R, K});
-  weight_history = input(weight_history, {T, B, R, K});
-  rows = input(rows, {T, B, R, K, D});
-  Tensor grad_in_memory = empty(read_weights, {B, N, D}), grad_in_read_weights = empty(read_weights, {B, R, K});
-  const SequenceTensors sequences(resets, lengths, start, {T, B}, B, grad_in_memory);
+  const SequenceTensors sequences(resets, lengths, start, {n.T, n.B}, n.B, n.grad_in_memory);
   Tensor grad_keys = empty(keys, vectors), grad_write_vectors = empty(keys, vectors), grad_gate_logits = empty(keys, gates);
   Tensor grad_sharpness = empty(keys, sharpness ? gates : Shape{0});
   Tensor grad_write_gate_logits = empty(keys, write_gate_logits ? gates : Shape{0});
-  Tensor grad_start = sequences.gradient(grad_in_memory);
-  Device(keys).run(SparseScanBackward{
-      T, B, N, D, R, K, dtype_of(read_weights), dtype_of(keys), eps, data(grad_reads), data(grad_memory),
-      data(grad_read_weights), read_slots.const_data_ptr<int64_t>(), data(read_weights), told.arguments(),
-      sequences.arguments(), oldest.const_data_ptr<int64_t>(), slot_history.const_data_ptr<int64_t>(), data(weight_history),
-      data(rows),
-      // results
-      grad_in_memory.mutable_data_ptr(), grad_in_read_weights.mutable_data_ptr(),
-      SparseInputs<void*>{grad_keys.mutable_data_ptr(), grad_write_vectors.mutable_data_ptr(),
-                          grad_gate_logits.mutable_data_ptr(), sharpness ? grad_sharpness.mutable_data_ptr() : nullptr,
-                          write_gate_logits ? grad_write_gate_logits.mutable_data_ptr() : nullptr},
-      start ? grad_start.mutable_data_ptr() : nullptr});
-  return {grad_in_memory, grad_in_read_weights,   grad_keys, grad_write_vectors, grad_gate_logits,
-          grad_sharpness, grad_write_gate_logits, grad_start};
+  Tensor grad_start = sequences.gradient(n.grad_in_memory);
+  const SparseInputs<void*> grad_told = {grad_keys.mutable_data_ptr(), grad_write_vectors.mutable_data_ptr(),
+                                         grad_gate_logits.mutable_data_ptr(), pointer(grad_sharpness, sharpness.has_value()),
+                                         pointer(grad_write_gate_logits, write_gate_logits.has_value())};
+  Device(keys).run(n.arguments(dtype_of(keys), eps, data(grad_reads), told.arguments(), sequences.arguments(), grad_told,
+                               pointer(grad_start, start.has_value())));
+  return {n.grad_in_memory, n.grad_in_read_weights, grad_keys, grad_write_vectors, grad_gate_logits,
+          grad_sharpness,   grad_write_gate_logits, grad_start};
 }
 
 // What the steps of a sequence hand on beside the state: for sparse_step_, which fills it in the first of them.
@@ -151,7 +178,7 @@ Tensor sparse_lists(Tensor memory) {
   return lists;
 }
 
-// One step that changes memory and last_access where they are; for mann_fast/layers/sparse_cell.py, which owns them.
+// One step that changes memory and last_access where they are; for mann_fast/layers/sparse_steps.py, which owns them.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_step_(
     Tensor memory, Tensor read_slots, Tensor read_weights, Tensor last_access, Tensor clock, Tensor key, Tensor write_vector,

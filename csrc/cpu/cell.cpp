@@ -14,6 +14,7 @@
 #include "lrua_cell.h"
 #include "ntm_cell.h"
 #include "products.h"
+#include "sparse_cell.h"
 
 namespace mann_fast {
 namespace MANN_FAST_ISA {
@@ -124,6 +125,13 @@ struct Shared {  // by all blocks
   Order order;
 };
 
+// Those with many slots may use the threads for one sample.
+template <class Memory, class Arguments>
+Memory memory_of(const Arguments& a, const Parallel& parallel) {
+  if constexpr (std::is_constructible_v<Memory, const Arguments&, const Parallel&>) return Memory(a, parallel);
+  else return Memory(a);
+}
+
 // The scratch arrays of a block's samples. What no step leaves to the next they have in common, so that it stays in the first
 // cache, and what goes round in the second is less.
 template <class Memory>
@@ -222,7 +230,7 @@ void forward_block(const Arguments& a, const Sizes& n, const Memory& memory, con
 
 template <class T, class Memory, class Arguments>
 bool forward(const Arguments& a, const Parallel& parallel) {
-  const Memory memory(a);
+  const Memory memory = memory_of<Memory>(a, parallel);
   const Sizes n(memory);
   const auto layout = [&](Arena& arena) {
     return Shared<T>{{{arena, a.hidden ? a.H : 0, n.G}, {arena, n.RD, n.G}, {arena, a.H, memory.heads}, a.bfloat16},
@@ -362,7 +370,7 @@ void backward_block(const Arguments& a, const Sizes& n, const Memory& memory, co
 
 template <class T, class Memory, class Arguments>
 bool backward(const Arguments& a, const Parallel& parallel) {
-  const Memory memory(a);
+  const Memory memory = memory_of<Memory>(a, parallel);
   const Sizes n(memory);
   const auto layout = [&](Arena& arena) {
     return Shared<T>{{{arena, n.G, a.hidden ? a.H : 0}, {arena, n.G, n.RD}, {arena, memory.heads, a.H}, a.bfloat16},
@@ -422,9 +430,22 @@ bool dnc_cell_backward(DncCellBackward a, const Parallel& parallel) {
   return backward<T, DncBackward<T>>(a, parallel);
 }
 
+// ---- with sparse access -----------------------------------------------------------------------------------------------
+
+template <class T>
+bool sparse_cell(const SparseCell& a, const Parallel& parallel) {
+  return forward<T, SparseForward<T>>(a, parallel);
+}
+template <class T>
+bool sparse_cell_backward(SparseCellBackward a, const Parallel& parallel) {
+  a.anchor_every = 1;  // it replays nothing
+  return backward<T, SparseBackward<T>>(a, parallel);
+}
+
 }  // namespace
 
 MANN_FAST_CELL_OPS(MANN_FAST_BY_DTYPE)
+MANN_FAST_SPARSE_CELL_OPS(MANN_FAST_BY_DTYPE)
 
 }  // namespace MANN_FAST_ISA
 }  // namespace mann_fast

@@ -13,10 +13,10 @@ namespace mann_fast {
 // What csrc/cpu/*.cpp define, compiled once for each instruction set.
 #define MANN_FAST_DECLARE(op, Arguments) bool op(const Arguments&, const Parallel&);
 #define MANN_FAST_FUNCTION(op, Arguments) op,
-#define MANN_FAST_TABLE(isa)                                       \
-  namespace isa {                                                  \
-  MANN_FAST_OPS(MANN_FAST_DECLARE)                                 \
-  const Kernels table = {#isa, MANN_FAST_OPS(MANN_FAST_FUNCTION)}; \
+#define MANN_FAST_TABLE(isa)                                           \
+  namespace isa {                                                      \
+  MANN_FAST_CPU_OPS(MANN_FAST_DECLARE)                                 \
+  const Kernels table = {#isa, MANN_FAST_CPU_OPS(MANN_FAST_FUNCTION)}; \
   }
 #ifdef MANN_FAST_HAVE_baseline
 MANN_FAST_TABLE(baseline)

@@ -14,7 +14,7 @@ struct Parallel {
 struct Kernels {
   const char* isa;
 #define MANN_FAST_MEMBER(op, Arguments) bool (*op)(const Arguments&, const Parallel&);
-  MANN_FAST_OPS(MANN_FAST_MEMBER)
+  MANN_FAST_CPU_OPS(MANN_FAST_MEMBER)
 #undef MANN_FAST_MEMBER
 };
 

@@ -391,4 +391,17 @@ struct SparseScanBackward {
   void* grad_start;               // as in LruaScanBackward
 };
 
+// One row of heads has keys [R, D], write vectors [R, D], gate logits [R], sharpness [R] and write gate logits [R], before their
+// nonlinearities; sharpness is sharpness + sharpness_scale * softplus. `scan` has the memory, and T, B, N, D and R once more; what it
+// is told and its reads are the cell's own.
+struct SparseCell : Network {
+  double sharpness, sharpness_scale;
+  SparseScan scan;
+};
+
+struct SparseCellBackward : NetworkBackward {
+  double sharpness, sharpness_scale;
+  SparseScanBackward scan;
+};
+
 }  // namespace mann_fast

@@ -36,6 +36,11 @@
   OP(sparse_scan, SparseScan)                  \
   OP(sparse_scan_backward, SparseScanBackward)
 
+#define MANN_FAST_SPARSE_CELL_OPS(OP) \
+  OP(sparse_cell, SparseCell)         \
+  OP(sparse_cell_backward, SparseCellBackward)
+
+// Those that CUDA has kernels for, too.
 #define MANN_FAST_OPS(OP)   \
   MANN_FAST_CONTENT_OPS(OP) \
   MANN_FAST_LRUA_OPS(OP)    \
@@ -43,3 +48,7 @@
   MANN_FAST_NTM_OPS(OP)     \
   MANN_FAST_DNC_OPS(OP)     \
   MANN_FAST_SPARSE_OPS(OP)
+
+#define MANN_FAST_CPU_OPS(OP) \
+  MANN_FAST_OPS(OP)           \
+  MANN_FAST_SPARSE_CELL_OPS(OP)

@@ -13,12 +13,12 @@ from .. import ops
 from .._state import check_size
 from ..ops import SparseState
 from ..ops.sparse import SPARSE_SCAN
-from ..reference.cell import head_sizes, split_sparse_heads
+from ..reference.cell import sparse_head_sizes, split_sparse_heads
 from ..reference.sparse import sparse_writes
 from .base import Memory, MemoryWeights
 from .lrua import VECTOR_GAIN
-from .sparse_cell import sparse_cell
 from .sparse_index import SearchRecall, SparseIndex, check_faiss
+from .sparse_steps import sparse_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Sparse(Memory):
         return {"threshold": self.threshold, "eps": self.eps}
 
     def head_sizes(self) -> list[int]:
-        return [*head_sizes(self.num_heads, self.slot_size, "separate", "learned"), self.num_heads]
+        return sparse_head_sizes(self.num_heads, self.slot_size)
 
     def adjust_heads(self, weight: Tensor) -> None:
         weight[: self.head_sizes()[0]] *= VECTOR_GAIN
@@ -99,7 +99,7 @@ class Sparse(Memory):
         self, *tensors: Any, controller: str, **sequences: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
         options: dict[str, Any] = {**self._step_options, **sequences}
-        return sparse_cell(*tensors, controller=controller, index=self._index, **options)
+        return sparse_steps(*tensors, controller=controller, index=self._index, **options)
 
     @cached_property
     def _index(self) -> SparseIndex | None:

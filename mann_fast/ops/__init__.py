@@ -14,6 +14,7 @@ from .lrua import least_used, lrua_scan, lrua_step, lrua_write
 from .ntm import ntm_address, ntm_scan, ntm_step
 from .ntm_cell import ntm_cell
 from .sparse import sparse_read, sparse_scan, sparse_step
+from .sparse_cell import sparse_cell
 
 __all__ = [
     "DNCInterface",
@@ -37,6 +38,7 @@ __all__ = [
     "ntm_cell",
     "ntm_scan",
     "ntm_step",
+    "sparse_cell",
     "sparse_read",
     "sparse_scan",
     "sparse_step",

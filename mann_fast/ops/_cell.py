@@ -71,16 +71,18 @@ def declare_cell(
     kept: tuple[Output, ...],
     *,
     interval: Callable[[tuple[Any, ...], str], int],
-    choices: str,
+    choices: str | None = None,
     extents: Callable[[Sizes], Sizes] = lambda sizes: {},
     constant: tuple[str, ...] = (),
+    unsaved: tuple[str, ...] = (),
 ) -> Op:
     """The op of that name, which serves the public function of the same name. Everything is float32 or float64; with bfloat16
     what the products of each step take is rounded to it.
 
     state: the memory's, which the op takes and gives; ``constant``: what of it comes out as a constant, which backward does not
-    take. options: the memory's. kept: what backward needs beside what it takes of the controller. interval: as of Op. extents:
-    of axes that are the memory's own. choices: what <name>_fits takes of its options, as the schema has it.
+    take, nor what is ``unsaved``. options: the memory's. kept: what backward needs beside what it takes of the controller.
+    interval: as of Op. extents: of axes that are the memory's own. choices: what <name>_fits takes of its options, as the
+    schema has it; None where CUDA has no kernels.
     """
 
     def all_extents(sizes: Sizes) -> Sizes:
@@ -116,7 +118,7 @@ def declare_cell(
             *kept,
         ),
         saved=(
-            *("hidden", "cell", *(a.name for a in state if a.name not in constant)),
+            *("hidden", "cell", *(a.name for a in state if a.name not in (*constant, *unsaved))),
             *("hidden_weight", "reads_weight", "head_weight", "kept_gates", "kept_states", "kept_heads"),
             *(x.name for x in kept),
             *SEQUENCE_NAMES,
@@ -126,22 +128,30 @@ def declare_cell(
         interval=interval,
         extents=all_extents,
         results=(
-            Output("grad_gates", "T B G", like="memory"),
+            Output("grad_gates", "T B G", like="head_weight"),
             Output(
-                "grad_hidden_gates", "T B G", like="memory", when=lambda v: v["controller"] == NUMBERS["gru"]
+                "grad_hidden_gates",
+                "T B G",
+                like="head_weight",
+                when=lambda v: v["controller"] == NUMBERS["gru"],
             ),
-            Output("grad_heads", "T B heads", like="memory"),
-            Output("grad_hidden", "B H", like="memory", when=_recurrent),
-            Output("grad_cell", "B H", like="memory", when=came("cell")),
-            *(Output(f"grad_{a.name}", a.axes, "memory", when=there(a)) for a in state if a.differentiable),
-            Output("grad_reads", "B R D", like="memory"),
-            Output("grad_start", "B N D", like="memory", when=came("start")),
+            Output("grad_heads", "T B heads", like="head_weight"),
+            Output("grad_hidden", "B H", like="head_weight", when=_recurrent),
+            Output("grad_cell", "B H", like="head_weight", when=came("cell")),
+            *(
+                Output(f"grad_{a.name}", a.axes, "head_weight", when=there(a))
+                for a in state
+                if a.differentiable
+            ),
+            Output("grad_reads", "B R D", like="head_weight"),
+            Output("grad_start", "B N D", like="head_weight", when=came("start")),
         ),
         gradients=all_gradients,
     )
-    LIBRARIES["cuda"].define(
-        f"{name}_fits(int N, int D, int R, int H, int controller, {choices}, bool wide) -> bool"
-    )
+    if choices is not None:
+        LIBRARIES["cuda"].define(
+            f"{name}_fits(int N, int D, int R, int H, int controller, {choices}, bool wide) -> bool"
+        )
     return declare(op)
 
 
@@ -227,7 +237,7 @@ class Cell:
         reference: Callable[..., Any],
         step: Callable[..., Any],
         head_sizes: Callable[..., Sequence[int]],
-        choices: Callable[[Mapping[str, Any]], tuple[int, ...]],
+        choices: Callable[[Mapping[str, Any]], tuple[int, ...]] = lambda options: (),
         state: tuple[Argument, ...] = (),
     ):
         self.op, self.memory, self.reference, self.step = op, memory, reference, step
@@ -274,6 +284,7 @@ class Cell:
         self, network: Network, memory: Any, sequences: Values, controller: str, options: dict[str, Any]
     ) -> Any:
         sizes, raw, choices = self._checked(network, memory, sequences, controller, options)
+        self.memory.look(memory, "memory")
         gates, state, reads, *weights = network
         dtype = gates.dtype
         sequences = raw_sequences(memory[0], gates.shape[0], *sequences, value=self.memory.start)
@@ -288,7 +299,7 @@ class Cell:
         of_memory = self.memory.raw_state(memory)
         tensors = [gates, *network.states, *of_memory, reads, *weights]
         if dtype in _checks.HALF_DTYPES:  # it computes in float32
-            tensors = [x if x is None else x.float() for x in tensors]
+            tensors = [x.float() if x is not None and x.is_floating_point() else x for x in tensors]
         rounded = (
             dtype == torch.bfloat16 and backend == "cpp" and _answer("cpp", gates.device, "fast_bfloat16")
         )

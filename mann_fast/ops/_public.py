@@ -88,8 +88,8 @@ class Scan:
     def agree(self, sizes: Sizes, tensors: Tensors) -> None:
         """Raises where tensors, each right by itself, do not go together; from sizes and from which there are."""
 
-    def look(self, state: Any) -> None:
-        """Raises where the values of a state are wrong."""
+    def look(self, state: Any, prefix: str = "state") -> None:
+        """Raises where the values of a state, which callers know by that name, are wrong."""
 
     def raw_state(self, state: Any) -> Tensors:
         """As the raw op takes it."""

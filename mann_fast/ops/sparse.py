@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,7 +57,16 @@ INPUTS = (
 
 THRESHOLD = Option("threshold", "float", 0.005, _checks.fraction, backward=False)
 
-# Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased.
+# Of every step backward keeps the rows that were read, their slots and weights, and the slots that were erased; of the state
+# that came in it does not take all.
+HISTORY = (
+    Output("oldest", "T B R", like="read_weights", kept=True, integer=True),
+    Output("slot_history", "T B R K", like="read_weights", kept=True, integer=True),
+    Output("weight_history", "T B R K", like="read_weights", kept=True),
+    Output("rows", "T B R K D", like="read_weights", kept=True),
+)
+UNSAVED = ("memory", "last_access", "clock")
+
 SPARSE_SCAN = declare(
     Op(
         "sparse_scan",
@@ -65,12 +75,9 @@ SPARSE_SCAN = declare(
         outputs=(
             Output("reads", "T B R D", like="keys"),
             *after(STATE),
-            Output("oldest", "T B R", like="memory", kept=True, integer=True),
-            Output("slot_history", "T B R K", like="memory", kept=True, integer=True),
-            Output("weight_history", "T B R K", like="memory", kept=True),
-            Output("rows", "T B R K D", like="memory", kept=True),
+            *HISTORY,
         ),
-        unsaved=("memory", "last_access", "clock"),
+        unsaved=UNSAVED,
         public=("sparse_step", "sparse_scan"),
         interval=each_step,
         extents=lambda sizes: {"N": sizes["num_slots"]},
@@ -79,8 +86,8 @@ SPARSE_SCAN = declare(
 
 # Blocks of the current device that share the search in each of B sparse memories.
 LIBRARIES["cuda"].define("sparse_blocks(int B, int N, int D) -> int")
-# For mann_fast/layers/sparse_cell.py: they change a memory, a gradient and times that nobody else sees, and lists of slots that
-# steps hand on.
+# For mann_fast/layers/sparse_steps.py: they change a memory, a gradient and times that nobody else sees, and lists of slots
+# that steps hand on.
 LIBRARIES["cpp"].define("sparse_lists(Tensor memory) -> Tensor")
 define_in_place(
     "sparse_step_(Tensor(a!) memory, Tensor read_slots, Tensor read_weights, Tensor(b!) last_access, Tensor clock, Tensor key, "
@@ -123,17 +130,17 @@ def sparse_read(
     return run(SPARSE_READ, reference.sparse_read, (memory, key, sharpness), options)
 
 
-def check_slots(slots: Tensor, num_slots: int) -> None:
+def check_slots(slots: Tensor, num_slots: int, prefix: str = "state") -> None:
     """Within [0, N), where the values can be asked for: kernels take others for the nearest that there is."""
     if may_look(slots) and slots.numel():
         least, most = (int(x) for x in slots.aminmax())
         if least < 0 or most >= num_slots:
             raise ValueError(
-                f"state.read_slots must be within [0, N = {num_slots}), got {least if least < 0 else most}"
+                f"{prefix}.read_slots must be within [0, N = {num_slots}), got {least if least < 0 else most}"
             )
 
 
-def check_times(last_access: Tensor, clock: Tensor) -> None:
+def check_times(last_access: Tensor, clock: Tensor, prefix: str = "state") -> None:
     """None after now, where the values can be asked for: kernels keep the slots in the order of their last access, and what is
     accessed comes last in it."""
     if may_look(last_access) and last_access.numel():
@@ -142,22 +149,26 @@ def check_times(last_access: Tensor, clock: Tensor) -> None:
         if len(late):
             b = int(late[0])
             raise ValueError(
-                f"state.last_access must be at most state.clock, {int(clock[b])} of sample {b}, got {int(latest[b])}"
+                f"{prefix}.last_access must be at most {prefix}.clock, {int(clock[b])} of sample {b}, got {int(latest[b])}"
             )
+
+
+def check_num_reads(prefix: str, sizes: Mapping[str, Any]) -> None:
+    if not 1 <= sizes["K"] <= sizes["N"]:
+        shape = [sizes[axis] for axis in "BRK"]
+        raise ValueError(
+            f"{prefix}.read_slots [B, R, K] must have 1 <= K <= N = {sizes['N']} slots, got {shape}"
+        )
 
 
 class _Sparse(Scan):
     def agree(self, sizes: Sizes, tensors: Tensors) -> None:
-        if not 1 <= sizes["K"] <= sizes["N"]:
-            shape = [sizes[axis] for axis in "BRK"]
-            raise ValueError(
-                f"state.read_slots [B, R, K] must have 1 <= K <= N = {sizes['N']} slots, got {shape}"
-            )
+        check_num_reads("state", sizes)
 
-    def look(self, state: Any) -> None:
+    def look(self, state: Any, prefix: str = "state") -> None:
         memory, slots, _, last_access, clock = state
-        check_slots(slots, memory.shape[1])
-        check_times(last_access, clock)
+        check_slots(slots, memory.shape[1], prefix)
+        check_times(last_access, clock, prefix)
 
 
 SPARSE = _Sparse(

@@ -3,7 +3,7 @@
 The functions have the names, signatures and results of :mod:`mann_fast.ops`. They check nothing; :mod:`mann_fast.ops` does.
 """
 
-from .cell import cell, dnc_cell, ntm_cell
+from .cell import cell, dnc_cell, ntm_cell, sparse_cell
 from .content import content_read, similarity
 from .dnc import DNCInterface, DNCState, dnc_scan, dnc_step
 from .lrua import LRUAState, least_used, lrua_scan, lrua_step, lrua_write
@@ -31,6 +31,7 @@ __all__ = [
     "ntm_scan",
     "ntm_step",
     "similarity",
+    "sparse_cell",
     "sparse_read",
     "sparse_scan",
     "sparse_step",

@@ -1,6 +1,6 @@
 """A whole MANN sequence: controller, heads and memory, LRUA's (Santoro et al. 2016, arXiv 1605.06065), a Neural Turing
-Machine's (Graves et al. 2014, arXiv 1410.5401) or a Differentiable Neural Computer's (Graves et al. 2016, Nature 538, 471),
-written to be read."""
+Machine's (Graves et al. 2014, arXiv 1410.5401), a Differentiable Neural Computer's (Graves et al. 2016, Nature 538, 471) or one
+with sparse access (Rae et al. 2016, arXiv 1610.09027), written to be read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .dnc import DNCInterface, DNCState, dnc_step
 from .lrua import LRUAState, lrua_step
 from .ntm import NTMHead, NTMState, ntm_step
 from .sequences import Steps
+from .sparse import SparseState, sparse_step
 
 # Gates per hidden unit, and the tensors of the state that goes round beside the memory.
 CONTROLLERS = {"lstm": (4, ("hidden", "cell")), "gru": (3, ("hidden",)), "feedforward": (1, ())}
@@ -275,13 +276,49 @@ def dnc_cell(
     )
 
 
+def sparse_head_sizes(num_heads: int, slot_size: int) -> list[int]:
+    """How many values a sparse memory's heads have: keys and write vectors, gates, sharpness and write gates."""
+    return [*head_sizes(num_heads, slot_size, "separate", "learned"), num_heads]
+
+
 def split_sparse_heads(values: Tensor, num_heads: int, slot_size: int) -> tuple[Tensor, ...]:
     """Keys and write vectors [B, R, D], gate logits, sharpness and write gate logits [B, R], from the heads' values
-    [B, 2 R D + 3 R]."""
+    [B, sum of sparse_head_sizes]."""
     rest, write_gate = values.split([values.shape[1] - num_heads, num_heads], 1)
     key, vector, gate, sharpness = split_heads(rest, num_heads, slot_size, "separate", "learned")
     assert sharpness is not None
     return key, vector, gate, sharpness, write_gate
+
+
+def sparse_cell(
+    gates: Tensor,
+    state: tuple[Tensor, ...],
+    memory: SparseState,
+    reads: Tensor,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    reads_weight: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    threshold: float = 0.005,
+    eps: float = 1e-6,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    step: Callable[..., tuple[Tensor, SparseState]] = sparse_step,
+) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
+    """See :func:`mann_fast.ops.sparse_cell`. ``step`` takes the place of :func:`sparse_step`."""
+    heads, slot_size = reads.shape[1:]
+
+    def of_memory(memory: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
+        return step(memory, *split_sparse_heads(values, heads, slot_size), threshold=threshold, eps=eps)
+
+    weights = (hidden_weight, hidden_bias, reads_weight, head_weight, head_bias)
+    return sequence(
+        gates, state, memory, reads, *weights, controller, Steps(resets, lengths, start), of_memory
+    )
 
 
 def sequence(

@@ -66,8 +66,8 @@ int main() {
           if (variant != 2 && !read_first) check("sparse", sparse, *k, c);  // the same
           if (c.state != c.input) continue;
           for (const Controller kind : {Controller::lstm, Controller::gru, Controller::feedforward})
-            for (const auto& [name, network] :
-                 {std::pair{"cell", cell}, std::pair{"ntm_cell", ntm_cell}, std::pair{"dnc_cell", dnc_cell}}) {
+            for (const auto& [name, network] : {std::pair{"cell", cell}, std::pair{"ntm_cell", ntm_cell},
+                                                std::pair{"dnc_cell", dnc_cell}, std::pair{"sparse_cell", sparse_cell}}) {
               if (network != cell && (variant == 1 || variant == 2)) continue;  // what differs there, cell shows
               check(
                   name,

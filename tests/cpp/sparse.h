@@ -1,6 +1,6 @@
 // Sparse access.
 #pragma once
-#include "arrays.h"
+#include "cell.h"
 
 namespace {
 
@@ -122,6 +122,88 @@ namespace {
   }
   results.push_back(std::move(memory));
   results.push_back(std::move(weights));
+  return results;
+}
+
+[[maybe_unused]] Results sparse_cell(const Kernels& k, const Case& c, Controller controller, bool bfloat16) {
+  Random random;
+  const Parallel parallel = on_threads(c.threads);
+  NetworkArrays n(c, random, controller, bfloat16, 2 * c.R * c.D + 3 * c.R);
+  const int64_t K = std::min<int64_t>(c.N, 3), reads = c.B * c.R * K;
+  const Array memory = n.normal(c.B * c.N * c.D), weights = random.positive(c.state, reads);
+  std::vector<int64_t> slots(reads), times(c.B * c.N), clock(c.B, 3);
+  for (int64_t j = 0; j < reads; ++j) slots[j] = (j % K + j / K) % c.N;
+  for (int64_t j = 0; j < c.B * c.N; ++j) times[j] = j * 7 % 5 - 1;
+  std::vector<int64_t> out_slots(reads), out_times(c.B * c.N), out_clock(c.B), oldest(n.rows * c.R), history(n.rows * c.R * K);
+  Array out_memory(c.state, memory.count), out_weights(c.state, reads);
+  Array weight_history(c.state, n.rows * c.R * K), rows(c.state, n.rows * c.R * K * c.D);
+  succeeded(k.sparse_cell({n.arguments(), 1.0, 10.0,
+                           SparseScan{c.T,
+                                      c.B,
+                                      c.N,
+                                      c.D,
+                                      c.R,
+                                      K,
+                                      c.state,
+                                      c.state,
+                                      0.005,
+                                      1e-6,
+                                      pointer(memory),
+                                      slots.data(),
+                                      pointer(weights),
+                                      times.data(),
+                                      clock.data(),
+                                      {},
+                                      n.cuts.sequences(),
+                                      nullptr,
+                                      // results
+                                      out_memory.data.get(),
+                                      out_slots.data(),
+                                      out_weights.data.get(),
+                                      out_times.data(),
+                                      out_clock.data(),
+                                      n.keeps ? oldest.data() : nullptr,
+                                      n.keeps ? history.data() : nullptr,
+                                      n.keeps ? weight_history.data.get() : nullptr,
+                                      n.keeps ? rows.data.get() : nullptr}},
+                          parallel));
+  check_slots(out_slots, c.B * c.R, K, c.N);
+  Results results;
+  n.backward(results, [&](const NetworkBackward& network, int present) {
+    const auto grad_memory = optional(present & 4, n.normal(memory.count)),
+               grad_weights = optional(present & 8, n.normal(reads));
+    Array grad_in_memory(c.state, memory.count), grad_in_weights(c.state, reads);
+    succeeded(k.sparse_cell_backward({network, 1.0, 10.0,
+                                      SparseScanBackward{c.T,
+                                                         c.B,
+                                                         c.N,
+                                                         c.D,
+                                                         c.R,
+                                                         K,
+                                                         c.state,
+                                                         c.state,
+                                                         1e-6,
+                                                         nullptr,
+                                                         pointer(grad_memory),
+                                                         pointer(grad_weights),
+                                                         slots.data(),
+                                                         pointer(weights),
+                                                         {},
+                                                         n.cuts.sequences(),
+                                                         oldest.data(),
+                                                         history.data(),
+                                                         pointer(weight_history),
+                                                         pointer(rows),
+                                                         // results
+                                                         grad_in_memory.data.get(),
+                                                         grad_in_weights.data.get(),
+                                                         {},
+                                                         network.grad_start}},
+                                     parallel));
+    for (Array* array : {&grad_in_memory, &grad_in_weights}) results.push_back(std::move(*array));
+  });
+  n.take(results);
+  for (Array* array : {&out_memory, &out_weights}) results.push_back(std::move(*array));
   return results;
 }
 

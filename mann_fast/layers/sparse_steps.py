@@ -1,16 +1,15 @@
-"""A whole sequence of a network with a sparse memory: controller, heads, and one memory that is changed in place."""
+"""A sequence of a network with a sparse memory, step by step: one memory that is changed in place."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..ops import _backend, sparse_step
+from ..ops import _backend, sparse_cell
 from ..ops._register import NAMESPACES
 from ..ops._sequences import NO_SEQUENCES, is_plain, may_look, raw_sequences
 from ..ops.sparse import SPARSE_SCAN, check_slots, check_times
@@ -143,7 +142,7 @@ def _own(x: Tensor) -> Tensor:
         return x.clone()
 
 
-def sparse_cell(
+def sparse_steps(
     gates: Tensor,
     state: tuple[Tensor, ...],
     memory: SparseState,
@@ -157,57 +156,47 @@ def sparse_cell(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], SparseState, Tensor]:
-    """As :func:`mann_fast.ops.cell`, with a sparse memory; for :class:`mann_fast.layers.Sparse`, which has checked what comes.
+    """As :func:`mann_fast.ops.sparse_cell`; for :class:`mann_fast.layers.Sparse`, which has checked what comes.
 
-    A loop of steps. With the C++ and CUDA kernels and in eager mode the memory is copied once and then changed in place, and so
-    is its gradient; else each step copies it. With the C++ kernels an ``index`` may choose which slots are compared.
+    A loop of steps where such a loop knows what one call does not: with the C++ kernels an ``index``, which may choose which
+    slots are compared, and with CUDA's that nobody else sees the memory, which is copied once and then changed in place, and so
+    is its gradient. Both in eager mode alone.
     """
     steps, num_slots = gates.shape[0], memory.memory.shape[1]
-    check_slots(memory.read_slots, num_slots)
-    check_times(memory.last_access, memory.clock)
-    resets, lengths, start = raw_sequences(memory.memory, steps, resets, lengths, start)
-    sequences = Steps(resets, lengths, start)
-    step: Any = partial(sparse_step, threshold=threshold, eps=eps)
-    known = [x for x in (resets, lengths) if x is not None]
     backend = _backend.serving(gates.device, SPARSE_SCAN)
-    indexed: Any = nullcontext()
-    if (
-        backend in _RAW
+    indexed = index is not None and backend == "cpp" and num_slots >= LEAST_SLOTS
+    known = [x for x in (resets, lengths) if x is not None]
+    if not (
+        (indexed or backend == "cuda")
         and steps > 0
         and forward_ad._current_level < 0
         and all(is_plain(x) for x in (gates, reads, *memory, *known))
     ):
-        lists = None
-        if index is not None and backend == "cpp" and num_slots >= LEAST_SLOTS:
-            indexed = index.call(memory, eps)  # which has lists of its own
-        elif backend == "cpp" and steps > 1:
-            lists = _RAW["cpp"].sparse_lists(memory.memory.detach())
-        memory = memory._replace(memory=_own(memory.memory), last_access=_own(memory.last_access))
-        sequences = in_place = _InPlace(steps, resets, lengths, start)
-
-        def step(state: SparseState, *told: Tensor) -> tuple[Tensor, SparseState]:
-            handed = lists, None
-            if searching is not None:
-                searching.begin(*in_place.now[:2])
-                handed = searching.lists, searching.candidates(told[0])
-            options = (backend, in_place.last, threshold, eps, *in_place.now, *handed)
-            tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
-            read, rows, slots, weights, clock, oldest = _Step.apply(*options, *tensors, *told)
-            if searching is not None:
-                searching.note(rows, told[0], told[3], slots, [state.read_slots, oldest])
-            return read, SparseState(rows, slots, weights, state.last_access, clock)
-
+        options: dict[str, Any] = {"threshold": threshold, "eps": eps}
+        options |= {"resets": resets, "lengths": lengths, "start": start}
+        return sparse_cell(gates, state, memory, reads, *weights, controller=controller, **options)
+    check_slots(memory.read_slots, num_slots)
+    check_times(memory.last_access, memory.clock)
+    in_place = _InPlace(steps, *raw_sequences(memory.memory, steps, resets, lengths, start))
+    of_index: Any = index.call(memory, eps) if index is not None and indexed else nullcontext()
+    memory = memory._replace(memory=_own(memory.memory), last_access=_own(memory.last_access))
     heads, slot_size = reads.shape[1:]
 
-    def of_memory(memory: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
-        return step(memory, *split_sparse_heads(values, heads, slot_size))
+    def step(state: SparseState, values: Tensor) -> tuple[Tensor, SparseState]:
+        told = split_sparse_heads(values, heads, slot_size)
+        handed: tuple[Any, Any] = (None, None)
+        if searching is not None:
+            searching.begin(*in_place.now[:2])
+            handed = searching.lists, searching.candidates(told[0])
+        of_step = (backend, in_place.last, threshold, eps, *in_place.now, *handed)
+        tensors = (state.memory, state.last_access, state.read_slots, state.read_weights, state.clock)
+        read, rows, slots, weights, clock, oldest = _Step.apply(*of_step, *tensors, *told)
+        if searching is not None:
+            searching.note(rows, told[0], told[3], slots, [state.read_slots, oldest])
+        return read, SparseState(rows, slots, weights, state.last_access, clock)
 
-    with _backend.without_autocast(gates.device.type), indexed as searching:
-        options: dict[str, Any] = {
-            "controller": controller,
-            "sequences": sequences,
-            "step": of_memory,
-        }
+    with _backend.without_autocast(gates.device.type), of_index as searching:
+        options = {"controller": controller, "sequences": in_place, "step": step}
         output, state, memory, reads = sequence(gates, state, memory, reads, *weights, **options)
         if searching is not None:
             searching.keep(memory)
