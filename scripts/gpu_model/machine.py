@@ -16,7 +16,7 @@ from capture import Launch
 from flow import CONTROLS
 from lanes import ACROSS
 from machine_code import RESERVED, Instruction, Kernel
-from memory import LOCAL, SPACES, Memory, access, constant_load
+from memory import SPACES, Memory, access, constant_load
 from operands import PT, ROWS, UNIFORM_PREDICATE, Operands, Unsupported, predicate
 
 
@@ -38,7 +38,8 @@ class Machine:
         self.lanes = lanes = blocks * launch.threads
         self.warp_count = lanes // 32
         size = RESERVED + kernel.static_shared + launch.shared
-        self.memory = Memory(blocks, launch.threads, size, launch.cluster)
+        self.local = -(-kernel.stack // 16) * 16 + 256  # bytes of a lane's stack
+        self.memory = Memory(blocks, launch.threads, size, self.local, launch.cluster)
         self.R = np.zeros((ROWS, lanes), np.uint32)
         self.P = np.zeros((2 * UNIFORM_PREDICATE, lanes), bool)
         names = {f"R{i}": row for i, row in enumerate(self.R)}
@@ -50,7 +51,9 @@ class Machine:
         self._decoded: dict[int, tuple] = {}
         self._warps: dict[bytes, np.ndarray] = {}
         self._rows: dict[bytes, list[bool]] = {}
-        self.traces: list[list[Step]] = []
+        # What warps can do, in the order in which it was seen first; a trace names them by their places there.
+        self.steps: dict[Step, int] = {}
+        self.traces: list[list[int]] = []
 
     # ---- for operands and instructions --------------------------------------------------------------------------------
 
@@ -84,7 +87,8 @@ class Machine:
         """Constants of the launch, by words; -1 where nobody knows what there is."""
         bank, launch = np.full(0x1000 // 4 + 1024, -1, np.int64), self.launch
         known = {0x0: launch.threads, 0x4: 1, 0x8: 1, 0xC: launch.blocks, 0x10: 1, 0x14: 1}
-        known |= {0x28: LOCAL, 0x118: 0, 0x11C: 0, 0x208: 0, 0x20C: 0}  # the stack's end; descriptors of memory
+        # The stack's end; descriptors of memory; whether there are clusters.
+        known |= {0x28: self.local, 0x118: 0, 0x11C: 0, 0x208: 0, 0x20C: 0, 0x140: int(launch.cluster > 1)}
         for at, value in known.items():
             bank[at // 4] = value
         words = np.frombuffer(launch.parameters + bytes(-len(launch.parameters) % 4), np.uint32)
@@ -103,7 +107,7 @@ class Machine:
 
     # ---- running ------------------------------------------------------------------------------------------------------
 
-    def run(self, first_block: int) -> list[list[Step]]:
+    def run(self, first_block: int) -> list[list[int]]:
         """The blocks from this one to their ends: of every warp, what it did."""
         lanes = self.lanes
         self.first_block = first_block
@@ -179,17 +183,19 @@ class Machine:
         here = self.rows(group)
         took_part = here if mask is group else self.rows(mask)
         if jumped is None and waves is None:
-            on, off = Step(address, True), Step(address, False)
+            on, off = self._step_number(Step(address, True)), self._step_number(Step(address, False))
             for trace, is_here, active in zip(self.traces, here, took_part, strict=True):
                 if is_here:
                     trace.append(on if active else off)
             return
         jumps = self.rows(jumped) if jumped is not None else [False] * len(here)
         waves = waves or [0] * len(here)
-        for trace, is_here, *rest in zip(self.traces, here, took_part, jumps, waves, strict=True):
+        for trace, is_here, active, taken, count in zip(self.traces, here, took_part, jumps, waves, strict=True):
             if is_here:
-                active, taken, count = rest
-                trace.append(Step(address, active, taken, space, count))
+                trace.append(self._step_number(Step(address, active, taken, space, count)))
+
+    def _step_number(self, step: Step) -> int:
+        return self.steps.setdefault(step, len(self.steps))
 
     def release(self, name: str) -> None:
         """Lets lanes go on that wait at a barrier of convergence, where all that still run have come."""

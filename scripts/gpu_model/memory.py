@@ -14,7 +14,6 @@ SHARED_WINDOW = 0x7F00  # upper half of a generic address of shared memory
 RANK = 24  # bit of a shared address at which the block's rank in its cluster begins
 SPACES = {"LDS": "shared", "STS": "shared", "LD": "generic", "ST": "generic", "LDG": "global", "STG": "global",
           "LDL": "local", "STL": "local"}  # fmt: skip
-LOCAL = 1 << 14  # bytes of a lane
 ORIGIN, END = 1 << 16, 1 << 47  # of the addresses that a process may have
 
 
@@ -25,19 +24,20 @@ class _Everything:
 
 
 class Memory:
-    """For `blocks` blocks of `threads` threads, which have `size` bytes of shared memory each."""
+    """For `blocks` blocks of `threads` threads: `size` bytes of shared memory for a block, `stack` bytes for a lane."""
 
-    def __init__(self, blocks: int, threads: int, size: int, cluster: int) -> None:
-        self.size, self.stride = size, -(-size // 16) * 16
+    def __init__(self, blocks: int, threads: int, size: int, stack: int, cluster: int) -> None:
+        self.size, self.stride, self.stack = size, -(-size // 16) * 16, stack
         shared = np.empty(blocks * self.stride, np.uint8)
-        local = np.empty(blocks * threads * LOCAL, np.uint8)
+        local = np.empty(blocks * threads * stack, np.uint8)
         everything = np.asarray(_Everything())
-        arrays = {"shared": shared, "local": local, "global": everything}
+        arrays = {"shared": shared, "cluster": shared, "local": local, "global": everything}
         kinds = {1: np.uint8, 2: np.uint16, 4: np.uint32}
         self.views = {(name, n): array.view(kind) for name, array in arrays.items() for n, kind in kinds.items()}
         lanes = np.arange(blocks * threads)
-        self.local_base = lanes * LOCAL
-        self.first_block = lanes // threads // cluster * cluster  # of the lane's cluster
+        self.local_base = lanes * stack
+        self.rank = lanes // threads % cluster  # of the lane's block in its cluster,
+        self.first_block = lanes // threads - self.rank  # and that cluster's first block
         self.cluster = cluster
         self.waves: dict[tuple, list[int]] = {}
         self._know_process()
@@ -71,8 +71,9 @@ class Memory:
             rank = (asked & 0xFFFFFFFF) >> RANK
             bad = (within < RESERVED) | (within + size > self.size) | (rank >= self.cluster)
             at = (self.first_block[mask] + rank) * self.stride + within
+            space = "shared" if (rank == self.rank[mask]).all() else "cluster"
         else:
-            bad = (asked < 0) | (asked + size > LOCAL)
+            bad = (asked < 0) | (asked + size > self.stack)
             at = self.local_base[mask] + asked
         if bad.any():
             raise self._wrong(o, f"of the {space} memory that is not there", asked[bad])
@@ -89,8 +90,8 @@ class Memory:
             return found
         words, none = max(1, size // 4), np.int64(-1)
         first = np.full(len(mask), none)
-        first[mask] = at >> 2 if space == "shared" else at >> 7
-        if space == "shared":
+        first[mask] = at >> 7 if space == "global" else at >> 2
+        if space != "global":
             rows = (first[:, None] + np.arange(words)).reshape(-1, 32)
             rows[np.repeat(first < 0, words).reshape(-1, 32)] = none
         else:
@@ -98,13 +99,13 @@ class Memory:
         rows = np.sort(rows, axis=1)
         new = rows >= 0
         new[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-        if space == "shared":
+        if space != "global":
             banks = np.arange(len(rows))[:, None] * 32 + (rows & 31)
             counts = np.bincount(banks[new], minlength=32 * len(rows)).reshape(len(rows), 32).max(1)
             counts = counts.reshape(-1, words).sum(1)
         else:
             counts = new.sum(1)
-        if space == "shared":  # device memory's addresses hardly come again
+        if space != "global":  # device memory's addresses hardly come again
             self.waves[key] = counts.tolist()
         return counts.tolist()
 

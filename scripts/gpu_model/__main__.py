@@ -1,0 +1,100 @@
+"""What the CUDA kernels take on an H200, by a model of their machine code: no GPU is needed.
+
+python scripts/gpu_model lrua_scan [--backward] [--profile] ...   one op
+python scripts/gpu_model --write docs/cuda.md                     the table in the file, between its two marks
+python scripts/gpu_model --check docs/cuda.md                     fails where a kernel is slower than the table says
+
+The op runs on CPU tensors; each kernel that it launches is compiled by nvcc and interpreted, and what comes out is compared with
+the reference. docs/cuda.md says what the model has and what it leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from machine_code import find_nvdisasm  # noqa: E402
+from measure import ARCHITECTURE, Model, Timed, WrongNumbers  # noqa: E402
+from native import CannotBuild, Nvcc  # noqa: E402
+from operands import Unsupported  # noqa: E402
+from report import figures, profile  # noqa: E402
+
+
+def workloads() -> dict:
+    """What makes the inputs of an op, as benchmarks/kernel_times.py has it."""
+    import kernel_times as make
+
+    return {
+        "lrua_scan": make.lrua,
+        "ntm_scan": make.ntm,
+        "dnc_scan": make.dnc,
+        "cell": make.cell,
+        "ntm_cell": lambda B, T=50: make.cell(B, T, addressing="ntm"),
+        "dnc_cell": lambda B, T=50: make.cell(B, T, addressing="dnc"),
+        "content_read": make.content,
+        "least_used": lambda B, N=128: make.least(B, N),
+    }
+
+
+def measured(model: Model, op: str, backward: bool, samples: int = 1, **sizes) -> tuple[list[Timed], int]:
+    """Its launches, and the steps of its sequence; sizes by the names that the maker of its inputs has."""
+    make = workloads()[op]
+    known = inspect.signature(make).parameters
+    if unknown := sorted(set(sizes) - set(known)):
+        raise ValueError(f"{op} has no {', '.join(unknown)}")
+    torch.manual_seed(0)
+    steps = sizes.get("T", known["T"].default) if "T" in known else 1
+    return model.run(make(samples, **sizes), backward), steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python scripts/gpu_model"
+    )
+    parser.add_argument("op", nargs="?")
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where the cycles go: reasons, functions, lines")
+    parser.add_argument("--steps", dest="T", type=int, help="of the sequence (50)")
+    parser.add_argument("--slots", dest="N", type=int)
+    parser.add_argument("--slot-size", dest="D", type=int)
+    parser.add_argument("--heads", dest="R", type=int)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), help="of the inputs, where the op has a choice")
+    parser.add_argument("--blocks-per-processor", type=int, default=1, metavar="N")
+    parser.add_argument("--scale", type=float, default=1.0, help="all latencies times this")
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--check", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if (args.op is None) == (args.write is None and args.check is None):
+        parser.error("an op, --write or --check")
+    try:
+        Nvcc([ARCHITECTURE]), find_nvdisasm()
+    except CannotBuild as problem:
+        print(f"gpu_model: SKIPPED, {problem}")
+        return 0
+    try:
+        model = Model(args.blocks_per_processor, args.scale)
+        if args.op is None:
+            from table import check, write
+
+            return write(model, measured, args.write) if args.write else check(model, measured, args.check)
+        if args.op not in workloads():
+            parser.error(f"no op {args.op}: there are {', '.join(workloads())}")
+        sizes = {name: getattr(args, name) for name in ("T", "N", "D", "R", "dtype") if getattr(args, name) is not None}
+        launches, steps = measured(model, args.op, args.backward, args.blocks_per_processor, **sizes)
+    except (CannotBuild, Unsupported, WrongNumbers, ValueError) as problem:
+        print(f"gpu_model: {problem}", file=sys.stderr)
+        return 1
+    for timed in launches:
+        print(figures(timed, steps))
+        if args.profile:
+            print(profile(timed, steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""An op of mann_fast on the model: what its kernels compute beside the reference, and what their launches take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from capture import Launch, Recorder
+from clock import LATENCIES, Clock, Record
+from machine import Machine
+from machine_code import Code, Kernel
+from native import ROOT
+from torch import Tensor
+
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+ARCHITECTURE = "90"  # whose latencies the clock has
+CLOCK = 1.98  # GHz of an H200
+WIDEST = 4096  # lanes that are interpreted at once
+WORST = 1e-3  # of the greatest number: how far a kernel in float32 may be off the reference
+
+
+class WrongNumbers(Exception):
+    """The kernels' numbers are not the reference's."""
+
+
+
+class Timed(NamedTuple):
+    """A launch, and what the clock says of its first blocks."""
+
+    launch: Launch
+    kernel: Kernel
+    record: Record
+
+
+class Model:
+    """Serves CPU tensors with backend "cuda": every launch is interpreted, and noted in `launches`."""
+
+    def __init__(self, per_processor: int = 1, scale: float = 1.0) -> None:
+        self.per_processor = per_processor
+        self.latencies = {name: round(scale * cycles) for name, cycles in LATENCIES.items()}
+        self.codes: dict[str, Code] = {}
+        self.launches: list[Timed] = []
+        self.timing = True
+        self.recorder = Recorder()
+        self.recorder.load(self._launched)
+
+    def code(self, unit: str) -> Code:
+        if unit not in self.codes:
+            self.codes[unit] = Code(f"csrc/cuda/{unit}.cu", ARCHITECTURE)
+        return self.codes[unit]
+
+    def _launched(self, launch: Launch) -> None:
+        kernel = self.code(launch.unit).kernel(launch.kernel)
+        timed = min(launch.blocks, launch.cluster * self.per_processor)
+        at_once = min(launch.blocks, max(timed, WIDEST // launch.threads // launch.cluster * launch.cluster))
+        first = None
+        for block in range(0, launch.blocks, at_once):
+            machine = Machine(kernel, launch, min(at_once, launch.blocks - block))
+            machine.run(block)
+            first = first or machine
+        if self.timing:
+            warps = launch.threads // 32
+            blocks = [first.traces[b * warps : (b + 1) * warps] for b in range(timed)]
+            clock = Clock(kernel, list(first.steps), blocks, launch.cluster, self.latencies)
+            self.launches.append(Timed(launch, kernel, clock.run()))
+
+    def run(self, call: Callable[[], Tensor], backward: bool) -> list[Timed]:
+        """The launches of an op forward, or of its backward. Raises WrongNumbers where they compute something else than the
+        reference does."""
+        from mann_fast import backend
+
+        self.launches, self.timing = [], not backward
+        try:
+            with torch.set_grad_enabled(backward):
+                with backend("cuda"):
+                    output = call()
+                with backend("reference"):
+                    expected = call()
+            compare("the output", output, expected)
+            if backward:
+                self.timing = True
+                leaves = leaves_of(output)
+                grad = torch.randn_like(output)
+                for x, y in zip(*(torch.autograd.grad(o, leaves, grad) for o in (output, expected)), strict=True):
+                    compare(f"a gradient of {tuple(x.shape)}", x, y)
+        except RuntimeError as problem:
+            raise self.recorder.failure or problem from None
+        return self.launches
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """What an output has been computed from and wants a gradient."""
+    seen, todo, found = set(), [output.grad_fn], []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+
+def compare(what: str, found: Tensor, expected: Tensor) -> None:
+    found, expected = found.detach().double(), expected.detach().double()
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= WORST:
+        raise WrongNumbers(f"{what} is off by {error:.1e} of its greatest number")
