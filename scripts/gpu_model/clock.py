@@ -69,6 +69,7 @@ PIPES = {
     ("float64", 2): "DADD DMUL DFMA DSETP",
 }
 PIPE_OF = {base: pipe for pipe, bases in PIPES.items() for base in bases.split()}
+SECTORS = 2  # of 32 bytes that the second-level cache and a multiprocessor exchange in a cycle
 BARRIERS = {"BAR": "barrier", "UCGABAR_WAIT": "cluster barrier"}
 
 
@@ -83,7 +84,8 @@ class Cost(NamedTuple):
     sets: int
     reads: int
     waits: tuple[int, ...]
-    waves: int  # for which the memory pipe of the multiprocessor is kept
+    waves: int  # cycles for which the memory pipe of the multiprocessor is kept,
+    sectors: int  # and what it exchanges with the second-level cache
     conflicts: int  # of these, beyond what the same bytes take without bank conflicts
     latency: int
     read: int
@@ -111,6 +113,8 @@ def cost_of(kernel: Kernel, step, latencies: dict[str, int]) -> Cost:
         kind = "generic shared load"
     if kind.endswith("load") and step.space == "cluster":
         kind = "cluster load"
+    waves = -(-step.waves // 4) if step.space == "global" else step.waves  # four sectors are a line
+    waves = max(1, waves) if memory and step.active else 0
     fewest = 4 if "128" in ins.modifiers else 2 if "64" in ins.modifiers else 1
     pipe = PIPE_OF.get(ins.base)
     if ins.base == "IMAD" and "MOV" in ins.modifiers:
@@ -126,7 +130,8 @@ def cost_of(kernel: Kernel, step, latencies: dict[str, int]) -> Cost:
         ins.sets,
         ins.reads,
         tuple(i for i in range(6) if ins.waits >> i & 1),
-        max(1, step.waves) if memory and step.active else 0,
+        waves,
+        step.waves if step.space == "global" else 0,
         max(0, step.waves - fewest) if step.space in ("shared", "cluster") else 0,
         latencies[kind] if step.active else latencies["off"],
         latencies["read by memory" if memory else "read"],
@@ -154,7 +159,7 @@ class Clock:
         self.warps_of = [[g for g in range(count) if self.scheduler_of[g] == q] for q in range(schedulers)]
         self.issue_free = [0] * schedulers
         self.pipe_free: list[dict[str, int]] = [{} for _ in range(schedulers)]
-        self.memory_free = [0] * cluster
+        self.memory_free, self.cache_free = [0] * cluster, [0.0] * cluster
         self.last, self.ready, self.start = [0] * count, [0] * count, [0] * count
         self.ready_why = ["fixed latency"] * count
         self.free = [[0] * 6 for _ in range(count)]
@@ -230,6 +235,9 @@ class Clock:
             self.memory_free[processor] = begin + cost.waves
             record.conflicts[cost.address] += cost.conflicts
             begin += cost.waves - 1
+            if cost.sectors:
+                begin = max(begin, self.cache_free[processor])
+                self.cache_free[processor] = begin = begin + cost.sectors / SECTORS
         for which, done, why in ((cost.sets, begin + cost.latency, cost.kind), (cost.reads, t + cost.read, "read")):
             if which < 6 and done > self.free[g][which]:
                 self.free[g][which], self.free_why[g][which] = done, why

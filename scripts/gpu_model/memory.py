@@ -83,31 +83,27 @@ class Memory:
         return o.unsupported(f"a place {why}, 0x{int(addresses[0]):x}")
 
     def wavefronts(self, space: str, at: np.ndarray, mask: np.ndarray, size: int) -> list[int]:
-        """Of each warp: cycles for which an access keeps the memory pipe. Shared: of all that lanes ask for together (half a
-        warp with 8 bytes each, a quarter with 16), the most different words of one bank. Global: lines of 128 bytes."""
-        key = (space, at.tobytes(), mask.tobytes(), size)
-        if (found := self.waves.get(key)) is not None:
+        """Of each warp: sectors of 32 bytes that an access of device memory touches. Of shared memory, for how many cycles it
+        keeps it: of all that lanes ask for together (half a warp with 8 bytes each, a quarter with 16), the most different
+        words of one bank."""
+        key = (at.tobytes(), mask.tobytes(), size)
+        if space != "global" and (found := self.waves.get(key)) is not None:
             return found
-        words, none = max(1, size // 4), np.int64(-1)
-        first = np.full(len(mask), none)
-        first[mask] = at >> 7 if space == "global" else at >> 2
+        words = max(1, size // 4)
+        first = np.full(len(mask), -1)
+        first[mask] = at >> (5 if space == "global" else 2)
+        rows = first.reshape(-1, 32)
         if space != "global":
-            rows = (first[:, None] + np.arange(words)).reshape(-1, 32)
-            rows[np.repeat(first < 0, words).reshape(-1, 32)] = none
-        else:
-            rows = first.reshape(-1, 32)
+            rows = np.where(first < 0, -1, first + np.arange(words)[:, None]).T.reshape(-1, 32)
         rows = np.sort(rows, axis=1)
         new = rows >= 0
         new[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-        if space != "global":
-            banks = np.arange(len(rows))[:, None] * 32 + (rows & 31)
-            counts = np.bincount(banks[new], minlength=32 * len(rows)).reshape(len(rows), 32).max(1)
-            counts = counts.reshape(-1, words).sum(1)
-        else:
-            counts = new.sum(1)
-        if space != "global":  # device memory's addresses hardly come again
-            self.waves[key] = counts.tolist()
-        return counts.tolist()
+        if space == "global":  # addresses that hardly come again
+            return new.sum(1).tolist()
+        banks = np.arange(len(rows))[:, None] * 32 + (rows & 31)
+        counts = np.bincount(banks[new], minlength=32 * len(rows)).reshape(len(rows), 32).max(1)
+        found = self.waves[key] = counts.reshape(-1, words).sum(1).tolist()
+        return found
 
 
 def address_of(o: Operands, text: str) -> Callable[[], np.ndarray]:
