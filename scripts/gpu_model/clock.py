@@ -73,6 +73,13 @@ SECTORS = 2  # of 32 bytes that the second-level cache and a multiprocessor exch
 BARRIERS = {"BAR": "barrier", "UCGABAR_WAIT": "cluster barrier"}
 
 
+def room(registers: int, threads: int, shared: int) -> int:
+    """How many such blocks a multiprocessor takes: a warp's registers are given by 256, of a quarter of 65,536 for each
+    scheduler, and a block takes a kilobyte of shared memory beside what it asked for."""
+    warps = 65536 // SCHEDULERS // (-(-registers * 32 // 256) * 256) * SCHEDULERS
+    return min(warps // (threads // 32), 228 * 1024 // (shared + 1024), 2048 // threads)
+
+
 class Cost(NamedTuple):
     """What the clock must know of a step, worked out once."""
 

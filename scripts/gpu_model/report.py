@@ -7,7 +7,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from clock import BARRIERS
+from clock import BARRIERS, room
 from measure import CLOCK, Timed
 from native import ROOT
 
@@ -29,9 +29,10 @@ def figures(timed: Timed, steps: int) -> str:
         ("memory pipe, for bank conflicts", f"{sum(record.conflicts.values()) / steps:,.0f}", "cycles"),
         ("registers", f"{kernel.registers}", f"{kernel.stack} bytes of stack"),
         ("shared memory", f"{shared:,}", "bytes"),
+        ("blocks that a multiprocessor has room for", f"{room(kernel.registers, launch.threads, shared)}", ""),
     ]
     head = f"{launch.kernel}, {launch.blocks} blocks{clusters}; for one of {steps} steps:"
-    return "\n".join([head, *(f"  {name:40}{value:>10}  {more}" for name, value, more in rows)])
+    return "\n".join([head, *(f"  {name:42}{value:>10}  {more}" for name, value, more in rows)])
 
 
 def profile(timed: Timed, steps: int) -> str:
