@@ -4,8 +4,8 @@ python scripts/gpu_model lrua_scan [--backward] [--profile] ...   one op
 python scripts/gpu_model --write docs/cuda.md                     the table in the file, between its two marks
 python scripts/gpu_model --check docs/cuda.md                     fails where a kernel is slower than the table says
 
-The op runs on CPU tensors; each kernel that it launches is compiled by nvcc and interpreted, and what comes out is compared with
-the reference. docs/cuda.md says what the model has and what it leaves out.
+The op runs on CPU tensors. Each kernel that it launches is compiled by nvcc and interpreted, and what comes out is compared
+with the reference. docs/cuda.md says what the model has and what it leaves out.
 """
 
 from __future__ import annotations
@@ -54,16 +54,22 @@ def measured(model: Model, op: str, backward: bool, samples: int = 1, **sizes) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python scripts/gpu_model"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python scripts/gpu_model",
     )
     parser.add_argument("op", nargs="?")
     parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="where the cycles go: reasons, functions, lines")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the cycles go: reasons, functions, lines"
+    )
     parser.add_argument("--steps", dest="T", type=int, help="of the sequence (50)")
     parser.add_argument("--slots", dest="N", type=int)
     parser.add_argument("--slot-size", dest="D", type=int)
     parser.add_argument("--heads", dest="R", type=int)
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), help="of the inputs, where the op has a choice")
+    parser.add_argument(
+        "--dtype", type=lambda name: getattr(torch, name), help="of the inputs, where the op has a choice"
+    )
     parser.add_argument("--blocks-per-processor", type=int, default=1, metavar="N")
     parser.add_argument("--scale", type=float, default=1.0, help="all latencies times this")
     parser.add_argument("--write", type=Path, metavar="FILE")
@@ -84,7 +90,11 @@ def main() -> int:
             return write(model, measured, args.write) if args.write else check(model, measured, args.check)
         if args.op not in workloads():
             parser.error(f"no op {args.op}: there are {', '.join(workloads())}")
-        sizes = {name: getattr(args, name) for name in ("T", "N", "D", "R", "dtype") if getattr(args, name) is not None}
+        sizes = {
+            name: getattr(args, name)
+            for name in ("T", "N", "D", "R", "dtype")
+            if getattr(args, name) is not None
+        }
         launches, steps = measured(model, args.op, args.backward, args.blocks_per_processor, **sizes)
     except (CannotBuild, Unsupported, WrongNumbers, ValueError) as problem:
         print(f"gpu_model: {problem}", file=sys.stderr)

@@ -22,40 +22,6 @@ def means(*names: str):
     return add
 
 
-# ---- what expressions call -------------------------------------------------------------------------------------------
-
-
-def wide(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
-
-
-def rounded(exact: np.ndarray, how: str) -> np.ndarray:
-    """Floats of these, rounded down, up or toward zero."""
-    near = exact.astype(np.float32)
-    down = (near > exact) & ((how == "RM") | (exact > 0))
-    up = (near < exact) & ((how == "RP") | (exact < 0))
-    if how != "RP":
-        near = np.where(down, np.nextafter(near, np.float32(-np.inf)), near)
-    if how != "RM":
-        near = np.where(up, np.nextafter(near, np.float32(np.inf)), near)
-    return near
-
-
-def saturated(x: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(x), 0, np.clip(x, 0, 1))
-
-
-def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a b + c of doubles, rounded once but for the last bit."""
-    product = a * b
-    ah, bh = (x * 134217729.0 - (x * 134217729.0 - x) for x in (a, b))
-    rest = ((ah * bh - product) + ah * (b - bh) + (a - ah) * bh) + (a - ah) * (b - bh)
-    total = product + c
-    by = total - product
-    rest = rest + ((product - (total - by)) + (c - by))
-    return np.where(np.isfinite(rest), total + rest, product + c)
-
-
 def logic(table: int, a: str, b: str, c: str) -> str:
     """The bitwise function of three that a table of eight bits says."""
     known = {0xC0: f"{a} & {b}", 0xFC: f"{a} | {b}", 0x3C: f"{a} ^ {b}", 0x30: f"{a} & ~{b}", 0x33: f"~{b}",
@@ -68,66 +34,6 @@ def logic(table: int, a: str, b: str, c: str) -> str:
     ]
     return f"({known.get(table) or ' | '.join(terms)})"
 
-
-def divides_simply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether a quotient of floats and its parts keep away from the ends of the range."""
-    (_, up), (_, down) = np.frexp(a), np.frexp(b)
-    simple = np.isfinite(a) & np.isfinite(b) & (b != 0) & (abs(down) < 126) & (abs(up - down) < 126)
-    return simple & ((up > -100) | (a == 0))
-
-
-def to_integer(x: np.ndarray, step: Callable, bits: int, signed: bool) -> np.ndarray:
-    whole = step(x.astype(np.longdouble))
-    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    whole = np.clip(np.where(np.isnan(whole), 0, whole), least, most)
-    return whole.astype(np.int64).view(np.uint64) if signed else whole.astype(np.uint64)
-
-
-def half(word: np.ndarray, upper: int) -> np.ndarray:
-    return (word >> np.uint32(16 * upper)).astype(np.uint16).view(np.float16).astype(np.float32)
-
-
-def bits_of_half(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).view(np.uint16).astype(np.uint32)
-
-
-def bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    near = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint32(0x7FFF), near)
-
-
-def permuted(a: np.ndarray, selector: np.ndarray, b: np.ndarray) -> np.ndarray:
-    both, result = wide(a, b), np.zeros(len(a), np.uint64)
-    for i in range(4):
-        which = selector.astype(np.uint64) >> np.uint64(4 * i)
-        byte = both >> (which & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
-        sign = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
-        result |= np.where(which & np.uint64(8), sign, byte) << np.uint64(8 * i)
-    return result
-
-
-def shifted(value: np.ndarray, by: np.ndarray, left: bool, bits: int, wraps: bool, upper: bool) -> np.ndarray:
-    """A shift of 64 bits; their lower or upper half counts. As far as `bits` says, or further by as much as is over."""
-    most = np.uint64(bits)
-    by = by.astype(np.uint64)
-    by = by & np.uint64(63 if bits == 63 else 31) if wraps else np.minimum(by, most)
-    value = value << by if left else value >> by.astype(value.dtype)
-    return value >> value.dtype.type(32) if upper else value
-
-
-def bit_length(x: np.ndarray) -> np.ndarray:
-    return np.frexp(x.astype(np.float64))[1].astype(np.uint32)
-
-
-def count_bits(x: np.ndarray) -> np.ndarray:
-    return np.unpackbits(np.ascontiguousarray(x).view(np.uint8).reshape(-1, 4), axis=1).sum(1)
-
-
-CALLED = {f.__name__: f for f in (wide, rounded, saturated, fused, divides_simply, to_integer, half, bits_of_half,
-                                  bits_of_bfloat16, permuted, shifted, bit_length, count_bits)}  # fmt: skip
-CALLED |= {"copyto": np.copyto, "where": np.where, "np": np, "u32": np.uint32, "u64": np.uint64, "i64": np.int64,
-           "f32": np.float32, "f64": np.float64, "isnan": np.isnan}  # fmt: skip
 
 # ---- integers --------------------------------------------------------------------------------------------------------
 
@@ -293,7 +199,9 @@ def first_bit(o: Operands) -> str:
 @means("BREV", "UBREV")
 def reverse(o: Operands) -> str:
     o.allow()
-    return o.write(o.texts[0], f"sum(({o.u(o.texts[1])} >> u32(i) & u32(1)) << u32(31 - i) for i in range(32))")
+    return o.write(
+        o.texts[0], f"sum(({o.u(o.texts[1])} >> u32(i) & u32(1)) << u32(31 - i) for i in range(32))"
+    )
 
 
 @means("P2R")
@@ -386,7 +294,9 @@ def float_arithmetic(o: Operands) -> str:
     how = o.allow("FTZ", "SAT", "RM", "RP", "RZ", "RN")
     terms = [o.f(text) for text in o.texts[1:]]
     way = next((name for name in ("RM", "RP", "RZ") if name in how), None)
-    if o.ins.base == "FFMA" or way:  # a product of two floats is exact as a double; their sum is rounded twice
+    if (
+        o.ins.base == "FFMA" or way
+    ):  # a product of two floats is exact as a double; their sum is rounded twice
         terms[0] += ".astype(f64)"
     value = f"{terms[0]} {'+' if o.ins.base == 'FADD' else '*'} {terms[1]}"
     value += f" + {terms[2]}" if o.ins.base == "FFMA" else ""
@@ -406,7 +316,9 @@ def extreme_float(o: Operands) -> str:
     how = o.allow("FTZ", "NAN")
     to, a, b, least = o.texts
     low, high = ("minimum", "maximum") if "NAN" in how else ("fmin", "fmax")
-    return o.write(to, f"where({o.p(least)}, np.{low}({o.f(a)}, {o.f(b)}), np.{high}({o.f(a)}, {o.f(b)}))", "F")
+    return o.write(
+        to, f"where({o.p(least)}, np.{low}({o.f(a)}, {o.f(b)}), np.{high}({o.f(a)}, {o.f(b)}))", "F"
+    )
 
 
 SPECIAL = {"RCP": "f32(1) / {}", "RSQ": "f32(1) / np.sqrt({})", "SQRT": "np.sqrt({})", "EX2": "np.exp2({})",
@@ -475,10 +387,16 @@ def round_to_whole(o: Operands) -> str:
 
 @means("F2F")
 def float_to_float(o: Operands) -> str:
-    o.allow("F32", "F64", "FTZ")
-    if o.ins.modifiers[0] == "F64":
-        return o.write_pair(o.texts[0], f"{o.f(o.texts[1])}.astype(f64)")
-    return o.write(o.texts[0], o.d(o.texts[1]), "F")
+    o.allow("F16", "BF16", "F32", "F64", "FTZ")
+    to, of = [name for name in o.ins.modifiers if name != "FTZ"]
+    if of == "F64" and to == "F32":
+        return o.write(o.texts[0], o.d(o.texts[1]), "F")
+    if of != "F32":
+        raise o.unsupported(f"{of} to {to}")
+    value = o.f(o.texts[1])
+    if to == "F64":
+        return o.write_pair(o.texts[0], f"{value}.astype(f64)")
+    return o.write(o.texts[0], f"{'bits_of_half' if to == 'F16' else 'bits_of_bfloat16'}({value})")
 
 
 @means("F2FP")
@@ -499,11 +417,9 @@ def half_to_float(o: Operands) -> str:
 @means("HFMA2")
 def half_constant(o: Operands) -> str:
     """Only as the compiler writes a constant: two halves added to nothing."""
-    o.allow("MMA", "BF16_V2", "BF16", "V2")
+    o.allow("MMA")
     to, a, b, *halves = o.texts
-    if register(a.lstrip("-")) != RZ or register(b) != RZ or "MMA" not in o.ins.modifiers + ["MMA"]:
+    if register(a.lstrip("-")) != RZ or register(b) != RZ:
         raise o.unsupported("arithmetic of halves")
-    if any("BF16" in name for name in o.ins.modifiers):
-        raise o.unsupported("a constant of bfloat16")
     upper, lower = (int(np.float16(number(text)).view(np.uint16)) for text in halves)
     return o.write(to, o.fixed(upper << 16 | lower, np.uint32))

@@ -1,7 +1,7 @@
 """The project's own ops on CPU tensors, with every launch of a kernel handed to Python: no code per op.
 
-The bindings and the host's part of csrc/cuda are compiled with emulation.h of this folder in the place of CUDA. What they
-launch is known by the name of its kernel, the shape of the launch and the bytes of the parameters; pointers are the tensors' own.
+The bindings and the host part of csrc/cuda are compiled with emulation.h of this folder in the place of CUDA. What they
+launch is known by the name of its kernel, its shape and the bytes of its parameters; pointers are the tensors' own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How long warps take for what they went through, by a model of a multiprocessor of sm_90.
 
-An instruction says how many cycles its warp waits before the next, and which scoreboards guard a result of unknown latency: so has
-the compiler counted. Four schedulers issue an instruction a cycle each, of the warp that could first. Added to that are latencies,
-pipes that take longer than a cycle, one memory pipe a multiprocessor, and barriers.
+An instruction says how many cycles its warp waits before the next, and which scoreboards guard a result of unknown latency: so
+has the compiler counted. Four schedulers issue an instruction a cycle each, of the warp that could first. Added to that are
+latencies, pipes that take longer than a cycle, one memory pipe a multiprocessor, and barriers.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ CLASS_OF = {base: name for name, bases in CLASSES.items() for base in bases.spli
 PIPES = {
     ("fma", 1): "FFMA FADD FMUL",
     ("fma", 2): "IMAD HFMA2 HADD2",
-    ("alu", 2): "FSETP FSET ISETP LOP3 IADD3 SEL FSEL LEA SHF PRMT VIADD IABS VIMNMX IMNMX VIADDMNMX FMNMX PLOP3 MOV P2R R2P "
+    (
+        "alu",
+        2,
+    ): "FSETP FSET ISETP LOP3 IADD3 SEL FSEL LEA SHF PRMT VIADD IABS VIMNMX IMNMX VIADDMNMX FMNMX PLOP3 MOV P2R R2P "
     "I2FP FCHK F2FP",
     ("special", 8): "MUFU",
     ("special", 2): "I2F F2I F2F FRND POPC FLO",
@@ -159,7 +162,8 @@ class Clock:
         self.record.warps = count
         # Blocks take the multiprocessors in turn, and the warps of one its schedulers.
         self.scheduler_of = [
-            self.block_of[g] % cluster * SCHEDULERS + (self.block_of[g] // cluster * per_block + g % per_block) % SCHEDULERS
+            self.block_of[g] % cluster * SCHEDULERS
+            + (self.block_of[g] // cluster * per_block + g % per_block) % SCHEDULERS
             for g in range(count)
         ]
         schedulers = cluster * SCHEDULERS
@@ -245,7 +249,10 @@ class Clock:
             if cost.sectors:
                 begin = max(begin, self.cache_free[processor])
                 self.cache_free[processor] = begin = begin + cost.sectors / SECTORS
-        for which, done, why in ((cost.sets, begin + cost.latency, cost.kind), (cost.reads, t + cost.read, "read")):
+        for which, done, why in (
+            (cost.sets, begin + cost.latency, cost.kind),
+            (cost.reads, t + cost.read, "read"),
+        ):
             if which < 6 and done > self.free[g][which]:
                 self.free[g][which], self.free_why[g][which] = done, why
         if cost.barrier:

@@ -1,6 +1,7 @@
 """Where warps go: jumps, calls, barriers of convergence and of blocks.
 
-Each is a function of the lanes that stand at the instruction and of those that take part; it moves them on and tells which jumped.
+Each is a function of the lanes that stand at the instruction and of those that take part. It moves them on and tells which
+jumped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from operands import Operands, predicate
+from operands import Operands
 
 CONTROLS: dict[str, Callable] = {}
 LANE_BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
@@ -89,7 +90,11 @@ def end(machine, o: Operands):
     def run(group, mask):
         machine.gone = machine.gone | mask
         stay(machine, group, mask, o.ins.address)
-        for name in [name for name, lanes in machine.waiting.items() if name not in ("block", "cluster") and lanes.any()]:
+        for name in [
+            name
+            for name, lanes in machine.waiting.items()
+            if name not in ("block", "cluster") and lanes.any()
+        ]:
             machine.release(name)
         return None
 
@@ -190,7 +195,3 @@ def barrier(machine, o: Operands):
         return None
 
     return run
-
-
-def is_predicate(text: str) -> bool:
-    return predicate(text) is not None

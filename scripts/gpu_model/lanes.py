@@ -19,7 +19,9 @@ def across(*names: str):
     return add
 
 
-@across("NOP", "YIELD", "ERRBAR", "CGAERRBAR", "CCTL", "MEMBAR", "FENCE", "UCGABAR_ARV", "DEPBAR", "ENDCOLLECTIVE")
+@across(
+    "NOP", "YIELD", "ERRBAR", "CGAERRBAR", "CCTL", "MEMBAR", "FENCE", "UCGABAR_ARV", "DEPBAR", "ENDCOLLECTIVE"
+)
 def nothing(machine, o: Operands):
     """Warps go through their instructions in order, and all that they store is seen at once."""
     return lambda mask: None
@@ -28,7 +30,11 @@ def nothing(machine, o: Operands):
 @across("S2R", "S2UR", "CS2R")
 def special_register(machine, o: Operands):
     lanes = np.arange(machine.lanes)
-    block, thread, cluster = lanes // machine.launch.threads, lanes % machine.launch.threads, machine.launch.cluster
+    block, thread, cluster = (
+        lanes // machine.launch.threads,
+        lanes % machine.launch.threads,
+        machine.launch.cluster,
+    )
     known = {
         "SR_TID.X": lambda: thread,
         "SR_TID.Y": lambda: thread * 0,
@@ -116,7 +122,9 @@ def shuffle(machine, o: Operands):
     (way,) = o.allow("BFLY", "IDX", "UP", "DOWN")
     there, to, of, by_text, range_text = o.texts
     get, get_by, get_range = (machine.expression(o.u(text)) for text in (of, by_text, range_text))
-    put = machine.expression(f"({o.write(to, 'value')}, {o.write_predicate(there, 'there')})", "value, there, mask")
+    put = machine.expression(
+        f"({o.write(to, 'value')}, {o.write_predicate(there, 'there')})", "value, there, mask"
+    )
     lane = np.arange(machine.lanes) & 31
     base = np.arange(machine.lanes) - lane
 
@@ -124,7 +132,12 @@ def shuffle(machine, o: Operands):
         by, limits = get_by().astype(np.int64) & 31, get_range().astype(np.int64)
         segment, clamp = limits >> 8 & 31, limits & 31
         last = lane & segment | clamp & ~segment
-        meant = {"BFLY": lane ^ by, "IDX": lane & segment | by & ~segment, "UP": lane - by, "DOWN": lane + by}[way]
+        meant = {
+            "BFLY": lane ^ by,
+            "IDX": lane & segment | by & ~segment,
+            "UP": lane - by,
+            "DOWN": lane + by,
+        }[way]
         there = meant >= last if way == "UP" else meant <= last
         return base + np.where(there, meant, lane), there
 

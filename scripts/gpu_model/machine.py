@@ -11,13 +11,14 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
-from arithmetic import CALLED, MEANINGS
+from arithmetic import MEANINGS
 from capture import Launch
 from flow import CONTROLS
 from lanes import ACROSS
 from machine_code import RESERVED, Instruction, Kernel
 from memory import SPACES, Memory, access, constant_load
 from operands import PT, ROWS, UNIFORM_PREDICATE, Operands, Unsupported, predicate
+from values import CALLED
 
 
 class Step(NamedTuple):
@@ -190,7 +191,9 @@ class Machine:
             return
         jumps = self.rows(jumped) if jumped is not None else [False] * len(here)
         waves = waves or [0] * len(here)
-        for trace, is_here, active, taken, count in zip(self.traces, here, took_part, jumps, waves, strict=True):
+        for trace, is_here, active, taken, count in zip(
+            self.traces, here, took_part, jumps, waves, strict=True
+        ):
             if is_here:
                 trace.append(self._step_number(Step(address, active, taken, space, count)))
 

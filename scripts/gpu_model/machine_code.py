@@ -178,7 +178,12 @@ def parse(listing: str) -> dict[int, Instruction]:
             last = found[address] = instruction(address, match[2] or "", match[3], lines)
         elif (match := UPPER.match(row)) and found:
             bits = int(match[1], 16) >> 41
-            last.stall, last.sets, last.reads, last.waits = bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
+            last.stall, last.sets, last.reads, last.waits = (
+                bits & 15,
+                bits >> 5 & 7,
+                bits >> 8 & 7,
+                bits >> 11 & 63,
+            )
     for ins in found.values():
         if goes := re.search(r"`\(([^)]+)\)", ins.text):
             ins.target = labels.get(goes[1])

@@ -26,7 +26,6 @@ class WrongNumbers(Exception):
     """The kernels' numbers are not the reference's."""
 
 
-
 class Timed(NamedTuple):
     """A launch, and what the clock says of its first blocks."""
 
@@ -84,7 +83,9 @@ class Model:
                 self.timing = True
                 leaves = leaves_of(output)
                 grad = torch.randn_like(output)
-                for x, y in zip(*(torch.autograd.grad(o, leaves, grad) for o in (output, expected)), strict=True):
+                for x, y in zip(
+                    *(torch.autograd.grad(o, leaves, grad) for o in (output, expected)), strict=True
+                ):
                     compare(f"a gradient of {tuple(x.shape)}", x, y)
         except RuntimeError as problem:
             raise self.recorder.failure or problem from None

@@ -33,7 +33,9 @@ class Memory:
         everything = np.asarray(_Everything())
         arrays = {"shared": shared, "cluster": shared, "local": local, "global": everything}
         kinds = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-        self.views = {(name, n): array.view(kind) for name, array in arrays.items() for n, kind in kinds.items()}
+        self.views = {
+            (name, n): array.view(kind) for name, array in arrays.items() for n, kind in kinds.items()
+        }
         lanes = np.arange(blocks * threads)
         self.local_base = lanes * stack
         self.rank = lanes // threads % cluster  # of the lane's block in its cluster,
@@ -135,7 +137,17 @@ MODIFIERS = "E 64 128 U U8 S8 U16 S16 CONSTANT LU EF EL NA STRONG GPU SYS CONSTA
 def access(o: Operands):
     """A function of the lanes that take part, which loads or stores and tells the memory and each warp's wavefronts."""
     how, memory, rows, ins = o.allow(*MODIFIERS), o.machine.memory, o.machine.R, o.ins
-    size = 16 if "128" in how else 8 if "64" in how else 2 if how & {"U16", "S16"} else 1 if how & {"U8", "S8"} else 4
+    size = (
+        16
+        if "128" in how
+        else 8
+        if "64" in how
+        else 2
+        if how & {"U16", "S16"}
+        else 1
+        if how & {"U8", "S8"}
+        else 4
+    )
     loads, declared = ins.base.startswith("LD"), SPACES[ins.base]
     texts = [text for text in o.texts if predicate(text) is None]
     address = address_of(o, texts[1 if loads else 0])
@@ -152,7 +164,9 @@ def access(o: Operands):
                 data[index + j] = rows[row][mask]
             elif first != RZ:
                 found = data[index + j]
-                rows[row][mask] = found if signed is None else found.view(signed).astype(np.int32).view(np.uint32)
+                rows[row][mask] = (
+                    found if signed is None else found.view(signed).astype(np.int32).view(np.uint32)
+                )
         if space == "local":
             return space, [max(1, size // 4)] * (len(mask) // 32)
         return space, memory.wavefronts(space, at, mask, size)

@@ -149,13 +149,11 @@ class Operands:
         return f"(~P{row})" if text.startswith("!") else f"P{row}"
 
     def half(self, text: str) -> str:
-        """A float16 of a register, or a constant, as floats."""
-        match = re.fullmatch(r"([-|]*)(U?R(?:Z|\d+))\.H([01])_H\2?.*", text.replace("|", ""))
-        found = re.fullmatch(r"(-?)(U?R(?:Z|\d+))(?:\.H([01])_H[01])?", text)
-        if found is None or (found[3] is None and register(found[2]) != RZ):
+        """One float16 of a register, as floats."""
+        found = re.fullmatch(r"(-?)(U?R\d+)\.H([01])_H\3", text)
+        if found is None:
             raise self.unsupported(f"the operand {text}")
-        del match
-        return f"{found[1]}half(R{register(found[2])}, {found[3] or 0})"
+        return f"{found[1]}half(R{register(found[2])}, {found[3]})"
 
     def take_predicate(self) -> str | None:
         """The first operand, where it is a predicate that is written."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from clock import BARRIERS, room
@@ -22,14 +22,26 @@ def figures(timed: Timed, steps: int) -> str:
     clusters = f" in clusters of {launch.cluster}" if launch.cluster > 1 else ""
     shared = launch.shared + kernel.static_shared
     rows = [
-        ("cycles", f"{record.cycles / steps:,.0f}", f"{record.cycles / steps / CLOCK / 1000:.2f} us at {CLOCK} GHz"),
+        (
+            "cycles",
+            f"{record.cycles / steps:,.0f}",
+            f"{record.cycles / steps / CLOCK / 1000:.2f} us at {CLOCK} GHz",
+        ),
         ("if instructions had only to be issued", f"{bound:,.0f}", ""),
-        ("instructions of a warp", f"{sum(record.count.values()) * per_warp:,.0f}", f"{launch.threads // 32} warps a block"),
+        (
+            "instructions of a warp",
+            f"{sum(record.count.values()) * per_warp:,.0f}",
+            f"{launch.threads // 32} warps a block",
+        ),
         ("a warp waits at barriers", f"{stopped:,.0f}", "cycles"),
         ("memory pipe, for bank conflicts", f"{sum(record.conflicts.values()) / steps:,.0f}", "cycles"),
         ("registers", f"{kernel.registers}", f"{kernel.stack} bytes of stack"),
         ("shared memory", f"{shared:,}", "bytes"),
-        ("blocks that a multiprocessor has room for", f"{room(kernel.registers, launch.threads, shared)}", ""),
+        (
+            "blocks that a multiprocessor has room for",
+            f"{room(kernel.registers, launch.threads, shared)}",
+            "",
+        ),
     ]
     head = f"{launch.kernel}, {launch.blocks} blocks{clusters}; for one of {steps} steps:"
     return "\n".join([head, *(f"  {name:42}{value:>10}  {more}" for name, value, more in rows)])
@@ -57,7 +69,9 @@ def profile(timed: Timed, steps: int) -> str:
     rows += ["", "by line: cycles, instructions"]
     for place, cycles in lines.most_common(MOST):
         name = f"{Path(place[0]).name}:{place[1]}"
-        rows.append(f"  {cycles * per_warp:8,.0f} {issued[place] * per_warp:6,.1f}  {name:28} {source(place[0], place[1])}")
+        rows.append(
+            f"  {cycles * per_warp:8,.0f} {issued[place] * per_warp:6,.1f}  {name:28} {source(place[0], place[1])}"
+        )
     rows += ["", "bank conflicts: cycles of the memory pipe"]
     for address, cycles in record.conflicts.most_common(5):
         file, line = next(iter(kernel.instructions[address].lines), ("?", 0))
@@ -76,12 +90,14 @@ def source(file: str, line: int) -> str:
     return rows[line - 1].strip()[:90] if 0 < line <= len(rows) else ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def function_of(file: str, line: int) -> str:
     """The function of the GPU that begins last before a line: everything is inlined, and only lines are known."""
     for row in reversed(read(file)[:line]):
         if "__device__" in row or "__global__" in row:
-            names = re.sub(r"__\w+__(\([^)]*\))?|operator(\S+?)\(", r"operator\2(" if "operator" in row else "", row)
+            names = re.sub(
+                r"__\w+__(\([^)]*\))?|operator(\S+?)\(", r"operator\2(" if "operator" in row else "", row
+            )
             if match := re.search(r"(operator\W+|[~\w]+)\(", names):
                 return f"{Path(file).name} {match[1]}"
     return Path(file).name

@@ -28,7 +28,15 @@ CASES = {  # a row, and what measure has for it
     "`content_read` back": ("content_read", True, {}),
     "`least_used`": ("least_used", False, {}),
 }
-HEAD = ["", "cycles", "us", "if nothing had to wait but to be issued", "instructions of a warp", "warps", "registers"]
+HEAD = [
+    "",
+    "cycles",
+    "us",
+    "if nothing had to wait but to be issued",
+    "instructions of a warp",
+    "warps",
+    "registers",
+]
 
 
 def rows(model: Model, measured: Callable) -> Iterator[tuple[str, int, str]]:
@@ -78,15 +86,24 @@ def check(model: Model, measured: Callable, file: Path) -> int:
     made_by = re.search(r"nvcc [\d.]+", table)
     if made_by is None or made_by[0] != compiler():
         there = made_by[0] if made_by else "no compiler"
-        print(f"gpu_model: SKIPPED, the table of {file} is of {there} and this is {compiler()}, which makes other code")
+        print(
+            f"gpu_model: SKIPPED, the table of {file} is of {there} and this is {compiler()}, which makes other code"
+        )
         return 0
-    known = {name: int(cycles.replace(",", "")) for name, cycles in re.findall(r"(?m)^\| (.*?) \| ([\d,]+) \|", table)}
+    known = {
+        name: int(cycles.replace(",", ""))
+        for name, cycles in re.findall(r"(?m)^\| (.*?) \| ([\d,]+) \|", table)
+    }
     slower, faster = [], []
     for name, cycles, _ in rows(model, measured):
         before = known.get(name)
-        print(f"{name}: {cycles:,} cycles a step, {'not in the table' if before is None else f'{before:,} in the table'}")
+        print(
+            f"{name}: {cycles:,} cycles a step, {'not in the table' if before is None else f'{before:,} in the table'}"
+        )
         if before is None or cycles > before * (1 + WORSE):
-            slower.append(f"{name} takes {cycles:,} cycles a step, and {before or 'nothing'} is what {file} says")
+            slower.append(
+                f"{name} takes {cycles:,} cycles a step, and {before or 'nothing'} is what {file} says"
+            )
         elif cycles < before * (1 - WORSE):
             faster.append(name)
     if faster:
