@@ -216,7 +216,7 @@ def test_warps_share_schedulers(model):
 def test_what_is_not_known_is_named(model):
     from operands import Unsupported
 
-    with pytest.raises(Unsupported, match="does not know 'TEX R0, R1' at 0x10"):
+    with pytest.raises(Unsupported, match="cannot go through 'TEX R0, R1' at 0x10"):
         timed([("NOP", 1, 7, ()), ("TEX R0, R1", 1, 7, ())])
     with pytest.raises(Unsupported, match="the modifier QUICK"):
         timed([("IADD3.QUICK R0, R1, R2, RZ", 1, 7, ())])

@@ -38,10 +38,12 @@ def workloads() -> dict:
         "dnc_cell": lambda B, T=50: make.cell(B, T, addressing="dnc"),
         "content_read": make.content,
         "least_used": lambda B, N=128: make.least(B, N),
+        "sparse_scan": make.sparse,
+        "sparse_read": lambda B, N=1024, D=64, R=4: make.sparse_read(B, N, D, R),
     }
 
 
-def measured(model: Model, op: str, backward: bool, samples: int = 1, **sizes) -> tuple[list[Timed], int]:
+def measured(model: Model, op: str, part: str, samples: int = 1, **sizes) -> tuple[list[Timed], int]:
     """Its launches, and the steps of its sequence; sizes by the names that the maker of its inputs has."""
     make = workloads()[op]
     known = inspect.signature(make).parameters
@@ -49,7 +51,7 @@ def measured(model: Model, op: str, backward: bool, samples: int = 1, **sizes) -
         raise ValueError(f"{op} has no {', '.join(unknown)}")
     torch.manual_seed(0)
     steps = sizes.get("T", known["T"].default) if "T" in known else 1
-    return model.run(make(samples, **sizes), backward), steps
+    return model.run(make(samples, **sizes), part), steps
 
 
 def main() -> int:
@@ -59,7 +61,11 @@ def main() -> int:
         prog="python scripts/gpu_model",
     )
     parser.add_argument("op", nargs="?")
-    parser.add_argument("--backward", action="store_true")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--backward", dest="part", action="store_const", const="backward", default="forward")
+    parts.add_argument(
+        "--keep", dest="part", action="store_const", const="keep", help="forward as backward needs it"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="where the cycles go: reasons, functions, lines"
     )
@@ -95,10 +101,11 @@ def main() -> int:
             for name in ("T", "N", "D", "R", "dtype")
             if getattr(args, name) is not None
         }
-        launches, steps = measured(model, args.op, args.backward, args.blocks_per_processor, **sizes)
+        launches, steps = measured(model, args.op, args.part, args.blocks_per_processor, **sizes)
     except (CannotBuild, Unsupported, WrongNumbers, ValueError) as problem:
         print(f"gpu_model: {problem}", file=sys.stderr)
         return 1
+    print(f"the numbers are the reference's but for {model.worst:.1e} of the greatest")
     for timed in launches:
         print(figures(timed, steps))
         if args.profile:

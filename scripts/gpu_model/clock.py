@@ -59,19 +59,20 @@ CLASS_OF = {base: name for name, bases in CLASSES.items() for base in bases.spli
 
 # What each scheduler has one of, and for how many cycles an instruction keeps it: 128 multiply-adds of floats a cycle and
 # multiprocessor, 64 operations of integers, 16 reciprocals, 64 of float64.
-PIPES = {
-    ("fma", 1): "FFMA FADD FMUL",
-    ("fma", 2): "IMAD HFMA2 HADD2",
+PIPES = [
+    ("fma", 1, "FFMA FADD FMUL"),
+    ("fma", 2, "IMAD HFMA2 HADD2"),
     (
         "alu",
         2,
-    ): "FSETP FSET ISETP LOP3 IADD3 SEL FSEL LEA SHF PRMT VIADD IABS VIMNMX IMNMX VIADDMNMX FMNMX PLOP3 MOV P2R R2P "
-    "I2FP FCHK F2FP",
-    ("special", 8): "MUFU",
-    ("special", 2): "I2F F2I F2F FRND POPC FLO",
-    ("float64", 2): "DADD DMUL DFMA DSETP",
-}
-PIPE_OF = {base: pipe for pipe, bases in PIPES.items() for base in bases.split()}
+        "FSETP FSET ISETP LOP3 IADD3 SEL FSEL LEA SHF PRMT VIADD IABS VIMNMX IMNMX VIADDMNMX FMNMX PLOP3 MOV P2R R2P",
+    ),
+    ("alu", 2, "I2FP FCHK F2FP"),
+    ("special", 8, "MUFU"),
+    ("special", 2, "I2F F2I F2F FRND POPC FLO"),
+    ("float64", 2, "DADD DMUL DFMA DSETP"),
+]
+PIPE_OF = {base: (pipe, cycles) for pipe, cycles, bases in PIPES for base in bases.split()}
 SECTORS = 2  # of 32 bytes that the second-level cache and a multiprocessor exchange in a cycle
 BARRIERS = {"BAR": "barrier", "UCGABAR_WAIT": "cluster barrier"}
 

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 ARCHITECTURE = "90"  # whose latencies the clock has
 CLOCK = 1.98  # GHz of an H200
 WIDEST = 4096  # lanes that are interpreted at once
-WORST = 1e-3  # of the greatest number: how far a kernel in float32 may be off the reference
+WORST = 1e-4  # of the greatest number: how far a kernel in float32 may be off the reference
 
 
 class WrongNumbers(Exception):
@@ -42,7 +42,7 @@ class Model:
         self.latencies = {name: round(scale * cycles) for name, cycles in LATENCIES.items()}
         self.codes: dict[str, Code] = {}
         self.launches: list[Timed] = []
-        self.timing = True
+        self.timing, self.worst = True, 0.0  # how far numbers are off, of the greatest
         self.recorder = Recorder()
         self.recorder.load(self._launched)
 
@@ -66,30 +66,38 @@ class Model:
             clock = Clock(kernel, list(first.steps), blocks, launch.cluster, self.latencies)
             self.launches.append(Timed(launch, kernel, clock.run()))
 
-    def run(self, call: Callable[[], Tensor], backward: bool) -> list[Timed]:
-        """The launches of an op forward, or of its backward. Raises WrongNumbers where they compute something else than the
-        reference does."""
+    def run(self, call: Callable[[], Tensor], part: str) -> list[Timed]:
+        """The launches of an op "forward", forward where it keeps what backward needs ("keep"), or "backward". Raises
+        WrongNumbers where they compute something else than the reference does."""
         from mann_fast import backend
 
-        self.launches, self.timing = [], not backward
+        self.launches, self.timing = [], part != "backward"
+        self.worst, self.recorder.failure = 0.0, None
         try:
-            with torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(part != "forward"):
                 with backend("cuda"):
                     output = call()
                 with backend("reference"):
                     expected = call()
-            compare("the output", output, expected)
-            if backward:
+            self._compare("the output", output, expected)
+            if part == "backward":
                 self.timing = True
                 leaves = leaves_of(output)
                 grad = torch.randn_like(output)
-                for x, y in zip(
-                    *(torch.autograd.grad(o, leaves, grad) for o in (output, expected)), strict=True
-                ):
-                    compare(f"a gradient of {tuple(x.shape)}", x, y)
+                both = (torch.autograd.grad(one, leaves, grad) for one in (output, expected))
+                for found, right in zip(*both, strict=True):
+                    self._compare(f"a gradient of {tuple(right.shape)}", found, right)
         except RuntimeError as problem:
             raise self.recorder.failure or problem from None
         return self.launches
+
+    def _compare(self, what: str, found: Tensor, expected: Tensor) -> None:
+        allowed = max(WORST, 2 * torch.finfo(expected.dtype).eps) if expected.is_floating_point() else 0.0
+        found, expected = found.detach().double(), expected.detach().double()
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not error <= allowed:
+            raise WrongNumbers(f"{what} is off by {error:.1e} of its greatest number")
+        self.worst = max(self.worst, error)
 
 
 def leaves_of(output: Tensor) -> list[Tensor]:
@@ -104,11 +112,3 @@ def leaves_of(output: Tensor) -> list[Tensor]:
             found.append(node.variable)
         todo += [before for before, _ in node.next_functions]
     return found
-
-
-def compare(what: str, found: Tensor, expected: Tensor) -> None:
-    allowed = max(WORST, 2 * torch.finfo(expected.dtype).eps) if expected.is_floating_point() else 0.0
-    found, expected = found.detach().double(), expected.detach().double()
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not error <= allowed:
-        raise WrongNumbers(f"{what} is off by {error:.1e} of its greatest number")

@@ -18,10 +18,10 @@ CONSTANT = re.compile(r"c\[0x([0-9a-f]+)\]\s*\[(.*)\]")
 
 
 class Unsupported(Exception):
-    """What the model does not know, in one line."""
+    """Where the model cannot go on, in one line: what it does not know, or what a kernel may not do."""
 
     def __init__(self, ins: Instruction, why: str) -> None:
-        super().__init__(f"the model does not know {ins.text!r} at 0x{ins.address:x}: {why}")
+        super().__init__(f"the model cannot go through {ins.text!r} at 0x{ins.address:x}: {why}")
 
 
 def register(text: str) -> int | None:

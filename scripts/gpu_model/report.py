@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 from clock import BARRIERS, room
@@ -34,7 +34,7 @@ def figures(timed: Timed, steps: int) -> str:
             f"{launch.threads // 32} warps a block",
         ),
         ("a warp waits at barriers", f"{stopped:,.0f}", "cycles"),
-        ("memory pipe, for bank conflicts", f"{sum(record.conflicts.values()) / steps:,.0f}", "cycles"),
+        ("memory pipe, for bank conflicts", f"{sum(record.conflicts.values()) / steps / launch.cluster:,.0f}", "cycles"),
         ("registers", f"{kernel.registers}", f"{kernel.stack} bytes of stack"),
         ("shared memory", f"{shared:,}", "bytes"),
         (
@@ -43,24 +43,26 @@ def figures(timed: Timed, steps: int) -> str:
             "",
         ),
     ]
-    head = f"{launch.kernel}, {launch.blocks} blocks{clusters}; for one of {steps} steps:"
+    timed_blocks = record.warps * 32 // launch.threads
+    head = f"{launch.kernel}: {timed_blocks} of {launch.blocks} blocks{clusters}, for one of {steps} steps"
     return "\n".join([head, *(f"  {name:42}{value:>10}  {more}" for name, value, more in rows)])
 
 
 def profile(timed: Timed, steps: int) -> str:
     """Cycles of a warp, on average: by what they go on, by function and by line."""
-    _, kernel, record = timed
+    launch, kernel, record = timed
     per_warp = 1 / record.warps / steps
     alone: Counter[str] = Counter()
     within: Counter[str] = Counter()
     lines: Counter[tuple[str, int]] = Counter()
     issued: Counter[tuple[str, int]] = Counter()
     for address, cycles in record.spent.items():
-        chain = kernel.instructions[address].lines or [("?", 0)]
-        own = next((place for place in chain if place[0].startswith(str(ROOT))), chain[0])
-        lines[own] += cycles
-        issued[own] += record.count[address]
-        alone[function_of(*own)] += cycles
+        chain = [place for place in kernel.instructions[address].lines if place[0].startswith(str(ROOT))] or [
+            ("?", 0)
+        ]
+        lines[chain[0]] += cycles
+        issued[chain[0]] += record.count[address]
+        alone[function_of(*chain[0])] += cycles
         within.update(dict.fromkeys({function_of(*place) for place in chain}, cycles))
     rows = ["", "cycles of a warp by what they go on"]
     rows += [f"  {cycles * per_warp:8,.0f}  {why}" for why, cycles in record.why.most_common() if cycles]
@@ -72,15 +74,15 @@ def profile(timed: Timed, steps: int) -> str:
         rows.append(
             f"  {cycles * per_warp:8,.0f} {issued[place] * per_warp:6,.1f}  {name:28} {source(place[0], place[1])}"
         )
-    rows += ["", "bank conflicts: cycles of the memory pipe"]
+    rows += ["", "bank conflicts: cycles of a multiprocessor's memory pipe"]
     for address, cycles in record.conflicts.most_common(5):
         file, line = next(iter(kernel.instructions[address].lines), ("?", 0))
         if cycles:
-            rows.append(f"  {cycles / steps:8,.0f}  {Path(file).name}:{line}  {source(file, line)}")
+            rows.append(f"  {cycles / steps / launch.cluster:8,.0f}  {Path(file).name}:{line}  {source(file, line)}")
     return "\n".join(rows)
 
 
-@lru_cache
+@cache
 def read(file: str) -> list[str]:
     return Path(file).read_text().splitlines() if Path(file).exists() else []
 
@@ -95,9 +97,7 @@ def function_of(file: str, line: int) -> str:
     """The function of the GPU that begins last before a line: everything is inlined, and only lines are known."""
     for row in reversed(read(file)[:line]):
         if "__device__" in row or "__global__" in row:
-            names = re.sub(
-                r"__\w+__(\([^)]*\))?|operator(\S+?)\(", r"operator\2(" if "operator" in row else "", row
-            )
-            if match := re.search(r"(operator\W+|[~\w]+)\(", names):
-                return f"{Path(file).name} {match[1]}"
+            named = re.search(r"(operator\W+?|~?\w+)\(", re.sub(r"__\w+__(\([^)]*\))?", "", row))
+            if named:
+                return f"{Path(file).name} {named[1]}"
     return Path(file).name

@@ -14,19 +14,20 @@ MARKS = ("<!-- begin: scripts/gpu_model --write -->", "<!-- end: scripts/gpu_mod
 WORSE = 0.03  # by which a kernel may be slower
 WIDE = {"D": 40, "R": 4}
 CASES = {  # a row, and what measure has for it
-    "`lrua_scan`": ("lrua_scan", False, {}),
-    "`lrua_scan` back": ("lrua_scan", True, {}),
-    "`ntm_scan`": ("ntm_scan", False, {}),
-    "`ntm_scan` back": ("ntm_scan", True, {}),
-    "`ntm_scan`, four heads that read": ("ntm_scan", False, WIDE),
-    "`ntm_scan`, four heads that read, back": ("ntm_scan", True, WIDE),
-    "`dnc_scan`": ("dnc_scan", False, {}),
-    "`dnc_scan` back": ("dnc_scan", True, {}),
-    "`cell`, 10 steps": ("cell", False, {"T": 10}),
-    "`cell`, 10 steps, back": ("cell", True, {"T": 10}),
-    "`content_read`": ("content_read", False, {}),
-    "`content_read` back": ("content_read", True, {}),
-    "`least_used`": ("least_used", False, {}),
+    "`lrua_scan`": ("lrua_scan", "forward", {}),
+    "`lrua_scan`, keeping anchors": ("lrua_scan", "keep", {}),
+    "`lrua_scan` back": ("lrua_scan", "backward", {}),
+    "`ntm_scan`": ("ntm_scan", "forward", {}),
+    "`ntm_scan` back": ("ntm_scan", "backward", {}),
+    "`ntm_scan`, four heads that read": ("ntm_scan", "forward", WIDE),
+    "`ntm_scan`, four heads that read, back": ("ntm_scan", "backward", WIDE),
+    "`dnc_scan`": ("dnc_scan", "forward", {}),
+    "`dnc_scan` back": ("dnc_scan", "backward", {}),
+    "`cell`, 10 steps": ("cell", "forward", {"T": 10}),
+    "`cell`, 10 steps, back": ("cell", "backward", {"T": 10}),
+    "`content_read`": ("content_read", "forward", {}),
+    "`content_read` back": ("content_read", "backward", {}),
+    "`least_used`": ("least_used", "forward", {}),
 }
 HEAD = [
     "",
@@ -41,8 +42,8 @@ HEAD = [
 
 def rows(model: Model, measured: Callable) -> Iterator[tuple[str, int, str]]:
     """Of each case: its name, cycles of a step, and its row."""
-    for name, (op, backward, sizes) in CASES.items():
-        launches, steps = measured(model, op, backward, **sizes)
+    for name, (op, part, sizes) in CASES.items():
+        launches, steps = measured(model, op, part, **sizes)
         cycles = round(sum(x.record.cycles for x in launches) / steps)
         bound = sum(max(x.record.issued.values()) for x in launches) / steps
         count = sum(sum(x.record.count.values()) / x.record.warps for x in launches) / steps
