@@ -24,11 +24,11 @@ def model(monkeypatch):
 @pytest.fixture
 def tools(model):
     """Skips where a program is missing that makes machine code or shows it."""
-    from machine_code import find_nvdisasm
+    from machine_code import find_tool
     from native import CannotBuild, Nvcc
 
     try:
-        Nvcc(["90"]), find_nvdisasm()
+        Nvcc(["90"]), find_tool("nvdisasm")
     except CannotBuild as problem:
         pytest.skip(str(problem))
 
@@ -37,11 +37,11 @@ def interpreted(name, inputs, dtype, count):
     """What a kernel of instructions.cu writes, results by threads."""
     from capture import Launch
     from machine import Machine
-    from machine_code import Code
+    from machine_code import Code, compiled
 
     results = np.zeros((count, THREADS), dtype)
     pointers = struct.pack(f"{len(inputs) + 1}Q", *(x.ctypes.data for x in (*inputs, results)))
-    kernel = Code("tests/instructions.cu", "90").kernel(name)
+    kernel = Code(compiled("tests/instructions.cu", "90")).kernel(name)
     Machine(kernel, Launch(name, "", 1, THREADS, 1, 0, pointers), 1).run(0)
     return results
 

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from machine_code import find_nvdisasm  # noqa: E402
+from machine_code import find_tool  # noqa: E402
 from measure import ARCHITECTURE, Model, Timed, WrongNumbers  # noqa: E402
-from native import CannotBuild, Nvcc  # noqa: E402
+from native import CannotBuild, Nvcc, cuda_architectures  # noqa: E402
 from operands import Unsupported  # noqa: E402
 from report import figures, profile  # noqa: E402
+from table import check, write  # noqa: E402
 
 
 def workloads() -> dict:
@@ -84,16 +86,20 @@ def main() -> int:
     if (args.op is None) == (args.write is None and args.check is None):
         parser.error("an op, --write or --check")
     try:
-        Nvcc([ARCHITECTURE]), find_nvdisasm()
+        Nvcc([ARCHITECTURE]), find_tool("nvdisasm")
+        if args.op is None:
+            os.environ["MANN_FAST_CUDA"] = "1"  # as scripts/cuda_report.py has it, whose objects serve
+            find_tool("cuobjdump")
+            if ARCHITECTURE not in cuda_architectures():
+                raise CannotBuild(f"MANN_FAST_CUDA_ARCHS is without sm_{ARCHITECTURE}")
     except CannotBuild as problem:
         print(f"gpu_model: SKIPPED, {problem}")
         return 0
     try:
-        model = Model(args.blocks_per_processor, args.scale)
         if args.op is None:
-            from table import check, write
-
-            return write(model, measured, args.write) if args.write else check(model, measured, args.check)
+            anew = lambda: Model(of_build=True)  # noqa: E731
+            return write(anew, measured, args.write) if args.write else check(anew, measured, args.check)
+        model = Model(args.blocks_per_processor, args.scale)
         if args.op not in workloads():
             parser.error(f"no op {args.op}: there are {', '.join(workloads())}")
         sizes = {

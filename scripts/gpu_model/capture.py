@@ -40,7 +40,7 @@ class _Recorded(ctypes.Structure):
     ]
 
 
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.POINTER(_Recorded))
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Recorded))
 
 
 def plain_name(demangled: str) -> str:
@@ -92,15 +92,15 @@ class Recorder:
         maps = Path("/proc/self/maps").read_text()
         self._base = int(re.search(rf"(?m)^(\w+)-.* {re.escape(str(self.library))}$", maps)[1], 16)
 
-        def called(recorded: ctypes._Pointer) -> bytes | None:
+        def called(recorded: ctypes._Pointer) -> int | None:
             r = recorded.contents
             name, unit = self._names[r.kernel - self._base]
             parameters = ctypes.string_at(r.parameters, r.bytes)
             try:
                 on_launch(Launch(name, unit, r.blocks, r.threads, r.cluster, r.shared, parameters))
             except Exception as problem:  # ctypes would only print it
-                self.failure, self._said = problem, str(problem).encode()
-                return self._said
+                self.failure, self._said = problem, ctypes.create_string_buffer(str(problem).encode())
+                return ctypes.addressof(self._said)
             return None
 
         self._callback = _CALLBACK(called)

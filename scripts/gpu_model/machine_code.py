@@ -13,24 +13,52 @@ from functools import cached_property
 from pathlib import Path
 
 from capture import FOLDER, demangle, plain_name
-from native import CannotBuild, Nvcc, Unit
+from native import ROOT, CannotBuild, Nvcc, Unit, cuda_architectures
 
 RESERVED = 1024  # bytes at the beginning of a block's shared memory that are the system's, since sm_90
 PARAMETERS, FRAME, REGISTERS = 0x0A, 0x11, 0x2F  # records of .nv.info
 
 
-def find_nvdisasm() -> str:
+def find_tool(name: str) -> str:
     """On the path, in the CUDA toolkit, or in Triton's package. Raises CannotBuild where there is none."""
-    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [Path(os.environ[home]) / "bin" for home in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(home)]
     folders.append(Path("/usr/local/cuda/bin"))
     spec = importlib.util.find_spec("triton")
     if spec and spec.origin:
         folders.append(Path(spec.origin).parent / "backends/nvidia/bin")
-    found = [shutil.which("nvdisasm"), *(str(f / "nvdisasm") for f in folders if (f / "nvdisasm").is_file())]
+    found = [shutil.which(name), *(str(f / name) for f in folders if (f / name).is_file())]
     tool = next(filter(None, found), None)
     if tool is None:
-        raise CannotBuild("no nvdisasm was found, which comes with CUDA's toolkit and with Triton")
+        raise CannotBuild(f"no {name} was found, which comes with CUDA's toolkit and with Triton")
     return tool
+
+
+def call(tool: str, *arguments: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([find_tool(tool), *arguments], capture_output=True, text=True, cwd=cwd)
+    if done.returncode:
+        raise CannotBuild(f"{tool} failed: {(done.stderr.splitlines() or ['it says nothing'])[-1]}")
+    return done.stdout
+
+
+def compiled(source: str, architecture: str) -> Path:
+    """Machine code that knows its lines; but for that it is what a build has."""
+    flags = ["-lineinfo", "-cubin", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    unit = Unit(source, Path(source).stem, flags)
+    return Nvcc([architecture]).compile([unit], FOLDER / f"sm_{architecture}")[0]
+
+
+def built(unit: str, architecture: str) -> Path:
+    """Of the objects of a build for the GPUs that scripts/cuda_report.py compiles for."""
+    nvcc = Nvcc(cuda_architectures())
+    units = [u for u in nvcc.kernel_units() if u.name == f"cuda_{unit}"]
+    (made,) = nvcc.compile(units, ROOT / "build" / "objects")
+    found = re.search(rf"\S+\.sm_{architecture}\.cubin", call("cuobjdump", "-lelf", str(made)))
+    if found is None:
+        raise CannotBuild(f"{made.name} is not compiled for sm_{architecture} (MANN_FAST_CUDA_ARCHS)")
+    target = FOLDER / "built" / unit
+    target.mkdir(parents=True, exist_ok=True)
+    call("cuobjdump", "-xelf", found[0], str(made), cwd=target)
+    return target / found[0]
 
 
 @dataclass
@@ -99,15 +127,10 @@ class Elf:
 
 
 class Code:
-    """The machine code of one file of csrc/cuda, or of another source, for one architecture."""
+    """The machine code of one file, with all its kernels."""
 
-    def __init__(self, source: str, arch: str) -> None:
-        nvcc = Nvcc([arch])
-        flags = ["-lineinfo", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-        name = Path(source).stem
-        (self.file,) = nvcc.compile([Unit(source, name, flags)], FOLDER / f"sm_{arch}")
-        self.arch, self.compiler = arch, nvcc.version
-        self.elf = Elf(self.file.read_bytes())
+    def __init__(self, file: Path) -> None:
+        self.file, self.elf = file, Elf(file.read_bytes())
         mangled = [s.removeprefix(".text.") for s in self.elf.sections if s.startswith(".text.")]
         self.names = {plain_name(d): m for d, m in zip(demangle(mangled), mangled, strict=True)}
         self._kernels: dict[str, Kernel] = {}
@@ -136,14 +159,11 @@ class Code:
         for section, content in elf.sections.items():
             if match := re.fullmatch(rf"\.nv\.constant([1-9]\d*)(\.{re.escape(symbol)})?", section):
                 banks[int(match[1])] = content
-        command = [find_nvdisasm(), "-c", "-hex", "-gi", "-ndf", "-fun", str(index), str(self.file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise CannotBuild(f"nvdisasm failed: {(done.stderr.splitlines() or ['it says nothing'])[-1]}")
+        listing = call("nvdisasm", "-c", "-hex", "-gi", "-ndf", "-fun", str(index), str(self.file))
         shared = len(elf.sections.get(f".nv.shared.{symbol}", b""))
         return Kernel(
             name,
-            parse(done.stdout),
+            parse(listing),
             of_symbol.get(REGISTERS, 0),
             of_symbol.get(FRAME, 0),
             max(0, shared - RESERVED),

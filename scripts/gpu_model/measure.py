@@ -10,7 +10,7 @@ import torch
 from capture import Launch, Recorder
 from clock import LATENCIES, Clock, Record
 from machine import Machine
-from machine_code import Code, Kernel
+from machine_code import Code, Kernel, built, compiled
 from native import ROOT
 from torch import Tensor
 
@@ -37,7 +37,8 @@ class Timed(NamedTuple):
 class Model:
     """Serves CPU tensors with backend "cuda": every launch is interpreted, and noted in `launches`."""
 
-    def __init__(self, per_processor: int = 1, scale: float = 1.0) -> None:
+    def __init__(self, per_processor: int = 1, scale: float = 1.0, of_build: bool = False) -> None:
+        self.of_build = of_build  # or with the lines of the source
         self.per_processor = per_processor
         self.latencies = {name: round(scale * cycles) for name, cycles in LATENCIES.items()}
         self.codes: dict[str, Code] = {}
@@ -48,7 +49,10 @@ class Model:
 
     def code(self, unit: str) -> Code:
         if unit not in self.codes:
-            self.codes[unit] = Code(f"csrc/cuda/{unit}.cu", ARCHITECTURE)
+            file = (
+                built(unit, ARCHITECTURE) if self.of_build else compiled(f"csrc/cuda/{unit}.cu", ARCHITECTURE)
+            )
+            self.codes[unit] = Code(file)
         return self.codes[unit]
 
     def _launched(self, launch: Launch) -> None:

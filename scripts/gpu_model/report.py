@@ -34,7 +34,11 @@ def figures(timed: Timed, steps: int) -> str:
             f"{launch.threads // 32} warps a block",
         ),
         ("a warp waits at barriers", f"{stopped:,.0f}", "cycles"),
-        ("memory pipe, for bank conflicts", f"{sum(record.conflicts.values()) / steps / launch.cluster:,.0f}", "cycles"),
+        (
+            "memory pipe, for bank conflicts",
+            f"{sum(record.conflicts.values()) / steps / launch.cluster:,.0f}",
+            "cycles",
+        ),
         ("registers", f"{kernel.registers}", f"{kernel.stack} bytes of stack"),
         ("shared memory", f"{shared:,}", "bytes"),
         (
@@ -78,7 +82,9 @@ def profile(timed: Timed, steps: int) -> str:
     for address, cycles in record.conflicts.most_common(5):
         file, line = next(iter(kernel.instructions[address].lines), ("?", 0))
         if cycles:
-            rows.append(f"  {cycles / steps / launch.cluster:8,.0f}  {Path(file).name}:{line}  {source(file, line)}")
+            rows.append(
+                f"  {cycles / steps / launch.cluster:8,.0f}  {Path(file).name}:{line}  {source(file, line)}"
+            )
     return "\n".join(rows)
 
 

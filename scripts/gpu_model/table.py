@@ -40,8 +40,9 @@ HEAD = [
 ]
 
 
-def rows(model: Model, measured: Callable) -> Iterator[tuple[str, int, str]]:
+def rows(anew: Callable[[], Model], measured: Callable) -> Iterator[tuple[str, int, str]]:
     """Of each case: its name, cycles of a step, and its row."""
+    model = anew()
     for name, (op, part, sizes) in CASES.items():
         launches, steps = measured(model, op, part, **sizes)
         cycles = round(sum(x.record.cycles for x in launches) / steps)
@@ -71,17 +72,17 @@ def split(file: Path) -> tuple[str, str, str]:
     return begin + MARKS[0], table, MARKS[1] + end
 
 
-def write(model: Model, measured: Callable, file: Path) -> int:
+def write(anew: Callable[[], Model], measured: Callable, file: Path) -> int:
     begin, _, end = split(file)
     lines = [f"{compiler()}, sm_{ARCHITECTURE}, us at {CLOCK} GHz", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
-    lines += [row for _, _, row in rows(model, measured)]
+    lines += [row for _, _, row in rows(anew, measured)]
     print("\n".join(lines))
     file.write_text(f"{begin}\n" + "\n".join(lines) + f"\n{end}")
     return 0
 
 
-def check(model: Model, measured: Callable, file: Path) -> int:
+def check(anew: Callable[[], Model], measured: Callable, file: Path) -> int:
     """1 where a kernel is slower than the table says, or has no row."""
     _, table, _ = split(file)
     made_by = re.search(r"nvcc [\d.]+", table)
@@ -96,7 +97,7 @@ def check(model: Model, measured: Callable, file: Path) -> int:
         for name, cycles in re.findall(r"(?m)^\| (.*?) \| ([\d,]+) \|", table)
     }
     slower, faster = [], []
-    for name, cycles, _ in rows(model, measured):
+    for name, cycles, _ in rows(anew, measured):
         before = known.get(name)
         print(
             f"{name}: {cycles:,} cycles a step, {'not in the table' if before is None else f'{before:,} in the table'}"
