@@ -165,11 +165,12 @@ def timed(program, threads=32, blocks=1):
     from clock import LATENCIES, Clock
     from machine import Machine
 
-    machine = Machine(by_hand(program), Launch("by hand", "", blocks, threads, 1, 8192, b""), blocks)
+    launch = Launch("by hand", "", blocks, threads, 1, 8192, b"")
+    machine = Machine(by_hand(program), launch, blocks)
     traces = machine.run(0)
     warps = threads // 32
     split = [traces[b * warps : (b + 1) * warps] for b in range(blocks)]
-    return Clock(machine.kernel, list(machine.steps), split, 1, LATENCIES).run(), LATENCIES
+    return Clock(machine.kernel, launch, machine.steps, split, LATENCIES).run(), LATENCIES
 
 
 def through_shared(stride):

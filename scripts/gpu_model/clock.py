@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from capture import Launch
+from machine import Step
 from machine_code import Kernel
 
 SCHEDULERS = 4
@@ -84,6 +87,15 @@ def room(registers: int, threads: int, shared: int) -> int:
     return min(warps // (threads // 32), 228 * 1024 // (shared + 1024), 2048 // threads)
 
 
+def keeps_stacks(kernel: Kernel, launch: Launch, blocks: int) -> bool:
+    """Whether the first-level cache has room for the stacks of so many blocks: it is what shared memory leaves of 256 KB."""
+    shared = blocks * (launch.shared + kernel.static_shared + 1024)
+    carved = next(
+        (1024 * size for size in (0, 8, 16, 32, 64, 100, 132, 164, 196, 228) if 1024 * size >= shared), shared
+    )
+    return blocks * launch.threads * kernel.stack <= 256 * 1024 - carved
+
+
 class Cost(NamedTuple):
     """What the clock must know of a step, worked out once."""
 
@@ -117,13 +129,17 @@ class Record:
     why: Counter[str] = field(default_factory=Counter)
 
 
-def cost_of(kernel: Kernel, step, latencies: dict[str, int]) -> Cost:
+def cost_of(kernel: Kernel, step: Step, latencies: dict[str, int], near_stacks: bool) -> Cost:
     ins = kernel.instructions[step.address]
+    sectors = step.waves if step.space == "global" else 0
     kind, memory = CLASS_OF.get(ins.base, "other"), bool(step.space) or ins.base == "SHFL"
     if kind == "global load" and step.space in ("shared", "cluster"):
         kind = "generic shared load"
     if kind.endswith("load") and step.space == "cluster":
         kind = "cluster load"
+    if step.space == "local" and not near_stacks:
+        sectors = 4 * step.waves
+        kind = "global load" if kind == "local load" else kind
     waves = -(-step.waves // 4) if step.space == "global" else step.waves  # four sectors are a line
     waves = max(1, waves) if memory and step.active else 0
     fewest = 4 if "128" in ins.modifiers else 2 if "64" in ins.modifiers else 1
@@ -142,7 +158,7 @@ def cost_of(kernel: Kernel, step, latencies: dict[str, int]) -> Cost:
         ins.reads,
         tuple(i for i in range(6) if ins.waits >> i & 1),
         waves,
-        step.waves if step.space == "global" else 0,
+        sectors,
         max(0, step.waves - fewest) if step.space in ("shared", "cluster") else 0,
         latencies[kind] if step.active else latencies["off"],
         latencies["read by memory" if memory else "read"],
@@ -154,9 +170,18 @@ def cost_of(kernel: Kernel, step, latencies: dict[str, int]) -> Cost:
 class Clock:
     """Blocks of a launch on the multiprocessors of one cluster, several on one where there are more blocks than it has."""
 
-    def __init__(self, kernel: Kernel, steps, blocks, cluster: int, latencies: dict[str, int]) -> None:
-        self.costs = [cost_of(kernel, step, latencies) for step in steps]
-        self.latencies, self.cluster, self.record = latencies, cluster, Record()
+    def __init__(
+        self,
+        kernel: Kernel,
+        launch: Launch,
+        steps: Iterable[Step],
+        blocks: list[list[list[int]]],  # of each block the traces of its warps
+        latencies: dict[str, int],
+    ) -> None:
+        cluster = launch.cluster
+        near_stacks = keeps_stacks(kernel, launch, len(blocks) // cluster)
+        self.costs = [cost_of(kernel, step, latencies, near_stacks) for step in steps]
+        self.latencies, self.record = latencies, Record()
         self.traces = [iter(trace) for block in blocks for trace in block]
         self.block_of = [b for b, block in enumerate(blocks) for _ in block]
         count, per_block = len(self.traces), len(blocks[0])

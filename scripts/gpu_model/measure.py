@@ -67,7 +67,7 @@ class Model:
         if self.timing:
             warps = launch.threads // 32
             blocks = [first.traces[b * warps : (b + 1) * warps] for b in range(timed)]
-            clock = Clock(kernel, list(first.steps), blocks, launch.cluster, self.latencies)
+            clock = Clock(kernel, launch, first.steps, blocks, self.latencies)
             self.launches.append(Timed(launch, kernel, clock.run()))
 
     def run(self, call: Callable[[], Tensor], part: str) -> list[Timed]:
