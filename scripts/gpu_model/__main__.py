@@ -75,9 +75,7 @@ def main() -> int:
     parser.add_argument("--slots", dest="N", type=int)
     parser.add_argument("--slot-size", dest="D", type=int)
     parser.add_argument("--heads", dest="R", type=int)
-    parser.add_argument(
-        "--dtype", type=lambda name: getattr(torch, name), help="of the inputs, where the op has a choice"
-    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), help="of the inputs of lrua_scan")
     parser.add_argument("--blocks-per-processor", type=int, default=1, metavar="N")
     parser.add_argument("--scale", type=float, default=1.0, help="all latencies times this")
     parser.add_argument("--write", type=Path, metavar="FILE")
@@ -103,10 +101,10 @@ def main() -> int:
         if args.op not in workloads():
             parser.error(f"no op {args.op}: there are {', '.join(workloads())}")
         sizes = {
-            name: getattr(args, name)
-            for name in ("T", "N", "D", "R", "dtype")
-            if getattr(args, name) is not None
+            name: getattr(args, name) for name in ("T", "N", "D", "R") if getattr(args, name) is not None
         }
+        if args.dtype:
+            sizes["dtype"] = getattr(torch, args.dtype)
         launches, steps = measured(model, args.op, args.part, args.blocks_per_processor, **sizes)
     except (CannotBuild, Unsupported, WrongNumbers, ValueError) as problem:
         print(f"gpu_model: {problem}", file=sys.stderr)

@@ -10,11 +10,11 @@ import numpy as np
 from machine_code import RESERVED
 from operands import RZ, UNIFORM, Operands, Unsupported, predicate, register
 
-SHARED_WINDOW = 0x7F00  # upper half of a generic address of shared memory
+SHARED_WINDOW = 0x7F000000  # upper half of a generic address of shared memory; no process has such
 RANK = 24  # bit of a shared address at which the block's rank in its cluster begins
 SPACES = {"LDS": "shared", "STS": "shared", "LD": "generic", "ST": "generic", "LDG": "global", "STG": "global",
           "LDL": "local", "STL": "local"}  # fmt: skip
-ORIGIN, END = 1 << 16, 1 << 47  # of the addresses that a process may have
+ORIGIN, END = 1 << 16, 1 << 48  # of the addresses that a process may have
 
 
 class _Everything:
