@@ -26,6 +26,8 @@ from operands import Unsupported  # noqa: E402
 from report import figures, profile  # noqa: E402
 from table import check, write  # noqa: E402
 
+OPTIONS = {"T": "--steps", "N": "--slots", "D": "--slot-size", "R": "--heads", "dtype": "--dtype"}
+
 
 def workloads() -> dict:
     """What makes the inputs of an op, as benchmarks/kernel_times.py has it."""
@@ -50,7 +52,7 @@ def measured(model: Model, op: str, part: str, samples: int = 1, **sizes) -> tup
     make = workloads()[op]
     known = inspect.signature(make).parameters
     if unknown := sorted(set(sizes) - set(known)):
-        raise ValueError(f"{op} has no {', '.join(unknown)}")
+        raise ValueError(f"{op} does not take {', '.join(OPTIONS[name] for name in unknown)}")
     torch.manual_seed(0)
     steps = sizes.get("T", known["T"].default) if "T" in known else 1
     return model.run(make(samples, **sizes), part), steps
@@ -71,10 +73,8 @@ def main() -> int:
     parser.add_argument(
         "--profile", action="store_true", help="where the cycles go: reasons, functions, lines"
     )
-    parser.add_argument("--steps", dest="T", type=int, help="of the sequence (50)")
-    parser.add_argument("--slots", dest="N", type=int)
-    parser.add_argument("--slot-size", dest="D", type=int)
-    parser.add_argument("--heads", dest="R", type=int)
+    for name in ("T", "N", "D", "R"):
+        parser.add_argument(OPTIONS[name], dest=name, type=int)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), help="of the inputs of lrua_scan")
     parser.add_argument("--blocks-per-processor", type=int, default=1, metavar="N")
     parser.add_argument("--scale", type=float, default=1.0, help="all latencies times this")
@@ -100,9 +100,7 @@ def main() -> int:
         model = Model(args.blocks_per_processor, args.scale)
         if args.op not in workloads():
             parser.error(f"no op {args.op}: there are {', '.join(workloads())}")
-        sizes = {
-            name: getattr(args, name) for name in ("T", "N", "D", "R") if getattr(args, name) is not None
-        }
+        sizes = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
         if args.dtype:
             sizes["dtype"] = getattr(torch, args.dtype)
         launches, steps = measured(model, args.op, args.part, args.blocks_per_processor, **sizes)

@@ -84,6 +84,8 @@ class Model:
                 with backend("reference"):
                     expected = call()
             self._compare("the output", output, expected)
+            if part != "forward" and not output.requires_grad:
+                raise ValueError("its output has no gradient")
             if part == "backward":
                 self.timing = True
                 leaves = leaves_of(output)
