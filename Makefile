@@ -95,7 +95,7 @@ nightly:
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.* csrc/*/*.* tests/cpp/*.*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.* csrc/*/*.* tests/*.cu tests/cpp/*.* scripts/*/*.h
 	$(BIN)/mypy
 
 # Only symbols that the oldest supported torch has, and none that instruction sets share.
@@ -112,9 +112,11 @@ triton: build $(VENV)/tools
 	MANN_FAST_TEST_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(MARKS) $(call op_tests,triton)
 	$(if $(filter $@,$(DUE)),$(BIN)/python scripts/triton_aot.py $(if $(filter $@,$(WHOLE)),,--reduced),$(not_due))
 
-# The CUDA kernels, where nvcc is found: warnings are errors, and those of the paper's size must not spill.
-cuda: build
+# The CUDA kernels, where nvcc is found: warnings are errors, those of the paper's size must not spill, and none may take more
+# cycles than docs/cuda.md says, by a model of its machine code (a minute after compiling).
+cuda: build $(VENV)/tools
 	$(if $(filter $@,$(DUE)),$(BIN)/python scripts/cuda_report.py,$(not_due))
+	$(if $(filter $@,$(DUE)),$(BIN)/python scripts/gpu_model --check docs/cuda.md)
 
 # The op tests on the CUDA kernels, compiled for this processor with a fiber for every thread, and all of what is to run on a
 # GPU that can run without one.

@@ -27,7 +27,7 @@ CUDA = ("csrc/cuda", "csrc/include", "scripts/native.py")
 EMULATION = ("tests/cpp/emulation.h", "scripts/emulate.py")
 PARTS = {
     "isas": CPU,
-    "cuda": (*CUDA, "scripts/cuda_report.py"),
+    "cuda": (*CUDA, "scripts/cuda_report.py", "scripts/gpu_model", "benchmarks/kernel_times.py"),
     "emulate": (*CUDA, *EMULATION),
     "triton": ("kernels", "scripts/triton_aot.py"),
     "sanitize-cpu": (*CPU, "tests/cpp", "scripts/sanitize.py"),

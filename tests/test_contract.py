@@ -162,7 +162,7 @@ def variants(op):
     keep = 2 if op.interval else 0
     of_flags = list(itertools.product((False, True), repeat=len(flags)))
     if op.name in HEADS:  # each takes seconds, and what all of them change, some of them does
-        of_flags = of_flags[:: len(of_flags) - 1]
+        of_flags = of_flags[:: max(len(of_flags) - 1, 1)]
     for choice in of_flags:
         for kept in {0, keep}:
             yield sample(op, keep=kept, options=dict(zip(flags, choice, strict=True)))
