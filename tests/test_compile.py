@@ -75,6 +75,7 @@ def test_two_steps_of_one_sample_are_no_case_of_their_own():
     [
         {"addressing": "ntm"},
         {"addressing": "content"},
+        {"addressing": "sparse"},
         pytest.param(
             {"addressing": "dnc", "masks": True, "deallocate": True, "link_sharpening": True},
             marks=pytest.mark.thorough,

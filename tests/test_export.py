@@ -78,6 +78,7 @@ def assert_loads(program, model, folder):
         ({}, True),
         ({"controller": "gru", "memory_start": "learned"}, True),
         ({"addressing": "ntm"}, True),
+        ({"addressing": "sparse"}, True),
         pytest.param(
             {"addressing": "dnc", "masks": True, "deallocate": True, "link_sharpening": True},
             True,
@@ -158,6 +159,18 @@ def test_only_a_named_tuple_is_registered():
         register_state(tuple)
 
 
+class Own(nn.Module):
+    """A controller of a user."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z, state):
+        hidden = self.cell(z, *(state or ()))
+        return hidden, (hidden,)
+
+
 class Stepwise(nn.Module):
     """With a state of plain tuples, as torch.jit has them."""
 
@@ -194,8 +207,16 @@ class TestTrace:
         )
         assert_same(ours, theirs)
 
+    def test_sparse_access_takes_other_sizes(self):
+        layer = MemoryLayer(4, 6, addressing="sparse", dtype=torch.float64, **SMALL)
+        traced = torch.jit.trace(layer, (torch.randn(6, 3, 4, dtype=torch.float64),))
+        for steps, batch in SIZES:
+            x = torch.randn(steps, batch, 4, dtype=torch.float64)
+            assert_same(traced(x), layer(x))
+
     def test_refuses_what_it_does_not_hold_for(self):
-        layer = MemoryLayer(4, 6, addressing="sparse", **SMALL)  # a loop of steps
+        controller = nn.RNNCell(4 + SMALL["num_heads"] * SMALL["slot_size"], 6)
+        layer = MemoryLayer(4, 6, controller=Own(controller), **SMALL)  # a loop of steps
         traced = torch.jit.trace(layer, (torch.randn(3, 2, 4),))
         x = torch.randn(3, 5, 4)
         assert_same(traced(x), layer(x), 1e-6)
