@@ -89,6 +89,12 @@ def test_resets_and_lengths_match_reference(given, slots):
     compare(*both((steps, batch, 9, slots, width, 2, 3), sequences=sequences), 1e-9)
 
 
+@pytest.mark.thorough
+def test_slots_too_many_for_a_block_of_samples():
+    """What 8 samples know of their slots exceeds what their block may have in scratch: it is made smaller."""
+    compare(*both((2, 9, 5, 300_000, 2, 1, 2), alike=True), 1e-9)
+
+
 def test_gradients_reach_only_what_asks_for_them():
     given = {"inputs": cell_inputs(4, 3, 9, 8, 5, 2, 2), "dtype": torch.float64}
     _, expected = results_and_gradients(ops.sparse_cell, **given)
