@@ -271,7 +271,7 @@ def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "softmax"], "--op must be one of content_read, .* got 'softmax'"),
+        (["--op", "softmax"], "--op must be one of cell, .* got 'softmax'"),
         (["--shape", "T=0"], "--shape takes positive numbers for T, B, N, D, R, H, .* got 'T=0'"),
         (["--shape", "Q=3"], "got 'Q=3'"),
         (["--seconds", "0"], "--seconds must be above 0, got 0.0"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops, reference
+from ..layers import MemoryLayer
 from ..models import MANN, LSTMClassifier
 from ..ops import _backend
 from ..ops.lrua import LRUA_SCAN
@@ -22,6 +23,7 @@ AUTOCAST = "mann_fast, autocast to bfloat16"
 BY_STEPS = "mann_fast, a step at a time"
 LSTM = "nn.LSTM alone"
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+CELLS = ("cell", "ntm_cell", "dnc_cell", "sparse_cell")
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -71,6 +73,12 @@ class Case:
 def has(op: str, direction: str) -> bool:
     """Whether an op has this direction: slots have no gradient, and a training step is whole."""
     return {"least_used": DIRECTIONS[0], "mann_step": DIRECTIONS[1]}.get(op, direction) == direction
+
+
+def takes(op: str, dtype: str) -> bool:
+    """Whether an op is measured in a dtype: with a controller in float32 alone, for in half precision rounding decides which
+    slots it uses."""
+    return dtype == "float32" or op not in (*CELLS, "mann_step")
 
 
 def cases(
@@ -352,6 +360,60 @@ def _sparse_scan(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
         calls, calls[EAGER], wanted,
         lambda backward: cost.sparse_scan_flop(*size, backward=backward),
         lambda backward: cost.sparse_scan_bytes(*size, backward=backward, item=state.memory.element_size()),
+    )  # fmt: skip
+
+
+def _sparse_read(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    (memory, _, _), (key, _, _, sharpness) = _lrua_inputs(shape, dtype)
+    reads = min(READS, shape.N)
+    calls = {
+        OURS: lambda: ops.sparse_read(memory, key, sharpness, num_reads=reads)[:1],
+        EAGER: lambda: reference.sparse_read(memory, key, sharpness, num_reads=reads)[:1],
+    }
+    size = (shape.B, shape.N, shape.D, shape.R)
+    return (
+        calls, calls[EAGER], [key, sharpness],
+        lambda backward: cost.sparse_read_flop(*size, reads, backward=backward),
+        lambda backward: memory.element_size() * memory.numel(),
+    )  # fmt: skip
+
+
+def _cell(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    return _layer("lrua", shape, cost.lrua_scan_flop, cost.lrua_scan_bytes)
+
+
+def _ntm_cell(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    return _layer("ntm", shape, cost.ntm_scan_flop, cost.ntm_scan_bytes, 1)
+
+
+def _dnc_cell(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    return _layer("dnc", shape, cost.dnc_scan_flop, cost.dnc_scan_bytes)
+
+
+def _sparse_cell(shape: Shape, dtype: torch.dtype, modes: tuple[str, ...]):
+    reads = min(READS, shape.N)
+    return _layer("sparse", shape, cost.sparse_scan_flop, cost.sparse_scan_bytes, reads, num_reads=reads)
+
+
+def _layer(addressing: str, shape: Shape, flop, transferred, *more: int, **options):
+    """The layer that goes by a cell, on inputs of D numbers. flop, transferred: of the memory's scan, which takes these sizes
+    beside those that all have."""
+    sizes = {"num_slots": shape.N, "slot_size": shape.D, "num_heads": shape.R}
+    layer = MemoryLayer(shape.D, shape.H, addressing=addressing, **sizes, **options)
+    x = torch.randn(shape.T, shape.B, shape.D, requires_grad=True)
+
+    def on_reference():
+        with _backend.backend("reference"):
+            return layer(x)[:1]
+
+    wanted = [x, *layer.parameters()]
+    weights = sum(weight.numel() for weight in wanted[1:] if weight.dim() == 2)
+    size = (shape.T, shape.B, shape.N, shape.D, shape.R, *more)
+    times = lambda backward: 3 if backward else 1  # noqa: E731 - a product, and the gradient of either factor
+    return (
+        {OURS: lambda: layer(x)[:1], EAGER: on_reference}, on_reference, wanted,
+        lambda backward: flop(*size, backward=backward) + 2 * shape.T * shape.B * weights * times(backward),
+        lambda backward: transferred(*size, backward=backward) + x.element_size() * weights * times(backward),
     )  # fmt: skip
 
 

@@ -141,6 +141,14 @@ def sparse_scan_flop(
     return 2 * steps * batch * size * (slots * (heads + 1) + rows)
 
 
+def sparse_read_flop(
+    batch: int, slots: int, size: int, heads: int, reads: int, *, backward: bool = False
+) -> int:
+    """What a step of :func:`sparse_scan_flop` has without its write."""
+    rows = heads * reads * (7 if backward else 1)
+    return 2 * batch * size * (slots * (heads + 1) + rows)
+
+
 def sparse_scan_bytes(
     steps: int,
     batch: int,

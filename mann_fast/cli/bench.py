@@ -15,7 +15,7 @@ from ..data.images import expand_user
 
 EXAMPLE = """\
 examples:
-  mann-fast bench                                             (every op at the paper's size, about a minute)
+  mann-fast bench                                             (every op at the paper's size, a minute and a half)
   mann-fast bench --op lrua_scan --shape T=50,B=1             (one op, about 10 seconds)
   mann-fast bench --op mann_step --compile --json now.json --report now.html
   mann-fast bench --op lrua_scan --sweep --report sweep.html  (how the time grows with B, T, N, D, R and threads)
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import backend, backends
-    from ..benchmark.cases import DIRECTIONS, OPS, Shape, has
+    from ..benchmark.cases import DIRECTIONS, OPS, Shape, has, takes
     from ..benchmark.measure import environment
     from ..benchmark.report import write_report
     from ..training.files import write_json
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
     check(args)
     shape = Shape.parse(args.shape)
-    names = args.op or [name for name in OPS if name != "mann_step" or args.dtype == "float32"]
+    names = args.op or [name for name in OPS if takes(name, args.dtype)]
     if reason := backends().get(args.backend):
         raise ValueError(f"--backend {args.backend} cannot run here: {reason}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -176,13 +176,13 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError for what the parser lets through."""
-    from ..benchmark.cases import MODES, OPS
+    from ..benchmark.cases import MODES, OPS, takes
 
     for name in args.op or ():
         if name not in OPS:
             raise ValueError(f"--op must be one of {', '.join(OPS)}, got {name!r}")
-        if name == "mann_step" and args.dtype != "float32":
-            raise ValueError(f"mann_step is measured in float32, got --dtype {args.dtype}")
+        if not takes(name, args.dtype):
+            raise ValueError(f"{name} is measured in float32, got --dtype {args.dtype}")
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be above 0, got {args.seconds}")
     if args.threads is not None and args.threads < 1:
@@ -227,10 +227,10 @@ def measure_op(
 ) -> list[dict[str, Any]]:
     import torch
 
-    from ..benchmark.cases import cases
+    from ..benchmark.cases import cases, takes
     from ..benchmark.measure import measure
 
-    if name == "mann_step" and dtype != "float32":
+    if not takes(name, dtype):
         return []
     interpreted = args.backend == "triton" and args.device == "cpu"  # its times say nothing
     rows = []
