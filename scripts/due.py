@@ -23,10 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSED = ROOT / ".ci" / "passed.json"
 # What a part shows of the kernels can change with these alone. What it shows of the Python around them, a sample does.
 CPU = ("csrc/cpu", "csrc/include", "scripts/native.py")
+BINDINGS = ("csrc/bindings", "csrc/bindings.cpp", "csrc/bindings.h")
 CUDA = ("csrc/cuda", "csrc/include", "scripts/native.py")
 EMULATION = ("tests/cpp/emulation.h", "scripts/emulate.py")
+RECORD = "benchmarks/instructions.json"
 PARTS = {
     "isas": CPU,
+    # Python too: of a single op most instructions are the way to its kernel.
+    "instructions": (*CPU, *BINDINGS, "mann_fast/ops", "mann_fast/layers", "mann_fast/benchmark", RECORD),
     "cuda": (*CUDA, "scripts/cuda_report.py", "scripts/gpu_model", "benchmarks/kernel_times.py"),
     "emulate": (*CUDA, *EMULATION),
     "triton": ("kernels", "scripts/triton_aot.py"),
@@ -52,14 +56,25 @@ def digest(names: tuple[str, ...]) -> str:
     return sums.hexdigest()
 
 
-def has_nvcc() -> bool:
-    """Whether the CUDA kernels were compiled, and not skipped; else that is said."""
-    try:
-        Nvcc(CUDA_ARCHITECTURES)
-    except CannotBuild as problem:
-        print(f"cuda is not remembered as passed: {problem}", file=sys.stderr)
-        return False
-    return True
+def why_skipped(name: str) -> str | None:
+    """Of a part that says so and passes where it cannot be shown: why that is so here, or None."""
+    if name == "cuda":
+        try:
+            Nvcc(CUDA_ARCHITECTURES)
+        except CannotBuild as problem:
+            return str(problem)
+    if name == "instructions":
+        sys.path.insert(0, str(ROOT))
+        from mann_fast.benchmark.instructions import incomparable  # imports torch
+
+        return incomparable(ROOT / RECORD)
+    return None
+
+
+def was_shown(name: str) -> bool:
+    if reason := why_skipped(name):
+        print(f"{name} is not remembered as passed: {reason}", file=sys.stderr)
+    return not reason
 
 
 def main() -> None:
@@ -72,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     known = json.loads(PASSED.read_text()) if PASSED.exists() else {"check": {}, "nightly": {}}
     if args.passed:
-        shown = [name for name in args.names if name != "cuda" or has_nvcc()]
+        shown = [name for name in args.names if was_shown(name)]
         known[args.passed] |= {name: digest(PARTS.get(name, (name,))) for name in shown}
         PASSED.write_text(json.dumps(known, indent=1) + "\n")
         return

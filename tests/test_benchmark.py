@@ -10,9 +10,10 @@ import torch
 
 from mann_fast import cli
 from mann_fast.benchmark import base, compare, cost, instructions, report
-from mann_fast.benchmark.cases import DIRECTIONS, EAGER, OPS, OURS, Case, Shape, cases
+from mann_fast.benchmark.cases import DIRECTIONS, EAGER, OPS, OURS, Case, Shape, cases, has
 from mann_fast.benchmark.measure import agrees, measure
 from mann_fast.benchmark.memory import peak_bytes, saved_bytes
+from mann_fast.ops import _register
 
 SMALL = "T=3,B=2,N=12,D=5,R=2,H=8"
 QUICK = ["--seconds", "0.01", "--shape", SMALL]
@@ -213,12 +214,12 @@ def test_instructions_are_those_of_the_calls_and_repeat():
 @pytest.mark.parametrize(
     ("ours", "theirs", "status", "printed"),
     [
-        ([1020, 990], [1000, 1000], 0, "least_used forward: 1.020 times the instructions at old\n"),
+        ([1020, 990], [1000, 1000], 0, "1.020"),
         (
             [1000, 1040],
             [1000, 1000],
             1,
-            "lrua_step forward: 1.040 times the instructions at old, a regression",
+            "lrua_step forward: 1,040 instructions, 1,000 at old, 1.040 times, a regression\n",
         ),
         ([1000, 1000], ["AttributeError: least_used", 1000], 0, "AttributeError: least_used"),
         (["TypeError: ours", 1000], [1000, 1000], 1, "TypeError: ours"),
@@ -232,14 +233,97 @@ def test_more_instructions_than_another_commit_are_a_regression(
 
     def count(tree, requests):
         asked.append([(request["op"], request["direction"], request["shape"]) for request in requests])
-        return {base.ROOT: ours, tmp_path: theirs}[tree]
+        counts = dict(
+            zip(("least_used", "lrua_step"), {base.ROOT: ours, tmp_path: theirs}[tree], strict=True)
+        )
+        return [counts[request["op"]] for request in requests]
 
     monkeypatch.setattr(base, "build", {"old": tmp_path}.get)
     monkeypatch.setattr(instructions, "count", count)
     arguments = ["--op", "least_used", "--op", "lrua_step", "--direction", "forward", "--shape", SMALL]
     assert cli.main(["bench", "--instructions", "--base", "old", *arguments]) == status
     assert printed in "".join(capsys.readouterr())
-    assert asked == 2 * [[(op, "forward", str(Shape.parse(SMALL))) for op in ("least_used", "lrua_step")]]
+    assert asked[:2] == 2 * [[(op, "forward", str(Shape.parse(SMALL))) for op in ("least_used", "lrua_step")]]
+
+
+@pytest.fixture
+def against_a_record(capsys, monkeypatch, tmp_path):
+    """Has the command compare such counts, and what was too much counted alone, with a record in which both ops take 1,000, and
+    which ``change`` may change. What it said, its status and the record."""
+    record = tmp_path / "recorded.json"
+    monkeypatch.setattr("shutil.which", lambda name: name)  # valgrind is installed
+
+    def run(ours, alone=(), change=lambda known: None):
+        arguments = [
+            "bench",
+            "--instructions",
+            "--op",
+            "least_used",
+            "--op",
+            "lrua_step",
+            "--direction",
+            "forward",
+        ]
+        monkeypatch.setattr(instructions, "count", lambda tree, requests: [1000, 1000])
+        assert cli.main([*arguments, "--shape", SMALL, "--json", str(record)]) == 0
+        known = json.loads(record.read_text())
+        change(known)
+        record.write_text(json.dumps(known))
+        capsys.readouterr()
+        counts = [ours, alone]
+        monkeypatch.setattr(instructions, "count", lambda tree, requests: counts.pop(0))
+        status = cli.main([*arguments, "--shape", SMALL, "--base", str(record)])
+        return "".join(capsys.readouterr()), status, record
+
+    return run
+
+
+def test_more_instructions_than_recorded_are_a_regression(against_a_record):
+    said, status, record = against_a_record([1000, 1030])
+    assert status == 0 and "1.030" in said and "a regression" not in said and "anew" not in said
+    said, status, record = against_a_record([1000, 1050], [1030])
+    assert status == 0 and "1.030" in said and "a regression" not in said
+    said, status, record = against_a_record([1000, 1050], [1031])
+    assert status == 1
+    assert f"lrua_step forward: 1,031 instructions, 1,000 at {record}, 1.031 times, a regression\n" in said
+    assert said.count("a regression") == 1
+    said, status, record = against_a_record([969, 1000])  # less asks for a new record, and does not fail
+    assert status == 0 and f"least_used forward: 969 instructions, 1,000 at {record}, 0.969 times\n" in said
+    assert f"made anew: mann-fast bench --instructions --shape {SMALL} --json {record}" in said
+
+
+def test_instructions_are_not_compared_with_a_record_of_other_versions(against_a_record, monkeypatch):
+    said, status, _ = against_a_record([], change=lambda known: known["made with"].update(torch="2.0"))
+    assert status == 0
+    assert said == f"instructions: SKIPPED, recorded.json was made with torch 2.0, here {torch.__version__}\n"
+    with monkeypatch.context() as without:
+        said, status, record = against_a_record([1000, 1000])
+        without.setattr("shutil.which", lambda name: None)
+        assert instructions.incomparable(record) == "valgrind is not installed"
+
+
+RECORD = base.ROOT / "benchmarks" / "instructions.json"
+
+
+@pytest.mark.skipif(not RECORD.exists(), reason="the tests run without the source tree's benchmarks")
+def test_every_op_with_a_kernel_of_the_processor_is_recorded():
+    ((_, counts),) = (x for x in json.loads(RECORD.read_text()).items() if x[0] != instructions.WITH)
+    assert set(counts) == {
+        f"{op} {direction}" for op in OPS for direction in DIRECTIONS if has(op, direction)
+    }
+    here = [op for op in _register.OPS.values() if _register.has_kernels(op.name, "cpp", "cpu")]
+    assert here and [op.name for op in here if not set(op.public) & set(OPS)] == []
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mann_step"])
+def test_a_case_runs_the_kernels_of_its_op(op):
+    (raw,) = (raw.name for raw in _register.OPS.values() if op in raw.public)
+    for case in cases(op, Shape.parse(SMALL), torch.float32):
+        with torch.profiler.profile() as profile:
+            case.calls[OURS]()
+        called = {event.name for event in profile.events()}
+        wanted = {"forward": f"mann_fast::{raw}", "forward+backward": f"mann_fast::{raw}_backward"}
+        assert wanted[case.direction] in called
 
 
 def test_sweep_is_drawn_into_one_page(capsys, tmp_path, monkeypatch):

@@ -344,7 +344,7 @@ def test_what_is_due_follows_the_contents_of_files(due, tmp_path, monkeypatch, c
     (tmp_path / "tests" / "test_some.py").write_text("")
     monkeypatch.setattr(due, "ROOT", tmp_path)
     monkeypatch.setattr(due, "PASSED", tmp_path / ".ci" / "passed.json")
-    monkeypatch.setattr(due, "has_nvcc", lambda: True)
+    monkeypatch.setattr(due, "why_skipped", lambda name: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["due.py", *arguments])
@@ -363,12 +363,16 @@ def test_what_is_due_follows_the_contents_of_files(due, tmp_path, monkeypatch, c
     (tmp_path / "kernels" / "another.py").unlink()
     assert run() == set()
     (tmp_path / "csrc" / "include" / "some.cpp").write_text("")
-    assert run() == {"isas", "cuda", "emulate", "sanitize-cpu", "sanitize-cuda"}
+    assert run() == {"isas", "instructions", "cuda", "emulate", "sanitize-cpu", "sanitize-cuda"}
     with pytest.raises(FileNotFoundError, match="test_other.py"):
         run("tests/test_other.py")
-    monkeypatch.setattr(due, "has_nvcc", lambda: False)  # what was skipped has not passed
+    skipped = {
+        "cuda": "no nvcc",
+        "instructions": "valgrind is not installed",
+    }  # what was skipped has not passed
+    monkeypatch.setattr(due, "why_skipped", skipped.get)
     run("--passed", "check", *due.PARTS)
-    assert run() == {"cuda"}
+    assert run() == set(skipped)
 
 
 @in_repository

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-WARM = 20  # calls before those that are counted: the interpreter rewrites what it runs for what it meets
-CALLS = 3
+WARM = 8  # calls before those that are counted: the interpreter rewrites what it runs for what it meets
+CALLS = 5
 
 
 def benchmark_of_this_commit() -> None:
@@ -72,9 +72,10 @@ def seconds(requests: list[dict[str, Any]]) -> None:
 
 
 def instructions(requests: list[dict[str, Any]]) -> None:
-    """Has callgrind dump what it counts of CALLS calls of each request, and says a list: of each request None, or why it cannot
-    be called. Callgrind only looks on once all is ready, which takes a sixth of the time."""
+    """Has callgrind dump what it counts of each of CALLS calls of each request, and says a list: of each request None, or why
+    it cannot be called. Callgrind only looks on once all is ready, which takes a sixth of the time."""
     import torch
+    import torch._dynamo  # as optimizers do, after which a call of any op takes some 14,000 instructions more
 
     from mann_fast.benchmark.cases import OURS
 
@@ -93,10 +94,10 @@ def instructions(requests: list[dict[str, Any]]) -> None:
     for call in calls:
         for _ in range(WARM):
             call()
-        torch._C._valgrind_toggle()
         for _ in range(CALLS):
+            torch._C._valgrind_toggle()
             call()
-        torch._C._valgrind_toggle_and_dump_stats()
+            torch._C._valgrind_toggle_and_dump_stats()
     print(json.dumps(reasons))
 
 

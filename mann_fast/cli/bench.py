@@ -21,7 +21,8 @@ examples:
   mann-fast bench --op lrua_scan --sweep --report sweep.html  (how the time grows with B, T, N, D, R and threads)
   mann-fast bench --compare before.json now.json
   mann-fast bench --op lrua_scan --base HEAD~1                (beside the kernels of another commit, in a git checkout)
-  mann-fast bench --instructions --base HEAD~1 --shape T=8,B=2    (the same by instructions, on however busy a machine)
+  mann-fast bench --instructions --base HEAD~1 --shape T=8,B=2,H=50    (by instructions, on however busy a machine)
+  mann-fast bench --instructions --shape T=8,B=2,H=50 --json benchmarks/instructions.json    (recorded, to be such a base)
 
 Contestants run in turn, in random order, round by round: ratios within one run hold, absolute times of a shared machine
 mean little. A result is checked against the reference before it is timed.
@@ -90,13 +91,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     setting(
         "--base",
         metavar="REF",
-        help="instead, beside the kernels of another commit, built under build/base of this git checkout",
+        help="instead, beside the kernels of another commit, built under build/base of this git checkout; with "
+        "--instructions also beside what --json wrote to a file, FILE.json",
     )
     setting(
         "--instructions",
         action="store_true",
-        help="instead, count instructions per call with valgrind's callgrind, two minutes for all ops at T=8,B=2; with "
-        "--base at both commits",
+        help="instead, count instructions per call with valgrind's callgrind, two minutes for all ops at T=8,B=2,H=50; "
+        "with --base at both commits",
     )
     setting("--json", type=expand_user, metavar="FILE", help="write the figures to a file, for --compare")
     setting(
@@ -276,39 +278,61 @@ def rows_beside_base(
 
 
 def count_instructions(names, shape, directions: tuple[str, ...], args: argparse.Namespace) -> int:
-    """One line per op and direction; exit status 1 where one cannot be called, or takes more than at --base by MARGIN."""
+    """One row per op and direction; exit status 1 where one cannot be called, or takes more than at --base by MARGIN. --base is
+    a commit or a file of --json, which counts by other versions are not compared with."""
     from rich.table import Table
 
+    from ..benchmark import instructions
     from ..benchmark.base import ROOT, build
-    from ..benchmark.instructions import MARGIN, count
+    from ..training.files import write_json
     from ._report import print_table
 
     asked = requests(names, shape, directions, args)
-    trees = {"instructions per call": ROOT}
+    record = Path(args.base) if args.base and args.base.endswith(".json") else None
+    if record and (reason := instructions.incomparable(record)):
+        print(f"instructions: SKIPPED, {reason}")  # as make check has it, which passes then
+        return 0
+    tree = build(args.base) if args.base and not record else None
+    print(
+        f"{len(asked)} cases under callgrind, at T=8,B=2,H=50 two minutes for each commit ...",
+        file=sys.stderr,
+    )
+    ours = instructions.count(ROOT, asked)
+    columns = {"instructions per call": ours}
     if args.base:
-        trees[f"at {args.base}"] = build(args.base)
-    print(f"{len(asked)} cases under callgrind, a minute or more for each commit ...", file=sys.stderr)
-    columns = [count(tree, asked) for tree in trees.values()]
-    table = Table("op", "direction", *trees, title=f"{shape}, {args.dtype}, one thread")
-    for request, *counted in zip(asked, *columns, strict=True):
-        cells = (f"{x:,}" if isinstance(x, int) else x for x in counted)
+        base = instructions.recorded(record, asked) if record else instructions.count(tree, asked)
+        columns = {
+            "instructions per call": instructions.fewer_alone(asked, ours, base),
+            f"at {args.base}": base,
+        }
+    times = ["times"] if args.base else []
+    table = Table("op", "direction", *columns, *times, title=f"{shape}, {args.dtype}, one thread")
+    ratios, changed = [], []
+    for request, ours, *theirs in zip(asked, *columns.values(), strict=True):
+        cells = [f"{x:,}" if isinstance(x, int) else x for x in (ours, *theirs)]
+        if isinstance(ours, int) and any(isinstance(x, int) for x in theirs):
+            ratios.append(ours / theirs[0])
+            cells.append(f"{ratios[-1]:.3f}")
+            if not 1 - instructions.MARGIN <= ratios[-1] <= 1 + instructions.MARGIN:
+                changed.append((instructions.name_of(request), *cells, ratios[-1] > 1))
         table.add_row(request["op"], request["direction"], *cells)
     print_table(table)
-    failed = any(isinstance(x, str) for x in columns[0])
-    if args.base:
-        ratios = {
-            f"{request['op']} {request['direction']}": ours / base
-            for request, ours, base in zip(asked, *columns, strict=True)
-            if isinstance(ours, int) and isinstance(base, int)
-        }
-        if not ratios:
-            raise ValueError(f"there is nothing to compare with {args.base}")
-        for name, ratio in ratios.items():
-            print(
-                f"{name}: {ratio:.3f} times the instructions at {args.base}{', a regression' * (ratio > 1 + MARGIN)}"
-            )
-        failed |= max(ratios.values()) > 1 + MARGIN
-    return 1 if failed else 0
+    if args.base and not ratios:
+        raise ValueError(f"there is nothing to compare with {args.base}")
+    for name, now, before, ratio, more in changed:
+        print(
+            f"{name}: {now} instructions, {before} at {args.base}, {ratio} times{', a regression' if more else ''}"
+        )
+    if record and changed:
+        print(
+            "Where this is as it should be, the record is made anew: "
+            f"mann-fast bench --instructions --shape {args.shape} --json {record}"
+        )
+    if any(isinstance(ours, str) for ours in columns["instructions per call"]):
+        return 1
+    if args.json:
+        write_json(args.json, instructions.record_of(asked, columns["instructions per call"]))
+    return 1 if any(more for *_, more in changed) else 0
 
 
 def tables(rows: list[dict[str, Any]]):
