@@ -5,30 +5,50 @@
 // all steps, and at most one sample's memory. It has all that its own units need, so that two barriers a step are
 // enough: forward, when the units' part of every head is known, and when the reads are; back the same the other way round.
 #pragma once
+#include <type_traits>
+#include <utility>
+
 #include "kernels.h"
 #include "plan.cuh"
 
 namespace mann_fast {
 namespace cuda {
 
+constexpr int cell_threads = most_threads;
+
+// What lies beside each other of a product's weights, so that a thread loads it at once: four terms of a column's sum, or four
+// columns. It takes four columns in either case, so that what is multiplied is not read too often. Whatever is counted by fours
+// is padded.
+enum class Fours { terms, columns };
+constexpr int columns_at_once = 4, most_lanes = 8;
+__device__ __host__ inline int padded(int count) { return (count + 3) / 4 * 4; }
+// A product of few columns, padded, is cut along the sum so that half of the threads have a part: shared memory binds it, and not
+// they, and what the slices make has to be added up.
+__device__ __host__ inline int slices_of(int columns) {
+  const int slices = cell_threads / 2 * columns_at_once / columns;
+  return slices > 1 ? slices : 1;
+}
+
 // How a cell is laid out over a cluster.
 struct CellPlan {
   int H;
   Controller controller;
-  bool recurrent;        // the hidden state goes round
-  int cluster, samples;  // blocks; samples of theirs, a block each
-  int lanes;             // samples, padded to what a product takes at once
-  int units, columns;    // hidden units of a block; what the product gives for them, `per_unit` each
-  int round, heads;      // numbers that go round: hidden state and reads; head values of a sample
-  int reads;             // numbers of a sample's reads
-  int every;             // backward only: steps of a replay
-  size_t shared;         // bytes of a block, the memory's included
-  size_t weights;        // bytes before the memory's
+  bool recurrent;              // the hidden state goes round
+  int cluster, samples;        // blocks; samples of theirs, a block each
+  int lanes;                   // samples, padded to what a product takes at once
+  int units, columns;          // hidden units of a block; what the product gives for them, `per_unit` each
+  int round, heads;            // numbers that go round: hidden state and reads, each padded; head values of a sample
+  int reads;                   // numbers of a sample's reads
+  int item_bits;               // 2^so many lanes of a warp take an own unit of a sample
+  int next_sample, next_unit;  // from a thread's item to its next
+  int every;                   // backward only: steps of a replay
+  size_t shared;               // bytes of a block, the memory's included
+  size_t weights;              // bytes before the memory's
 
   __device__ __host__ int per_unit() const { return static_cast<int>(kept_per_unit(controller)); }
   __device__ __host__ int items() const { return units * lanes; }
   // Where the reads begin among what goes round; numbers of a row of the output.
-  __device__ __forceinline__ int reads_at() const { return recurrent ? H : 0; }
+  __device__ __host__ int reads_at() const { return recurrent ? padded(H) : 0; }
   __device__ __forceinline__ int width() const { return H + reads; }
   // A GRU has two columns for its candidate, of the reads (2) and of the hidden state (3), since a gate comes between: the gate
   // in the hidden state's weights that a column belongs to, or -1.
@@ -43,119 +63,185 @@ struct CellPlanOf : CellPlan {
   typename Memory::Plan memory;
 };
 
-constexpr int cell_threads = most_threads;
-
-// What a thread makes of a product: two columns beside each other for all samples.
-constexpr int columns_at_once = 2, most_lanes = 8;
-__device__ __host__ inline int padded_columns(int columns) {
-  return (columns + columns_at_once - 1) / columns_at_once * columns_at_once;
-}
-// A product of few columns is cut along the sum so that all threads have a part.
-__device__ __host__ inline int slices_of(int columns) {
-  const int slices = cell_threads * columns_at_once / padded_columns(columns);
-  return slices > 1 ? slices : 1;
+// Where the weight of term k lies for a column, of ld columns.
+template <Fours FOURS>
+__device__ __forceinline__ int weight_at(int k, int column, int ld) {
+  return FOURS == Fours::columns ? k * ld + column : (k / 4 * ld + column) * 4 + k % 4;
 }
 
+// A row of a matrix in device memory; 0 beyond so many numbers.
 template <class T>
-struct alignas(2 * sizeof(T)) Two {
-  T at[2];
+struct Row {
+  const T* first;
+  int count;
 };
+// Brings rows of `width` numbers to their places: a warp takes a row, a lane a number of it, and a thread asks for those of several
+// rows at once, since each takes some hundred cycles to come. *to(row, k) is the place of number k.
+template <class T, class RowOf, class To>
+__device__ __forceinline__ void bring(int rows, int width, RowOf row_of, To to) {
+  constexpr int at_once = 8;
+  const int warps = gpu::threads() / gpu::warp_size, lane = gpu::thread() % gpu::warp_size;
+  for (int first = gpu::thread() / gpu::warp_size; first < rows; first += at_once * warps) {
+    Row<T> from[at_once];
+#pragma unroll
+    for (int i = 0; i < at_once; ++i) from[i] = row_of(first + i * warps);
+#pragma unroll 1
+    for (int k = lane; k < width; k += gpu::warp_size) {
+      T values[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) values[i] = k < from[i].count ? from[i].first[k] : T(0);
+#pragma unroll
+      for (int i = 0; i < at_once; ++i)
+        if (first + i * warps < rows) *to(first + i * warps, k) = values[i];
+    }
+  }
+}
 
-// out[slice][m][column] = the slice's part of the sum over k of x[k][m] weights[k][column], rows of `ld` columns. ld is even,
-// and what pads weights is 0. A thread's first part, most often its only one, is the same in every step: its place takes
-// divisions and is found once, where there are registers to keep it in.
-template <class T, bool KEEPS>
+// put(slice, m, column, the slice's part of the sum over k of x[m][k] weights[k][column]). Weights lie as weight_at says, and rows of
+// x of `inner` terms; what pads weights is 0. A thread's first part, most often its only one, is the same in every step: its place
+// takes divisions and is found once, where there are registers to keep it in.
+template <class T, Fours FOURS, bool KEEPS>
 class Product {
  public:
-  __device__ __forceinline__ Product(const T* weights, int ld, const T* x, int inner, int slices, T* out)
-      : weights_(weights), x_(x), out_(out), ld_(ld), inner_(inner), slices_(slices) {
+  __device__ __forceinline__ Product(const T* weights, int ld, const T* x, int inner, int slices)
+      : weights_(weights), x_(x), ld_(ld), inner_(inner), slices_(slices) {
     if constexpr (KEEPS) own_ = part(gpu::thread());
   }
 
-  __device__ __forceinline__ void multiply(int lanes) const {
+  template <class Put>
+  __device__ __forceinline__ void multiply(int lanes, Put put) const {
     switch (lanes) {
-      case 1: return multiply<1>();
-      case 2: return multiply<2>();
-      case 4: return multiply<4>();
-      default: return multiply<most_lanes>();
+      case 1: return multiply<1>(put);
+      case 2: return multiply<2>(put);
+      case 4: return multiply<4>(put);
+      default: return multiply<most_lanes>(put);
     }
   }
 
  private:
+  static constexpr int columns = columns_at_once, terms = FOURS == Fours::terms ? 4 : 1;
+  // How many of these are under way together: as many as there are registers for.
+  template <int M>
+  static constexpr int unrolled = M > 2 ? (KEEPS ? 2 : 1) : (FOURS == Fours::columns ? 8 : 4) / (sizeof(T) == 8 ? 2 : 1);
   struct Part {
-    int slice, column, first, last;  // of the sum
+    int slice, column, first, last;  // its first column; terms, so many at once
   };
+  // Columns that do not lie beside each other are as far apart as there are parts: then those of a warp do.
   __device__ __forceinline__ Part part(int i) const {
-    const int pairs = ld_ / columns_at_once, slice = i / pairs;
-    return {slice, (i - slice * pairs) * columns_at_once, inner_ * slice / slices_, inner_ * (slice + 1) / slices_};
+    const int parts = ld_ / columns, slice = i / parts, count = inner_ / terms;
+    return {slice, (i - slice * parts) * (FOURS == Fours::columns ? columns : 1), count * slice / slices_,
+            count * (slice + 1) / slices_};
   }
 
-  template <int M>
-  __device__ __forceinline__ void multiply() const {
-    const int count = ld_ / columns_at_once * slices_;
+  template <int M, class Put>
+  __device__ __forceinline__ void multiply(Put put) const {
+    const int count = ld_ / columns * slices_;
     int i = gpu::thread();
     if constexpr (KEEPS) {
-      if (i < count) multiply<M>(own_);
+      if (i < count) multiply<M>(own_, put);
       i += gpu::threads();
     }
-    for (; i < count; i += gpu::threads()) multiply<M>(part(i));
+    for (; i < count; i += gpu::threads()) multiply<M>(part(i), put);
   }
 
-  template <int M>
-  __device__ __forceinline__ void multiply(const Part& part) const {
-    constexpr int together = M < 4 ? M : 4;
-    struct alignas(together * sizeof(T) < 16 ? together * sizeof(T) : 16) Samples {
-      T at[together];
-    };
-    T sum[columns_at_once][M] = {};
-#pragma unroll(M <= 2 ? 8 : 4)
+  template <int M, class Put>
+  __device__ __forceinline__ void multiply(const Part& part, Put put) const {
+    constexpr int chains = FOURS == Fours::columns ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // sums that do not wait for each other
+    const int apart = FOURS == Fours::columns ? 1 : ld_ / columns;
+    T sum[columns][M][chains] = {};
+#pragma unroll(unrolled<M>)
     for (int k = part.first; k < part.last; ++k) {
-      const Two<T> w = *reinterpret_cast<const Two<T>*>(weights_ + k * ld_ + part.column);
+      if constexpr (FOURS == Fours::columns) {
+        const Four<T> w = load_four(weights_ + k * ld_ + part.column);
 #pragma unroll
-      for (int m = 0; m < M; m += together) {
-        const Samples s = *reinterpret_cast<const Samples*>(x_ + k * M + m);
+        for (int m = 0; m < M; ++m) {
+          const T x = x_[m * inner_ + k];
 #pragma unroll
-        for (int j = 0; j < together; ++j) {
-          sum[0][m + j] += w.at[0] * s.at[j];
-          sum[1][m + j] += w.at[1] * s.at[j];
+          for (int c = 0; c < columns; ++c) sum[c][m][0] += w.at[c] * x;
+        }
+      } else {
+        Four<T> w[columns];
+#pragma unroll
+        for (int c = 0; c < columns; ++c) w[c] = load_four(weights_ + (k * ld_ + part.column + c * apart) * terms);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const Four<T> x = load_four(x_ + m * inner_ + k * terms);
+#pragma unroll
+          for (int i = 0; i < terms; ++i)
+#pragma unroll
+            for (int c = 0; c < columns; ++c) sum[c][m][i % chains] += w[c].at[i] * x.at[i];
         }
       }
     }
 #pragma unroll
     for (int m = 0; m < M; ++m)
-      *reinterpret_cast<Two<T>*>(out_ + (part.slice * M + m) * ld_ + part.column) = {{sum[0][m], sum[1][m]}};
+#pragma unroll
+      for (int c = 0; c < columns; ++c) {
+#pragma unroll
+        for (int i = 1; i < chains; ++i) sum[c][m][0] += sum[c][m][i];
+        put(part.slice, m, part.column + c * apart, sum[c][m][0]);
+      }
   }
 
   const T *weights_, *x_;
-  T* out_;
   const int ld_, inner_, slices_;
   Part own_;
 };
 
-// The weight by which number k of those that go round enters a column of a hidden unit; 0 where they do not meet.
-template <class T, class Arguments>
-__device__ __forceinline__ T gate_weight(const Arguments& a, const CellPlan& plan, int column, int unit, int k) {
-  const bool of_hidden = k < plan.reads_at();
-  const int gate = of_hidden ? plan.hidden_gate(column) : column < gates_per_unit(plan.controller) ? column : -1;
-  if (gate < 0) return 0;
-  const int64_t row = static_cast<int64_t>(gate) * plan.H + unit;
-  if (of_hidden) return static_cast<const T*>(a.hidden_weight)[row * plan.H + k];
-  return static_cast<const T*>(a.reads_weight)[row * a.reads_weight_ld + k - plan.reads_at()];
+// Brings a block's weights of the gates, from what goes round to own columns. *to(column, k) is a weight's place.
+template <class T, class Arguments, class To>
+__device__ __forceinline__ void bring_gates(const Arguments& a, const CellPlan& plan, int rank, int columns, To to) {
+  // Of a column the gate in a matrix of so many gates, whose rows are `ld` apart.
+  const auto row_of = [&](const void* weights, int64_t ld, int gate, int own, int count) {
+    const int unit = rank * plan.units + own;
+    const bool is = gate >= 0 && own < plan.units && unit < plan.H;
+    return Row<T>{static_cast<const T*>(weights) + (static_cast<int64_t>(is ? gate : 0) * plan.H + unit) * ld, is ? count : 0};
+  };
+  const int per_unit = plan.per_unit(), gates = static_cast<int>(gates_per_unit(plan.controller)), reads_at = plan.reads_at();
+  bring<T>(
+      columns, reads_at,
+      [&](int column) {
+        const int own = column / per_unit;
+        return row_of(a.hidden_weight, plan.H, plan.hidden_gate(column - own * per_unit), own, plan.H);
+      },
+      to);
+  bring<T>(
+      columns, plan.round - reads_at,
+      [&](int column) {
+        const int own = column / per_unit, gate = column - own * per_unit;
+        return row_of(a.reads_weight, a.reads_weight_ld, gate < gates ? gate : -1, own, plan.reads);
+      },
+      [&](int column, int k) { return to(column, k + reads_at); });
+}
+// And of the heads, from own units. *to(head, unit)
+template <class T, class Arguments, class To>
+__device__ __forceinline__ void bring_heads(const Arguments& a, const CellPlan& plan, int rank, int heads, int units, To to) {
+  const int first = rank * plan.units, left = plan.H - first, count = left < plan.units ? left : plan.units;
+  bring<T>(
+      heads, units,
+      [&](int head) {
+        return Row<T>{static_cast<const T*>(a.head_weight) + static_cast<int64_t>(head) * plan.H + first,
+                      head < plan.heads ? count : 0};
+      },
+      to);
 }
 
 template <class T>
 __device__ __forceinline__ T sigmoid(T x) {
-  return T(1) / (T(1) + exp(-x));
+  return gpu::reciprocal(T(1) + exp(-x));  // 0 of what is beyond its range, and so it should be
 }
 template <class T>
 __device__ __forceinline__ T softplus(T x) {
   return (x > 0 ? x : T(0)) + log1p(exp(-fabs(x)));
 }
 
-// An own unit of a sample: among own units and those of all blocks, and where it lies in [units, lanes].
+// An own unit of a sample: among own units and those of all blocks, and where it lies in [lanes, units].
 struct Item {
   int m, own, unit, at;
-  bool there;  // neither padding of the units nor of the samples, nor beyond the sample's end
+  bool is;     // one of so many as there are,
+  bool has;    // neither padding of the units nor of the samples,
+  bool there;  // and not beyond the sample's end
+  int steps;   // of the sample
 };
 
 // A block's place among those of its cluster.
@@ -169,21 +255,77 @@ struct CellPlace {
   __device__ __forceinline__ CellPlace(const CellPlan& plan, const Arguments& a)
       : plan(plan), T(a.T), B(a.B), sequences(a.sequences), rank(static_cast<int>(gpu::block() % plan.cluster)),
         first(static_cast<int>(gpu::block() / plan.cluster * plan.samples)),
-        count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)), own(item(gpu::thread())) {}
+        count(static_cast<int>(B - first < plan.samples ? B - first : plan.samples)), own(first_item()) {}
 
   __device__ __forceinline__ bool there(int m) const { return m < count; }
   __device__ __forceinline__ int64_t sample(int m) const { return first + m; }
   __device__ __forceinline__ int64_t row(int64_t t, int m) const { return t * B + sample(m); }
-  __device__ __forceinline__ int unit(int own) const { return rank * plan.units + own; }
-  // Units side by side, as they lie in device memory; of any step, or of step t.
-  __device__ __forceinline__ Item item(int i) const {
-    const int m = i / plan.units, own = i % plan.units;
-    return {m, own, unit(own), own * plan.lanes + m, i < plan.items() && unit(own) < plan.H && there(m)};
+
+  // Where few items are, four lanes take one, a gate each; else one lane takes all of an item. The last warps take the first
+  // items, since the first ones have more to do with the heads and the reads. Units lie side by side, as in device memory.
+  template <class F>
+  __device__ __forceinline__ void with_lanes(F f) const {
+    if (plan.item_bits == 2) f(std::integral_constant<int, 4>());
+    else f(std::integral_constant<int, 1>());
   }
-  __device__ __forceinline__ Item item(int64_t t, int i) const {
-    Item item = i == gpu::thread() ? own : this->item(i);
-    item.there = item.there && goes_on(t, item.m);
+  __device__ __forceinline__ static int lane() { return gpu::thread() % gpu::warp_size; }
+  // Of those that take the item.
+  __device__ __forceinline__ int item_lane() const { return lane() & ((1 << plan.item_bits) - 1); }
+  __device__ __forceinline__ Item item(int m, int own) const {
+    const int unit = rank * plan.units + own;
+    const bool is = m < plan.lanes, has = is && unit < plan.H && there(m);
+    return {m, own, unit, m * plan.units + own, is, has, has, has ? static_cast<int>(length(m)) : 0};
+  }
+  __device__ __forceinline__ Item first_item() const {
+    const int i = (cell_threads - gpu::warp_size - gpu::thread() + 2 * lane()) >> plan.item_bits, m = i / plan.units;
+    return item(m, i - m * plan.units);
+  }
+  __device__ __forceinline__ Item own_at(int64_t t) const {
+    Item item = own;
+    item.there = t < item.steps;
     return item;
+  }
+  // The thread's items at step t, all lanes of a warp as often: calls f(item, ask(item)), of which `asked` was asked for the first
+  // before, and what is asked for the next is under way meanwhile.
+  template <class Asked, class Ask, class F>
+  __device__ __forceinline__ void each_item(int64_t t, Asked asked, Ask ask, F f) const {
+    Item item = own_at(t);
+    int left = plan.items() - ((cell_threads - gpu::warp_size - gpu::thread() + lane()) >> plan.item_bits);
+    while (left > 0) {
+      Item next = item;
+      Asked then{};
+      left -= cell_threads >> plan.item_bits;
+      if (left > 0) {
+        const bool beyond = item.own + plan.next_unit >= plan.units;
+        next = this->item(item.m + plan.next_sample + (beyond ? 1 : 0), item.own + plan.next_unit - (beyond ? plan.units : 0));
+        next.there = t < next.steps;
+        then = ask(next);
+      }
+      f(item, asked);
+      item = next;
+      asked = then;
+    }
+  }
+  template <class F>
+  __device__ __forceinline__ void each_item(int64_t t, F f) const {
+    each_item(t, 0, [](const Item&) { return 0; }, [&](const Item& item, int) { f(item); });
+  }
+  // Which gate is a lane's number i, and what the item's lanes have of a gate.
+  template <int LANES>
+  __device__ __forceinline__ static int gate(int i) {
+    return LANES == 1 ? i : lane() % LANES;
+  }
+  template <int LANES, class Number>
+  __device__ __forceinline__ static Number of_gate(const Number* own, int gate) {
+    if constexpr (LANES == 1) return own[gate];
+    else return gpu::shuffle(*own, lane() / LANES * LANES + gate);
+  }
+  // Added up over the item's lanes, which all have it.
+  template <class Number>
+  __device__ __forceinline__ Number over_lanes(Number value) const {
+    if (plan.item_bits == 0) return value;
+    value += gpu::shuffle_xor(value, 1);
+    return value + gpu::shuffle_xor(value, 2);
   }
 
   // The samples go through the steps side by side, so many as the longest of them has; what they do at a step may differ.
@@ -193,35 +335,51 @@ struct CellPlace {
     for (int m = 0; m < count; ++m) most = length(m) > most ? length(m) : most;
     return most;
   }
-  __device__ __forceinline__ bool goes_on(int64_t t, int m) const { return t < length(m); }
-  __device__ __forceinline__ bool begins(int64_t t, int m) const { return goes_on(t, m) && sequences.begins(t, B, sample(m)); }
+  // steps: of sample m
+  __device__ __forceinline__ bool begins(int64_t t, int m, int64_t steps) const {
+    return t < steps && sequences.begins(t, B, sample(m));
+  }
 
   __device__ __forceinline__ void barrier() const {
     if (plan.cluster > 1) gpu::sync_cluster();
     else gpu::sync();
   }
-  template <class T>
-  __device__ __forceinline__ T* of_block(T* shared, int block) const {
+  template <class Number>
+  __device__ __forceinline__ Number* of_block(Number* shared, int block) const {
     return plan.cluster > 1 ? gpu::of_block(shared, block) : shared;
   }
-  // The same number of every block, added up in one order by all.
-  static constexpr int at_once = 8;
-  template <class T>
-  __device__ __forceinline__ T total(T* shared) const {
+  // The same number of every block, added up in one order by all; LANES lanes of an item share the work, and all have it.
+  template <int LANES = 1, class Number>
+  __device__ __forceinline__ Number total(Number* shared) const {
     if (plan.cluster == 1) return *shared;
-    T sum = 0;
-    for (int first = 0; first < plan.cluster; first += at_once) {
-      T of[at_once];  // asked for together: each takes some hundred cycles to come
+    constexpr int at_once = 8 / LANES;
+    const int own = LANES == 1 ? 0 : lane() % LANES;
+    Number sum = 0;
+    for (int first = own; first < plan.cluster; first += 8) {
+      Number of[at_once];  // asked for together: each takes some hundred cycles to come
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) of[i] = first + i < plan.cluster ? *gpu::of_block(shared, first + i) : T(0);
+      for (int i = 0; i < at_once; ++i)
+        of[i] = first + i * LANES < plan.cluster ? *gpu::of_block(shared, first + i * LANES) : Number(0);
 #pragma unroll
       for (int i = 0; i < at_once; ++i) sum += of[i];
     }
+    if constexpr (LANES > 1) {
+      sum += gpu::shuffle_xor(sum, 1);
+      sum += gpu::shuffle_xor(sum, 2);
+    }
     return sum;
   }
-  template <class T>
-  __device__ __forceinline__ void tell(T* shared, T value) const {
-    for (int block = 0; block < plan.cluster; ++block) *of_block(shared, block) = value;
+  // A row of which the lanes of the warps have put numbers in the block's own shared memory, thread j number j: now all blocks
+  // have it. Its place takes fours.
+  template <class Number>
+  __device__ __forceinline__ void tell_row(Number* row, int count) const {
+    constexpr int fours = gpu::warp_size / 4;
+    gpu::sync_warp();
+    for (int start = gpu::thread() - lane(); start < count; start += gpu::threads())
+      for (int i = lane(); i < fours * plan.cluster; i += gpu::warp_size) {
+        const int block = i / fours, at = start + 4 * (i % fours);
+        if (block != rank && at < count) *reinterpret_cast<Four<Number>*>(of_block(row + at, block)) = load_four(row + at);
+      }
   }
 };
 
@@ -237,21 +395,37 @@ class HeadPlaces {
 #pragma unroll
     for (int i = 0; i < known; ++i) places_[i] = Memory::place_of(a, memory, gpu::thread() + i * gpu::threads());
   }
-  // Calls f(j, place) for the thread's values, from its number `first` on.
-  template <class F>
-  __device__ __forceinline__ void each(F f, int first = 0) const {
+  // Calls f(j, place, get(j)) for the thread's values. What is got of the first few is all under way before any is used, or was
+  // got before: get_known.
+  static constexpr int known = P::fixed ? 2 : 1;  // else there are no registers left backward
+  template <class Get>
+  using Got = decltype(std::declval<Get>()(0))[known];
+  template <class Get>
+  __device__ __forceinline__ void get_known(Get get, Got<Get>& got) const {
 #pragma unroll
     for (int i = 0; i < known; ++i) {
       const int j = gpu::thread() + i * gpu::threads();
-      if (i >= first && j < count_) f(j, places_[i]);
+      if (j < count_) got[i] = get(j);
+    }
+  }
+  template <class Get, class F>
+  __device__ __forceinline__ void each(Get get, const Got<Get>& got, F f) const {
+#pragma unroll
+    for (int i = 0; i < known; ++i) {
+      const int j = gpu::thread() + i * gpu::threads();
+      if (j < count_) f(j, places_[i], got[i]);
     }
     for (int j = gpu::thread() + known * gpu::threads(); j < count_; j += gpu::threads())
-      f(j, Memory::place_of(a_, memory_, j));
+      f(j, Memory::place_of(a_, memory_, j), get(j));
   }
-  __device__ __forceinline__ const Place& first() const { return places_[0]; }
+  template <class Get, class F>
+  __device__ __forceinline__ void each(Get get, F f) const {
+    Got<Get> got;
+    get_known(get, got);
+    each(get, got, f);
+  }
 
  private:
-  static constexpr int known = P::fixed ? 2 : 1;  // else there are no registers left backward
   const Arguments& a_;
   const P& memory_;
   const int count_;
@@ -312,7 +486,7 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
   plan.recurrent = a.controller != Controller::feedforward;
   plan.H = static_cast<int>(a.H);
   plan.reads = static_cast<int>(a.R * a.D);
-  plan.round = (plan.recurrent ? plan.H : 0) + plan.reads;
+  plan.round = plan.reads_at() + padded(plan.reads);
   plan.heads = static_cast<int>(heads);
   plan.every = static_cast<int>(every);
   for (int choice = 0; choice < Memory::choices; ++choice)
@@ -326,6 +500,9 @@ const char* plan_cell(const Arguments& a, int64_t B, int64_t every, const gpu::L
       plan.lanes = plan.samples <= 2 ? plan.samples : plan.samples <= 4 ? 4 : most_lanes;
       plan.units = static_cast<int>(ceil_div(a.H, cluster));
       plan.columns = plan.units * plan.per_unit();
+      plan.item_bits = 4 * plan.items() <= cell_threads ? 2 : 0;
+      plan.next_sample = (cell_threads >> plan.item_bits) / plan.units;
+      plan.next_unit = (cell_threads >> plan.item_bits) % plan.units;
       // Weights alone, in numbers that cannot overflow, before anything is counted with 32 bits.
       const int64_t weights = static_cast<int64_t>(plan.columns) * plan.round + heads * plan.units;
       if (weights * static_cast<int64_t>(sizeof(T)) > static_cast<int64_t>(limits.shared)) continue;

@@ -1,8 +1,7 @@
 // A cell forward: controller, heads and memory for all steps in one launch.
 //
-// A step: the gates of own units from what goes round, the controller, the units' part of every head | barrier | tell all
-// blocks the hidden state; add up the heads of the own sample, and its memory's step (two barriers of the block, and those that
-// the step has itself); tell the reads | barrier |.
+// A step: the gates of own units from what goes round, the controller, the units' part of every head | barrier | add up the heads of the own sample; tell all blocks the hidden state; the memory's step (two barriers of
+// the block, and those that the step has itself); tell the reads | barrier |.
 #pragma once
 #include "cell.cuh"
 
@@ -15,19 +14,18 @@ struct CellForwardSide {
   using Room = typename Memory::template ForwardRoom<T>;
   static constexpr bool slots_anywhere = false, near = true;
   struct Shared {
-    int gates_ld, heads_ld;
-    T *gate_weights, *head_weights;  // [round, gates_ld], [units, heads_ld]
+    int gates_ld, heads_ld, slices;
+    T *gate_weights, *head_weights;  // of [round, gates_ld] and [units, heads_ld]: weight_at
     T* bias;                         // [columns]
-    T* round;                        // [round, lanes]: hidden states and reads of all samples
-    T *hidden, *state;               // [units, lanes]: of own units; state: an LSTM's cell, a GRU's hidden state
-    T* products;                     // the gates in slices, then own units' part of the heads
+    T* round;                        // [lanes, round]: hidden states and reads of all samples
+    T *hidden, *state;               // [lanes, units]: of own units; state: an LSTM's cell, a GRU's hidden state
+    T* products;                     // [slices, lanes, gates_ld], then own units' part of the heads, [lanes, heads_ld]
     __device__ __host__ Shared(Carver& carver, const CellPlan& plan)
-        : gates_ld(padded_columns(plan.columns)), heads_ld(padded_columns(plan.heads)),
+        : gates_ld(padded(plan.columns)), heads_ld(padded(plan.heads)), slices(slices_of(gates_ld)),
           gate_weights(carver.take<T>(plan.round * gates_ld)), head_weights(carver.take<T>(plan.units * heads_ld)),
-          bias(carver.take<T>(plan.columns)), round(carver.take<T>(plan.round * plan.lanes)),
+          bias(carver.take<T>(plan.columns)), round(carver.take<T>(plan.lanes * plan.round)),
           hidden(carver.take<T>(plan.items())), state(carver.take<T>(plan.recurrent ? plan.items() : 0)),
-          products(carver.take<T>(
-              plan.lanes * (slices_of(plan.columns) * gates_ld > heads_ld ? slices_of(plan.columns) * gates_ld : heads_ld))) {}
+          products(carver.take<T>(plan.lanes * (slices * gates_ld > heads_ld ? slices * gates_ld : heads_ld))) {}
   };
 };
 
@@ -40,10 +38,12 @@ struct CellForward {
   const CellPlanOf<Memory>& plan;
   const P& of_memory;
   const CellPlace place;
-  const bool present;  // the block has a sample
+  const bool present;  // the block has a sample,
+  const int length;    // of so many steps, else 0
   Step memory;
   typename CellForwardSide<Memory, T>::Shared shared;
-  const Product<T, P::fixed> gates, heads;
+  const Product<T, Fours::terms, P::fixed> gates;
+  const Product<T, Fours::columns, P::fixed> heads;
   const HeadPlaces<Memory, P, Arguments> head_places;
   const int read_place, read_head;  // where the thread's first number of the reads lies
 
@@ -51,150 +51,178 @@ struct CellForward {
                                          const CellPlanOf<Memory>& plan, const P& of_memory, Carver carver,
                                          unsigned char* scratch)
       : a(a), plan(plan), of_memory(of_memory), place(plan, a), present(place.there(place.rank)),
+        length(present ? static_cast<int>(place.length(place.rank)) : 0),
         memory(scan, of_memory,
                typename Memory::Places(plan.memory, scratch, plan.weights, Memory::scratch_of(place.sample(place.rank))),
                place.sample(place.rank), 0),
-        shared(carver, plan),
-        gates(shared.gate_weights, shared.gates_ld, shared.round, plan.round, slices_of(plan.columns), shared.products),
-        heads(shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1, shared.products),
-        head_places(a, of_memory, plan.heads), read_place(vector_at(of_memory, gpu::thread())),
-        read_head(gpu::thread() / of_memory.D) {}
+        shared(carver, plan), gates(shared.gate_weights, shared.gates_ld, shared.round, plan.round, shared.slices),
+        heads(shared.head_weights, shared.heads_ld, shared.hidden, plan.units, 1), head_places(a, of_memory, plan.heads),
+        read_place(vector_at(of_memory, gpu::thread())), read_head(gpu::thread() / of_memory.D) {}
 
   __device__ __forceinline__ void begin() {
-    const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit();
-    for (int i = thread; i < plan.round * shared.gates_ld; i += threads) {
-      const int column = i / plan.round, k = i % plan.round, unit = place.unit(column / per_unit);
-      const bool is = column < plan.columns && unit < plan.H;
-      shared.gate_weights[k * shared.gates_ld + column] = is ? gate_weight<T>(a, plan, column % per_unit, unit, k) : T(0);
-    }
-    for (int i = thread; i < plan.units * shared.heads_ld; i += threads) {
-      const int own = i % plan.units, j = i / plan.units, unit = place.unit(own);
-      shared.head_weights[own * shared.heads_ld + j] =
-          j < plan.heads && unit < plan.H ? static_cast<const T*>(a.head_weight)[static_cast<int64_t>(j) * plan.H + unit]
-                                          : T(0);
-    }
+    const int thread = gpu::thread(), threads = gpu::threads(), per_unit = plan.per_unit(), reads = plan.reads_at();
+    bring_gates<T>(a, plan, place.rank, shared.gates_ld, [&](int column, int k) {
+      return shared.gate_weights + weight_at<Fours::terms>(k, column, shared.gates_ld);
+    });
+    bring_heads<T>(a, plan, place.rank, shared.heads_ld, plan.units, [&](int head, int own) {
+      return shared.head_weights + weight_at<Fours::columns>(own, head, shared.heads_ld);
+    });
     for (int i = thread; i < plan.columns; i += threads) {
-      const int gate = plan.hidden_gate(i % per_unit), unit = place.unit(i / per_unit);
+      const int gate = plan.hidden_gate(i % per_unit), unit = place.rank * plan.units + i / per_unit;
       const bool is = plan.recurrent && gate >= 0 && unit < plan.H;
       shared.bias[i] = is ? static_cast<const T*>(a.hidden_bias)[gate * plan.H + unit] : T(0);
     }
-    const int reads = plan.reads_at();
-    for (int i = thread; i < plan.round * plan.lanes; i += threads) {
-      const int k = i / plan.lanes, m = i % plan.lanes;
-      const int64_t sample = place.sample(m);
-      T value = 0;
-      if (place.there(m) && !place.begins(0, m))
-        value = k < reads ? static_cast<const T*>(a.hidden)[sample * plan.H + k]
-                          : static_cast<const T*>(a.reads)[sample * plan.reads + k - reads];
-      shared.round[i] = value;
+    for (int m = 0; m < plan.lanes; ++m) {
+      const bool goes_on = place.there(m) && !place.begins(0, m, place.length(m));
+      for (int k = thread; k < plan.round; k += threads) {
+        T value = 0;
+        if (goes_on && k < reads && k < plan.H) value = static_cast<const T*>(a.hidden)[place.sample(m) * plan.H + k];
+        if (goes_on && k >= reads && k - reads < plan.reads)
+          value = static_cast<const T*>(a.reads)[place.sample(m) * plan.reads + k - reads];
+        shared.round[m * plan.round + k] = value;
+      }
     }
+    for (int i = thread; i < plan.items(); i += threads) shared.hidden[i] = 0;  // that of padding stays so
     const void* state = plan.controller == Controller::lstm ? a.cell : a.hidden;
-    for (int i = thread; plan.recurrent && i < plan.items(); i += threads) {
-      const int own = i / plan.lanes, m = i % plan.lanes, unit = place.unit(own);
-      const bool is = unit < plan.H && place.there(m) && !place.begins(0, m);
-      shared.state[i] = is ? static_cast<const T*>(state)[place.sample(m) * plan.H + unit] : T(0);
-    }
-    for (int i = thread; i < plan.items(); i += threads) shared.hidden[i] = 0;  // what pads it stays so
+    place.each_item(0, [&](const Item& item) {
+      if (!plan.recurrent || !item.is || place.item_lane() > 0) return;
+      const bool is = item.has && !place.begins(0, item.m, item.steps);
+      shared.state[item.at] = is ? static_cast<const T*>(state)[place.sample(item.m) * plan.H + item.unit] : T(0);
+    });
     Memory::clear_inputs(memory);
-    if (present) memory.begin(place.begins(0, place.rank));
+    if (present) memory.begin(place.begins(0, place.rank, length));
   }
 
-  // What an item's gates have of the input.
-  __device__ __forceinline__ void ask(int64_t t, int i, T (&gates)[4]) const {
-    const Item item = place.item(t, i);
+  // What the thread's gates of an item have of the input.
+  struct Asked {
+    T gate[4];
+  };
+  template <int LANES>
+  __device__ __forceinline__ Asked ask(int64_t t, const Item& item) const {
     const int of_input = static_cast<int>(gates_per_unit(plan.controller));
     const T* from = static_cast<const T*>(a.gates) + place.row(t, item.m) * of_input * plan.H + item.unit;
+    Asked asked{};
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) gates[gate] = item.there && gate < of_input ? from[gate * plan.H] : T(0);
+    for (int i = 0; i < 4 / LANES; ++i) {
+      const int gate = place.template gate<LANES>(i);
+      if (item.there && gate < of_input) asked.gate[i] = from[gate * plan.H];
+    }
+    return asked;
   }
 
-  __device__ __forceinline__ void control(int64_t t, T (&asked)[4]) {
-    const int slices = slices_of(plan.columns), per_unit = plan.per_unit();
-    for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
-      if (i >= gpu::threads()) ask(t, i, asked);
-      const Item item = place.item(t, i);
-      if (!item.there) continue;
-      T gate[4] = {};
+  // asked: for the thread's first item.
+  template <int LANES>
+  __device__ __forceinline__ void control(int64_t t, const Asked& asked) {
+    constexpr int own = 4 / LANES;  // gates of a lane
+    const int per_unit = plan.per_unit();
+    const auto ask_next = [&](const Item& item) { return ask<LANES>(t, item); };
+    place.each_item(t, asked, ask_next, [&](const Item& item, const Asked& of_input) {
+      const auto of = [&](const T(&values)[own], int gate) { return place.template of_gate<LANES>(values, gate); };
+      const bool first = place.item_lane() == 0;
+      T kept[own] = {}, state[own] = {}, now, hidden;
 #pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        if (g >= per_unit) continue;
-        gate[g] = shared.bias[item.own * per_unit + g];
-        for (int slice = 0; slice < slices; ++slice)
-          gate[g] += shared.products[(slice * plan.lanes + item.m) * shared.gates_ld + item.own * per_unit + g];
+      for (int i = 0; i < own; ++i) {
+        const int gate = place.template gate<LANES>(i), column = item.own * per_unit + gate;
+        if (!item.there || gate >= per_unit) continue;
+        kept[i] = shared.bias[column];
+#pragma unroll 4
+        for (int slice = 0; slice < shared.slices; ++slice)
+          kept[i] += shared.products[(slice * plan.lanes + item.m) * shared.gates_ld + column];
       }
-      T kept[4] = {}, now;
+      if (item.there && first && plan.recurrent) state[0] = shared.state[item.at];
+      const T before = of(state, 0);
       if (plan.controller == Controller::lstm) {
-        kept[0] = sigmoid(asked[0] + gate[0]);
-        kept[1] = sigmoid(asked[1] + gate[1]);
-        kept[2] = tanh(asked[2] + gate[2]);
-        kept[3] = sigmoid(asked[3] + gate[3]);
-        now = kept[1] * shared.state[item.at] + kept[0] * kept[2];
-        shared.hidden[item.at] = kept[3] * tanh(now);
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+          const T sum = of_input.gate[i] + kept[i];
+          kept[i] = place.template gate<LANES>(i) == 2 ? tanh(sum) : sigmoid(sum);
+        }
+        now = of(kept, 1) * before + of(kept, 0) * of(kept, 2);
+        hidden = of(kept, 3) * tanh(now);
       } else if (plan.controller == Controller::gru) {
-        kept[0] = sigmoid(asked[0] + gate[0]);
-        kept[1] = sigmoid(asked[1] + gate[1]);
-        kept[2] = tanh(asked[2] + gate[2] + kept[0] * gate[3]);
-        kept[3] = gate[3];
-        now = kept[2] + kept[1] * (shared.state[item.at] - kept[2]);
-        shared.hidden[item.at] = now;
+        // Number 2 is what the reads make of the candidate, 3 what the hidden state does.
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+          const T sum = of_input.gate[i] + kept[i];
+          kept[i] = place.template gate<LANES>(i) < 2 ? sigmoid(sum) : sum;
+        }
+        const T candidate = tanh(of(kept, 2) + of(kept, 0) * of(kept, 3));
+        hidden = now = candidate + of(kept, 1) * (before - candidate);
+#pragma unroll
+        for (int i = 0; i < own; ++i)
+          if (place.template gate<LANES>(i) == 2) kept[i] = candidate;
       } else {
-        shared.hidden[item.at] = kept[0] = now = tanh(asked[0] + gate[0]);
+        kept[0] = tanh(of_input.gate[0] + kept[0]);
+        hidden = now = of(kept, 0);
       }
-      if (plan.recurrent) shared.state[item.at] = place.begins(t + 1, item.m) ? T(0) : now;
-      if (a.anchor_every == 0) continue;
+      if (!item.there) return;
+      if (first) {
+        shared.hidden[item.at] = hidden;
+        if (plan.recurrent) shared.state[item.at] = place.begins(t + 1, item.m, item.steps) ? T(0) : now;
+      }
+      if (a.anchor_every == 0) return;
       const int64_t row = place.row(t, item.m);
       T* to = static_cast<T*>(a.kept_gates) + row * per_unit * plan.H + item.unit;
 #pragma unroll
-      for (int g = 0; g < 4; ++g)
-        if (g < per_unit) to[g * plan.H] = kept[g];
-      if (plan.recurrent) static_cast<T*>(a.kept_states)[row * plan.H + item.unit] = now;
-    }
-  }
-
-  __device__ __forceinline__ void tell_hidden(int64_t t) {
-    for (int i = gpu::thread(); i < plan.items(); i += gpu::threads()) {
-      const Item item = place.item(t, i);
-      if (!item.there) continue;
-      const T value = shared.hidden[item.at];
-      static_cast<T*>(a.output)[place.row(t, item.m) * plan.width() + item.unit] = value;
-      if (plan.recurrent)
-        place.tell(shared.round + item.unit * plan.lanes + item.m, place.begins(t + 1, item.m) ? T(0) : value);
-    }
-  }
-
-  __device__ __forceinline__ void take_heads(int64_t t, const Inputs& in) {
-    head_places.each([&](int j, const auto& to) {
-      T value = static_cast<const T*>(a.head_bias)[j] + place.total(shared.products + place.rank * shared.heads_ld + j);
-      value = Memory::kept(to, value);
-      if (a.anchor_every > 0) static_cast<T*>(a.kept_heads)[place.row(t, place.rank) * plan.heads + j] = value;
-      Memory::put(a, in, to, value);
+      for (int i = 0; i < own; ++i) {
+        const int gate = place.template gate<LANES>(i);
+        if (gate < per_unit) to[gate * plan.H] = kept[i];
+      }
+      if (plan.recurrent && first) static_cast<T*>(a.kept_states)[row * plan.H + item.unit] = now;
     });
   }
 
+  __device__ __forceinline__ void tell_hidden(int64_t t) {
+    place.each_item(t, [&](const Item& item) {
+      if (!item.there) return;
+      const T value = shared.hidden[item.at];
+      if (place.item_lane() == 0) static_cast<T*>(a.output)[place.row(t, item.m) * plan.width() + item.unit] = value;
+      if (!plan.recurrent) return;
+      const T next = place.begins(t + 1, item.m, item.steps) ? T(0) : value;
+      for (int block = place.item_lane(); block < plan.cluster; block += 1 << plan.item_bits)
+        *place.of_block(shared.round + item.m * plan.round + item.unit, block) = next;
+    });
+  }
+
+  __device__ __forceinline__ void take_heads(int64_t t, const Inputs& in) {
+    head_places.each(
+        [&](int j) {
+          const T bias = static_cast<const T*>(a.head_bias)[j];
+          return bias + place.total(shared.products + place.rank * shared.heads_ld + j);
+        },
+        [&](int j, const auto& to, T sum) {
+          const T value = Memory::kept(to, sum);
+          if (a.anchor_every > 0) static_cast<T*>(a.kept_heads)[place.row(t, place.rank) * plan.heads + j] = value;
+          Memory::put(a, in, to, value);
+        });
+  }
+
   __device__ __forceinline__ void tell_reads(int64_t t, bool next_anew) {
+    T* row = own_reads();
     for (int j = gpu::thread(); j < plan.reads; j += gpu::threads()) {
       const T value =
           j < gpu::threads() ? memory.read_at(read_place, read_head) : memory.read_at(vector_at(of_memory, j), j / of_memory.D);
       static_cast<T*>(a.output)[place.row(t, place.rank) * plan.width() + plan.H + j] = value;
-      place.tell(shared.round + (plan.reads_at() + j) * plan.lanes + place.rank, next_anew ? T(0) : value);
+      row[j] = next_anew ? T(0) : value;
     }
+    place.tell_row(row, plan.reads);
   }
+  // Those of the own sample among what goes round.
+  __device__ __forceinline__ T* own_reads() const { return shared.round + place.rank * plan.round + plan.reads_at(); }
 
   // The last state, of which what goes round is in every block, and nothing beyond a sample's end.
   __device__ __forceinline__ void end() {
-    for (int i = gpu::thread(); plan.recurrent && i < plan.items(); i += gpu::threads()) {
-      const Item item = place.item(i);
-      if (!item.there) continue;
+    place.each_item(0, [&](const Item& item) {
+      if (!plan.recurrent || !item.has || place.item_lane() > 0) return;
       const int64_t to = place.sample(item.m) * plan.H + item.unit;
-      static_cast<T*>(a.out_hidden)[to] = shared.round[item.unit * plan.lanes + item.m];
+      static_cast<T*>(a.out_hidden)[to] = shared.round[item.m * plan.round + item.unit];
       if (plan.controller == Controller::lstm) static_cast<T*>(a.out_cell)[to] = shared.state[item.at];
-    }
+    });
     if (!present) return;
     for (int j = gpu::thread(); j < plan.reads; j += gpu::threads())
-      static_cast<T*>(a.out_reads)[place.sample(place.rank) * plan.reads + j] =
-          shared.round[(plan.reads_at() + j) * plan.lanes + place.rank];
+      static_cast<T*>(a.out_reads)[place.sample(place.rank) * plan.reads + j] = own_reads()[j];
     memory.end();
-    memory.clear_steps(a, place.sample(place.rank), place.length(place.rank), a.output, a.state, plan.width());
+    memory.clear_steps(a, place.sample(place.rank), length, a.output, a.state, plan.width());
   }
 
   __device__ __forceinline__ void run() {
@@ -205,23 +233,27 @@ struct CellForward {
     place.barrier();
     const int64_t steps = place.steps();
     for (int64_t t = 0; t < steps; ++t) {
-      T asked[4];
-      ask(t, gpu::thread(), asked);
-      gates.multiply(plan.lanes);
+      Asked asked;
+      place.with_lanes([&](auto lanes) { asked = ask<decltype(lanes)::value>(t, place.own_at(t)); });
+      gates.multiply(plan.lanes, [&](int slice, int m, int column, T sum) {
+        shared.products[(slice * plan.lanes + m) * shared.gates_ld + column] = sum;
+      });
       gpu::sync();
-      control(t, asked);
+      place.with_lanes([&](auto lanes) { control<decltype(lanes)::value>(t, asked); });
       gpu::sync();
-      heads.multiply(plan.lanes);
+      heads.multiply(plan.lanes, [&](int, int m, int column, T sum) { shared.products[m * shared.heads_ld + column] = sum; });
       place.barrier();
-      tell_hidden(t);
-      if (present && place.goes_on(t, place.rank)) {
-        const bool next_anew = place.begins(t + 1, place.rank);
+      if (t < length) {
+        const bool next_anew = place.begins(t + 1, place.rank, length);
         take_heads(t, in);
+        tell_hidden(t);
         gpu::sync();
         memory.begin_step(in, t);
         gpu::sync();
         memory.end_step(next_anew);
         tell_reads(t, next_anew);
+      } else {
+        tell_hidden(t);
       }
       place.barrier();
     }

@@ -138,10 +138,11 @@ struct LruaMemory : TiledMemory {
     if (a.learned_sharpness) return;
     for (int r = gpu::thread(); r < plan.R; r += gpu::threads()) in.beta[r] = static_cast<T>(a.sharpness);
   }
-  // The slots. The last threads have the fewest values of the heads.
+  // The slots. The warp before the middle one begins: the first have most values of the heads, and the last have units.
   template <class T, class P>
   __device__ __forceinline__ static void put_kept(const CellBackward& a, const P& plan, const Inputs<T>& in, int64_t row) {
-    for (int r = gpu::threads() - 1 - gpu::thread(); r < plan.R; r += gpu::threads())
+    const int first = gpu::thread() + gpu::threads() / 2 + gpu::warp_size;
+    for (int r = first % gpu::threads(); r < plan.R; r += gpu::threads())
       in.slots[r] = static_cast<int>(a.slots[row * plan.R + r]);
   }
 
