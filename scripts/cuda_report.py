@@ -23,9 +23,8 @@ PAPER = ("<float, 5, 4, true", "<float, 5, true", "<float, true>", "FixedPlan<",
 # Bytes that are known to be spilt, stored and loaded, at most. dnc: loop variables of a step that has twice what registers
 # hold, five times as fast on an H200 as without registers. cell back: sizes that are not known when compiled.
 KNOWN_SPILLS = {
-    "dnc_backward_held_kernel<": 432,
-    "cell_backward_kernel<float, 5, true, Plan": 228,
-    "ntm_backward_kernel<": 16,
+    "dnc_backward_held_kernel<": {"sm_80": 736, "sm_90": 432, "sm_100": 16},
+    "cell_backward_kernel<float, 5, true, Plan": {"sm_90": 228},
 }
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -65,7 +64,10 @@ def main(arguments: list[str]) -> int:
         name = match[1].replace("mann_fast::cuda::", "").replace(" >", ">") if match else name
         spills = int(stores) + int(loads)
         kernels.setdefault(name, {})[architecture] = f"{registers}, {stack}, {spills}"
-        known = max((bytes for begin, bytes in KNOWN_SPILLS.items() if name.startswith(begin)), default=0)
+        known = max(
+            (known.get(architecture, 0) for begin, known in KNOWN_SPILLS.items() if name.startswith(begin)),
+            default=0,
+        )
         if spills > known and any(paper in name for paper in PAPER):
             spilling.append(f"{name} spills {spills} bytes on {architecture}")
     if not kernels:
